@@ -1,0 +1,69 @@
+"""What can go wrong, as a tree.
+
+    ShallowerError
+    ├── UserError               the user's mistake: one sentence, exit code 2
+    │   ├── UnknownName         a method, unit, or key that does not exist; knows the nearest one
+    │   ├── ModelError          MODEL cannot be found, read, or is of a kind that cannot be pruned
+    │   ├── CorpusError         calibration or evaluation text is missing, too short, or not text
+    │   ├── PlanError           a plan that is malformed or was made for another model
+    │   ├── BudgetError         --remove / --protect ask for something impossible
+    │   └── OutputError         the place to write to is taken, full, or not writable
+    └── VerificationError       what was computed or written does not reproduce the model (exit code 1)
+
+A message says what was wrong, the value seen, what is allowed, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ShallowerError(Exception):
+    """Root of every exception that shallower raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(ShallowerError):
+    """The user's mistake. The command line prints the message alone and exits with 2."""
+
+    exit_code = 2
+
+
+class UnknownName(UserError):
+    """A name that is not among the known ones."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        self.name = name
+        self.known = tuple(known)
+        near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
+        message = f"unknown {what} {name!r}"
+        if near:
+            message += f"; did you mean {near[0]!r}?"
+        message += f" Known: {', '.join(self.known)}." if self.known else " None is registered."
+        super().__init__(f"{message} {hint}".strip())
+
+
+class ModelError(UserError):
+    """MODEL cannot be found, read, or is of a kind that cannot be pruned."""
+
+
+class CorpusError(UserError):
+    """Text is missing, too short, or not text."""
+
+
+class PlanError(UserError):
+    """A plan that is malformed or was made for another model."""
+
+
+class BudgetError(UserError):
+    """A removal that is impossible: nothing, everything, or units that do not exist."""
+
+
+class OutputError(UserError):
+    """The place to write to is taken, full, or not writable."""
+
+
+class VerificationError(ShallowerError):
+    """A replay, a cut, or a written checkpoint that does not reproduce the model it stands for."""

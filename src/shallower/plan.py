@@ -1,0 +1,158 @@
+"""The plan file: which units go, in which order, chosen how, for which model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shallower.errors import PlanError, UserError
+from shallower.strict_json import key_faults, write_json
+from shallower.units import Unit, require_distinct
+
+FORMAT = "shallower.plan/1"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a plan or a score file was made for. `fingerprint` is of the weights and does not depend on the name."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    blocks: int
+
+
+@dataclass(frozen=True)
+class CalibrationIdentity:
+    """Which text was read: the specification, the number of real tokens, and the digest of the token ids."""
+
+    spec: str
+    tokens: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """Everything needed to make the same file again."""
+
+    search: str | None
+    objective: str | None
+    metric: str | None
+    options: Mapping[str, Any]
+    seed: int
+    calibration: CalibrationIdentity | None
+    version: str
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The chosen set with its provenance.
+
+    order: the units of `remove` in removal order with the objective after each; None where it was not measured.
+    dense: the objective of the dense model, None where it was not measured.
+    """
+
+    model: ModelIdentity
+    remove: tuple[Unit, ...]
+    order: tuple[tuple[Unit, float | None], ...]
+    dense: float | None
+    made_by: MadeBy = field(repr=False)
+
+    def __post_init__(self) -> None:
+        require_distinct(self.remove)
+        if sorted(self.remove) != sorted(unit for unit, _ in self.order):
+            raise PlanError("the plan's 'order' does not list the same units as its 'remove'.")
+        for unit in self.remove:
+            if unit.index >= self.model.blocks:
+                raise PlanError(f"the plan removes {unit}, but its model has blocks 0 to {self.model.blocks - 1}.")
+
+    @property
+    def removed(self) -> frozenset[Unit]:
+        return frozenset(self.remove)
+
+    def at(self, count: int) -> PruningPlan:
+        """The plan's first `count` removals.
+
+        Raises PlanError when the plan holds fewer.
+        """
+        if not 1 <= count <= len(self.order):
+            raise PlanError(f"cannot cut the plan to {count} units: it holds {len(self.order)}.")
+        order = self.order[:count]
+        return PruningPlan(self.model, tuple(sorted(unit for unit, _ in order)), order, self.dense, self.made_by)
+
+    def require_for(self, model: ModelIdentity) -> None:
+        """Raise PlanError, naming both models, unless the plan was made for `model`."""
+        if self.model.fingerprint != model.fingerprint:
+            raise PlanError(
+                f"this plan was made for {self.model.name} ({self.model.blocks} blocks, {self.model.fingerprint[:19]}…), "
+                f"not for {model.name} ({model.blocks} blocks, {model.fingerprint[:19]}…). Search again for this model."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": asdict(self.model),
+            "remove": [str(unit) for unit in self.remove],
+            "order": [[str(unit), loss] for unit, loss in self.order],
+            "dense": self.dense,
+            "made_by": {**asdict(self.made_by), "options": dict(self.made_by.options)},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the plan") -> PruningPlan:
+        """Build a plan from parsed JSON. Raises PlanError that lists all faults at once."""
+        if not isinstance(data, dict):
+            raise PlanError(f"{where} is not a plan: expected a JSON object.")
+        if data.get("format") != FORMAT:
+            raise PlanError(
+                f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
+                "Update shallower or make the plan again with `shallower search`."
+            )
+        faults = key_faults(where, data, ("format", "model", "remove", "order", "dense", "made_by"))
+        parts = {"model": ModelIdentity, "made_by": MadeBy}
+        for key, kind in parts.items():
+            value = data.get(key, {})
+            if not isinstance(value, dict):
+                faults.append(f"{key!r} of {where} is not an object")
+            elif key in data:
+                faults += key_faults(f"{key!r} of {where}", value, kind.__dataclass_fields__)
+        calibration = data["made_by"].get("calibration") if isinstance(data.get("made_by"), dict) else None
+        if isinstance(calibration, dict):
+            faults += key_faults(f"'calibration' of {where}", calibration, CalibrationIdentity.__dataclass_fields__)
+        if faults:
+            raise PlanError("; ".join(faults) + ".")
+        try:
+            made_by = dict(data["made_by"])
+            if calibration is not None:
+                made_by["calibration"] = CalibrationIdentity(**calibration)
+            return cls(
+                ModelIdentity(**data["model"]),
+                tuple(Unit.parse(text) for text in data["remove"]),
+                tuple((Unit.parse(text), loss) for text, loss in data["order"]),
+                data["dense"],
+                MadeBy(**made_by),
+            )
+        except PlanError:
+            raise
+        except UserError as error:
+            raise PlanError(f"{where}: {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{where} holds a value of the wrong type ({error}).") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan file. Raises PlanError when it is missing, not JSON, of another format or malformed."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"there is no plan at {path}; make one with `shallower search MODEL`.") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"{path} cannot be read as a plan: {error}.") from None
+        return cls.from_json(data, str(path))

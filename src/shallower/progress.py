@@ -1,0 +1,41 @@
+"""Progress of long work, reported to whoever listens.
+
+The library is silent unless a listener is installed; the command line installs a rich one. Code that takes long writes
+
+    with progress.task("measuring", total=30) as step:
+        for unit in units:
+            ...
+            step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+
+Step = Callable[..., None]  # step(n=1)
+Listener = Callable[[str, int | None], AbstractContextManager[Step]]
+
+_listener: ContextVar[Listener | None] = ContextVar("progress_listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Send progress inside the `with` to `listener(description, total)`."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+@contextmanager
+def task(description: str, total: int | None = None) -> Iterator[Step]:
+    """Announce a piece of work of `total` steps; yields `step(n=1)` to report advance."""
+    listener = _listener.get()
+    if listener is None:
+        yield lambda n=1: None
+        return
+    with listener(description, total) as step:
+        yield step

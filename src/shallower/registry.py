@@ -1,0 +1,153 @@
+"""Names of methods. A module of `metrics/`, `objectives/` or `search/` registers one function; others may, too.
+
+A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its package names
+in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options (`--set name=value`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from shallower.errors import UnknownName, UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENTRY_POINTS = "shallower.methods"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword-only parameter that a user may set."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+    def parse(self, text: str) -> Any:
+        """Turn the text of `--set name=text` into a value.
+
+        Raises UserError when the text does not fit the annotation.
+        """
+        kind = self.annotation
+        allowed = _allowed(kind)
+        try:
+            if get_origin(kind) is Literal:
+                choices = {str(choice): choice for choice in get_args(kind)}
+                return choices[text]
+            if kind is bool:
+                return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+            return kind(text)
+        except (KeyError, ValueError):
+            raise UserError(f"option {self.name}={text!r} does not fit: it takes {allowed}.") from None
+
+
+def _allowed(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(str(choice) for choice in get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered function with what the framework and the user may ask of it."""
+
+    kind: str
+    name: str
+    function: Callable[..., Any]
+    source: str
+    options: Mapping[str, Option]
+    traits: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that the framework supplies (all that are not options)."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name not in self.options)
+
+    def parse_options(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """Check `--set` texts against the options and fill in nothing that was not given.
+
+        Raises UnknownName for a key that is not an option.
+        """
+        unknown = [key for key in given if key not in self.options]
+        if unknown:
+            raise UnknownName(f"option of {self.kind} {self.name!r}", unknown[0], self.options)
+        return {key: self.options[key].parse(text) for key, text in given.items()}
+
+
+class Registry:
+    """The methods of one kind. Built-in modules of `package` and third-party entry points load at the first look-up."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._methods: dict[str, Method] = {}
+        self._loaded = False
+
+    def __call__(self, name: str, *, source: str = "", **traits: Any) -> Callable[[F], F]:
+        """Decorator that registers a function under `name`.
+
+        Raises TypeError when the name is taken or a keyword-only parameter has no parsable annotation or no default.
+        """
+
+        def register(function: F) -> F:
+            if name in self._methods and self._methods[name].function.__module__ != function.__module__:
+                raise TypeError(f"{self.kind} {name!r} is registered twice")
+            self._methods[name] = Method(self.kind, name, function, source, _options(function), traits)
+            return function
+
+        return register
+
+    def get(self, name: str) -> Method:
+        """Look a method up. Raises UnknownName, with the nearest name, when there is none."""
+        self._load()
+        try:
+            return self._methods[name]
+        except KeyError:
+            raise UnknownName(self.kind, name, sorted(self._methods), "See `shallower methods`.") from None
+
+    def __iter__(self) -> Iterator[Method]:
+        self._load()
+        return iter(sorted(self._methods.values(), key=lambda method: method.name))
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+        for point in entry_points(group=ENTRY_POINTS):
+            point.load()
+
+
+def _options(function: Callable[..., Any]) -> dict[str, Option]:
+    hints = typing.get_type_hints(function)
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        kind = hints.get(name)
+        if parameter.default is inspect.Parameter.empty or not (
+            kind in (int, float, bool, str) or get_origin(kind) is Literal
+        ):
+            raise TypeError(f"option {name!r} of {function.__qualname__} needs a default and int, float, bool, str or Literal")
+        options[name] = Option(name, kind, parameter.default)
+    return options
+
+
+metric = Registry("metric", "shallower.metrics")
+objective = Registry("objective", "shallower.objectives")
+search = Registry("search", "shallower.search")
+REGISTRIES = (metric, objective, search)

@@ -1,0 +1,93 @@
+"""Removable parts of a model: units (`block.7`, `attn.7`, `mlp.7`) and half-open spans of blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from shallower.errors import BudgetError
+
+Kind = Literal["block", "attn", "mlp"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_UNIT = re.compile(rf"({'|'.join(KINDS)})\.(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One removable thing. Ordered by depth, then `attn` < `block` < `mlp`."""
+
+    index: int
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Unit:
+        """Read `block.7`, `attn.7` or `mlp.7`.
+
+        Raises BudgetError for anything else.
+        """
+        match = _UNIT.fullmatch(text.strip())
+        if match is None:
+            raise BudgetError(
+                f"{text!r} is not a unit: write block.7, attn.7 or mlp.7 (0-based), or a range such as block.13-18."
+            )
+        kind: Kind = match[1]  # type: ignore[assignment]
+        return cls(int(match[2]), kind)
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Blocks `start, …, stop - 1`: half-open, as Python ranges are."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise BudgetError(f"the span [{self.start}, {self.stop}) is empty or negative.")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"[{self.start},{self.stop})"
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return tuple(Unit(index, "block") for index in range(self.start, self.stop))
+
+
+def parse_units(text: str) -> tuple[Unit, ...]:
+    """Read a comma-separated list of units; `block.13-18` is an inclusive range (13, 14, …, 18).
+
+    Raises BudgetError when an item cannot be read or is named twice.
+    """
+    units: list[Unit] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        span = re.fullmatch(rf"({'|'.join(KINDS)})\.(\d+)-(\d+)", item)
+        if span is None:
+            units.append(Unit.parse(item))
+            continue
+        first, last = int(span[2]), int(span[3])
+        if last < first:
+            raise BudgetError(f"the range {item!r} ends before it starts.")
+        units += [Unit.parse(f"{span[1]}.{index}") for index in range(first, last + 1)]
+    require_distinct(units)
+    return tuple(units)
+
+
+def require_distinct(units: Iterable[Unit]) -> None:
+    """Raise BudgetError when a unit is named twice, or a sublayer together with the block that holds it."""
+    seen: set[Unit] = set()
+    for unit in units:
+        if unit in seen:
+            raise BudgetError(f"{unit} is named twice; name each unit once.")
+        seen.add(unit)
+    for unit in seen:
+        if unit.kind != "block" and Unit(unit.index, "block") in seen:
+            raise BudgetError(f"{unit} is part of block.{unit.index}, which is removed too; name only one of the two.")
