@@ -1,1 +1,82 @@
-"""shallower: find the blocks and sublayers a language model can do without, cut them out, and prove what it cost."""
+"""shallower: find the blocks and sublayers a language model can do without, cut them out, and prove what it cost.
+
+    import shallower
+    pruned = shallower.prune("HuggingFaceTB/SmolLM2-135M", "20%", calibration="text.jsonl", out="smaller")
+
+Each verb of the command line is a function here, on a path or on a model in memory. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from shallower.errors import ShallowerError, UserError
+from shallower.plan import PruningPlan
+from shallower.registry import metric, objective
+from shallower.scores import Scores
+from shallower.units import Span, Unit
+from shallower.version import __version__
+
+if TYPE_CHECKING:
+    from shallower.anatomy import dissect
+    from shallower.corpus import CalibrationSet, build_calibration
+    from shallower.engine import Ablator
+    from shallower.surgery import cut, save
+    from shallower.verbs.demo import demo
+    from shallower.verbs.evaluate import evaluate
+    from shallower.verbs.inspect import inspect
+    from shallower.verbs.prune import prune
+    from shallower.verbs.report import report
+    from shallower.verbs.score import score
+    from shallower.verbs.search import search
+    from shallower.verbs.subject import open_subject
+
+_LAZY = {
+    "Ablator": "engine",
+    "CalibrationSet": "corpus",
+    "build_calibration": "corpus",
+    "cut": "surgery",
+    "demo": "verbs.demo",
+    "dissect": "anatomy",
+    "evaluate": "verbs.evaluate",
+    "inspect": "verbs.inspect",
+    "open_subject": "verbs.subject",
+    "prune": "verbs.prune",
+    "report": "verbs.report",
+    "save": "surgery",
+    "score": "verbs.score",
+    "search": "verbs.search",
+}
+
+__all__ = [
+    "Ablator",
+    "CalibrationSet",
+    "PruningPlan",
+    "Scores",
+    "ShallowerError",
+    "Span",
+    "Unit",
+    "UserError",
+    "__version__",
+    "build_calibration",
+    "cut",
+    "demo",
+    "dissect",
+    "evaluate",
+    "inspect",
+    "metric",
+    "objective",
+    "open_subject",
+    "prune",
+    "report",
+    "save",
+    "score",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"shallower.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'shallower' has no attribute {name!r}")

@@ -39,8 +39,7 @@ class UnknownName(UserError):
         self.known = tuple(known)
         near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
         message = f"unknown {what} {name!r}"
-        if near:
-            message += f"; did you mean {near[0]!r}?"
+        message += f"; did you mean {near[0]!r}?" if near else "."
         message += f" Known: {', '.join(self.known)}." if self.known else " None is registered."
         super().__init__(f"{message} {hint}".strip())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.errors import PlanError, UserError
-from shallower.strict_json import key_faults, write_json
+from shallower.strict_json import finite, is_number, key_faults, record_faults, write_json
 from shallower.units import Unit, require_distinct
 
 FORMAT = "shallower.plan/1"
@@ -87,8 +87,9 @@ class PruningPlan:
     def require_for(self, model: ModelIdentity) -> None:
         """Raise PlanError, naming both models, unless the plan was made for `model`."""
         if self.model.fingerprint != model.fingerprint:
+            mine = self.model
             raise PlanError(
-                f"this plan was made for {self.model.name} ({self.model.blocks} blocks, {self.model.fingerprint[:19]}…), "
+                f"this plan was made for {mine.name} ({mine.blocks} blocks, {mine.fingerprint[:19]}…), "
                 f"not for {model.name} ({model.blocks} blocks, {model.fingerprint[:19]}…). Search again for this model."
             )
 
@@ -97,8 +98,8 @@ class PruningPlan:
             "format": FORMAT,
             "model": asdict(self.model),
             "remove": [str(unit) for unit in self.remove],
-            "order": [[str(unit), loss] for unit, loss in self.order],
-            "dense": self.dense,
+            "order": [[str(unit), finite(loss)] for unit, loss in self.order],
+            "dense": finite(self.dense),
             "made_by": {**asdict(self.made_by), "options": dict(self.made_by.options)},
         }
 
@@ -113,28 +114,19 @@ class PruningPlan:
                 "Update shallower or make the plan again with `shallower search`."
             )
         faults = key_faults(where, data, ("format", "model", "remove", "order", "dense", "made_by"))
-        parts = {"model": ModelIdentity, "made_by": MadeBy}
-        for key, kind in parts.items():
-            value = data.get(key, {})
-            if not isinstance(value, dict):
-                faults.append(f"{key!r} of {where} is not an object")
-            elif key in data:
-                faults += key_faults(f"{key!r} of {where}", value, kind.__dataclass_fields__)
-        calibration = data["made_by"].get("calibration") if isinstance(data.get("made_by"), dict) else None
-        if isinstance(calibration, dict):
-            faults += key_faults(f"'calibration' of {where}", calibration, CalibrationIdentity.__dataclass_fields__)
+        faults += provenance_faults(where, data)
+        for key in ("remove", "order"):
+            if not isinstance(data.get(key, []), list):
+                faults.append(f"{key!r} of {where} is not a list")
         if faults:
             raise PlanError("; ".join(faults) + ".")
         try:
-            made_by = dict(data["made_by"])
-            if calibration is not None:
-                made_by["calibration"] = CalibrationIdentity(**calibration)
             return cls(
                 ModelIdentity(**data["model"]),
                 tuple(Unit.parse(text) for text in data["remove"]),
-                tuple((Unit.parse(text), loss) for text, loss in data["order"]),
-                data["dense"],
-                MadeBy(**made_by),
+                tuple((Unit.parse(text), _loss(loss)) for text, loss in data["order"]),
+                _loss(data["dense"]),
+                read_made_by(data),
             )
         except PlanError:
             raise
@@ -156,3 +148,31 @@ class PruningPlan:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise PlanError(f"{path} cannot be read as a plan: {error}.") from None
         return cls.from_json(data, str(path))
+
+
+def provenance_faults(where: str, data: Mapping[str, Any]) -> list[str]:
+    """Faults of the parts 'model' and 'made_by' that plan and score files share."""
+    faults = []
+    if "model" in data:
+        faults += record_faults(f"'model' of {where}", data["model"], ModelIdentity)
+    if "made_by" in data:
+        faults += record_faults(f"'made_by' of {where}", data["made_by"], MadeBy)
+        calibration = data["made_by"].get("calibration") if isinstance(data["made_by"], dict) else None
+        if isinstance(calibration, dict):
+            faults += record_faults(f"'calibration' of {where}", calibration, CalibrationIdentity)
+    return faults
+
+
+def read_made_by(data: Mapping[str, Any]) -> MadeBy:
+    """The part 'made_by' of a file without faults."""
+    made_by = dict(data["made_by"])
+    if made_by["calibration"] is not None:
+        made_by["calibration"] = CalibrationIdentity(**made_by["calibration"])
+    return MadeBy(**made_by)
+
+
+def _loss(value: Any) -> float | None:
+    if value is not None and not is_number(value):
+        raise TypeError(f"{value!r} is not a number or null")
+    loss: float | None = value
+    return loss

@@ -17,17 +17,28 @@ from contextvars import ContextVar
 Step = Callable[..., None]  # step(n=1)
 Listener = Callable[[str, int | None], AbstractContextManager[Step]]
 
+Reader = Callable[[str], None]
+
 _listener: ContextVar[Listener | None] = ContextVar("progress_listener", default=None)
+_reader: ContextVar[Reader | None] = ContextVar("progress_reader", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Send progress inside the `with` to `listener(description, total)`."""
-    token = _listener.set(listener)
+def listening(listener: Listener, reader: Reader | None = None) -> Iterator[None]:
+    """Send progress inside the `with` to `listener(description, total)`, and notes to `reader(sentence)`."""
+    tokens = _listener.set(listener), _reader.set(reader)
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listener.reset(tokens[0])
+        _reader.reset(tokens[1])
+
+
+def note(sentence: str) -> None:
+    """Tell whoever listens something about the work that is not in its result, such as what it cost."""
+    reader = _reader.get()
+    if reader is not None:
+        reader(sentence)
 
 
 @contextmanager

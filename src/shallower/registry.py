@@ -1,7 +1,8 @@
-"""Names of methods. A module of `metrics/`, `objectives/` or `search/` registers one function; others may, too.
+"""Names of methods. A module of `metrics/`, `objectives/` or `searches/` registers one function; others may, too.
 
-A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its package names
-in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options (`--set name=value`).
+A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
+package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options
+(`--set name=value`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from shallower.errors import UnknownName, UserError
@@ -124,12 +124,18 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
-        for point in entry_points(group=ENTRY_POINTS):
-            point.load()
+        from importlib.metadata import entry_points  # takes as long as the rest of `import shallower`
+
+        self._loaded = True  # first, as a method's module may look another method up
+        try:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+            for point in entry_points(group=ENTRY_POINTS):
+                point.load()
+        except BaseException:
+            self._loaded = False  # else the next look-up would say that the method does not exist
+            raise
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Option]:
@@ -142,12 +148,14 @@ def _options(function: Callable[..., Any]) -> dict[str, Option]:
         if parameter.default is inspect.Parameter.empty or not (
             kind in (int, float, bool, str) or get_origin(kind) is Literal
         ):
-            raise TypeError(f"option {name!r} of {function.__qualname__} needs a default and int, float, bool, str or Literal")
+            raise TypeError(
+                f"option {name!r} of {function.__qualname__} needs a default and int, float, bool, str or Literal"
+            )
         options[name] = Option(name, kind, parameter.default)
     return options
 
 
 metric = Registry("metric", "shallower.metrics")
 objective = Registry("objective", "shallower.objectives")
-search = Registry("search", "shallower.search")
+search = Registry("search", "shallower.searches")
 REGISTRIES = (metric, objective, search)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shallower.errors import UserError
-from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity
-from shallower.strict_json import key_faults, write_json
+from shallower.plan import MadeBy, ModelIdentity, provenance_faults, read_made_by
+from shallower.strict_json import finite, key_faults, record_faults, write_json
 from shallower.units import Span, Unit
 
 FORMAT = "shallower.scores/1"
@@ -49,7 +49,7 @@ class Scores:
         return sorted(self.units, key=lambda unit: (self.units[unit], -unit.index))
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{"of": str(row.of), "value": _number(row.value), "error": row.error} for row in self.rows]
+        rows = [{"of": str(row.of), "value": finite(row.value), "error": finite(row.error)} for row in self.rows]
         return {
             "format": FORMAT,
             "model": asdict(self.model),
@@ -59,20 +59,33 @@ class Scores:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str = "the scores") -> Scores:
+    def from_json(cls, data: Any, where: str = "the scores") -> Scores:
         """Build from parsed JSON. Raises UserError naming every fault."""
-        faults = key_faults(where, data, ("format", "model", "metric", "rows", "made_by"))
+        if not isinstance(data, dict):
+            raise UserError(f"{where} does not hold scores: expected a JSON object.")
         if data.get("format") != FORMAT:
-            faults.insert(0, f"{where} has format {data.get('format')!r}, not {FORMAT!r}")
+            raise UserError(
+                f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
+                "Update shallower or make the scores again with `shallower score`."
+            )
+        faults = key_faults(where, data, ("format", "model", "metric", "rows", "made_by"))
+        faults += provenance_faults(where, data)
+        rows = data.get("rows", [])
+        if not isinstance(rows, list):
+            faults.append(f"'rows' of {where} is not a list")
+        else:
+            for number, row in enumerate(rows):
+                faults += record_faults(f"row {number} of {where}", row, _Row)
         if faults:
             raise UserError("; ".join(faults) + ".")
-        made_by = dict(data["made_by"])
-        if made_by["calibration"] is not None:
-            made_by["calibration"] = CalibrationIdentity(**made_by["calibration"])
-        rows = tuple(
-            Score(_parse(row["of"]), math.nan if row["value"] is None else row["value"], row["error"]) for row in data["rows"]
-        )
-        return cls(ModelIdentity(**data["model"]), data["metric"], rows, MadeBy(**made_by))
+        try:
+            parsed = tuple(
+                Score(_parse(row["of"]), math.nan if row["value"] is None else row["value"], row["error"])
+                for row in rows
+            )
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return cls(ModelIdentity(**data["model"]), data["metric"], parsed, read_made_by(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         write_json(path, self.to_json())
@@ -83,16 +96,21 @@ class Scores:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} cannot be read as scores: {error}. Make them with `shallower score MODEL`.") from None
+            raise UserError(
+                f"{path} cannot be read as scores: {error}. Make them with `shallower score MODEL`."
+            ) from None
         return cls.from_json(data, str(path))
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+@dataclass(frozen=True)
+class _Row:
+    """A row as the file has it."""
+
+    of: str
+    value: float | None
+    error: float | None
 
 
 def _parse(text: str) -> Unit | Span:
-    if text.startswith("["):
-        start, stop = text.strip("[)").split(",")
-        return Span(int(start), int(stop))
-    return Unit.parse(text)
+    span = re.fullmatch(r"\[(\d+),(\d+)\)", text)
+    return Span(int(span[1]), int(span[2])) if span else Unit.parse(text)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import math
 import os
-import tempfile
+import secrets
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,44 @@ def key_faults(what: str, data: Mapping[str, Any], required: Iterable[str], opti
     return faults
 
 
+def record_faults(what: str, data: Any, record: type) -> list[str]:
+    """Faults of `data` as the fields of the dataclass `record`: missing and unknown keys, values of another type."""
+    if not isinstance(data, dict):
+        return [f"{what} is not an object"]
+    hints = typing.get_type_hints(record)
+    faults = key_faults(what, data, hints)
+    for name, kind in hints.items():
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if name in data and not any(_fits(data[name], kind) for kind in kinds):
+            faults.append(f"{name!r} of {what} is {data[name]!r}, not {' or '.join(map(_called, kinds))}")
+    return faults
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON calls it a number (`true` is none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where JSON has no word for it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return is_number(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (str, types.NoneType):
+        return isinstance(value, kind)
+    return isinstance(value, dict)
+
+
+def _called(kind: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", types.NoneType: "null"}
+    return names.get(kind, "an object")
+
+
 def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     """Write `data` to a temporary name beside `path`, then rename, so that `path` is never half-written.
 
@@ -38,16 +80,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises OutputError when the place cannot be written.
     """
     path = Path(path)
-    temporary: str | None = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise OutputError(f"cannot write {path}: {error.strerror}. Free some room or choose another place.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

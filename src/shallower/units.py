@@ -88,6 +88,6 @@ def require_distinct(units: Iterable[Unit]) -> None:
         if unit in seen:
             raise BudgetError(f"{unit} is named twice; name each unit once.")
         seen.add(unit)
-    for unit in seen:
+    for unit in sorted(seen):
         if unit.kind != "block" and Unit(unit.index, "block") in seen:
             raise BudgetError(f"{unit} is part of block.{unit.index}, which is removed too; name only one of the two.")

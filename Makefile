@@ -1,0 +1,75 @@
+# Everything here needs Python 3.10 or later, make, and a Python package index. `make` alone says what there is.
+
+PYTHON ?= python3
+VENV ?= .venv
+LOWEST_VENV ?= .venv-lowest
+# More for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA
+PIP_ARGS ?=
+# For `make lowest`, another torch than the oldest allowed, e.g. LOWEST_TORCH=2.13.0 where only that one can be had
+LOWEST_TORCH ?=
+# More for pytest, e.g. ARGS="-k greedy -x"
+ARGS ?=
+TIERS ?= not hub and not gpu
+
+BIN := $(VENV)/bin
+# Compiling all of torch at once takes longer than compiling what gets imported
+INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit check format lowest docs clean
+
+help: ## Show this
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.dev ## Install shallower and its development tools into .venv, at pinned versions
+
+demo: $(VENV)/.demo ## Remove a fifth of a real 135M model's blocks, and show what it cost
+	$(BIN)/shallower demo
+
+test: $(VENV)/.dev ## All tests that need no hub and no GPU (ARGS="-k name" for some)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(TIERS)" $(ARGS)
+
+unit: TIERS := not model and not hub and not gpu
+unit: test ## The tests that need no model download
+
+check: $(VENV)/.dev ## Format, lint, types, and which way imports go
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_imports.py
+
+format: $(VENV)/.dev ## Format, and fix what the linter can
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lowest: $(LOWEST_VENV)/.lowest ## The unit tests with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -m "not model and not hub and not gpu" $(ARGS)
+
+docs: ## Not there yet: reference pages made from docstrings
+	@echo "There are no generated pages yet; see README.md, CONTRIBUTING.md and docs/."
+
+clean: ## Remove the environments and all caches
+	rm -rf $(VENV) $(LOWEST_VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "shallower needs Python 3.10 or later, this is " \
+	  + sys.version.split()[0] + ": give another with make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints-dev.txt | $(VENV)/bin/pip
+	@echo "Installing shallower into $(VENV): a few minutes the first time."
+	$(BIN)/python $(INSTALL) -c constraints-dev.txt -e '.[gguf,data]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints-dev.txt | $(VENV)/bin/pip
+	@echo "Installing shallower and its development tools into $(VENV): a few minutes the first time."
+	$(BIN)/python $(INSTALL) -c constraints-dev.txt -e '.[dev]'
+	@touch $(VENV)/.demo $@
+
+$(LOWEST_VENV)/.lowest: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	grep -oE '"[A-Za-z0-9_.-]+>=[0-9.]+"' pyproject.toml | sort -u \
+	  | sed -E 's/"//g; s/>=/==/; $(if $(LOWEST_TORCH),s/^torch==.*/torch==$(LOWEST_TORCH)/)' > $(LOWEST_VENV)/constraints.txt
+	$(LOWEST_VENV)/bin/python $(INSTALL) -c $(LOWEST_VENV)/constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,254 @@
+"""Find blocks, attention and MLP sublayers by structure, and observe how they pass the residual stream on.
+
+Nothing here knows a family by name. The block list is the one `nn.ModuleList` as long as the text config says; in a
+block the attention is the child that owns a KV cache slot (`layer_idx`) or calls itself attention, the MLP is every
+other child with weight matrices. One forward of a few tokens then shows what each part returns, so that a part can be
+replaced by nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from shallower.errors import ModelError
+from shallower.units import Kind, Unit
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that reads the residual stream, and the form in which it gives it back.
+
+    names: attribute names of the modules inside the block (OPT's MLP is two linear maps in a row, Granite's is two
+    summed).
+    arities: for each module, None when it returns a tensor, else the length of the tuple whose first entry is the
+    tensor.
+    adds_residual: the module adds the stream itself (Bloom, MPT), so that without it the stream comes back unchanged.
+    """
+
+    names: tuple[str, ...]
+    arities: tuple[int | None, ...]
+    adds_residual: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer. `attn` or `mlp` is None when the block has no such part."""
+
+    index: int
+    module: nn.Module
+    arity: int | None
+    attn: Part | None
+    mlp: Part | None
+
+    def part(self, kind: Kind) -> Part | None:
+        return {"attn": self.attn, "mlp": self.mlp}.get(kind)
+
+    def modules_of(self, kind: Kind) -> tuple[nn.Module, ...]:
+        """The modules that `kind` consists of: the whole block, or the parts of a sublayer."""
+        if kind == "block":
+            return (self.module,)
+        part = self.part(kind)
+        return () if part is None else tuple(self.module.get_submodule(name) for name in part.names)
+
+    @contextmanager
+    def without(self, kind: Kind) -> Iterator[None]:
+        """Inside the `with`, the block runs as if its attention or MLP added nothing to the stream."""
+        part = self.part(kind)
+        assert part is not None, f"{kind}.{self.index} does not exist"
+        originals = {name: self.module._modules[name] for name in part.names}
+        try:
+            for name, substitute in substitutes(self, kind).items():
+                self.module._modules[name] = substitute
+            yield
+        finally:
+            self.module._modules.update(originals)
+
+
+class Absent(nn.Module):
+    """Stands where a sublayer was: adds nothing to the residual stream. Has no parameters and keeps no KV cache."""
+
+    unit: Unit | None = None
+    """What was here, where surgery knows it."""
+
+    def __init__(self, arguments: tuple[str, ...], arity: int | None, adds_residual: bool) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.arity = arity
+        self.adds_residual = adds_residual
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        hidden = given[self.arguments[0]]
+        update = given["residual"] if self.adds_residual else torch.zeros_like(hidden)
+        return pack(update, self.arity)
+
+
+def substitutes(block: Block, kind: Kind) -> dict[str, nn.Module]:
+    """Modules to put in place of a sublayer's, by child name, so that the block runs without it."""
+    part = block.part(kind)
+    assert part is not None
+    modules: dict[str, nn.Module] = {}
+    for name, arity in zip(part.names, part.arities, strict=True):
+        original = block.module.get_submodule(name)
+        if isinstance(original, nn.Linear) and name != part.names[-1]:
+            modules[name] = nn.Identity()  # feeds the next linear map, which is the one that gives nothing back
+        else:
+            modules[name] = Absent(_arguments(original), arity, part.adds_residual)
+    return modules
+
+
+def pack(hidden: Tensor, arity: int | None) -> Any:
+    """Give `hidden` the form that the replaced module would have returned."""
+    return hidden if arity is None else (hidden, *[None] * (arity - 1))
+
+
+def unpack(output: Any) -> Tensor:
+    """The hidden states in what a block or sublayer returned."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """Blocks of a model in order, where they are, and which sublayers they have."""
+
+    model: PreTrainedModel
+    path: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def family(self) -> str:
+        return str(self.model.config.model_type)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """Every unit that could be removed, in depth order."""
+        units = []
+        for block in self.blocks:
+            units.append(Unit(block.index, "block"))
+            units += [Unit(block.index, kind) for kind in ("attn", "mlp") if block.part(kind) is not None]
+        return tuple(units)
+
+    def of_kind(self, *kinds: Kind) -> tuple[Unit, ...]:
+        return tuple(unit for unit in self.units if unit.kind in kinds)
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder blocks.
+
+    Raises ModelError saying what was found when there is no such list, or more than one.
+    """
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [
+        (name, module)
+        for name, module in lists
+        if len(module) == expected and all(isinstance(member, GradientCheckpointingLayer) for member in module)
+    ]
+    if len(fitting) != 1:
+        seen = ", ".join(
+            f"{name} ({len(module)} × {type(module[0]).__name__})" for name, module in lists if len(module)
+        )
+        raise ModelError(
+            f"cannot tell which modules of {type(model).__name__} are its {expected} blocks: "
+            f"{len(fitting)} lists fit. Module lists found: {seen or 'none'}."
+        )
+    return fitting[0]
+
+
+def dissect(model: PreTrainedModel) -> Anatomy:
+    """Find the anatomy of a decoder-only language model; runs one forward of a few tokens.
+
+    Raises ModelError when the blocks cannot be found or do not pass one residual stream on.
+    """
+    path, modules = find_blocks(model)
+    named = [(_attention_names(block), _mlp_names(block)) for block in modules]
+    returned: dict[nn.Module, int | None] = {}
+    watched = list(modules) + [
+        block.get_submodule(name) for block, names in zip(modules, named, strict=True) for name in sum(names, ())
+    ]
+
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        returned[module] = len(output) if isinstance(output, tuple) else None
+
+    handles = [module.register_forward_hook(remember) for module in watched]
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_ids(model), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def part(block: nn.Module, names: tuple[str, ...]) -> Part | None:
+        called = tuple(name for name in names if block.get_submodule(name) in returned)
+        if not called:
+            return None
+        last = block.get_submodule(called[-1])
+        arities = tuple(returned[block.get_submodule(name)] for name in called)
+        return Part(called, arities, "residual" in _arguments(last))
+
+    blocks = []
+    for index, (block, (attention, mlp)) in enumerate(zip(modules, named, strict=True)):
+        if block not in returned:
+            raise ModelError(
+                f"block {index} of {type(model).__name__} ({path}.{index}) was not run by the model's forward."
+            )
+        blocks.append(Block(index, block, returned[block], part(block, attention), part(block, mlp)))
+    return Anatomy(model, path, tuple(blocks))
+
+
+def probe_ids(model: PreTrainedModel, sequences: int = 1) -> Tensor:
+    """A few token ids, int64 [sequences, PROBE_TOKENS], spread over the vocabulary."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(sequences * PROBE_TOKENS, device=model.device) * 7919 % max(vocabulary - 1, 1)
+    return torch.as_tensor(ids).view(sequences, PROBE_TOKENS)
+
+
+_MIXES_TOKENS = re.compile(r"att|mixer|mamba|ssm|conv|delta", re.IGNORECASE)
+
+
+def _mixer_names(block: nn.Module) -> tuple[str, ...]:
+    """The children that mix tokens: they own a cache slot, or call themselves attention."""
+    children = [(name, child) for name, child in block.named_children() if _has_matrices(child)]
+    owners = [(name, child) for name, child in children if hasattr(child, "layer_idx")]
+    if len(owners) == 1:
+        return (owners[0][0],)
+    # An MLP may carry the index too (HunYuan); some attentions do not (GPT-Neo).
+    return tuple(
+        name
+        for name, child in owners or children
+        if _MIXES_TOKENS.search(name) or _MIXES_TOKENS.search(type(child).__name__)
+    )
+
+
+def _attention_names(block: nn.Module) -> tuple[str, ...]:
+    """The child that mixes tokens; none when there are several side by side (Falcon-H1), which one unit cannot name."""
+    mixers = _mixer_names(block)
+    return mixers if len(mixers) == 1 else ()
+
+
+def _mlp_names(block: nn.Module) -> tuple[str, ...]:
+    """Every child with weight matrices that does not mix tokens; in calling order as declared (OPT: fc1, fc2)."""
+    mixers = _mixer_names(block)
+    return tuple(name for name, child in block.named_children() if name not in mixers and _has_matrices(child))
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    return any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]

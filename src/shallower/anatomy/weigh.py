@@ -1,0 +1,127 @@
+"""What each unit weighs: parameters, bytes, FLOPs per token, KV-cache bytes per token. Measured on a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from shallower.anatomy.dissect import Anatomy, probe_ids
+from shallower.units import Unit
+
+Quantity = Literal["blocks", "parameters", "bytes", "flops", "kv_bytes"]
+
+
+@dataclass(frozen=True)
+class UnitWeight:
+    """parameters: count. bytes: as stored now. flops: floating-point operations a token, at a context of a few tokens.
+    kv_bytes: bytes that one token adds to the cache. blocks: 1 for a block, ½ for a sublayer.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int
+    kv_bytes: int
+    blocks: float = 0.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weight of every unit, of all blocks together, and of the whole model."""
+
+    units: dict[Unit, UnitWeight]
+    blocks: UnitWeight
+    model: UnitWeight
+
+    def of(self, units: Iterable[Unit]) -> UnitWeight:
+        """Sum over `units`."""
+        return _sum(self.units[unit] for unit in units)
+
+
+def _sum(weights: Iterable[UnitWeight]) -> UnitWeight:
+    total = UnitWeight(0, 0, 0, 0)
+    for weight in weights:
+        total = UnitWeight(*(getattr(total, name) + getattr(weight, name) for name in UnitWeight.__dataclass_fields__))
+    return total
+
+
+def weigh(anatomy: Anatomy) -> Weights:
+    """Weigh every unit of a model. Runs one forward of a few tokens; experts count as often as a token visits them."""
+    flops, kv_bytes = _observe(anatomy)
+    units: dict[Unit, UnitWeight] = {}
+    for unit in anatomy.units:
+        block = anatomy.blocks[unit.index]
+        modules = block.modules_of(unit.kind)
+        holds_cache = unit.kind in ("block", "attn")
+        units[unit] = UnitWeight(
+            *_size(modules),
+            flops=sum(flops[module] for module in modules),
+            kv_bytes=kv_bytes[unit.index] if holds_cache else 0,
+            blocks=1.0 if unit.kind == "block" else 0.5,
+        )
+    blocks = _sum(units[unit] for unit in anatomy.of_kind("block"))
+    whole = UnitWeight(*_size((anatomy.model,)), flops[anatomy.model], blocks.kv_bytes, float(len(anatomy.blocks)))
+    return Weights(units, blocks, whole)
+
+
+def _size(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
+    """FLOPs a token of each part, and bytes a token of each block's cache."""
+    parts: list[nn.Module] = [anatomy.model]
+    for block in anatomy.blocks:
+        parts += [module for kind in ("block", "attn", "mlp") for module in block.modules_of(kind)]
+    ids = probe_ids(anatomy.model)
+    counter = FlopCounterMode(display=False, custom_mapping=_grouped_products())
+    before: dict[nn.Module, int] = {}
+    flops = dict.fromkeys(parts, 0)
+
+    def enter(module: nn.Module, args: object) -> None:
+        before[module] = counter.get_total_flops()
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        flops[module] += counter.get_total_flops() - before[module]
+
+    handles = [
+        handle
+        for part in parts
+        for handle in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
+    ]
+    try:
+        with torch.no_grad(), counter:
+            cache = anatomy.model(input_ids=ids, use_cache=True).get("past_key_values")
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = getattr(cache, "layers", [])
+    stored = [_cached_bytes(layers[index]) if index < len(layers) else 0 for index in range(len(anatomy.blocks))]
+    return {part: count // ids.numel() for part, count in flops.items()}, stored
+
+
+def _grouped_products() -> dict[object, object]:
+    """How to count the one product over all experts that the counter does not know."""
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)
+    if grouped is None:
+        return {}
+
+    def count(rows: tuple[int, ...], matrices: tuple[int, ...], *_: object, **__: object) -> int:
+        return 2 * rows[-2] * rows[-1] * matrices[-1]
+
+    return {grouped: count}
+
+
+def _cached_bytes(layer: object) -> int:
+    """Bytes that one more token takes (within the window, for sliding attention); fixed states of linear attention do
+    not count.
+    """
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(
+        tensor.nbytes // tensor.shape[-2] for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.numel()
+    )

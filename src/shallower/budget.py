@@ -1,0 +1,159 @@
+"""How much to remove. Knows what units cost, not what they do."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from shallower.errors import BudgetError, UnknownName
+from shallower.units import KINDS, Unit, parse_units
+
+QUANTITIES = ("units", "parameters", "bytes", "flops", "kv_bytes")
+TOLERANCE = 1e-9  # 20 % of 30 equal blocks is 6 blocks, whatever the last bit says
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Remove at least `least` of `quantity`.
+
+    cost: what each removable unit contributes. total: the same quantity over all blocks.
+    """
+
+    quantity: str
+    least: float
+    total: float
+    cost: Mapping[Unit, float]
+
+    def met(self, removed: Collection[Unit]) -> bool:
+        return sum(self.cost[unit] for unit in removed) >= self.least * (1 - TOLERANCE)
+
+    def __str__(self) -> str:
+        if self.quantity == "units":
+            return f"{self.least:g} units"
+        return f"{self.least / self.total:.3g} of the {self.quantity} in blocks"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove: every limit is to be met."""
+
+    limits: tuple[Limit, ...]
+
+    def met(self, removed: Collection[Unit]) -> bool:
+        return all(limit.met(removed) for limit in self.limits)
+
+    def admits(self, removed: Collection[Unit], unit: Unit) -> bool:
+        """Whether `unit` can still go, and going helps.
+
+        It is there, is no part of what is gone, has no part that is gone, and costs some of what is still to be removed.
+        """
+        if unit in removed or Unit(unit.index, "block") in removed:
+            return False
+        if unit.kind == "block" and any(Unit(unit.index, kind) in removed for kind in KINDS):
+            return False
+        unmet = [limit for limit in self.limits if not limit.met(removed)]
+        return any(limit.cost.get(unit) for limit in unmet or self.limits)
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.limits))
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much a user asked to remove: `value` units, or percent of `quantity`."""
+
+    value: float
+    share: bool
+    quantity: str
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{'%' if self.share else ''} {'of the ' * self.share}{self.quantity}"
+
+
+def parse_remove(text: str) -> tuple[Amount, ...] | tuple[Unit, ...]:
+    """Read `--remove`: a list of units, or amounts that are all to be removed.
+
+    `8` is a number of units, `25%` a share of the parameters in blocks, `33%:kv_bytes` a share of another quantity,
+    `20%,33%:kv_bytes` both. Raises BudgetError for what cannot be read, is zero or negative, or is 100 % and more.
+    """
+    text = text.strip()
+    if re.match(r"[a-z]", text):
+        return parse_units(text)
+    return tuple(_parse_amount(item.strip()) for item in text.split(","))
+
+
+def _parse_amount(text: str) -> Amount:
+    match = re.fullmatch(r"([-+]?\d+(?:\.\d+)?)(%?)(?::(\w+))?", text)
+    if match is None:
+        raise BudgetError(
+            f"--remove {text!r} cannot be read: give a number of units (6), a share of the parameters in blocks (20%), "
+            "a share of another quantity (33%:kv_bytes), or units (block.13,block.14 or block.13-18)."
+        )
+    value, share = float(match[1]), match[2] == "%"
+    quantity = match[3] or ("parameters" if share else "units")
+    if quantity not in QUANTITIES:
+        raise UnknownName("quantity", quantity, QUANTITIES)
+    if value <= 0:
+        raise BudgetError(f"--remove {text} removes nothing; give a positive number.")
+    if share and value >= 100:
+        raise BudgetError(f"--remove {text} would remove every block; give less than 100%.")
+    if quantity == "units" and not share and value != int(value):
+        raise BudgetError(f"--remove {text} is not a whole number of units.")
+    return Amount(value, share, quantity)
+
+
+def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limit:
+    """Limit over removable units, whose `cost` is in the amount's quantity; `total` is that quantity over all blocks.
+
+    Raises BudgetError when it takes the whole model, or more than the removable units can give.
+    """
+    needed = amount.value / 100 * total if amount.share else amount.value
+    removable = _most(cost)
+    if needed >= total * (1 - TOLERANCE):
+        raise BudgetError(f"cannot remove {amount}: the model's blocks hold {total:g} and something must stay.")
+    if math.isclose(removable, 0):
+        raise BudgetError(f"the units that may go hold no {amount.quantity}; choose other --units.")
+    if needed > removable * (1 + TOLERANCE):
+        raise BudgetError(
+            f"cannot remove {amount}: the {len(cost)} units that may go hold {removable:g} of {total:g}. "
+            "Protect fewer or remove less."
+        )
+    return Limit(amount.quantity, needed, total, cost)
+
+
+def _most(costs: Mapping[Unit, float]) -> float:
+    """What can go at most: a block or its sublayers, not both."""
+    blocks = {unit.index: cost for unit, cost in costs.items() if unit.kind == "block"}
+    parts: dict[int, float] = {}
+    for unit, cost in costs.items():
+        if unit.kind != "block":
+            parts[unit.index] = parts.get(unit.index, 0.0) + cost
+    return sum(max(blocks.get(index, 0.0), parts.get(index, 0.0)) for index in {*blocks, *parts})
+
+
+def parse_protect(text: str, blocks: int) -> frozenset[int]:
+    """Read `--protect`: `first:4,last:2`, block numbers, or both; returns the indices of protected blocks.
+
+    Raises BudgetError for what cannot be read or does not exist.
+    """
+    protected: set[int] = set()
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(?:(first|last):|block\.)?(\d+)", item)
+        if match is None:
+            raise BudgetError(
+                f"--protect {item!r} cannot be read: write first:4, last:2 or block.7, separated by commas."
+            )
+        count = int(match[2])
+        if match[1] is None and count >= blocks:
+            raise BudgetError(f"--protect {item} does not exist: the model has blocks 0 to {blocks - 1}.")
+        if match[1] is not None and count > blocks:
+            raise BudgetError(f"--protect {item} is more than the model's {blocks} blocks.")
+        if match[1] == "first":
+            protected |= set(range(count))
+        elif match[1] == "last":
+            protected |= set(range(blocks - count, blocks))
+        else:
+            protected.add(count)
+    return frozenset(protected)

@@ -1,0 +1,84 @@
+"""On which device and in which number format a model runs, chosen by a measurement where that is not known."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from shallower.errors import UnknownName
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WORTHWHILE = 1.3  # half precision has to be this many times faster than float32 to be worth its rounding
+
+
+def parse_device(name: str) -> torch.device:
+    """`auto` (cuda, else mps, else cpu) or a torch device such as `cpu` or `cuda:1`.
+
+    Raises UserError when this machine has no such device.
+    """
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *there]
+    if name == "auto":
+        return torch.device(there[0])
+    if name not in there:
+        raise UnknownName("device", name, ("auto", *there))
+    return torch.device(name)
+
+
+def parse_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, `float16`, or `auto` for `choose_dtype(device)`.
+
+    Raises UnknownName for anything else.
+    """
+    if name == "auto":
+        return choose_dtype(device)
+    if name not in DTYPES:
+        raise UnknownName("dtype", name, ("auto", *DTYPES))
+    return DTYPES[name]
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """The format in which `device` multiplies matrices fastest; bfloat16 only where it is clearly faster than float32.
+
+    CUDA: bfloat16 where the hardware has it, else float16. Elsewhere measured once a process, which takes some
+    hundredths of a second on one thread. Never float16 there: several families overflow in it.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return _measured(device, torch.get_num_threads())
+
+
+@functools.cache
+def _measured(device: torch.device, threads: int) -> torch.dtype:
+    # Without hardware support bfloat16 can be a hundred times slower: the small product finds that out cheaply.
+    for size in (256, 1024):
+        try:
+            plain, half = _seconds(device, size)
+        except (RuntimeError, TypeError):  # a device without bfloat16
+            return torch.float32
+        if half * _WORTHWHILE > plain and (size == 1024 or half > 3 * plain):
+            return torch.float32
+    return torch.bfloat16
+
+
+def _seconds(device: torch.device, size: int) -> tuple[float, float]:
+    """Seconds of the fastest of three `size`-cubed products in float32 and in bfloat16, measured in turns."""
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    operands: dict[torch.dtype, Tensor] = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in best}
+    with torch.inference_mode():
+        for turn in range(4):
+            for dtype, matrix in operands.items():
+                start = time.perf_counter()
+                linear(matrix, matrix)
+                if device.type == "mps":
+                    torch.mps.synchronize()
+                if turn:  # the first turn warms up
+                    best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32], best[torch.bfloat16]

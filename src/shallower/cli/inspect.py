@@ -1,0 +1,43 @@
+"""`shallower inspect`: blocks, sublayers, what they weigh, and what a removal would save."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from shallower.cli import options
+from shallower.cli.output import print_removed
+from shallower.cli.verb import Answer, verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@verb
+def inspect(
+    model: options.Model,
+    remove: Annotated[
+        str,
+        Option("--remove", metavar="UNITS", help="Also show what is left without these: block.13-18. Default: none."),
+    ] = "",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> Answer:
+    """Show what each block and sublayer of a model weighs."""
+    from shallower.report.tables import inspection_table
+    from shallower.verbs.inspect import inspect as run
+
+    found = run(model, remove=remove, device=device, dtype=dtype)
+
+    def show(console: Console) -> None:
+        name, blocks = found.identity.name, found.identity.blocks
+        sublayers = [f"{kind}: {', '.join(found.parts[kind]) or 'none found'}" for kind in ("attn", "mlp")]
+        console.print(
+            f"{name}: {found.family}, {blocks} blocks at {found.path} ({'; '.join(sublayers)})", soft_wrap=True
+        )
+        console.print(inspection_table(found.weights, found.removed))
+        if found.removed:
+            print_removed(console, found.removed, found.identity, found.weights)
+
+    return Answer(found.to_json(), show)

@@ -1,0 +1,159 @@
+"""The entry point: which verbs there are, and what becomes of whatever goes wrong.
+
+Exit codes: 0 done · 1 not the user's fault (a defect, a failed verification) · 2 the user's mistake, or a full disk ·
+130 interrupted (Ctrl-C) · 143 terminated.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated
+
+import typer
+import typer.main
+
+from shallower.cli import demo, eval, inspect, methods, plan, prune, report, score, search
+from shallower.errors import ShallowerError
+from shallower.version import __version__
+
+# Newer versions of typer carry a copy of click; its exceptions are found through typer in all of them.
+_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+
+RESUME = "nothing half-written. Run the same command again: what was measured is kept and it resumes"
+
+app = typer.Typer(
+    name="shallower",
+    rich_markup_mode=None,  # importing rich takes longer than everything else that --help does
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("inspect")(inspect.inspect)
+app.command("score")(score.score)
+app.command("search")(search.search)
+app.command("prune")(prune.prune)
+app.command("eval")(eval.evaluate)
+app.command("report")(report.report)
+app.command("methods")(methods.methods)
+app.command("demo")(demo.demo)
+app.add_typer(plan.app, name="plan")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shallower {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def shallower(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Make a language model shallower: find the blocks it can do without, cut them out, and prove what it cost.
+
+    Try 'shallower demo', or 'shallower prune MODEL --remove 25% --out FOLDER'.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+class Terminated(BaseException):
+    """A signal asked the process to end; not an Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def main() -> None:
+    """Run the command line on this process's arguments, and exit."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; an error becomes a sentence on stderr."""
+    debug = "--debug" in arguments or os.environ.get("SHALLOWER_DEBUG", "0") not in ("", "0")
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("shallower", list(arguments)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as leave:
+        return leave.exit_code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except BaseException as error:
+        if isinstance(error, (SystemExit, GeneratorExit)):
+            raise
+        if debug:
+            traceback.print_exc()
+        sentence, code = explain(error, debug=debug)
+        print(f"shallower: {' '.join(sentence.split())}", file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
+    """What to tell the user, and the exit code."""
+    if isinstance(error, ShallowerError):
+        return str(error), error.exit_code
+    if isinstance(error, _ClickException):
+        return _usage(error), 2
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return f"interrupted; {RESUME}.", 130
+    if isinstance(error, Terminated):
+        return f"terminated; {RESUME}.", 128 + error.number
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{_where(error)}; {RESUME}. Free some room first, or choose another place.", 2
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.strerror}{_where(error)}; choose another place or change its permissions.", 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; give a smaller --length, another --dtype or another --device.", 2
+    what = f"this is a defect in shallower {__version__}, not your mistake: {type(error).__name__}: {_brief(error)}"
+    if debug:
+        return f"{what}. Please report it with the traceback above.", 1
+    return f"{what}. The traceback is in {_keep_traceback(error)}; please report it.", 1
+
+
+def _usage(error: BaseException) -> str:
+    """What click says of a wrong command line, as a sentence with what to type next."""
+    message = error.format_message().replace("Value error, ", "").strip().rstrip(".")  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "shallower"
+    return f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else '.'} See '{command} --help'."
+
+
+def _where(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""
+
+
+def _brief(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0].rstrip(".")[:200]
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Write the traceback to a file of its own and return its path."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="shallower-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write("".join(traceback.format_exception(error)))
+    return file.name
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated(number)

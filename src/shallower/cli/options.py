@@ -1,0 +1,127 @@
+"""Arguments and options that several verbs share, and what their texts mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from shallower.errors import UserError
+
+Units = Literal["block", "attn", "mlp", "sublayer", "all"]
+Positions = Literal["auto", "all", "last"]
+
+
+def _shipped(package: str) -> str:
+    """Names of the methods in a folder of this package: their files bear them, so that nothing needs importing."""
+    files = (Path(__file__).parents[1] / package).glob("[!_]*.py")
+    return ", ".join(sorted(file.stem.replace("_", "-") for file in files))
+
+
+ScoredBy = Annotated[str, Option("--metric", metavar="NAME", help=f"What to measure: {_shipped('metrics')}.")]
+Model = Annotated[
+    str,
+    Argument(
+        metavar="MODEL", help="A Hub name (owner/name or owner/name@revision), a local folder, a .gguf file, or 'demo'."
+    ),
+]
+PlanFile = Annotated[Path, Argument(metavar="PLAN", help="A plan file, as 'shallower search --out' writes it.")]
+
+Metric = Annotated[
+    str | None,
+    Option(
+        "--metric",
+        metavar="NAME",
+        help=f"Rank by this, in searches that rank: {_shipped('metrics')}. Default: as in the search's paper.",
+    ),
+]
+_REMOVE = Option(
+    "--remove",
+    metavar="AMOUNT",
+    help="How many units (6), a share of the parameters in blocks (25%), of another quantity (33%:kv_bytes), several "
+    "of these (20%,33%:kv_bytes), or which units (block.13-18,attn.22).",
+)
+Remove = Annotated[str, _REMOVE]
+RemoveOrPlan = Annotated[str | None, _REMOVE]
+Search = Annotated[
+    str,
+    Option(
+        "--search",
+        metavar="NAME",
+        help=f"How to choose: {_shipped('searches')}, or one after another (greedy,swap).",
+    ),
+]
+Objective = Annotated[
+    str,
+    Option("--objective", metavar="NAME", help=f"What to keep low: {_shipped('objectives')}."),
+]
+Kinds = Annotated[
+    Units, Option("--units", metavar="KIND", help="Which parts: block, attn, mlp, sublayer (attn and mlp) or all.")
+]
+Protect = Annotated[
+    str,
+    Option("--protect", metavar="BLOCKS", help="Blocks that stay: first:4,last:2 or block.7. Default: none."),
+]
+Calibration = Annotated[
+    str | None,
+    Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Text to measure on: a .txt or .jsonl file, a folder, hf:owner/name, python:docs. Default: python.",
+    ),
+]
+Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences.")]
+Length = Annotated[int, Option("--length", metavar="N", min=2, help="Tokens in each sequence.")]
+Settings = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="An option of the method; repeatable. 'shallower methods NAME' lists them. Default: none.",
+    ),
+]
+Exact = Annotated[
+    bool,
+    Option(
+        "--exact",
+        help="Measure every candidate on all of the text. Default: drop those that a part of it shows to be worse.",
+    ),
+]
+ScoresFile = Annotated[
+    Path | None,
+    Option("--scores", metavar="FILE", help="Rank by this file of 'shallower score --out'. Default: score now."),
+]
+Texts = Annotated[
+    list[str] | None,
+    Option(
+        "--text",
+        metavar="TEXT",
+        help="Held-out text for perplexity; repeatable. Default: documents of the calibration text that it left out.",
+    ),
+]
+Window = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]
+Seed = Annotated[int, Option("--seed", metavar="N", min=0, help="Decides every random choice.")]
+Device = Annotated[
+    str, Option("--device", metavar="DEVICE", help="auto (the best there is), cpu, cuda, cuda:1 or mps.")
+]
+Dtype = Annotated[
+    str,
+    Option("--dtype", metavar="TYPE", help="auto (what the device multiplies fastest), float32, bfloat16 or float16."),
+]
+Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]
+
+
+def parse_settings(given: Sequence[str] | None) -> dict[str, str]:
+    """Read the texts of `--set`. Raises UserError for one that is not name=value, or names an option twice."""
+    settings: dict[str, str] = {}
+    for item in given or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f"--set {item!r} cannot be read: write name=value, as in --set beam=4.")
+        name = name.strip().replace("-", "_")
+        if name in settings:
+            raise UserError(f"--set names {name!r} twice ({settings[name]} and {value}); give it once.")
+        settings[name] = value.strip()
+    return settings

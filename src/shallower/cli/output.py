@@ -1,0 +1,95 @@
+"""What goes to stdout, and files that a verb may write. Imports rich inside functions only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shallower.errors import OutputError
+from shallower.plan import ModelIdentity
+from shallower.units import KINDS, Unit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shallower.anatomy.weigh import Weights
+
+PIPED_WIDTH = 160
+"""Columns of a table that does not go to a terminal."""
+
+
+def screen() -> Console:
+    """Where a person reads: as wide as the terminal, or wide where there is none, so that no table is cut in a file."""
+    from rich.console import Console
+
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=PIPED_WIDTH if piped else None, highlight=False, markup=False, emoji=False)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print one JSON document. JSON has no infinity: what is not finite becomes the string `inf`, `-inf` or `nan`."""
+    sys.stdout.write(json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def require_free(path: Path | None, *, force: bool) -> None:
+    """Refuse an output file before any work is done.
+
+    Raises OutputError when it exists and `force` is off, or when its folder is none.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"--out {path} is a folder; name a file.")
+    if path.exists() and not force:
+        raise OutputError(f"--out {path} exists; name another file, or add --force to replace it.")
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise OutputError(f"--out {path} cannot be written: {parent} is not a folder.")
+            if not os.access(parent, os.W_OK):
+                raise OutputError(f"--out {path} cannot be written: you may not write in {parent}.")
+            return
+
+
+def print_written(console: Console, path: Path | None, what: str, next_step: str = "") -> None:
+    """Say where a file is and what to type next, or how to get the file."""
+    if path is None:
+        console.print(f"\nNothing was written; add --out FILE to keep {what}.")
+        return
+    console.print(f"\nWrote {what} to {path}", soft_wrap=True)
+    if next_step:
+        console.print(f"Next: {next_step}", soft_wrap=True)
+
+
+def print_removed(
+    console: Console, removed: Sequence[Unit], model: ModelIdentity, weights: Weights | None = None
+) -> None:
+    """Print how many blocks, sublayers and parameters go, and which. weights: None where no model was loaded."""
+    from shallower.report.wording import KIND_NAMES, percent, plural, runs
+
+    parts = [f"{sum(unit.kind == 'block' for unit in removed)} of {plural(model.blocks, 'block')}"]
+    for kind in KINDS:
+        spans = runs(removed, kind)
+        if kind != "block" and spans:
+            parts.append(plural(sum(map(len, spans)), KIND_NAMES[kind]))
+        if spans:
+            parts[-1] += f": {', '.join(map(str, spans))}"
+    console.print(f"Removes {'; '.join(parts)} (from 0, stop not included).")
+    if weights is not None:
+        gone, dense = weights.of(removed).parameters, weights.model.parameters
+        console.print(f"That is {gone:,} of {dense:,} parameters ({percent(gone, dense)}).")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

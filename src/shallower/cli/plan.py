@@ -1,0 +1,78 @@
+"""`shallower plan`: read and shorten plan files. Needs no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option, Typer
+
+from shallower.cli import options
+from shallower.cli.output import print_removed, print_written, require_free
+from shallower.cli.verb import Answer, verb
+from shallower.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shallower.anatomy.weigh import Weights
+
+app = Typer(help="Show a plan file, or keep its first removals.", rich_markup_mode=None)
+
+
+@app.command("show")
+@verb
+def show(plan: options.PlanFile) -> Answer:
+    """Show what a plan removes, in which order, and what made it."""
+    found = PruningPlan.load(plan)
+    return Answer(found.to_json(), lambda console: show_plan(console, found))
+
+
+@app.command("cut")
+@verb
+def cut(
+    plan: options.PlanFile,
+    remove: Annotated[
+        int, Option("--remove", metavar="N", help="Keep the first N removals, 1 to as many as there are.")
+    ],
+    out: Annotated[Path, Option("--out", metavar="FILE", help="Write the shorter plan here, as JSON.")],
+    force: options.Force = False,
+) -> Answer:
+    """Keep the first removals of a plan, as a plan of its own."""
+    require_free(out, force=force)
+    shorter = PruningPlan.load(plan).at(remove)
+    shorter.save(out)
+
+    def show(console: Console) -> None:
+        show_plan(console, shorter)
+        print_written(console, out, "the plan")
+
+    return Answer(shorter.to_json(), show)
+
+
+def show_plan(console: Console, plan: PruningPlan, *, weights: Weights | None = None) -> None:
+    """Print the removal order with what each step costs, and the sum."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from shallower.report.wording import signed
+
+    made = plan.made_by
+    losses = [loss for loss in (plan.dense, *(loss for _, loss in plan.order)) if loss is not None]
+    form = "{:.4f}".format if max(map(abs, losses), default=0) < 100 else "{:,.1f}".format
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Step", justify="right")
+    table.add_column("Removed")
+    table.add_column(made.objective or "Objective", justify="right")
+    table.add_column("Difference", justify="right")
+    for step, (unit, loss) in enumerate([("nothing", plan.dense), *plan.order]):
+        change = "" if loss is None or plan.dense is None or not step else signed(loss - plan.dense, form)
+        table.add_row(str(step), str(unit), "–" if loss is None else form(loss), change)
+    console.print(table)
+    print_removed(console, plan.remove, plan.model, weights)
+    how = [f"search {made.search}" if made.search else "naming units"]
+    how += [f"{kind} {name}" for kind, name in (("metric", made.metric), ("objective", made.objective)) if name]
+    if made.calibration is not None:
+        source = Path(made.calibration.spec.partition("?")[0]).name
+        how.append(f"{made.calibration.tokens:,} tokens of {source}")
+    console.print(f"For {plan.model.name}, by {', '.join(how)}, seed {made.seed}; shallower {made.version}.")

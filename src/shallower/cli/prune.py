@@ -1,0 +1,110 @@
+"""`shallower prune`: the whole job, from a model and some text to a smaller checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from shallower.cli import options
+from shallower.cli.output import print_removed
+from shallower.cli.verb import Answer, verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shallower.report.data import ReportData
+
+LOADING = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})"""
+
+
+@verb
+def prune(
+    model: options.Model,
+    out: Annotated[Path, Option("--out", metavar="FOLDER", help="Write the smaller checkpoint here.")],
+    remove: options.RemoveOrPlan = None,
+    plan: Annotated[
+        Path | None,
+        Option(
+            "--plan", metavar="FILE", help="Apply this plan of 'shallower search' instead of --remove. Default: search."
+        ),
+    ] = None,
+    search: options.Search = "greedy",
+    objective: options.Objective = "nll",
+    metric: options.Metric = None,
+    units: options.Kinds = "block",
+    protect: options.Protect = "",
+    calibration: options.Calibration = None,
+    sequences: options.Sequences = 32,
+    length: options.Length = 512,
+    settings: options.Settings = None,
+    exact: options.Exact = False,
+    text: options.Texts = None,
+    window: options.Window = 1024,
+    windows: Annotated[
+        int, Option("--windows", metavar="N", min=1, help="Windows evaluated of each text, from its start.")
+    ] = 12,
+    speed: Annotated[bool, Option("--speed/--no-speed", help="Time prefill and decoding before and after.")] = True,
+    force: options.Force = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> Answer:
+    """Remove blocks or sublayers, and write the smaller checkpoint.
+
+    Chooses what to remove (or takes a plan), cuts it out, measures before and after, and writes a folder that ordinary
+    software loads, with the plan, a model card and a page that shows what it cost.
+    """
+    chosen = options.parse_settings(settings)
+    from shallower.verbs.prune import prune as run
+
+    pruned = run(
+        model,
+        remove,
+        out=out,
+        plan=plan,
+        search=search,
+        objective=objective,
+        metric=metric,
+        units=units,
+        protect=protect,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        settings=chosen,
+        exact=exact,
+        texts=text or (),
+        window=window,
+        max_windows=windows,
+        speed=speed,
+        seed=seed,
+        force=force,
+        device=device,
+        dtype=dtype,
+    )
+    return pruned_answer(pruned.report, out)
+
+
+def pruned_answer(data: ReportData, folder: Path) -> Answer:
+    """What was removed, what it cost, where it is and how to load it."""
+    page = folder / "report.html"
+    told = ("plan", "dense", "pruned", "speed_setting", "seconds", "machine", "notes")
+    everything = data.to_json()
+    answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}
+
+    def show(console: Console) -> None:
+        from shallower.report.tables import before_after_table
+
+        console.print(before_after_table(data))
+        print_removed(console, data.plan.remove, data.plan.model)
+        for note in data.notes:
+            console.print(f"Note: {note}", soft_wrap=True)
+        console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)
+        console.print("\nTo load it, with no shallower installed:", soft_wrap=True)
+        console.print(LOADING.format(folder=str(folder)), soft_wrap=True)
+
+    return Answer(answer, show)

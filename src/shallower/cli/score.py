@@ -1,0 +1,74 @@
+"""`shallower score`: how important is each unit?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from shallower.cli import options
+from shallower.cli.output import print_written, require_free
+from shallower.cli.verb import Answer, verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@verb
+def score(
+    model: options.Model,
+    metric: options.ScoredBy = "cosine",
+    units: options.Kinds = "block",
+    spans: Annotated[
+        bool | None,
+        Option("--spans/--no-spans", help="Also score every span of blocks. Default: where the metric's paper does."),
+    ] = None,
+    positions: Annotated[
+        options.Positions,
+        Option("--positions", metavar="WHICH", help="Average over all tokens, the last, or auto: as in the paper."),
+    ] = "auto",
+    objective: options.Objective = "nll",
+    calibration: options.Calibration = None,
+    sequences: options.Sequences = 32,
+    length: options.Length = 512,
+    settings: options.Settings = None,
+    out: Annotated[
+        Path | None, Option("--out", metavar="FILE", help="Write the scores here, as JSON. Default: only show them.")
+    ] = None,
+    force: options.Force = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> Answer:
+    """Score each block or sublayer by a metric; higher means keep."""
+    require_free(out, force=force)
+    chosen = options.parse_settings(settings)
+    from shallower.report.tables import scores_table
+    from shallower.verbs.score import score as run
+
+    scores = run(
+        model,
+        metric,
+        units=units,
+        spans=spans,
+        positions=positions,
+        objective=objective,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        settings=chosen,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    if out is not None:
+        scores.save(out)
+
+    def show(console: Console) -> None:
+        console.print(scores_table(scores))
+        print_written(
+            console, out, "the scores", f"shallower search {model} --remove 25% --search one-shot --scores {out}"
+        )
+
+    return Answer(scores.to_json(), show)

@@ -1,0 +1,74 @@
+"""`shallower search`: which units should go? Writes a plan, cuts nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from shallower.cli import options
+from shallower.cli.output import print_written, require_free
+from shallower.cli.plan import show_plan
+from shallower.cli.verb import Answer, verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@verb
+def search(
+    model: options.Model,
+    remove: options.Remove,
+    search: options.Search = "greedy",
+    objective: options.Objective = "nll",
+    metric: options.Metric = None,
+    scores: options.ScoresFile = None,
+    units: options.Kinds = "block",
+    protect: options.Protect = "",
+    calibration: options.Calibration = None,
+    sequences: options.Sequences = 32,
+    length: options.Length = 512,
+    settings: options.Settings = None,
+    exact: options.Exact = False,
+    out: Annotated[
+        Path | None, Option("--out", metavar="FILE", help="Write the plan here, as JSON. Default: only show it.")
+    ] = None,
+    force: options.Force = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> Answer:
+    """Choose what to remove, and show what each removal costs. Cuts nothing."""
+    require_free(out, force=force)
+    chosen = options.parse_settings(settings)
+    from shallower.verbs.search import require_possible
+    from shallower.verbs.search import search as run
+    from shallower.verbs.subject import open_subject
+
+    require_possible(remove, search, objective, metric, chosen)
+    subject = open_subject(model, device=device, dtype=dtype)
+    plan = run(
+        subject,
+        remove,
+        search=search,
+        objective=objective,
+        metric=metric,
+        scores=scores,
+        units=units,
+        protect=protect,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        settings=chosen,
+        exact=exact,
+        seed=seed,
+    )
+    if out is not None:
+        plan.save(out)
+
+    def show(console: Console) -> None:
+        show_plan(console, plan, weights=subject.weights)
+        print_written(console, out, "the plan", f"shallower prune {model} --plan {out} --out FOLDER")
+
+    return Answer(plan.to_json(), show)

@@ -1,0 +1,199 @@
+"""The calibration set: token ids that metrics, objectives and recovery read, with a digest and where they came from.
+
+A set is text that was already tokenised, shuffled and cut. Two sets with one digest are the same bytes, however they
+are batched; the digest is what plans, scores and the engine's memo name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from shallower.errors import CorpusError, OutputError
+from shallower.plan import CalibrationIdentity
+from shallower.strict_json import key_faults, write_json
+
+FORMAT = "shallower.calibration/1"
+MANIFEST = "manifest.json"
+TENSORS = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """What was read. `sha256` is of all text read from the source, `documents` counts those that entered the set."""
+
+    name: str
+    sha256: str
+    documents: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences. input_ids: int64 [n, length]. attention_mask: int64 [n, length] of 0 and 1, None if all are 1."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Sequences of one length, on the CPU.
+
+    input_ids: int64 [sequences, length]. attention_mask: the same shape and type, 1 for real tokens, all 0s at the end
+    of a row; None says all are real, and a mask of only 1s becomes None. Raises CorpusError when shapes or types differ
+    from this.
+    """
+
+    spec: str
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    sources: tuple[SourceRecord, ...] = ()
+
+    def __post_init__(self) -> None:
+        ids, mask = self.input_ids, self.attention_mask
+        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+            raise CorpusError(
+                f"calibration ids are {ids.dtype} of shape {list(ids.shape)}; they must be int64 [sequences, length]."
+            )
+        if mask is None:
+            return
+        if mask.shape != ids.shape or mask.dtype != torch.int64:
+            raise CorpusError(
+                f"the calibration mask is {mask.dtype} of shape {list(mask.shape)}; it must be int64 "
+                f"{list(ids.shape)}, as the ids."
+            )
+        if (
+            not bool(((mask == 0) | (mask == 1)).all())
+            or bool((mask.diff(dim=1) > 0).any())
+            or not bool(mask[:, 0].all())
+        ):
+            raise CorpusError("the calibration mask must be 1 for real tokens and 0 for padding at the end of a row.")
+        if bool(mask.all()):
+            object.__setattr__(self, "attention_mask", None)
+
+    @property
+    def sequences(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def length(self) -> int:
+        return int(self.input_ids.shape[1])
+
+    @cached_property
+    def tokens(self) -> int:
+        """Real tokens: padding is not counted."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:…` of the shapes and bytes of ids and mask (little-endian int64)."""
+        total = hashlib.sha256(f"{FORMAT} {self.sequences}x{self.length}".encode())
+        for tensor in (self.input_ids, self.attention_mask):
+            total.update(b"none" if tensor is None else tensor.contiguous().numpy().astype("<i8", copy=False).tobytes())
+        return f"sha256:{total.hexdigest()}"
+
+    @property
+    def identity(self) -> CalibrationIdentity:
+        return CalibrationIdentity(self.spec, self.tokens, self.digest)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Sequences in order, `size` at a time; the last batch may be smaller."""
+        if size < 1:
+            raise ValueError(f"batch size {size} is not positive")
+        for start in range(0, self.sequences, size):
+            mask = self.attention_mask
+            yield Batch(self.input_ids[start : start + size], None if mask is None else mask[start : start + size])
+
+    def subset(self, indices: Sequence[int]) -> CalibrationSet:
+        """The named sequences, in the order given. `spec` and `sources` still say where the whole set came from."""
+        rows = torch.tensor(list(indices), dtype=torch.int64)
+        mask = None if self.attention_mask is None else self.attention_mask[rows]
+        return CalibrationSet(self.spec, self.input_ids[rows], mask, self.sources)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest."""
+        return {
+            "format": FORMAT,
+            "spec": self.spec,
+            "sequences": self.sequences,
+            "length": self.length,
+            "tokens": self.tokens,
+            "digest": self.digest,
+            "sources": [asdict(source) for source in self.sources],
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `calibration.safetensors` and `manifest.json` into `folder`, which is made if need be.
+
+        Raises OutputError when it cannot be written.
+        """
+        folder = Path(folder)
+        tensors = {"input_ids": self.input_ids.contiguous()}
+        if self.attention_mask is not None:
+            tensors["attention_mask"] = self.attention_mask.contiguous()
+        temporary = folder / f".{TENSORS}.partial"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(save_tensors(tensors))
+            os.replace(temporary, folder / TENSORS)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise OutputError(
+                f"cannot write the calibration set to {folder}: {error.strerror}. Choose another place."
+            ) from None
+        write_json(folder / MANIFEST, self.to_json())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> CalibrationSet:
+        """Read a saved set, byte for byte.
+
+        Raises CorpusError when files are missing or malformed, or the digest is not that of the manifest.
+        """
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            tensors = load_tensors((folder / TENSORS).read_bytes())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+            raise CorpusError(f"{folder} cannot be read as a calibration set: {error}.") from None
+        return _from_files(folder, manifest, tensors)
+
+
+def is_saved(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` is what CalibrationSet.save writes."""
+    return (Path(folder) / MANIFEST).is_file() and (Path(folder) / TENSORS).is_file()
+
+
+def _from_files(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CalibrationSet:
+    where = str(folder / MANIFEST)
+    faults = key_faults(where, manifest, ("format", "spec", "sequences", "length", "tokens", "digest", "sources"))
+    if manifest.get("format") != FORMAT:
+        faults.insert(0, f"{where} has format {manifest.get('format')!r}, not {FORMAT!r}")
+    for number, source in enumerate(manifest.get("sources", ())):
+        faults += key_faults(f"{where}, source {number}", source, ("name", "sha256", "documents"))
+    if "input_ids" not in tensors:
+        faults.append(f"{folder / TENSORS} has no 'input_ids'")
+    if faults:
+        raise CorpusError("; ".join(faults) + ".")
+    sources = tuple(SourceRecord(**source) for source in manifest["sources"])
+    loaded = CalibrationSet(manifest["spec"], tensors["input_ids"], tensors.get("attention_mask"), sources)
+    if loaded.digest != manifest["digest"]:
+        raise CorpusError(
+            f"{folder} was changed after it was saved: its digest is {loaded.digest}, the manifest says "
+            f"{manifest['digest']}. "
+            f"Build it again from {manifest['spec']!r}."
+        )
+    return loaded

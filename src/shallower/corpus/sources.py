@@ -1,0 +1,342 @@
+"""Text sources by specification string: what `--calibration` and `--text` read.
+
+    notes.txt                   a text file, cut at paragraph ends into documents of at most 8,000 characters
+    c4.jsonl                    an object a line: `text`, or instruction + input + output, or question + answer
+    c4.jsonl#body               … or the field `body`
+    folder                      every .txt and .jsonl below it, in sorted order
+    hf:owner/name:config:split  a Hub data set, streamed; config may be left out, and split (then `train`)
+    owner/name                  the same, when no local path has that name
+    arrow:PATH#field            an Arrow data set folder or file; repeated texts are read once
+    python:docs                 this Python's own language reference and docstrings: English prose, always there
+    python:source               this Python's standard library, as code
+    python                      both
+
+`#field` may follow any source that has records.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import platform
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shallower.errors import CorpusError
+
+EXTENSIONS = (".txt", ".jsonl")
+PIECE = 8_000
+_JOINED_FIELDS = (("text",), ("instruction", "input", "output"), ("question", "answer"))
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
+_SPLITS = ("train", "validation", "test")
+_KINDS = "a .txt or .jsonl file, a folder of them, hf:owner/name, arrow:PATH, python:docs or python:source"
+_TABLES = ("encodings", "pydoc_data")  # of the library's modules, those that are data and not code
+_STANDALONE_STRING = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `source` is the file or data set it came from; `id` is unique within the specification's source."""
+
+    text: str
+    id: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents behind a specification. `read()` starts from the beginning each time, lazily.
+
+    streamed: too long to be read to its end (a Hub data set).
+    """
+
+    name: str
+    read: Callable[[], Iterator[Document]]
+    streamed: bool = False
+
+
+def open_source(text: str) -> Source:
+    """Find the source that `text` names (see the module's docstring); nothing is read yet but the file listing.
+
+    Raises CorpusError when there is none. Reading raises CorpusError for files that are empty, not text, or lack the
+    field.
+    """
+    name, _, field_name = text.partition("#") if not Path(text).exists() else (text, "", "")
+    field = field_name or None
+    if name.split(":")[0] == "python":
+        return _python(name, field)
+    if name.startswith("hf:"):
+        return _hub(name.removeprefix("hf:"), field)
+    if name.startswith("arrow:"):
+        return _arrow(Path(name.removeprefix("arrow:")).expanduser(), field)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path, field)
+    if path.exists():
+        return Source(path.name, partial(_read_file, path, path.name, field))
+    if _HUB_NAME.fullmatch(name) and path.suffix not in EXTENSIONS:
+        return _hub(name, field)
+    raise CorpusError(f"no text at {name!r}: there is no such file. Text is {_KINDS}.")
+
+
+def pieces(lines: Iterable[str], limit: int) -> Iterator[str]:
+    """Cut a text, given as lines with their ends, into pieces of at most `limit` characters.
+
+    Cuts at the last blank line of the piece's second half, else at a line's end, else anywhere. The pieces joined are
+    the text.
+    """
+    held: list[str] = []
+    size = paragraph_end = paragraph_size = 0
+    for line in (part for whole in lines for part in _hard_cut(whole, limit)):
+        if size + len(line) > limit:
+            end = paragraph_end if paragraph_size > limit // 2 else len(held)
+            yield "".join(held[:end])
+            held = held[end:]
+            size = sum(map(len, held))
+            paragraph_end = paragraph_size = 0
+            if size + len(line) > limit:
+                yield "".join(held)
+                held, size = [], 0
+        held.append(line)
+        size += len(line)
+        if not line.strip():
+            paragraph_end, paragraph_size = len(held), size
+    if held:
+        yield "".join(held)
+
+
+def _hard_cut(line: str, limit: int) -> Iterator[str]:
+    if len(line) <= limit:
+        yield line
+        return
+    for start in range(0, len(line), limit):
+        yield line[start : start + limit]
+
+
+def _folder(path: Path, field: str | None) -> Source:
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and file.suffix in EXTENSIONS
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        hint = f" It has Arrow files: write arrow:{path}#FIELD." if any(path.glob("*.arrow")) else ""
+        raise CorpusError(f"the folder {path} holds no {' or '.join(EXTENSIONS)} file.{hint}")
+
+    def read() -> Iterator[Document]:
+        for file in files:
+            fields = field if file.suffix == ".jsonl" else None
+            yield from _read_file(file, file.relative_to(path).as_posix(), fields)
+
+    return Source(path.name, read)
+
+
+def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
+    if path.suffix not in EXTENSIONS:
+        raise CorpusError(
+            f"{path} has the extension {path.suffix!r}; text files end in {' or '.join(EXTENSIONS)}: convert or rename it."
+        )
+    if path.suffix == ".txt":
+        if field is not None:
+            raise CorpusError(f"{path} is plain text and has no field {field!r}: leave #{field} out.")
+        texts = pieces((line for _, line in text_lines(path)), PIECE)
+    else:
+        texts = (_text_of(record, field, f"{path}, line {number}") for number, record in _records(path))
+    documents = (Document(text, f"{name}:{number}", name) for number, text in enumerate(texts))
+    return _not_empty(documents, str(path))
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a UTF-8 file with their ends, which become a plain newline, numbered from 1.
+
+    Raises CorpusError when the file cannot be opened, has NUL bytes or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                if b"\0" in raw:
+                    raise CorpusError(f"{path} is not text: line {number} has a NUL byte. Text must be UTF-8.")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line[:-2] + "\n" if line.endswith("\r\n") else line
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise CorpusError(
+            f"{path} is not text: line {number} has the byte 0x{byte:02x}, which is not UTF-8. Convert it with iconv."
+        ) from None
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorpusError(
+                f"{path}, line {number} is not JSON ({error.msg}): a .jsonl file has one JSON object a line."
+            ) from None
+        if not isinstance(record, dict):
+            raise CorpusError(
+                f'{path}, line {number} is {_shown(line)}, not a JSON object: write {{"text": …}} on each line.'
+            )
+        yield number, record
+
+
+def _text_of(record: Mapping[str, Any], field: str | None, where: str) -> str:
+    if field is None:
+        fields = next((names for names in _JOINED_FIELDS if names[0] in record), ())
+        if not fields:
+            raise CorpusError(
+                f"{where} has no field text, instruction or question, only {', '.join(record)}: name one after the "
+                "path, #FIELD."
+            )
+    elif field in record:
+        fields = (field,)
+    else:
+        near = difflib.get_close_matches(field, record, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise CorpusError(f"{where} has no field {field!r}, only {', '.join(record)}{hint}")
+    values = [record[name] for name in fields if record.get(name) is not None]
+    for name, value in zip(fields, values, strict=False):
+        if not isinstance(value, str):
+            raise CorpusError(f"{where}: field {name!r} holds {_shown(json.dumps(value, default=str))}, not text.")
+    text = values[0] if len(fields) == 1 and values else "\n\n".join(filter(None, values))
+    # JSON can hold half a surrogate pair, which no tokenizer takes
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _hub(name: str, field: str | None) -> Source:
+    repository, *rest = name.split(":")
+    if "/" not in repository or len(rest) > 2:
+        raise CorpusError(
+            f"{name!r} is not a Hub data set: write hf:owner/name, hf:owner/name:split or hf:owner/name:config:split."
+        )
+    split = rest.pop() if rest and (len(rest) == 2 or rest[-1].split("[")[0] in _SPLITS) else "train"
+    config = rest[0] if rest else None
+    full = ":".join(["hf", repository, *([config] if config else []), split])
+
+    def read() -> Iterator[Document]:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise CorpusError(
+                f"{full} needs the package `datasets`, which is not installed: pip install 'shallower[data]'."
+            ) from None
+        number = -1
+        try:
+            for number, record in enumerate(load_dataset(repository, name=config, split=split, streaming=True)):
+                yield Document(_text_of(record, field, f"{full}, row {number}"), f"{full}:{number}", full)
+        except CorpusError:
+            raise
+        # whatever the network, the Hub client or a format's reader raises, the user needs the same sentence
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise CorpusError(
+                f"{full} cannot be read from the Hub: {reason.rstrip('.')}. Check the name (a local path must "
+                "exist), the connection and `hf auth login`; python:docs is text that needs no network."
+            ) from None
+        if number < 0:
+            raise CorpusError(f"{full} is empty.")
+
+    return Source(full, read, streamed=True)
+
+
+def _arrow(path: Path, field: str | None) -> Source:
+    files = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise CorpusError(f"no Arrow data at {str(path)!r}: name a .arrow file or a folder that holds one.")
+
+    def texts() -> Iterator[str]:
+        try:
+            import pyarrow
+        except ImportError:
+            raise CorpusError(
+                f"{path} needs the package `pyarrow`, which is not installed: pip install 'shallower[data]'."
+            ) from None
+        seen: set[str] = set()
+        for file in files:
+            try:
+                with pyarrow.memory_map(str(file)) as mapped:
+                    for number, record in enumerate(pyarrow.ipc.open_stream(mapped).read_all().to_pylist()):
+                        text = _text_of(record, field, f"{file}, row {number}")
+                        if text not in seen:
+                            seen.add(text)
+                            yield text
+            except (pyarrow.ArrowException, OSError) as error:
+                raise CorpusError(f"{file} cannot be read as an Arrow stream: {error}.") from None
+
+    name = "/".join(path.parts[-3:])  # as in boolq/none/validation
+
+    def read() -> Iterator[Document]:
+        documents = (Document(text, f"{name}:{number}", name) for number, text in enumerate(texts()))
+        return _not_empty(documents, str(path))
+
+    return Source(name, read)
+
+
+def _python(name: str, field: str | None) -> Source:
+    kinds: dict[str, tuple[Callable[[], Iterator[tuple[str, str]]], ...]] = {
+        "python": (_python_docs, _python_source),
+        "python:docs": (_python_docs,),
+        "python:source": (_python_source,),
+    }
+    if name not in kinds or field is not None:
+        raise CorpusError(f"{name + ('#' + field if field else '')!r} is not a source: write {', '.join(kinds)}.")
+    label = f"{name} {platform.python_version()}"
+
+    def read() -> Iterator[Document]:
+        for texts in kinds[name]:
+            for key, text in texts():
+                for number, piece in enumerate(pieces(text.splitlines(keepends=True), PIECE)):
+                    yield Document(piece, f"{name}:{key}:{number}", label)
+
+    return Source(label, read)
+
+
+def _python_docs() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+
+        yield from sorted(topics.items())
+    except ImportError:  # some distributions leave the reference out; the docstrings remain
+        pass
+    for key, source in _python_source():
+        # by pattern: parsing the whole library takes six seconds, and a string alone on its line is a docstring
+        strings = [inspect.cleandoc(match[1]) for match in _STANDALONE_STRING.finditer(source)]
+        if strings:
+            yield key, "\n\n".join(strings)
+
+
+def _python_source() -> Iterator[tuple[str, str]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    for module in sorted(sys.stdlib_module_names):
+        if module.startswith("_") or module in _TABLES:
+            continue
+        files = sorted((library / module).glob("*.py")) if (library / module).is_dir() else [library / f"{module}.py"]
+        for file in filter(Path.is_file, files):
+            yield file.relative_to(library).as_posix(), file.read_bytes().decode("utf-8", errors="replace")
+
+
+def _not_empty(documents: Iterator[Document], where: str) -> Iterator[Document]:
+    empty = True
+    for document in documents:
+        empty = empty and not document.text.strip()
+        yield document
+    if empty:
+        raise CorpusError(f"{where} is empty: it holds no text.")
+
+
+def _shown(text: str, limit: int = 40) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else text[:limit] + "…"

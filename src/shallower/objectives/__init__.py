@@ -1,0 +1,4 @@
+"""What the whole model outputs with units removed, as one number a token; lower is better. One objective a file.
+
+The framework supplies what the signature asks for: `logits`, `targets`, `dense_logits`, `hidden`, `dense_hidden`.
+"""

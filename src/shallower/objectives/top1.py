@@ -1,0 +1,16 @@
+"""How often the pruned model would say something else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shallower.registry import objective
+
+
+@objective("top1")
+def top1(logits: Tensor, dense_logits: Tensor) -> Tensor:
+    """Share of positions where the likeliest token differs from the dense model's.
+
+    logits, dense_logits: float32 [tokens, vocabulary]. Returns float32 [tokens] of 0 and 1.
+    """
+    return (logits.argmax(-1) != dense_logits.argmax(-1)).float()

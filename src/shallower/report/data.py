@@ -1,0 +1,213 @@
+"""The report file: everything the page and the before/after table show. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shallower.errors import UserError
+from shallower.plan import PruningPlan
+from shallower.scores import Scores
+from shallower.strict_json import key_faults, write_json
+
+FORMAT = "shallower.report/1"
+
+_T = TypeVar("_T")
+_Reader = Callable[[Any, str], Any]  # (value, where it stands) → what it means; raises UserError
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one model, the dense or the pruned one. None and absent names mean: not measured.
+
+    flops and kv_bytes are per token. perplexity, perplexity_tokens: by name of the text. tasks: by name of the task.
+    """
+
+    blocks: int
+    parameters: int
+    bytes: int
+    flops: int
+    kv_bytes: int
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+    perplexity_tokens: Mapping[str, int] = field(default_factory=dict)
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    tasks: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: _plain(getattr(self, key)) for key in _SIDE}
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the side") -> Side:
+        """Build from parsed JSON. Raises UserError naming every fault."""
+        return cls(**_fields(data, where, _SIDE))
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """One removal, told whole.
+
+    influence: scores of units, one entry a metric. spans: angular distance of every span [l, l + n).
+    base_model: what the dense model is called. folder: what the pruned one is loaded from.
+    speed_setting: how speed was measured, in one line. seconds: by stage. notes: what the reader must know.
+    """
+
+    plan: PruningPlan
+    dense: Side
+    pruned: Side
+    base_model: str
+    folder: str
+    influence: tuple[Scores, ...] = ()
+    spans: Scores | None = None
+    speed_setting: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    machine: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "base_model": self.base_model,
+            "folder": self.folder,
+            "plan": self.plan.to_json(),
+            "dense": self.dense.to_json(),
+            "pruned": self.pruned.to_json(),
+            "influence": [scores.to_json() for scores in self.influence],
+            "spans": None if self.spans is None else self.spans.to_json(),
+            "speed_setting": self.speed_setting,
+            "seconds": _plain(self.seconds),
+            "machine": self.machine,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the report") -> ReportData:
+        """Build from parsed JSON. Raises UserError naming every fault."""
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where} is not a report: expected a JSON object.")
+        if data.get("format") != FORMAT:
+            raise UserError(
+                f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
+                "Update shallower or prune again with `shallower prune`."
+            )
+        fields = _fields(data, where, _REPORT)
+        del fields["format"]
+        return cls(**fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ReportData:
+        """Read a report file. Raises UserError when it is missing, not JSON, of another format or malformed."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"there is no report at {path}; `shallower prune MODEL` makes one.") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as a report: {error}.") from None
+        return cls.from_json(data, str(path))
+
+
+def _plain(value: Any) -> Any:
+    """The JSON form. JSON has no infinity, which a broken model's perplexity can be, so it becomes a string."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _fields(data: Any, where: str, readers: Mapping[str, _Reader]) -> dict[str, Any]:
+    """Read every key of `data`; all faults are raised together."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} is not an object.")
+    faults = key_faults(where, data, readers)
+    values: dict[str, Any] = {}
+    for key, read in readers.items():
+        if key not in data:
+            continue
+        try:
+            values[key] = read(data[key], f"{key!r} of {where}")
+        except UserError as error:
+            faults.append(str(error).removesuffix("."))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            faults.append(f"{key!r} of {where} is malformed ({type(error).__name__}: {error})")
+    if faults:
+        raise UserError("; ".join(faults) + ".")
+    return values
+
+
+def _integer(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{where} is {value!r}, not a whole number.")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if value in ("inf", "-inf", "nan"):
+        return float(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UserError(f"{where} is {value!r}, not a number.")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {value!r}, not a string.")
+    return value
+
+
+def _or_none(read: Callable[[Any, str], _T]) -> Callable[[Any, str], _T | None]:
+    return lambda value, where: None if value is None else read(value, where)
+
+
+def _many(read: Callable[[Any, str], _T]) -> Callable[[Any, str], tuple[_T, ...]]:
+    def items(value: Any, where: str) -> tuple[_T, ...]:
+        if not isinstance(value, list):
+            raise UserError(f"{where} is {type(value).__name__}, not a list.")
+        return tuple(read(item, f"entry {index} in {where}") for index, item in enumerate(value))
+
+    return items
+
+
+def _named(read: Callable[[Any, str], _T]) -> Callable[[Any, str], dict[str, _T]]:
+    def items(value: Any, where: str) -> dict[str, _T]:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} is {type(value).__name__}, not an object.")
+        return {name: read(item, f"{name!r} in {where}") for name, item in value.items()}
+
+    return items
+
+
+_SIDE: dict[str, _Reader] = {
+    "blocks": _integer,
+    "parameters": _integer,
+    "bytes": _integer,
+    "flops": _integer,
+    "kv_bytes": _integer,
+    "perplexity": _named(_number),
+    "perplexity_tokens": _named(_integer),
+    "prefill_tokens_per_s": _or_none(_number),
+    "decode_tokens_per_s": _or_none(_number),
+    "tasks": _named(_number),
+}
+_REPORT: dict[str, _Reader] = {
+    "format": _text,
+    "base_model": _text,
+    "folder": _text,
+    "plan": PruningPlan.from_json,
+    "dense": Side.from_json,
+    "pruned": Side.from_json,
+    "influence": _many(Scores.from_json),
+    "spans": _or_none(Scores.from_json),
+    "speed_setting": _or_none(_text),
+    "seconds": _named(_number),
+    "machine": _or_none(_text),
+    "notes": _many(_text),
+}

@@ -1,0 +1,342 @@
+"""The page's figures, each an inline SVG string. The same data give the same bytes.
+
+Object-oriented matplotlib only; the settings of the caller's matplotlib neither show here nor are changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from shallower.plan import PruningPlan
+from shallower.report.wording import KIND_NAMES, runs, score
+from shallower.scores import Score, Scores
+from shallower.units import KINDS, Kind, Unit
+
+# Okabe-Ito, but for the grey
+_REMOVED = "#D55E00"
+_COLOURS: dict[Kind, str] = {"block": "#64748B", "attn": "#0072B2", "mlp": "#009E73"}
+_MARKERS: dict[Kind, str] = {"block": "o", "attn": "s", "mlp": "D"}
+_INK = "#334155"
+_PALE = "#E2E8F0"
+
+_LABELLED_BLOCKS = 40  # up to so many blocks each has its number on the axis
+_LABELLED_STARTS = 34  # the same, on the narrower axis of the heatmap
+_LABELLED_REMOVALS = 64
+_BRIGHTEST = 0.85
+_LOG_RANGE = 20  # bars that differ by more than this factor get a logarithmic axis
+
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
+    "svg.hashsalt": "shallower",
+    "text.parse_math": False,  # names of methods may hold a dollar sign
+    "axes.unicode_minus": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 8.5,
+    "axes.edgecolor": "#94A3B8",
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "grid.color": _PALE,
+    "grid.linewidth": 0.7,
+    "xtick.color": "#94A3B8",
+    "ytick.color": "#94A3B8",
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "text.color": _INK,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+}
+
+
+def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
+    """A bar for each unit at its block, with the standard error where there is one; what was removed stands out.
+
+    None when no unit has a finite score.
+    """
+    rows = [(row.of, row) for row in scores.rows if isinstance(row.of, Unit) and math.isfinite(row.value)]
+    if not rows:
+        return None
+    blocks = scores.model.blocks
+    kinds = [kind for kind in KINDS if any(unit.kind == kind for unit, _ in rows)]
+    whole = {unit.index for unit in removed if unit.kind == "block"}
+    gone = {unit for unit, _ in rows if unit in removed or unit.index in whole}
+    with _settings():
+        figure = Figure(figsize=(_WIDTH, 2.9 if len(kinds) == 1 else 1.0 + 1.9 * len(kinds)), layout="constrained")
+        panels: list[Axes] = list(figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
+        for axes, kind in zip(panels, kinds, strict=True):
+            _bars(axes, {unit: row for unit, row in rows if unit.kind == kind}, gone, _COLOURS[kind], blocks)
+            axes.set_ylabel(f"{scores.metric} of {kind}")
+        for axes in panels:  # they share the scale, so it must see all bars
+            _bar_scale(axes, [row.value for _, row in rows])
+        _block_axis(panels[-1], blocks, "block (0-based)", _LABELLED_BLOCKS)
+        handles = [Patch(color=_COLOURS[kind], label=f"{KIND_NAMES[kind]}, kept") for kind in kinds]
+        if gone:
+            handles.append(Patch(facecolor=_REMOVED, edgecolor="#F7D7C2", linewidth=2.5, label="removed"))
+        _legend(panels[0], handles)
+        told = ", ".join(map(str, sorted(gone))) or "none of these"
+        return _svg(
+            figure,
+            f"Importance of each unit by {scores.metric}",
+            f"Bar chart over blocks 0 to {blocks - 1}. Removed: {told}.",
+        )
+
+
+def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
+    """Distance of every span: start block on x, length on y, each length rescaled to 0…1, its least one marked.
+
+    A length's colours end at its _BRIGHTEST quantile: the few spans that hold the first or last block are so far out
+    that they would leave one colour for all others. What was removed is outlined if it is one run of blocks. None when
+    no span has a finite score.
+    """
+    blocks = spans.model.blocks
+    distance = np.full((blocks, blocks), np.nan)
+    for span, value in spans.spans.items():
+        distance[len(span) - 1, span.start] = value
+    lengths = [row for row in range(blocks) if np.isfinite(distance[row]).any()]
+    if not lengths:
+        return None
+    starts = [int(np.nanargmin(distance[row])) for row in lengths]
+    least = [float(distance[row, start]) for row, start in zip(lengths, starts, strict=True)]
+    rescaled = np.full_like(distance, np.nan)
+    for row, low in zip(lengths, least, strict=True):
+        spread = float(np.nanquantile(distance[row], _BRIGHTEST)) - low
+        rescaled[row] = (distance[row] - low) / spread if spread > 0 else distance[row] * 0
+    highest = lengths[-1] + 1
+    chosen = runs(removed, "block") if all(unit.kind == "block" for unit in removed) else ()
+    with _settings():
+        figure = Figure(figsize=(_WIDTH, 4.3), layout="constrained")
+        plane, profile = figure.subplots(1, 2, sharey=True, width_ratios=(3.6, 1))
+        image = plane.imshow(
+            rescaled[:highest],
+            origin="lower",
+            aspect="auto",
+            interpolation="none",  # the cells themselves go into the file, not a picture of them
+            extent=(-0.5, blocks - 0.5, 0.5, highest + 0.5),
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+        )
+        dots = max(5.0, min(20.0, 800 / blocks))
+        plane.scatter(starts, [row + 1 for row in lengths], s=dots, color="white", edgecolor="black", linewidth=0.6)
+        plane.set_ylabel("span length n (blocks)")
+        plane.yaxis.set_major_locator(MaxNLocator(10, integer=True))
+        _block_axis(plane, blocks, "start block l (0-based); the span is [l, l + n)", _LABELLED_STARTS)
+        bar = figure.colorbar(image, ax=plane, location="top", shrink=0.5, aspect=34, pad=0.02)
+        ends = "least of its length", "rescaled for each length", f"{100 * _BRIGHTEST:.0f} % quantile or more"
+        bar.set_ticks([0, 0.5, 1], labels=ends)
+        bar.ax.tick_params(length=0)
+        bar.outline.set_visible(False)
+        profile.plot(least, [row + 1 for row in lengths], color=_INK, linewidth=1.1, marker="o", markersize=2.2)
+        profile.set_xlabel(f"least {spans.metric} score")
+        profile.grid(axis="both")
+        profile.xaxis.set_major_locator(MaxNLocator(4))
+        profile.set_xlim(left=min(0.0, *least))
+        handles: list[Line2D | Patch] = [_dot("white", "least of its length", edge="black")]
+        if len(chosen) == 1:
+            start, length = chosen[0].start, len(chosen[0])
+            plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=3.4))
+            plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor=_REMOVED, linewidth=1.8))
+            profile.axhline(length, color=_REMOVED, linewidth=1.2)
+            label = f"removed: [{start}, {start + length})"
+            handles.append(Patch(fill=False, edgecolor=_REMOVED, linewidth=1.8, label=label))
+        plane.legend(handles=handles, loc="upper right")  # the triangle above the diagonal is empty
+        told = f"Least of length {lengths[0] + 1} starts at block {starts[0]}; of length {highest}, at {starts[-1]}."
+        return _svg(figure, f"Distance ({spans.metric}) between the ends of every span of blocks", told)
+
+
+def loss_curve(plan: PruningPlan) -> str | None:
+    """The objective after each removal, in removal order, from the dense model on.
+
+    The loss of `nll` is also read as perplexity on the right. None when the objective was not measured.
+    """
+    steps: list[tuple[int, Unit | None, float]] = [] if plan.dense is None else [(0, None, plan.dense)]
+    steps += [(place, unit, loss) for place, (unit, loss) in enumerate(plan.order, start=1) if loss is not None]
+    steps = [step for step in steps if math.isfinite(step[2])]
+    if not any(place for place, _, _ in steps):
+        return None
+    objective = plan.made_by.objective or "objective"
+    total = len(plan.order)
+    with _settings():
+        figure, axes = _canvas(3.1)
+        places, losses = [place for place, _, _ in steps], [loss for _, _, loss in steps]
+        axes.plot(places, losses, color="#94A3B8", linewidth=1.3, zorder=2)
+        kinds = [kind for kind in KINDS if any(unit.kind == kind for unit, _ in plan.order)]
+        size = 30 if total <= 30 else 14
+        for kind in kinds:
+            mine = [(place, loss) for place, unit, loss in steps if unit is not None and unit.kind == kind]
+            xs, ys = [place for place, _ in mine], [loss for _, loss in mine]
+            axes.scatter(xs, ys, s=size, color=_COLOURS[kind], marker=_MARKERS[kind], zorder=3)
+        if plan.dense is not None and math.isfinite(plan.dense):
+            axes.scatter([0], [plan.dense], s=size * 1.2, color="white", edgecolor=_INK, linewidth=1.2, zorder=3)
+        for (place, _, loss), align in ((steps[0], "left"), (steps[-1], "right")):
+            axes.annotate(
+                score(loss),
+                (place, loss),
+                xytext=(-6 if align == "left" else 6, 7),
+                textcoords="offset points",
+                ha=align,
+                fontweight="bold",
+            )
+        _removal_axis(axes, [str(unit) for unit, _ in plan.order])
+        axes.margins(y=0.14)
+        axes.grid(axis="y")
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_ylabel(f"{objective}, lower is better")
+        if objective == "nll":
+            axes.set_ylabel("nll (nats per token), lower is better")
+            _perplexity_axis(axes)
+        if kinds != ["block"]:
+            _legend(axes, [_dot(_COLOURS[kind], KIND_NAMES[kind], marker=_MARKERS[kind]) for kind in kinds])
+        told = f"From {score(losses[0])} at {places[0]} removals to {score(losses[-1])} at {places[-1]}."
+        return _svg(figure, f"{objective} on the calibration text after each removal", told)
+
+
+_WIDTH = 9.2  # inches, at 72 units each; the page scales it
+
+
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def _bars(axes: Axes, rows: Mapping[Unit, Score], gone: Collection[Unit], colour: str, blocks: int) -> None:
+    for unit in rows:
+        if unit in gone:  # what is removed is low, so its bar alone would hardly be seen
+            axes.axvspan(unit.index - 0.5, unit.index + 0.5, color=_REMOVED, alpha=0.16, linewidth=0)
+    axes.bar(
+        [unit.index for unit in rows],
+        [row.value for row in rows.values()],
+        0.78,
+        color=[_REMOVED if unit in gone else colour for unit in rows],
+    )
+    measured = [(unit.index, row.value, row.error) for unit, row in rows.items() if row.error]
+    axes.errorbar(
+        [index for index, _, _ in measured],
+        [value for _, value, _ in measured],
+        yerr=[error for _, _, error in measured],
+        fmt="none",
+        ecolor="black",
+        elinewidth=0.7,
+        capsize=min(2.0, 70 / blocks),
+        capthick=0.7,
+    )
+
+
+def _bar_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Linear, unless the small bars could not be told apart then."""
+    axes.grid(axis="y")
+    sizes = sorted(abs(value) for value in values if value)
+    if not sizes or sizes[-1] < _LOG_RANGE * sizes[len(sizes) // 2]:
+        axes.axhline(0, color="#94A3B8", linewidth=0.8)
+        return
+    if min(values) > 0:
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{axes.get_ylabel()} (log scale)")
+        axes.set_ylim(bottom=10 ** math.floor(math.log10(sizes[0])))
+    else:
+        axes.set_yscale("symlog", linthresh=sizes[len(sizes) // 2], linscale=1.2)
+        axes.set_ylabel(f"{axes.get_ylabel()} (log scale)")
+        axes.axhline(0, color="#94A3B8", linewidth=0.8)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+
+
+def _block_axis(axes: Axes, blocks: int, label: str, labelled: int) -> None:
+    axes.set_xlim(-0.7, blocks - 0.3)
+    axes.set_xticks(range(0, blocks, 1 if blocks <= labelled else 5))
+    axes.set_xlabel(label)
+
+
+def _removal_axis(axes: Axes, names: Sequence[str]) -> None:
+    places = [0, *range(1, len(names) + 1, 1 + len(names) // _LABELLED_REMOVALS)]
+    upright = len(names) > 10
+    axes.set_xticks(places, labels=[("dense", *names)[place] for place in places])
+    axes.tick_params(axis="x", labelrotation=90 if upright else 0, labelsize=7.5 if len(names) <= 40 else 6)
+    axes.set_xlim(-0.5, len(names) + 0.5)
+    axes.set_xlabel("removed, one after the other →")
+
+
+def _perplexity_axis(axes: Axes) -> None:
+    """Ticks at round perplexities on the right. Their places are logarithmic, so the automatic ones would crowd."""
+    low, high = axes.get_ylim()
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    right.set_ylim(low, high)
+    ticks = _round_values(math.exp(min(low, 600)), math.exp(min(high, 600)))
+    labels = [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]
+    right.set_yticks([math.log(tick) for tick in ticks], labels=labels)
+    right.set_ylabel("perplexity")
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Three to eight round numbers between two positive ones."""
+    if high / low < 4:
+        return [float(tick) for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high and tick > 0]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 8:
+            return ticks
+    return ticks[:: 1 + len(ticks) // 8]
+
+
+def _dot(colour: str, label: str, *, marker: str = "o", edge: str | None = None) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, markeredgecolor=edge or colour, linestyle="", label=label)
+
+
+def _legend(axes: Axes, handles: Sequence[Patch | Line2D]) -> None:
+    axes.legend(handles=list(handles), loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), borderaxespad=0.2)
+
+
+def _svg(figure: Figure, title: str, description: str) -> str:
+    """The figure as an element to stand inside HTML: titled, scalable, without identifiers that could clash."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s*<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)  # would style the page
+    referred = set(re.findall(r"(?:url\(|href=\")#([^\")]+)", text))
+    own = "f" + hashlib.sha256((title + text).encode()).hexdigest()[:8]
+    text = re.sub(r" id=\"([^\"]*)\"", _renamed(own, referred), text)
+    text = re.sub(r"(url\(|href=\")#", rf"\1#{own}-", text)
+    opening, rest = text.split(">", 1)
+    opening = re.sub(r" (width|height)=\"[^\"]*\"", "", opening)
+    return (
+        f'{opening} role="img" aria-labelledby="{own}-title {own}-desc" stroke-linejoin="round" '
+        f'stroke-linecap="butt">\n <title id="{own}-title">{html.escape(title)}</title>\n'
+        f' <desc id="{own}-desc">{html.escape(description)}</desc>{rest}'
+    )
+
+
+def _renamed(own: str, referred: Collection[str]) -> Callable[[re.Match[str]], str]:
+    return lambda match: f' id="{own}-{match[1]}"' if match[1] in referred else ""

@@ -1,0 +1,229 @@
+"""One self-contained HTML page: what was removed, what it cost, how to load the result, and what made it.
+
+No scripts and nothing from elsewhere: a content policy in the page itself forbids both. The same data give the same
+bytes, so there is no date.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+
+from shallower.report.data import ReportData
+from shallower.report.figures import influence_bars, loss_curve, span_heatmap
+from shallower.report.wording import KIND_NAMES, comparison, duration, headline, plural, runs, score
+from shallower.scores import Scores
+from shallower.units import KINDS, Unit
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def render(data: ReportData) -> str:
+    """The page as a string. Text from outside (names of models, texts, methods, notes) is escaped."""
+    style = (files("shallower.report") / "page.css").read_text(encoding="utf-8")
+    sections = (
+        _section("comparison", "Before and after", _comparison(data)),
+        _section("removed", "What was removed", _removed(data)),
+        _section("load", "How to load it", _loading(data)),
+        _section("figures", "Figures", _figures(data)),
+        _section("provenance", "How it was made", _provenance(data)),
+        _section("notes", "Notes", _notes(data)),
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(data.base_model)}, made shallower</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header>
+<p class="model">{escape(data.base_model)}, made shallower</p>
+<h1>{_glued(headline(data))}</h1>
+{_warning(data)}</header>
+<main>
+{"".join(filter(None, sections))}</main>
+</body>
+</html>
+"""
+
+
+def _section(name: str, title: str, body: str) -> str:
+    """A section, or nothing when it has no body."""
+    if not body:
+        return ""
+    heading = f'<h2 id="{name}-title">{title}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-title">\n{heading}\n{body}</section>\n'
+
+
+def _warning(data: ReportData) -> str:
+    if not data.notes:
+        return ""
+    return f'<p class="quiet">With {plural(len(data.notes), "note")} to <a href="#notes">read first</a>.</p>\n'
+
+
+def _comparison(data: ReportData) -> str:
+    rows = [(row.label, row.dense, row.pruned, row.difference) for row in comparison(data)]
+    table = _table(("", "Dense", "Pruned", "Difference"), rows, "Dense and pruned model side by side")
+    told = ["k is a thousand, M a million, B a billion; KiB, MiB and GiB are powers of 1024 bytes."]
+    if data.dense.perplexity or data.pruned.perplexity:
+        told.append("Lower perplexity is better.")
+    if data.speed_setting:
+        told.append(f"Speed: {data.speed_setting}.")
+    return f'{table}<p class="quiet">{_glued(" ".join(told))}</p>\n'
+
+
+def _removed(data: ReportData) -> str:
+    removed, blocks = data.plan.removed, data.plan.model.blocks
+    sublayers = any(unit.kind != "block" for unit in removed)
+    cells = "".join(_cell(index, removed, sublayers) for index in range(blocks))
+    listed = []
+    for kind in KINDS:
+        units = [str(unit) for unit in sorted(removed) if unit.kind == kind]
+        if units:
+            spans = ", ".join(f"[{span.start}, {span.stop})" for span in runs(removed, kind))
+            listed.append((f"{plural(len(units), KIND_NAMES[kind])}", ", ".join(units), spans))
+    told = f"Blocks are counted from 0, so the last of the dense model's {blocks} is block {blocks - 1}. "
+    told += "Spans are half-open: [13, 19) means blocks 13 to 18."
+    table = _table(("", "Units", "As spans"), listed, "Removed units", style="facts")
+    return f'<ol class="map" aria-label="Blocks of the dense model">{cells}</ol>\n{table}<p class="quiet">{told}</p>\n'
+
+
+def _cell(index: int, removed: frozenset[Unit], sublayers: bool) -> str:
+    gone = Unit(index, "block") in removed
+    said = '<span class="unseen"> removed</span>' if gone else ""
+    number = f'<span class="index">{index}</span>{said}'
+    if not sublayers:
+        return f'<li class="gone">{number}</li>' if gone else f"<li>{number}</li>"
+    parts = ""
+    for kind in ("attn", "mlp"):
+        cut = not gone and any(unit.index == index and unit.kind == kind for unit in removed)
+        said = '<span class="unseen"> removed</span>' if cut else ""
+        parts += f'<small class="part{" gone" if cut else ""}">{kind}{said}</small>'
+    return f'<li class="gone">{number}{parts}</li>' if gone else f"<li>{number}{parts}</li>"
+
+
+def _loading(data: ReportData) -> str:
+    folder = repr(data.folder)
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})"
+    )
+    told = "With stock transformers; shallower need not be installed."
+    return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{told}</p>\n'
+
+
+def _figures(data: ReportData) -> str:
+    removed = data.plan.removed
+    parts = []
+    for scores in data.influence:
+        told = "Taller bars matter more to the model. " if scores.metric != "loss" else _LOSS_METRIC
+        if any(row.error for row in scores.rows):
+            told += "Whiskers: standard error over calibration sequences. "
+        told += f"{_calibration(scores)}."
+        title = f"Importance of each unit by {scores.metric}"
+        parts.append(_figure(influence_bars(scores, removed), title, told, _influence_table(scores, removed)))
+    if data.spans is not None:
+        told = (
+            "Each cell is a span of neighbouring blocks: its colour says how far the residual stream moves from the "
+            "span's start to its end, compared with the other spans of that length; dark ones change it least. On the "
+            f"right, the score of the best span of each length. {_calibration(data.spans)}."
+        )
+        title = f"Distance across every span of blocks ({data.spans.metric})"
+        parts.append(_figure(span_heatmap(data.spans, removed), title, told))
+    told = "The objective on the calibration text, in the order of removal."
+    parts.append(_figure(loss_curve(data.plan), "Objective after each removal", told, _order_table(data)))
+    return "".join(parts)
+
+
+_LOSS_METRIC = "The rise of the objective when this unit alone is left out; below 0, the model is better without it. "
+
+
+def _figure(svg: str | None, title: str, told: str, table: str = "") -> str:
+    """A figure with its caption and its numbers, or nothing when there was nothing to draw."""
+    if svg is None:
+        return ""
+    numbers = f"<details><summary>The numbers</summary>\n{table}</details>\n" if table else ""
+    return (
+        f'<figure>\n<h3>{escape(title)}</h3>\n<div class="plot">\n{svg}\n</div>\n'
+        f"<figcaption>{_glued(told)}</figcaption>\n{numbers}</figure>\n"
+    )
+
+
+def _influence_table(scores: Scores, removed: frozenset[Unit]) -> str:
+    rows = [
+        (
+            str(row.of),
+            score(row.value),
+            score(row.error),
+            "removed" if row.of in removed or Unit(row.of.index, "block") in removed else "",
+        )
+        for row in scores.rows
+        if isinstance(row.of, Unit)
+    ]
+    return _table(("Unit", scores.metric, "Standard error", ""), rows, f"Scores by {scores.metric}")
+
+
+def _order_table(data: ReportData) -> str:
+    rows = [] if data.plan.dense is None else [("dense", score(data.plan.dense))]
+    rows += [(str(unit), score(loss)) for unit, loss in data.plan.order]
+    return _table(("Removed", data.plan.made_by.objective or "objective"), rows, "Objective after each removal")
+
+
+def _calibration(scores: Scores) -> str:
+    text = scores.made_by.calibration
+    return "From the weights alone" if text is None else f"Measured on {text.tokens:,} tokens of {text.spec}"
+
+
+def _provenance(data: ReportData) -> str:
+    plan, made = data.plan, data.plan.made_by
+    rows = [("Dense model", plan.model.name + (f", revision {plan.model.revision}" if plan.model.revision else ""))]
+    rows.append(("Fingerprint of its weights", plan.model.fingerprint))
+    rows += [
+        (label, value)
+        for label, value in (("Search", made.search), ("Objective", made.objective), ("Metric", made.metric))
+        if value is not None
+    ]
+    if made.options:
+        options = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in made.options.items())
+        rows.append(("Options", ", ".join(options)))
+    rows.append(("Seed", str(made.seed)))
+    if made.calibration is not None:
+        rows.append(("Calibration text", f"{made.calibration.spec}, {made.calibration.tokens:,} tokens"))
+        rows.append(("Digest of its token ids", made.calibration.digest))
+    rows.append(("shallower", made.version))
+    if data.seconds:
+        stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in data.seconds.items())
+        rows.append(("Time", f"{duration(sum(data.seconds.values()))}: {stages}"))
+    if data.machine:
+        rows.append(("Machine", data.machine))
+    return _table((), rows, "What made this model", style="facts")
+
+
+def _notes(data: ReportData) -> str:
+    items = "".join(f"<li>{_glued(note)}</li>\n" for note in data.notes)
+    return f'<ul class="notes">\n{items}</ul>\n' if items else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, *, style: str = "numbers") -> str:
+    """A table whose first column names the rows. The caption is for screen readers: a heading stands above it."""
+    lines = [f'<div class="scroll"><table class="{style}">', f'<caption class="unseen">{escape(caption)}</caption>']
+    if head:
+        cells = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in head)
+        lines.append(f"<thead><tr>{cells}</tr></thead>")
+    lines.append("<tbody>")
+    for first, *others in rows:
+        cells = "".join(f"<td>{_glued(cell)}</td>" for cell in others)
+        lines.append(f'<tr><th scope="row">{_glued(first)}</th>{cells}</tr>')
+    return "\n".join(lines) + "\n</tbody>\n</table></div>\n"
+
+
+def _glued(text: str) -> str:
+    """Escaped; a percent sign stays on the line of its number."""
+    return escape(text).replace(" %", "\N{NO-BREAK SPACE}%")

@@ -1,0 +1,162 @@
+"""Tables for the terminal, readable at 80 columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from shallower.report.data import ReportData
+from shallower.report.wording import KIND_NAMES, comparison, count, number, plural, score, signed, size
+from shallower.scores import Score, Scores
+from shallower.units import KINDS, Span, Unit
+
+if TYPE_CHECKING:
+    from shallower.anatomy.weigh import UnitWeight, Weights
+
+_COUNTED = "Blocks are counted from 0."
+_BAR = 24  # columns of the longest bar
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """One model of `perplexity_table`. perplexity: by name of the text."""
+
+    model: str
+    blocks: int
+    parameters: int
+    perplexity: Mapping[str, float]
+
+
+def before_after_table(data: ReportData) -> Table:
+    """Dense and pruned model side by side, with what changed."""
+    speed = f"Speed: {data.speed_setting}." if data.speed_setting else ""
+    table = _table("", "Dense", "Pruned", "Difference", caption=speed)
+    for row in comparison(data):
+        _add(table, row.label, row.dense, row.pruned, row.difference)
+    return table
+
+
+def scores_table(scores: Scores) -> Table:
+    """Every unit in order of depth with its rank (1 goes first); of spans, the least of each length."""
+    units = [(row.of, row) for row in scores.rows if isinstance(row.of, Unit)]
+    return _unit_table(scores, units) if units else _span_table(scores)
+
+
+def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
+    """What blocks, sublayers and the whole model weigh, and what is left without `removed`.
+
+    Blocks that weigh the same share their rows, so most models take few.
+    """
+    table = _table("", "Parameters", "Bytes", "FLOPs/token", "KV bytes/token", caption=_COUNTED)
+    indices = sorted({unit.index for unit in weights.units})
+    for _, alike in groupby(indices, key=lambda index: [weights.units.get(Unit(index, kind)) for kind in KINDS]):
+        group = list(alike)
+        name = f"block {group[0]}" if len(group) == 1 else f"blocks {group[0]} to {group[-1]}, each"
+        _weigh(table, name, weights.units[Unit(group[0], "block")])
+        for kind in ("attn", "mlp"):
+            weight = weights.units.get(Unit(group[0], kind))
+            if weight is not None:
+                _weigh(table, f"  {kind}", weight)
+    table.add_section()
+    whole, blocks = weights.model, weights.blocks
+    _weigh(table, f"all {plural(len(indices), 'block')}", blocks)
+    _weigh(table, "model", whole, "bold")
+    if removed:
+        gone = weights.of(removed)
+        table.add_section()
+        _weigh(table, "after removal", _left(whole, gone), "bold")
+        changes = [
+            "unchanged" if not part else signed(-100 * part / total, "{:.1f} %".format)
+            for part, total in (
+                (gone.parameters, whole.parameters),
+                (gone.bytes, whole.bytes),
+                (gone.flops, whole.flops),
+                (gone.kv_bytes, whole.kv_bytes),
+            )
+        ]
+        _add(table, "difference", *changes)
+        units = sorted(removed)
+        amounts = {kind: sum(unit.kind == kind for unit in units) for kind in KINDS}
+        told = ", ".join(plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount)
+        table.caption = Text(f"Removed: {told} ({', '.join(map(str, units))}). {_COUNTED}", style="dim")
+    return table
+
+
+def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
+    """Several models, one a row; under each perplexity its difference to the first model's."""
+    texts = list(dict.fromkeys(text for row in rows for text in row.perplexity))
+    told = f"Perplexity, lower is better; in brackets relative to {rows[0].model}." if len(rows) > 1 else "Perplexity."
+    table = _table("Model", "Blocks", "Parameters", *texts, caption=told)
+    for row in rows:
+        cells = []
+        for text in texts:
+            value, first = row.perplexity.get(text), rows[0].perplexity.get(text)
+            cell = number(value)
+            if row is not rows[0] and value is not None and first and math.isfinite(value) and math.isfinite(first):
+                cell += f"\n{signed(value - first)} ({value / first:.2f}×)"
+            cells.append(cell)
+        _add(table, row.model, str(row.blocks), count(row.parameters), *cells)
+    return table
+
+
+def _unit_table(scores: Scores, units: Iterable[tuple[Unit, Score]]) -> Table:
+    rank = {unit: place for place, unit in enumerate(scores.ranked(), start=1)}
+    finite = [abs(value) for value in scores.units.values() if math.isfinite(value)]
+    longest = max(finite, default=0.0)
+    table = _table("Unit", "Rank", scores.metric, "± error", caption="Rank 1 matters least.")
+    table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
+    for unit, row in sorted(units, key=lambda pair: pair[0]):
+        _add(table, str(unit), str(rank[unit]), score(row.value), score(row.error), _bar(row.value, longest))
+    return table
+
+
+def _span_table(scores: Scores) -> Table:
+    best: dict[int, tuple[Span, Score]] = {}
+    for row in scores.rows:
+        if isinstance(row.of, Span) and (len(row.of) not in best or row.value < best[len(row.of)][1].value):
+            best[len(row.of)] = (row.of, row)
+    longest = max((abs(row.value) for _, row in best.values() if math.isfinite(row.value)), default=0.0)
+    table = _table("Length", "Least span", scores.metric, "± error", caption="Spans are half-open, blocks from 0.")
+    table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
+    for length, (span, row) in sorted(best.items()):
+        told = f"[{span.start}, {span.stop})"
+        _add(table, str(length), told, score(row.value), score(row.error), _bar(row.value, longest))
+    return table
+
+
+def _bar(value: float, longest: float) -> str:
+    if not longest or not math.isfinite(value):
+        return ""
+    eighths = round(8 * _BAR * abs(value) / longest)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _left(whole: UnitWeight, gone: UnitWeight) -> UnitWeight:
+    names = type(whole).__dataclass_fields__
+    return type(whole)(**{name: getattr(whole, name) - getattr(gone, name) for name in names})
+
+
+def _weigh(table: Table, name: str, weight: UnitWeight, style: str = "") -> None:
+    cells = count(weight.parameters), size(weight.bytes), count(weight.flops), size(weight.kv_bytes)
+    _add(table, name, *cells, style=style)
+
+
+def _table(first: str, *others: str, caption: str) -> Table:
+    told = Text(caption, style="dim") if caption else None
+    table = Table(box=SIMPLE_HEAD, caption=told, caption_justify="left", pad_edge=False)
+    table.add_column(Text(first), overflow="fold")
+    for name in others:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    return table
+
+
+def _add(table: Table, *cells: str, style: str = "") -> None:
+    """Cells are text, never markup: a model may be called `[red]`."""
+    table.add_row(*(Text(cell) for cell in cells), style=style)

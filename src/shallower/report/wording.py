@@ -1,0 +1,198 @@
+"""Numbers and removals in words, the same on the page, in the terminal and in a model card. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shallower.report.data import ReportData
+from shallower.units import Kind, Span, Unit
+
+KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
+
+Form = Callable[[Any], str]  # how a number is written
+
+_TEXTS_IN_HEADLINE = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the before/after table."""
+
+    label: str
+    dense: str
+    pruned: str
+    difference: str
+
+
+def headline(data: ReportData) -> str:
+    """What was removed, what it cost and what it gained, in one sentence."""
+    effects = [_perplexities(data)]
+    for word, before, after in (
+        ("decoding", data.dense.decode_tokens_per_s, data.pruned.decode_tokens_per_s),
+        ("prefill", data.dense.prefill_tokens_per_s, data.pruned.prefill_tokens_per_s),
+    ):
+        if before and after:
+            effects.append(f"{word} {_speed_change(before, after)}")
+            break
+    told = ", ".join(filter(None, effects))
+    return _removed(data) + (f": {told}." if told else ".")
+
+
+def comparison(data: ReportData) -> tuple[Row, ...]:
+    """The before/after table. What neither model was measured for has no row."""
+    dense, pruned = data.dense, data.pruned
+    rows = [Row("Blocks", str(dense.blocks), str(pruned.blocks), _less(dense.blocks, pruned.blocks, str))]
+    for kind in ("attn", "mlp"):
+        cut = sum(unit.kind == kind for unit in data.plan.remove)
+        if cut:
+            name = KIND_NAMES[kind]
+            rows.append(Row(f"{name[0].upper()}{name[1:]}s removed", "0", str(cut), ""))
+    rows += [
+        Row(label, form(before), form(after), _less(before, after, form))
+        for label, form, before, after in (
+            ("Parameters", count, dense.parameters, pruned.parameters),
+            ("Weights", size, dense.bytes, pruned.bytes),
+            ("FLOPs per token", count, dense.flops, pruned.flops),
+            ("KV cache per token", size, dense.kv_bytes, pruned.kv_bytes),
+        )
+    ]
+    for name in dict.fromkeys([*dense.perplexity, *pruned.perplexity]):
+        before, after = dense.perplexity.get(name), pruned.perplexity.get(name)
+        tokens = {f"{side.perplexity_tokens[name]:,}" for side in (dense, pruned) if name in side.perplexity_tokens}
+        label = f"Perplexity on {name}" + (f" ({' or '.join(sorted(tokens))} tokens)" if tokens else "")
+        rows.append(Row(label, number(before), number(after), _more(before, after)))
+    for label, before, after in (
+        ("Prefill, tokens/s", dense.prefill_tokens_per_s, pruned.prefill_tokens_per_s),
+        ("Decoding, tokens/s", dense.decode_tokens_per_s, pruned.decode_tokens_per_s),
+    ):
+        if before is not None or after is not None:
+            change = _speed_change(before, after) if before and after else ""
+            rows.append(Row(label, number(before), number(after), change))
+    for name in dict.fromkeys([*dense.tasks, *pruned.tasks]):
+        before, after = dense.tasks.get(name), pruned.tasks.get(name)
+        change = "" if before is None or after is None else signed(after - before, "{:.3f}".format)
+        shown = ["–" if value is None else f"{value:.3f}" for value in (before, after)]
+        rows.append(Row(name, shown[0], shown[1], change))
+    return tuple(rows)
+
+
+def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:
+    """The units of one kind as half-open spans of block indices, as few as possible."""
+    spans: list[Span] = []
+    for index in sorted(unit.index for unit in units if unit.kind == kind):
+        if spans and spans[-1].stop == index:
+            spans[-1] = Span(spans[-1].start, index + 1)
+        else:
+            spans.append(Span(index, index + 1))
+    return tuple(spans)
+
+
+def plural(amount: int, noun: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+
+
+def count(amount: float) -> str:
+    """A count in thousands, millions (M) or billions (B), four digits or so."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e4)):
+        if abs(amount) >= scale:
+            scaled = amount / (1e3 if unit == "k" else scale)
+            return f"{scaled:.2f} {unit}" if abs(scaled) < 10 else f"{scaled:.1f} {unit}"
+    return f"{amount:,.0f}"
+
+
+def size(amount: float) -> str:
+    """Bytes in binary units: B, KiB, MiB, GiB, TiB."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(amount) >= 1 << power:
+            scaled = amount / (1 << power)
+            return f"{scaled:.2f} {unit}" if abs(scaled) < 10 else f"{scaled:.1f} {unit}"
+    return f"{amount:,.0f} B"
+
+
+def number(value: float | None) -> str:
+    """Three or four digits; `–` for what is missing."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def score(value: float | None) -> str:
+    """Four significant digits: scores of one model can lie close together, and far from 1."""
+    if value is None or math.isnan(value):
+        return "–"
+    if value and not 1e-4 <= abs(value) < 1e5:
+        return f"{value:.3e}".replace("-", "−")
+    return f"{value:#.4g}".rstrip(".").replace("-", "−")
+
+
+def percent(part: float, whole: float) -> str:
+    """A share with one decimal."""
+    return f"{100 * part / whole:.1f} %" if whole else "0.0 %"
+
+
+def signed(value: float, form: Form = number) -> str:
+    """With + or a true minus sign."""
+    return ("+" if value >= 0 else "−") + form(abs(value))
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds, or hours and minutes."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _removed(data: ReportData) -> str:
+    dense, pruned = data.dense, data.pruned
+    gone = dense.blocks - pruned.blocks
+    shares = f"{percent(gone, dense.blocks)} of blocks, "
+    shares += f"{percent(dense.parameters - pruned.parameters, dense.parameters)} of parameters"
+    amounts = {kind: sum(unit.kind == kind for unit in data.plan.remove) for kind in KIND_NAMES}
+    if not (amounts["attn"] or amounts["mlp"]):
+        return f"Removed {gone} of {plural(dense.blocks, 'block')} ({shares})"
+    named = [plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount]
+    listed = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
+    return f"Removed {listed} ({gone} of {plural(dense.blocks, 'block')}: {shares})"
+
+
+def _perplexities(data: ReportData) -> str:
+    pairs = {
+        name: (before, data.pruned.perplexity[name])
+        for name, before in data.dense.perplexity.items()
+        if name in data.pruned.perplexity
+    }
+    if len(pairs) <= _TEXTS_IN_HEADLINE:
+        listed = [f"{name} {number(before)} → {number(after)}" for name, (before, after) in pairs.items()]
+        return "perplexity on " + " and on ".join(listed) if listed else ""
+    ratios = sorted(after / before for before, after in pairs.values())
+    return f"perplexity on {len(pairs)} texts {ratios[0]:.2f}× to {ratios[-1]:.2f}× that of the dense model"
+
+
+def _less(before: float, after: float, form: Form = count) -> str:
+    if before == after:
+        return "unchanged"
+    change = signed(after - before, form)
+    return f"{change} ({signed(100 * (after - before) / before, '{:.1f} %'.format)})" if before else change
+
+
+def _more(before: float | None, after: float | None) -> str:
+    if before is None or after is None or not math.isfinite(before) or not math.isfinite(after):
+        return ""
+    return f"{signed(after - before)} ({after / before:.2f}×)"
+
+
+def _speed_change(before: float, after: float) -> str:
+    ratio = after / before
+    if f"{ratio:.2f}" == "1.00":
+        return "unchanged"
+    return f"{ratio:.2f}× faster" if ratio > 1 else f"{1 / ratio:.2f}× slower"

@@ -1,0 +1,30 @@
+"""Choose a set of units to remove. One search a file; a search knows nothing of models.
+
+A search is a generator of removed sets; the last one is its choice and the rest is its trail. The framework supplies
+what the signature asks for:
+
+    units    what may be removed, in depth order
+    budget   a `Budget`: `met(removed)`, `admits(removed, unit)`
+    scores   {unit: importance} by the chosen metric
+    spans    {span: importance} by the chosen metric
+    losses   `Losses`: objective of the model without each candidate
+    start    the choice of the search before it, for searches that improve on a set
+    rng      a seeded `random.Random`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from shallower.units import Unit
+
+
+class Losses(Protocol):
+    """The question that a search may ask."""
+
+    def __call__(self, candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        """The objective of the model without each candidate's units; lower is better.
+
+        keep: only the `keep` best matter; candidates that are clearly not among them may come back as infinity.
+        """

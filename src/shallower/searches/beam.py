@@ -1,0 +1,35 @@
+"""Greedy with several sets in hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from shallower.budget import Budget
+from shallower.registry import search
+from shallower.searches import Losses
+from shallower.units import Unit
+
+
+@search("beam")
+def beam(units: Sequence[Unit], budget: Budget, losses: Losses, *, width: int = 4) -> Iterator[frozenset[Unit]]:
+    """Grow the `width` best sets at once by every unit, and keep the `width` best of the results.
+
+    Greedy is `width` 1. Sets that differ in size are compared only at equal numbers of removals; the first generation
+    in which a set meets the budget decides.
+    """
+    hand: list[frozenset[Unit]] = [frozenset()]
+    while True:
+        candidates = list(
+            dict.fromkeys(removed | {unit} for removed in hand for unit in units if budget.admits(removed, unit))
+        )
+        if not candidates:
+            return
+        measured = losses(candidates, keep=width)
+        ranked = sorted(range(len(candidates)), key=measured.__getitem__)
+        hand = [candidates[index] for index in ranked[:width] if math.isfinite(measured[index])]
+        meeting = [removed for removed in hand if budget.met(removed)]
+        if meeting:
+            yield meeting[0]
+            return
+        yield hand[0]

@@ -1,0 +1,51 @@
+"""(1 + λ) evolution with level-switch mutation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from random import Random
+
+from shallower.budget import Budget
+from shallower.exchange import random_exchange
+from shallower.registry import search
+from shallower.searches import Losses
+from shallower.units import Unit
+
+
+@search("evolutionary", source="arXiv:2410.14649", starts="random")
+def evolutionary(
+    units: Sequence[Unit],
+    budget: Budget,
+    losses: Losses,
+    start: frozenset[Unit],
+    rng: Random,
+    *,
+    generations: int = 50,
+    offspring: int = 16,
+    patience: int = 15,
+) -> Iterator[frozenset[Unit]]:
+    """EvoPress: each generation switches a few removed units of the parent with kept ones; the best of all lives on.
+
+    The number of switches is the smaller of two draws from 1 to 3, so that most offspring are close. Selection on
+    growing token budgets is the engine's racing. patience: generations without a better child before it ends. Starts
+    from the search before it, by default from a random set.
+    """
+    parent, stale = start, 0
+    for _ in range(generations):
+        children = list(dict.fromkeys(_mutated(units, budget, parent, rng) for _ in range(offspring)))
+        candidates = [parent, *(child for child in children if child != parent)]
+        measured = losses(candidates, keep=1)
+        best = candidates[min(range(len(candidates)), key=measured.__getitem__)]
+        stale = stale + 1 if best == parent else 0
+        if stale >= patience:
+            return
+        if best != parent:
+            parent = best
+            yield parent
+
+
+def _mutated(units: Sequence[Unit], budget: Budget, parent: frozenset[Unit], rng: Random) -> frozenset[Unit]:
+    child = parent
+    for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
+        child = random_exchange(units, budget, child, rng)
+    return child

@@ -1,0 +1,23 @@
+"""Remove, measure again, repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from shallower.budget import Budget
+from shallower.registry import search
+from shallower.searches import Losses
+from shallower.units import Unit
+
+
+@search("greedy", source="arXiv:2402.09025, arXiv:2406.10594")
+def greedy(units: Sequence[Unit], budget: Budget, losses: Losses) -> Iterator[frozenset[Unit]]:
+    """Remove the unit whose absence costs least, then measure the rest again (SLEB, BlockPruner)."""
+    removed: frozenset[Unit] = frozenset()
+    while not budget.met(removed):
+        candidates = [removed | {unit} for unit in units if budget.admits(removed, unit)]
+        if not candidates:
+            return
+        measured = losses(candidates, keep=1)
+        removed = candidates[min(range(len(candidates)), key=measured.__getitem__)]
+        yield removed

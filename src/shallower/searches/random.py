@@ -1,0 +1,22 @@
+"""The baseline that everything must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from random import Random
+
+from shallower.budget import Budget
+from shallower.registry import search
+from shallower.units import Unit
+
+
+@search("random")
+def random(units: Sequence[Unit], budget: Budget, rng: Random) -> Iterator[frozenset[Unit]]:
+    """Remove units drawn at random."""
+    removed: frozenset[Unit] = frozenset()
+    for unit in rng.sample(list(units), len(units)):
+        if budget.met(removed):
+            return
+        if budget.admits(removed, unit):
+            removed |= {unit}
+            yield removed

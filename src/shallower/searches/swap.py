@@ -1,0 +1,30 @@
+"""Local exchange until no exchange helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from shallower.budget import Budget
+from shallower.exchange import exchanges
+from shallower.registry import search
+from shallower.searches import Losses
+from shallower.units import Unit
+
+
+@search("swap", starts="greedy")
+def swap(
+    units: Sequence[Unit], budget: Budget, losses: Losses, start: frozenset[Unit], *, rounds: int = 20
+) -> Iterator[frozenset[Unit]]:
+    """Exchange one removed unit for one that is kept as long as the best exchange lowers the loss.
+
+    Starts from the search before it (`--search greedy,swap`), by default from greedy. rounds: exchanges at most.
+    """
+    removed = start
+    for _ in range(rounds):
+        candidates = [removed, *exchanges(units, budget, removed)]
+        measured = losses(candidates, keep=1)
+        best = min(range(len(candidates)), key=measured.__getitem__)
+        if best == 0:
+            return
+        removed = candidates[best]
+        yield removed

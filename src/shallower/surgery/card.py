@@ -1,0 +1,75 @@
+"""The model card of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+from transformers import PreTrainedModel
+
+from shallower.plan import PruningPlan
+from shallower.version import __version__
+
+_LOADING = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def model_card(model: PreTrainedModel, plan: PruningPlan | None, measured: str | None) -> str:
+    """README.md of a checkpoint: where it comes from, what is missing, how to load it.
+
+    Args:
+        model: The cut model.
+        plan: What was removed and how it was chosen.
+        measured: Markdown that ends the card.
+    """
+    name = plan.model.name if plan is not None else str(model.config._name_or_path)
+    if os.path.isabs(name) or os.path.exists(name):
+        name = os.path.basename(os.path.normpath(name))  # where it was on one machine helps nobody
+        on_hub = False
+    else:
+        on_hub = name.count("/") == 1
+    lines = ["---"]
+    if on_hub:
+        lines += [f"base_model: {name}", "base_model_relation: finetune"]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- shallower", "- depth-pruning"]
+    lines += ["---", "", f"# {name or model.config.model_type}, made shallower", ""]
+    lines += [_what(model, plan), ""]
+    if plan is not None:
+        lines += _how(plan)
+    lines += ["## Loading it", "", "It is an ordinary checkpoint; nothing but `transformers` is needed.", "", _LOADING]
+    if measured:
+        lines += [measured.strip(), ""]
+    lines += [f"Made with shallower {__version__}.", ""]
+    return "\n".join(lines)
+
+
+def _what(model: PreTrainedModel, plan: PruningPlan | None) -> str:
+    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{blocks} blocks and {parameters:,} parameters"
+    if plan is None:
+        return f"A language model of {size}."
+    removed = ", ".join(f"`{unit}`" for unit in plan.remove)
+    return (
+        f"{size} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. The weights that are left "
+        "were not changed by the removal."
+    )
+
+
+def _how(plan: PruningPlan) -> list[str]:
+    made = plan.made_by
+    calibration = made.calibration
+    rows = [
+        ("search", made.search),
+        ("objective", made.objective),
+        ("metric", made.metric),
+        ("options", ", ".join(f"{name}={value}" for name, value in made.options.items()) or None),
+        ("seed", made.seed),
+        ("calibration", calibration and f"{os.path.basename(calibration.spec)}, {calibration.tokens:,} tokens"),
+        ("fingerprint of the original", plan.model.fingerprint),
+    ]
+    table = [f"| {name} | {value} |" for name, value in rows if value is not None]
+    return ["## How it was chosen", "", "| | |", "|---|---|", *table, "", "`plan.json` holds the removal order.", ""]

@@ -1,0 +1,217 @@
+"""Write a cut model as an ordinary Hugging Face checkpoint: whole, verified, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from shallower import progress
+from shallower.anatomy.dissect import probe_ids
+from shallower.errors import ModelError, OutputError
+from shallower.plan import PruningPlan
+from shallower.strict_json import write_json, write_text
+from shallower.surgery.card import model_card
+from shallower.surgery.cut import leftovers
+from shallower.surgery.verify import quiet, verify_saved
+
+_BESIDES_WEIGHTS = 64 * 2**20
+"""Room for tokenizer, report and directory entries."""
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    plan: PruningPlan | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: str | None = None,
+    force: bool = False,
+    max_shard_size: str = "5GB",
+    verify_ids: Tensor | None = None,
+) -> Path:
+    """Write `model` to a temporary folder beside `folder`, load it again, compare, and rename.
+
+    Whatever goes wrong, also Ctrl-C, `folder` is as it was before and nothing else is left behind.
+
+    Args:
+        model: A cut model. Its weights and config are not changed.
+        folder: Must not exist, or be a checkpoint that `force` may replace.
+        plan: Goes into plan.json and the model card.
+        tokenizer: Saved with its chat template.
+        card: Markdown that the model card ends with: what was measured.
+        force: Replace an existing checkpoint, at the last moment.
+        max_shard_size: As transformers takes it.
+        verify_ids: int64 [sequences, tokens] to compare logits on; a few tokens by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: Sublayers are missing that no stock checkpoint can leave out.
+        OutputError: The place is taken, too small, or cannot be written.
+        VerificationError: What was written does not load as the same model.
+    """
+    if missing := leftovers(model):
+        raise ModelError(
+            f"no ordinary checkpoint can leave out {', '.join(map(str, missing))}: this family's blocks always have "
+            "both sublayers. Remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
+        )
+    target = Path(os.path.abspath(folder))
+    _require_free(target, model, plan, force)
+    tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _BESIDES_WEIGHTS
+    temporary: Path | None = None
+    try:
+        with _one_sentence(target), progress.task(f"writing {target.name}", 4) as step:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _require_room(target, needed)
+            temporary = _temporary_beside(target)
+            _write(model, temporary, max_shard_size)
+            step()
+            if tokenizer is not None:
+                _write_tokenizer(tokenizer, temporary)
+            if plan is not None:
+                plan.save(temporary / "plan.json")
+            write_text(temporary / "README.md", model_card(model, plan, card))
+            step()
+            ids = probe_ids(model) if verify_ids is None else verify_ids
+            verify_saved(temporary, model, ids)
+            step()
+            for path in (*temporary.rglob("*"), temporary):
+                _flush(path)
+            _move(temporary, target)
+            _flush(target.parent)
+            step()
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _require_free(target: Path, model: PreTrainedModel, plan: PruningPlan | None, force: bool) -> None:
+    """Raise OutputError unless `target` is free, or a checkpoint that may be replaced."""
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputError(f"{target} exists; choose another folder or pass --force to replace it.")
+    if target.is_symlink() or not target.is_dir():
+        raise OutputError(f"{target} is not a folder, so --force does not replace it; choose another name.")
+    inhabited = {Path.cwd(), Path.home()}
+    if any(target == place or target in place.parents for place in inhabited) or not _is_checkpoint(target):
+        raise OutputError(
+            f"{target} is not a checkpoint (no config.json with a model_type), so --force does not replace it; choose "
+            "another folder or remove it yourself."
+        )
+    for source in (model.config._name_or_path, None if plan is None else plan.model.name):
+        if source and os.path.isdir(source) and os.path.samefile(source, target):
+            raise OutputError(f"{target} is the model itself; choose another folder for what becomes of it.")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def _require_room(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise OutputError(
+            f"{target} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk; make room or choose "
+            "another place."
+        )
+
+
+def _temporary_beside(target: Path) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)  # mkdtemp's folders are private, a checkpoint need not be
+    return folder
+
+
+def _write(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    """Weights, config and generation config."""
+    generation, config = model.generation_config, model.config
+    # transformers notes type and architecture in the config it saves, and refuses some generation configs that it loads.
+    model.config = copy.deepcopy(config)
+    model.config._name_or_path = ""
+    if generation is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+    finally:
+        model.config, model.generation_config = config, generation
+    if generation is not None:
+        fields = json.loads(generation.to_json_string(ignore_metadata=False))
+        fields.pop("_from_model_config", None)
+        write_json(folder / "generation_config.json", fields)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with quiet():
+        tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.pop("name_or_path", None) is not None:
+        write_json(path, fields)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move(temporary: Path, target: Path) -> None:
+    """Rename to `target`; what stands there (only with force) moves aside first and is deleted last."""
+    if not os.path.lexists(target):
+        os.rename(temporary, target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    os.rename(target, aside / target.name)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(aside / target.name, target)
+        aside.rmdir()
+        raise
+    try:
+        shutil.rmtree(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _one_sentence(target: Path) -> Iterator[None]:
+    """Turn the ways in which writing fails into OutputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full:
+            raise OutputError(
+                f"the disk is full: {target} was not written; make room or choose another place."
+            ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot write {target}: {reason}. Choose another place.") from error

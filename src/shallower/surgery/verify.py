@@ -1,0 +1,131 @@
+"""Compare models by what they compute: in one pass, and token by token with the KV cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from shallower.errors import VerificationError
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_DECODED = 4
+
+
+def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of one pass without a cache: float32 [sequences, tokens, vocabulary], on the CPU. Dropout is off."""
+    with torch.no_grad(), _evaluating(model):
+        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+def cached_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The same logits, the last few tokens one at a time with the KV cache that the model itself makes."""
+    ids = ids.to(model.device)
+    start = max(ids.shape[1] - _DECODED, 1)
+    with torch.no_grad(), _evaluating(model):
+        output = model(input_ids=ids[:, :start], use_cache=True)
+        logits = [output.logits]
+        for position in range(start, ids.shape[1]):
+            output = model(
+                input_ids=ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True
+            )
+            logits.append(output.logits)
+    return torch.cat(logits, dim=1).float().cpu()
+
+
+def decoding_noise(model: PreTrainedModel, ids: Tensor) -> float:
+    """How much decoding one by one differs from one pass, by rounding alone (and by experts that rounding lets change)."""
+    return difference(cached_logits(model, ids), full_logits(model, ids))
+
+
+def difference(first: Tensor, second: Tensor) -> float:
+    """The largest absolute difference; infinite where one of them is not a number."""
+    if first.shape != second.shape:
+        return float("inf")
+    largest = float((first - second).abs().max())
+    return largest if largest == largest else float("inf")
+
+
+def tolerance(model: PreTrainedModel, logits: Tensor) -> float:
+    """How far logits of the same model may differ: relative to the largest logit, by the type it computes in."""
+    return _TOLERANCE.get(model.dtype, 5e-2) * max(float(logits.abs().max()), 1e-3)
+
+
+def verify_saved(folder: str | os.PathLike[str], model: PreTrainedModel, ids: Tensor) -> float:
+    """Load a checkpoint with stock transformers and compare it with the model that was saved.
+
+    Args:
+        folder: An ordinary checkpoint.
+        model: The model in memory.
+        ids: int64 [sequences, tokens], at least two tokens; the last few are also decoded one by one.
+
+    Returns:
+        The largest absolute difference of logits in one pass.
+
+    Raises:
+        VerificationError: Weights are missing or left over, or logits differ more than rounding explains.
+    """
+    with quiet():
+        try:
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                Path(folder),
+                local_files_only=True,
+                dtype=model.dtype,
+                attn_implementation=model.config._attn_implementation,
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever stock code cannot load is a failed verification
+            raise VerificationError(f"the checkpoint that was written does not load again: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := info.get(kind):
+            names = ", ".join(sorted(map(str, keys))[:3])
+            raise VerificationError(f"the checkpoint that was written has {kind.replace('_', ' ')}: {names}.")
+    if type(loaded) is not type(model):
+        raise VerificationError(f"the checkpoint loads as {type(loaded).__name__}, not as {type(model).__name__}.")
+    loaded.to(model.device)
+    wanted = full_logits(model, ids)
+    allowed = tolerance(model, wanted)
+    found = full_logits(loaded, ids)
+    whole = difference(wanted, found)
+    stepwise = difference(cached_logits(loaded, ids), wanted)
+    for how, value in (("", whole), (" when decoding", stepwise)):
+        if value > allowed and not (how and value <= 2 * decoding_noise(model, ids)):
+            raise VerificationError(
+                f"the checkpoint that was written is not the model in memory: its logits differ by up to "
+                f"{value:.3g}{how}, {allowed:.3g} is allowed."
+            )
+    return whole
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and loading reports off the terminal."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off inside the `with`; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,30 @@
+"""`shallower demo`: the main job on a small real model, where only a Python package index can be reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shallower.checkpoint.demo_files import demo_text
+from shallower.verbs.prune import Pruned, prune
+
+# One pass over the calibration text chooses the span, so the demo spends its time on evidence rather than on search.
+SETTINGS = {"search": "contiguous", "sequences": 8, "length": 256, "window": 512, "max_windows": 6}
+
+
+def demo(out: str | Path, *, force: bool = False, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Pruned:
+    """Remove 20 % of the blocks of SmolLM2-135M-Instruct (arXiv:2403.17887: the span of least angular distance).
+
+    Calibration and held-out text are different passages of Wikipedia (BoolQ); the second text is science (SciQ).
+    """
+    return prune(
+        "demo",
+        "20%",
+        out=out,
+        calibration=demo_text("calibration"),
+        texts=[str(demo_text("held-out")), str(demo_text("science"))],
+        force=force,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        **SETTINGS,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,279 @@
+"""`shallower prune`: the whole job, from a model and some text to a smaller checkpoint with a page that shows what it
+cost.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shallower import progress
+from shallower.anatomy import dissect
+from shallower.bench.speed import Speed, compare_speed
+from shallower.checkpoint.load import LoadedModel
+from shallower.corpus import CalibrationSet, overlap
+from shallower.engine import stream_scores
+from shallower.errors import CorpusError, UserError
+from shallower.evaluation.perplexity import Perplexity
+from shallower.evaluation.text import read_evaluation_text
+from shallower.plan import MadeBy, PruningPlan
+from shallower.registry import metric as metrics
+from shallower.report.data import ReportData, Side
+from shallower.report.page import render
+from shallower.scores import Scores
+from shallower.strict_json import write_text
+from shallower.surgery import cut, require_room, save
+from shallower.units import Unit
+from shallower.verbs.evaluate import text_name, text_perplexity
+from shallower.verbs.score import stream_statistic
+from shallower.verbs.search import require_possible
+from shallower.verbs.search import search as search_plan
+from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, calibrate, open_subject, units_of
+from shallower.version import __version__
+
+INFLUENCE = "cosine"
+DISTANCE = "angular"
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A finished job. folder: the checkpoint, None when it was not saved."""
+
+    model: PreTrainedModel = field(repr=False)
+    plan: PruningPlan
+    report: ReportData = field(repr=False)
+    folder: Path | None
+
+
+def prune(
+    model: str | Path | PreTrainedModel | Subject,
+    remove: str | int | None = None,
+    *,
+    out: str | Path | None = None,
+    plan: PruningPlan | str | Path | None = None,
+    search: str = "greedy",
+    objective: str = "nll",
+    metric: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    units: str = "block",
+    protect: str = "",
+    calibration: str | Path | CalibrationSet | None = None,
+    sequences: int = 32,
+    length: int = 512,
+    settings: Mapping[str, str] | None = None,
+    exact: bool = False,
+    texts: Sequence[str] = (),
+    window: int = 1024,
+    max_windows: int | None = 12,
+    speed: bool = True,
+    seed: int = 0,
+    force: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Pruned:
+    """Choose what to remove (or take a plan), cut it out, measure before and after, and write a checkpoint with its
+    report.
+
+    remove, search, objective, metric, units, protect, settings, exact: as for `search`. plan: apply this plan and
+    search nothing.
+    out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
+    documents that calibration left out. max_windows: windows evaluated of each text. speed: also time prefill and
+    decoding.
+
+    Raises UserError (BudgetError, PlanError, OutputError, …) before anything is written, and VerificationError when the
+    written checkpoint does not reproduce the pruned model.
+    """
+    if (remove is None) == (plan is None):
+        raise UserError(
+            "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
+        )
+    if remove is not None:
+        require_possible(remove, search, objective, metric, settings)
+    if out is not None:
+        require_room(out, force=force)
+    clock = _Clock()
+    contents = {text: read_evaluation_text(text) for text in texts}
+    given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    with clock("loading"):
+        subject = open_subject(model, tokenizer, device=device, dtype=dtype)
+        if given is not None:
+            given.require_for(subject.identity)
+    with clock("calibration text"):
+        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
+        contents = contents or _held_out(calibration)
+    with clock("stream metrics"):
+        influence, spans = _stream_metrics(subject, text, seed)
+    with clock("search"):
+        if given is None:
+            assert remove is not None
+            given = search_plan(
+                subject,
+                remove,
+                search=search,
+                objective=objective,
+                metric=metric,
+                scores=spans if search == "contiguous" and metric in (None, DISTANCE) and units == "block" else None,
+                units=units,
+                protect=protect,
+                calibration=text,
+                settings=settings,
+                exact=exact,
+                seed=seed,
+            )
+    smaller = _cut(subject, given.removed)
+    with clock("perplexity"):
+        before, after = _perplexities((subject, smaller), contents, window, max_windows)
+    with clock("speed"):
+        speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=5) if speed else {}
+    notes = tuple(_notes(subject, text, contents, window, max_windows))
+    data = ReportData(
+        plan=given,
+        influence=(influence,),
+        spans=spans,
+        dense=_side(subject, before, speeds.get("dense")),
+        pruned=_side(smaller, after, speeds.get("pruned")),
+        speed_setting=_setting(speeds["dense"], subject) if speeds else "",
+        seconds=clock.seconds,
+        notes=notes,
+        machine=_machine(),
+        base_model=subject.identity.name,
+        folder=Path(out).name if out is not None else "",
+    )
+    if out is None:
+        return Pruned(smaller.model, given, data, None)
+    with clock("writing and verifying"):
+        folder = save(
+            smaller.model,
+            out,
+            plan=given,
+            tokenizer=subject.loaded.tokenizer,
+            card=_card(data),
+            force=force,
+            verify_ids=text.input_ids[:1, :64],
+        )
+    data.save(folder / "report.json")
+    write_text(folder / "report.html", render(data))
+    return Pruned(smaller.model, given, data, folder)
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 2)
+
+
+def _cut(subject: Subject, removed: frozenset[Unit]) -> Subject:
+    loaded = subject.loaded
+    with progress.task("cutting"):
+        smaller = cut(subject.anatomy, removed)
+        return Subject(LoadedModel(smaller, loaded.tokenizer, loaded.name, loaded.revision, None), dissect(smaller))
+
+
+def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:
+    """Influence of each block and angular distance of each span, from one pass."""
+    statistics = [stream_statistic(metrics.get(name), {}) for name in (INFLUENCE, DISTANCE)]
+    rows = stream_scores(subject.anatomy, text, statistics, units_of(subject, "block"))
+    found = []
+    for statistic, scored in zip(statistics, rows, strict=True):
+        options = {"positions": statistic.positions}
+        made_by = MadeBy(None, None, statistic.metric.name, options, seed, text.identity, __version__)
+        found.append(Scores(subject.identity, statistic.metric.name, scored, made_by))
+    return found[0], found[1]
+
+
+def _held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
+    """Documents of the calibration source that were left out of calibration; nothing for a ready-made set of ids."""
+    if isinstance(calibration, CalibrationSet):
+        return {}
+    source = str(calibration or DEFAULT_CALIBRATION).partition("?")[0]
+    spec = f"{source}?part=held-out"
+    try:
+        return {spec: read_evaluation_text(spec)}
+    except CorpusError:
+        return {}  # too few documents to leave any out: the report then shows no perplexity
+
+
+def _perplexities(
+    sides: Sequence[Subject], contents: Mapping[str, str], window: int, max_windows: int | None
+) -> list[dict[str, Perplexity]]:
+    return [
+        {
+            text_name(text): text_perplexity(side, content, window=window, max_windows=max_windows)
+            for text, content in contents.items()
+        }
+        for side in sides
+    ]
+
+
+def _notes(
+    subject: Subject, text: CalibrationSet, contents: Mapping[str, str], window: int, max_windows: int | None
+) -> Iterator[str]:
+    """Warnings about text that was both calibrated and evaluated on."""
+    for name, content in contents.items():
+        ids = torch.tensor(subject.tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
+        shared = overlap(text, ids if max_windows is None else ids[: window * max_windows])
+        if shared.shared:
+            yield (
+                f"{text_name(name)} shares {shared.shared} of {shared.total} runs of 13 tokens with the calibration "
+                "text: "
+                "its perplexity flatters the pruned model."
+            )
+
+
+def _side(subject: Subject, perplexities: Mapping[str, Perplexity], speed: Speed | None) -> Side:
+    whole = subject.weights.model
+    return Side(
+        blocks=len(subject.anatomy.blocks),
+        parameters=whole.parameters,
+        bytes=whole.bytes,
+        flops=whole.flops,
+        kv_bytes=whole.kv_bytes,
+        perplexity={name: found.perplexity for name, found in perplexities.items()},
+        perplexity_tokens={name: found.tokens for name, found in perplexities.items()},
+        prefill_tokens_per_s=None if speed is None else speed.prefill_tokens_per_s,
+        decode_tokens_per_s=None if speed is None else speed.decode_tokens_per_s,
+        tasks={},
+    )
+
+
+def _setting(speed: Speed, subject: Subject) -> str:
+    dtype = str(subject.model.dtype).removeprefix("torch.")
+    return (
+        f"prompt {speed.prompt}, generate {speed.generate}, batch {speed.batch}, {dtype}, {subject.model.device.type}, "
+        f"{torch.get_num_threads()} threads; medians of alternating runs"
+    )
+
+
+def _machine() -> str:
+    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _card(data: ReportData) -> str:
+    """Before and after, as a Markdown table for the model card."""
+    rows = [("blocks", f"{data.dense.blocks}", f"{data.pruned.blocks}")]
+    rows.append(("parameters", f"{data.dense.parameters:,}", f"{data.pruned.parameters:,}"))
+    for name, value in data.dense.perplexity.items():
+        tokens = data.dense.perplexity_tokens[name]
+        rows.append((f"perplexity, {name} ({tokens:,} tokens)", f"{value:.2f}", f"{data.pruned.perplexity[name]:.2f}"))
+    for label, before, after in (
+        ("prefill, tokens/s", data.dense.prefill_tokens_per_s, data.pruned.prefill_tokens_per_s),
+        ("decoding, tokens/s", data.dense.decode_tokens_per_s, data.pruned.decode_tokens_per_s),
+    ):
+        if before is not None and after is not None:
+            rows.append((label, f"{before:.1f}", f"{after:.1f}"))
+    lines = ["| | dense | pruned |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + (f"\n\nSpeed: {data.speed_setting}." if data.speed_setting else "")

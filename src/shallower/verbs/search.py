@@ -1,0 +1,278 @@
+"""`shallower search`: which units should go? Writes the plan, cuts nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shallower import progress
+from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
+from shallower.corpus import CalibrationSet
+from shallower.engine import Ablator, Racing
+from shallower.errors import BudgetError, UnknownName, UserError
+from shallower.plan import MadeBy, PruningPlan
+from shallower.registry import Method
+from shallower.registry import metric as metrics
+from shallower.registry import objective as objectives
+from shallower.registry import search as searches
+from shallower.scores import Scores
+from shallower.units import Unit, require_distinct
+from shallower.verbs.score import score
+from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
+from shallower.version import __version__
+
+Trail = Sequence[frozenset[Unit]]
+Stage = tuple[Method, Mapping[str, Any]]  # a search and its options
+
+
+def search(
+    model: str | Path | PreTrainedModel | Subject,
+    remove: str | int,
+    *,
+    search: str = "greedy",
+    objective: str = "nll",
+    metric: str | None = None,
+    scores: Scores | str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    units: str = "block",
+    protect: str = "",
+    calibration: str | Path | CalibrationSet | None = None,
+    sequences: int = 32,
+    length: int = 512,
+    settings: Mapping[str, str] | None = None,
+    exact: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> PruningPlan:
+    """Choose the units to remove, and measure the objective after each removal.
+
+    remove: a number of units (`6`), a share of the parameters in blocks (`20%`), of another quantity (`33%:kv_bytes`),
+    several of these, or the units themselves (`block.13-18`), for which nothing is searched. protect: blocks that stay,
+    such as `first:4,last:2`.
+    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead. settings:
+    options of the search as text. search: one, or several that improve on each other (`greedy,swap`). exact: measure
+    every candidate on all of the text, instead of dropping those that are clearly worse after a part of it.
+
+    Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says.
+    """
+    require_possible(remove, search, objective, metric, settings)
+    stages = _stages(search, settings or {})
+    asked = parse_remove(str(remove))
+    subject = open_subject(model, tokenizer, device=device, dtype=dtype)
+    protected = parse_protect(protect, len(subject.anatomy.blocks))
+    order = _explicit(subject, asked, protected)
+    removable: tuple[Unit, ...] = ()
+    if order is None:
+        if any(method.traits.get("keeps_last_block") for method, _ in stages):
+            protected |= {len(subject.anatomy.blocks) - 1}
+        removable = _removable(subject, units, protected, stages)
+        budget = budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable)
+    text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
+    ablator = make_ablator(subject, text, objective, racing=None if exact else Racing())
+    name, ranked_by = None, None
+    if order is None:
+        name = search
+        ranking = _ranking(subject, stages, metric, scores, units, objective, text, seed)
+        ranked_by = ranking.metric if ranking else None
+        order = removal_order(run_search(stages, removable, budget, ablator, ranking, seed), ablator)
+    measured = ablator.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+    progress.note(_cost(ablator))
+    options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
+    options |= {"remove": str(remove), "units": units, "protect": protect, "exact": exact}
+    made_by = MadeBy(name, objective, ranked_by, options, seed, text.identity, __version__)
+    return PruningPlan(
+        subject.identity, tuple(sorted(order)), tuple(zip(order, measured[1:], strict=True)), measured[0], made_by
+    )
+
+
+def require_possible(
+    remove: str | int,
+    search: str = "greedy",
+    objective: str = "nll",
+    metric: str | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse what is wrong with any model, before one is loaded.
+
+    Raises UnknownName for an unknown method or option, and BudgetError when `remove` cannot be read.
+    """
+    _stages(search, settings or {})
+    objectives.get(objective)
+    if metric is not None:
+        metrics.get(metric)
+    parse_remove(str(remove))
+
+
+def _stages(names: str, settings: Mapping[str, str]) -> list[Stage]:
+    """The searches of `greedy,swap` with their options; one that improves on a set is preceded by one that makes it.
+
+    Raises UnknownName for a search, or an option that none of them has.
+    """
+    methods = [searches.get(name.strip()) for name in names.split(",")]
+    before = methods[0].traits.get("starts")
+    if before:
+        methods.insert(0, searches.get(before))
+    known = {option for method in methods for option in method.options}
+    for key in settings:
+        if key not in known:
+            raise UnknownName(f"option of search {names!r}", key, sorted(known))
+    return [
+        (method, method.parse_options({key: text for key, text in settings.items() if key in method.options}))
+        for method in methods
+    ]
+
+
+def run_search(
+    stages: Sequence[Stage],
+    units: Sequence[Unit],
+    budget: Budget,
+    ablator: Ablator,
+    scores: Scores | None,
+    seed: int,
+) -> Trail:
+    """Run registered searches one after another, each with what its signature asks for; returns the last one's trail.
+
+    A search that finds nothing better than what it started from leaves the trail of the one before.
+    Raises BudgetError when it ends without meeting the budget.
+    """
+    removable = set(units)
+    trail: list[frozenset[Unit]] = []
+    for method, options in stages:
+        supply: dict[str, object] = {
+            "units": units,
+            "budget": budget,
+            "losses": ablator.losses,
+            "start": trail[-1] if trail else frozenset(),
+            "rng": random.Random(seed),
+            "scores": {unit: value for unit, value in scores.units.items() if unit in removable} if scores else {},
+            "spans": scores.spans if scores else {},
+        }
+        trail = list(method.function(**{name: supply[name] for name in method.parameters}, **options)) or trail
+        if not trail or not budget.met(trail[-1]):
+            raise BudgetError(
+                f"search {method.name!r} could not remove {budget} from the {len(units)} units that may go."
+            )
+    require_distinct(trail[-1])
+    return trail
+
+
+def _cost(ablator: Ablator) -> str:
+    spent = ablator.spent
+    sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times candidate sets)"
+    if spent.recalled:
+        sentence += f"; {spent.recalled:,} measurements were remembered from before"
+    if spent.exhaustive:
+        sentence += f"; races of {spent.exhaustive:,} tokens ended early where the outcome was clear"
+    return sentence + "."
+
+
+def removal_order(trail: Trail, ablator: Ablator) -> list[Unit]:
+    """The units of the trail's last set in removal order.
+
+    That is the trail's own order when each of its sets adds one unit to the one before. Otherwise each unit in turn is
+    the one that costs least, measured.
+    """
+    order: list[Unit] = []
+    before: Collection[Unit] = frozenset()
+    for removed in trail:
+        added = sorted(removed - frozenset(before))
+        if len(added) != 1 or not removed.issuperset(before):
+            break
+        order += added
+        before = removed
+    else:
+        return order
+    left, order = set(trail[-1]), []
+    while left:
+        candidates = sorted(left)
+        losses = ablator.losses([frozenset([*order, unit]) for unit in candidates])
+        order.append(candidates[min(range(len(candidates)), key=losses.__getitem__)])
+        left.remove(order[-1])
+    return order
+
+
+def budget_for(subject: Subject, amounts: Sequence[Amount], units: Sequence[Unit]) -> Budget:
+    """The budget that `--remove` asks for, over the units that may go."""
+    return Budget(tuple(_limit(subject, amount, units) for amount in amounts))
+
+
+def _limit(subject: Subject, amount: Amount, units: Sequence[Unit]) -> Limit:
+    if amount.quantity == "units":
+        kinds = {unit.kind for unit in units}
+        everything = subject.anatomy.of_kind(*({"block"} if "block" in kinds else kinds))
+        return make_limit(amount, dict.fromkeys(units, 1.0), float(len(everything)))
+    weights = subject.weights
+    cost = {unit: float(getattr(weights.units[unit], amount.quantity)) for unit in units}
+    return make_limit(amount, cost, float(getattr(weights.blocks, amount.quantity)))
+
+
+def _explicit(
+    subject: Subject, asked: tuple[Amount, ...] | tuple[Unit, ...], protected: frozenset[int]
+) -> list[Unit] | None:
+    """The units that the user named, checked; None when amounts were given."""
+    units = [item for item in asked if isinstance(item, Unit)]
+    if not units:
+        return None
+    blocks = len(subject.anatomy.blocks)
+    for unit in units:
+        if unit not in subject.anatomy.units:
+            raise BudgetError(f"{unit} does not exist: {subject.identity.name} has blocks 0 to {blocks - 1}.")
+        if unit.index in protected:
+            raise BudgetError(f"{unit} is both to be removed and protected.")
+    if len({unit.index for unit in units if unit.kind == "block"}) == blocks:
+        raise BudgetError(f"--remove names all {blocks} blocks; something must stay.")
+    return units
+
+
+def _removable(subject: Subject, units: str, protected: frozenset[int], stages: Sequence[Stage]) -> tuple[Unit, ...]:
+    removable = units_of(subject, units, protected)
+    for method, _ in stages:
+        kinds = method.traits.get("kinds")
+        if kinds is not None and any(unit.kind not in kinds for unit in removable):
+            raise UserError(f"search {method.name!r} works on --units {' or '.join(kinds)}, not on {units}.")
+    return removable
+
+
+def _ranking(
+    subject: Subject,
+    stages: Sequence[Stage],
+    metric: str | None,
+    scores: Scores | str | Path | None,
+    units: str,
+    objective: str,
+    text: CalibrationSet,
+    seed: int,
+) -> Scores | None:
+    """The scores that a ranking search reads: given, or measured now; None for searches that only ask for losses."""
+    ranking = [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
+    if not ranking:
+        if metric is not None or scores is not None:
+            raise UserError(
+                f"search {stages[-1][0].name!r} measures an objective and takes no --metric or --scores; drop it or "
+                "use "
+                "one-shot."
+            )
+        return None
+    needs_spans = any("spans" in method.parameters for method in ranking)
+    if scores is None:
+        name = metric or str(ranking[0].traits["metric"])
+        return score(
+            subject, name, units=units, spans=needs_spans or None, objective=objective, calibration=text, seed=seed
+        )
+    given = scores if isinstance(scores, Scores) else Scores.load(scores)
+    if metric is not None and metric != given.metric:
+        raise UserError(
+            f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
+        )
+    if given.model.fingerprint != subject.identity.fingerprint:
+        raise UserError(
+            f"the scores are of {given.model.name}, not of {subject.identity.name}; score this model first."
+        )
+    if needs_spans and not given.spans:
+        raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")
+    return given

@@ -1,0 +1,135 @@
+"""What a verb works on: a loaded model with its anatomy, whether the caller gave a name or a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shallower.anatomy.dissect import Anatomy, dissect
+from shallower.anatomy.weigh import Weights, weigh
+from shallower.checkpoint.cache import cache_root
+from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.load import LoadedModel, load_model
+from shallower.corpus import CalibrationSet, build_calibration
+from shallower.engine import Ablator, Racing
+from shallower.engine.memo import Memo
+from shallower.errors import BudgetError, CorpusError
+from shallower.plan import ModelIdentity
+from shallower.registry import objective as objectives
+from shallower.units import KINDS, Kind, Unit
+
+DEFAULT_CALIBRATION = "python"  # the one text that every machine has; better: text like what the model will read
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to be examined."""
+
+    loaded: LoadedModel
+    anatomy: Anatomy
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.loaded.model
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        blocks = len(self.anatomy.blocks)
+        return ModelIdentity(self.loaded.name, self.loaded.revision, fingerprint(self.model), blocks)
+
+    @cached_property
+    def weights(self) -> Weights:
+        return weigh(self.anatomy)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises CorpusError when the model came without one."""
+        if self.loaded.tokenizer is None:
+            raise CorpusError(
+                f"{self.loaded.name} has no tokenizer, so it cannot read text; pass tokenizer=… or a CalibrationSet "
+                "of ids."
+            )
+        return self.loaded.tokenizer
+
+
+def open_subject(
+    model: str | Path | PreTrainedModel | Subject,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Subject:
+    """Load MODEL if it is a name or path, and find its anatomy. A Subject comes back as it is.
+
+    Raises ModelError when the model cannot be found, read, or taken apart.
+    """
+    if isinstance(model, Subject):
+        return model
+    if isinstance(model, PreTrainedModel):
+        name = Path(model.config.name_or_path).name if model.config.name_or_path else type(model).__name__
+        loaded = LoadedModel(model.eval(), tokenizer, name, None, None)
+    else:
+        loaded = load_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return Subject(loaded, dissect(loaded.model))
+
+
+def units_of(subject: Subject, which: str, protected: frozenset[int] = frozenset()) -> tuple[Unit, ...]:
+    """Units that may go. which: `block`, `attn`, `mlp`, `sublayer` (attn and mlp) or `all`.
+
+    Raises BudgetError for another word, or when nothing is left after protection.
+    """
+    kinds: dict[str, tuple[Kind, ...]] = {kind: (kind,) for kind in KINDS}
+    kinds |= {"sublayer": ("attn", "mlp"), "all": KINDS}
+    if which not in kinds:
+        raise BudgetError(f"--units {which!r} is not one of {', '.join(kinds)}.")
+    units = tuple(unit for unit in subject.anatomy.of_kind(*kinds[which]) if unit.index not in protected)
+    if not units:
+        raise BudgetError(f"no {which} unit is left to remove after protecting {len(protected)} blocks.")
+    return units
+
+
+def calibrate(
+    subject: Subject,
+    calibration: str | Path | CalibrationSet | None,
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
+) -> CalibrationSet:
+    """The calibration set itself, or one built from a specification (by default Python's standard library).
+
+    One document in ten is left for held-out evaluation unless the specification says `part=…`.
+
+    Raises CorpusError when the text is missing, too short, or not text.
+    """
+    if isinstance(calibration, CalibrationSet):
+        return calibration
+    spec = DEFAULT_CALIBRATION if calibration is None else str(calibration)
+    return build_calibration(spec, subject.tokenizer, sequences=sequences, length=length, seed=seed, part="train")
+
+
+def make_ablator(
+    subject: Subject,
+    calibration: CalibrationSet,
+    objective: str,
+    settings: Mapping[str, str] | None = None,
+    *,
+    racing: Racing | None = None,
+) -> Ablator:
+    """An evaluator that remembers on disk what was measured, so that interrupted work resumes."""
+    options: dict[str, Any] = objectives.get(objective).parse_options(settings or {})
+    return Ablator(
+        subject.anatomy,
+        calibration,
+        objective,
+        options,
+        racing=racing,
+        memo=Memo(cache_root() / "measured.sqlite"),
+        fingerprint=subject.identity.fingerprint,
+    )

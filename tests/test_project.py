@@ -1,0 +1,172 @@
+"""The project's own promises: versions agree, imports go one way, nothing depends on one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shallower.version import __version__
+
+LIGHT_MODULES = (
+    "budget",
+    "errors",
+    "exchange",
+    "plan",
+    "progress",
+    "registry",
+    "scores",
+    "strict_json",
+    "units",
+    "version",
+)
+
+
+def text_files(root: Path) -> list[Path]:
+    """Files that are under version control or would be, as far as they are text."""
+    listed = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        capture_output=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [root / name for name in listed.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:8192]]
+
+
+def test_no_file_names_a_place_on_one_machine(root: Path) -> None:
+    places = re.compile(r"(?<![\w.:/}-])/(?:root|work|opt|home|Users)/\w")
+    found = [
+        f"{path.relative_to(root)}:{number}: {line.strip()}"
+        for path in text_files(root)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if places.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_changelog_begins_with_this_version(root: Path) -> None:
+    changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[(.+?)\] - (unreleased|\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
+    assert versions[0][0] == __version__
+    assert [when for _, when in versions[1:]].count("unreleased") == 0
+
+
+def test_every_dependency_is_pinned_for_development(root: Path) -> None:
+    names = {
+        name.lower() for name in re.findall(r"^([\w.-]+)==", (root / "constraints-dev.txt").read_text(), re.MULTILINE)
+    }
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    core = project[project.index("\ndependencies") : project.index("\ndynamic")]
+    development = re.findall(r"^(?:gguf|data) = [^\n]*$|^dev = \[.*?^\]", project, re.MULTILINE | re.DOTALL)
+    wanted = re.findall(r'"([\w.-]+)>=', core + "\n".join(development))
+    assert len(wanted) > 12
+    assert {name.lower() for name in wanted} <= names
+
+
+@pytest.mark.parametrize("target", ["help", "setup", "demo", "test", "check", "format", "lowest", "docs", "clean"])
+def test_make_knows(root: Path, target: str) -> None:
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:.* ## \w", makefile, re.MULTILINE)
+
+
+def test_value_types_load_nothing_heavy() -> None:
+    program = (
+        f"import sys; [__import__('shallower.' + name) for name in {LIGHT_MODULES!r}];"
+        "print(*sorted({'torch', 'transformers', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.stdout.strip(), result.stderr, result.returncode) == ("", "", 0)
+
+
+# Import directions
+
+
+def check_imports(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(root / "tools" / "check_imports.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_imports_go_one_way(root: Path) -> None:
+    result = check_imports(root)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"engine/trace.py": "from shallower.report import page"}, "engine imports report, which comes after it"),
+        (
+            {"engine/trace.py": "def f():\n    import shallower.verbs"},
+            "trace.py:2: engine imports verbs, which comes after",
+        ),
+        ({"engine/trace.py": "from ..cli import main"}, "engine imports cli, which comes after it"),
+        ({"engine/trace.py": "from shallower import __version__"}, "engine imports shallower, which comes after it"),
+        ({"verbs/demo.py": "from shallower.testing import families"}, "verbs imports testing, which comes after it"),
+        ({"metrics/a.py": "from shallower.searches import b"}, "metrics imports searches, which stands beside it"),
+        ({"metrics/a.py": "from .b import b", "metrics/b.py": ""}, "not shallower.metrics.b"),
+        ({"searches/a.py": "import torch.nn as nn"}, "searches must not know torch"),
+        (
+            {"searches/a.py": "import typing\nif typing.TYPE_CHECKING:\n    from shallower.engine import Ablator"},
+            "searches must not know engine",
+        ),
+        ({"surgery/cut.py": "from shallower.metrics import cosine"}, "surgery must not know metrics"),
+        ({"units.py": "import torch"}, "units must import quickly, but shallower.units imports torch"),
+        ({"__init__.py": "import numpy"}, "must import quickly, but shallower imports numpy"),
+        (
+            {
+                "cli/main.py": "import shallower.verbs.prune",
+                "verbs/prune.py": "from shallower import x",
+                "x.py": "import torch",
+            },
+            "shallower.cli.main imports shallower.verbs.prune imports shallower.x imports torch",
+        ),
+        (
+            {"cli/main.py": "import shallower.engine.a", "engine/__init__.py": "import torch", "engine/a.py": ""},
+            "shallower.cli.main imports shallower.engine.a imports shallower.engine imports torch",
+        ),
+        ({"helpers.py": ""}, "'helpers' has no place yet"),
+    ],
+)
+def test_an_import_that_goes_the_wrong_way_is_named(
+    root: Path, tmp_path: Path, files: dict[str, str], complaint: str
+) -> None:
+    _write(tmp_path, files)
+    result = check_imports(root, str(tmp_path))
+    assert result.returncode == 1
+    assert complaint in result.stdout
+
+
+def test_imports_that_are_allowed(root: Path, tmp_path: Path) -> None:
+    _write(
+        tmp_path,
+        {
+            "units.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
+            "cli/main.py": "def run():\n    import torch\n    from shallower.verbs import prune",
+            "verbs/prune.py": "import torch\nfrom shallower import progress\nfrom shallower.verbs import score",
+            "verbs/score.py": "from shallower.engine import trace",
+            "engine/trace.py": "import torch\nfrom . import head",
+            "engine/head.py": "",
+            "progress.py": "",
+            "searches/a.py": "from shallower.searches import Losses\nfrom shallower.units import Unit",
+            "searches/__init__.py": "Losses = None",
+            "testing/families.py": "from shallower.verbs import prune",
+        },
+    )
+    result = check_imports(root, str(tmp_path))
+    assert result.returncode == 0, result.stdout
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")

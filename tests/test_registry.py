@@ -1,0 +1,189 @@
+"""Names of methods: what registers, what is refused at registration, and how third parties take part."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from shallower.errors import UnknownName, UserError
+from shallower.registry import REGISTRIES, Method, Registry
+from shallower.registry import metric as metrics
+
+
+def plain(before: float, after: float) -> float:
+    """First line.
+
+    More.
+    """
+    return after - before
+
+
+def with_options(
+    before: float,
+    *,
+    steps: int = 4,
+    rate: float = 0.5,
+    twice: bool = False,
+    label: str = "x",
+    below: Literal["after", "before"] = "after",
+    power: Literal[1, 2] = 1,
+) -> float:
+    """Has one option of each kind."""
+    return before
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A registry of an empty package."""
+    (tmp_path / "no_methods").mkdir()
+    (tmp_path / "no_methods" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "no_methods", raising=False)
+    return Registry("metric", "no_methods")
+
+
+def test_a_registered_function_is_found_and_left_as_it_is(registry: Registry) -> None:
+    assert registry("plain", source="arXiv:0000.00000", spans=True)(plain) is plain
+    method = registry.get("plain")
+    assert method.function is plain
+    assert method.summary == "First line."
+    assert method.parameters == ("before", "after")
+    assert (method.options, method.traits, method.source) == ({}, {"spans": True}, "arXiv:0000.00000")
+
+
+def test_methods_are_listed_by_name(registry: Registry) -> None:
+    registry("b")(plain)
+    registry("a")(plain)
+    assert [method.name for method in registry] == ["a", "b"]
+
+
+def test_keyword_only_parameters_are_options(registry: Registry) -> None:
+    registry("m")(with_options)
+    method = registry.get("m")
+    assert method.parameters == ("before",)
+    texts = {"steps": "8", "rate": "1e-3", "twice": "Yes", "label": "y", "below": "before", "power": "2"}
+    expected = {"steps": 8, "rate": 1e-3, "twice": True, "label": "y", "below": "before", "power": 2}
+    assert method.parse_options(texts) == expected
+    assert method.parse_options({}) == {}
+    assert {name: option.default for name, option in method.options.items()}["below"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("steps", "1.5", "option steps='1.5' does not fit: it takes a whole number"),
+        ("steps", "", "it takes a whole number"),
+        ("rate", "fast", "it takes a number"),
+        ("twice", "maybe", "it takes true or false"),
+        ("below", "under", "it takes after or before"),
+        ("power", "3", "it takes 1 or 2"),
+        ("step", "1", "unknown option of metric 'm' 'step'; did you mean 'steps'"),
+    ],
+)
+def test_options_that_are_refused(registry: Registry, key: str, text: str, message: str) -> None:
+    registry("m")(with_options)
+    with pytest.raises(UserError, match=message):
+        registry.get("m").parse_options({key: text})
+
+
+def no_default(before: float, *, steps: int) -> float:
+    return before
+
+
+def no_annotation(before: float, *, steps=4) -> float:  # type: ignore[no-untyped-def]
+    return before
+
+
+def unparsable(before: float, *, steps: list[int] | None = None) -> float:
+    return before
+
+
+@pytest.mark.parametrize("function", [no_default, no_annotation, unparsable])
+def test_options_that_cannot_be_parsed_fail_at_registration(registry: Registry, function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"option 'steps' of .* needs a default and int, float, bool, str or Literal"):
+        registry("m")(function)
+
+
+def test_a_name_is_taken_once(registry: Registry) -> None:
+    registry("m")(plain)
+    registry("m")(plain)  # a module that is loaded again
+    with pytest.raises(TypeError, match="metric 'm' is registered twice"):
+        registry("m")(textwrap.dedent)
+
+
+def test_an_unknown_name_gets_the_nearest(registry: Registry) -> None:
+    registry("cosine")(plain)
+    with pytest.raises(UnknownName, match=r"unknown metric 'cosin'; did you mean 'cosine'.*See `shallower methods`"):
+        registry.get("cosin")
+
+
+def test_a_module_that_fails_fails_every_time(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no_methods" / "broken.py").write_text("raise ImportError('needs a library')")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="needs a library"):
+            registry.get("anything")
+
+
+@pytest.mark.parametrize("method", [method for registry in REGISTRIES for method in registry], ids=lambda m: m.name)
+def test_every_method_is_documented_and_alone_in_the_file_of_its_name(method: Method) -> None:
+    module = method.function.__module__.rsplit(".", 1)[-1]
+    assert module == method.name.replace("-", "_")
+    assert method.summary.endswith(".")
+    if method.source:
+        assert all(re.fullmatch(r"arXiv:\d{4}\.\d{5}", source) for source in method.source.split(", ")), method.source
+
+
+# The example of CONTRIBUTING.md, as a third party would use it
+
+
+def _block(text: str, language: str, number: int = 0) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)[number]
+
+
+@pytest.fixture(scope="module")
+def package(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An installed package with the metric and the entry point that CONTRIBUTING.md shows."""
+    guide = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code, project = _block(guide, "python"), _block(guide, "toml")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10, "CONTRIBUTING.md promises ten lines"
+    group, entry = re.search(r'entry-points\."(.+?)"\]\n(.+)', project).groups()  # type: ignore[union-attr]
+    name, module = re.fullmatch(r'(\S+) = "(\S+)"', entry.strip()).groups()  # type: ignore[union-attr]
+    folder = tmp_path_factory.mktemp("site")
+    (folder / f"{module}.py").write_text(code)
+    (folder / "stretch-1.0.dist-info").mkdir()
+    (folder / "stretch-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: stretch\nVersion: 1.0\n")
+    (folder / "stretch-1.0.dist-info" / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+    return folder
+
+
+def test_the_metric_of_the_guide_is_found_through_its_entry_point(package: Path) -> None:
+    program = """
+        import torch
+        from shallower.registry import metric
+        method = metric.get("stretch")
+        assert "cosine" in [other.name for other in metric]
+        before = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+        options = method.parse_options({"power": "2"})
+        print(method.parameters, method.function(before, 2 * before, **options))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(package)!r})\n" + textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "('before', 'after') tensor([0.4805, 0.4805])"  # log(2) squared
+
+
+def test_the_guide_is_not_among_the_built_in_methods() -> None:
+    assert "stretch" not in [method.name for method in metrics]

@@ -1,0 +1,343 @@
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import matplotlib
+import pytest
+from rich.console import Console
+
+from shallower.errors import UserError
+from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
+from shallower.report import ReportData, Side
+from shallower.report.figures import influence_bars, loss_curve, span_heatmap
+from shallower.report.page import render
+from shallower.report.tables import (
+    PerplexityRow,
+    before_after_table,
+    inspection_table,
+    perplexity_table,
+    scores_table,
+)
+from shallower.report.wording import count, duration, headline, number, runs, score, size
+from shallower.scores import Score, Scores
+from shallower.units import Span, Unit, parse_units
+
+HOSTILE = "<script>alert('x')</script>&\"$\\frac[red]"
+
+
+def report(blocks: int = 30, remove: str = "block.13-18", *, name: str = "a/model", text: str = "news") -> ReportData:
+    model = ModelIdentity(name, None, "sha256:" + "ab" * 32, blocks)
+    calibration = CalibrationIdentity("c4.jsonl", 32768, "sha256:" + "cd" * 32)
+    made = MadeBy("greedy", "nll", None, {"beam": 4}, 0, calibration, "0.1.0")
+    removed = parse_units(remove)
+    kinds = ("block",) if all(unit.kind == "block" for unit in removed) else ("attn", "mlp")
+    units = [Unit(index, kind) for index in range(blocks) for kind in kinds]
+    spans = [Span(start, start + n) for n in range(1, blocks + 1) for start in range(blocks - n + 1)]
+    order = tuple((unit, 3.187 + 0.1 * place) for place, unit in enumerate(removed, start=1))
+    gone = sum(unit.kind == "block" for unit in removed)
+    return ReportData(
+        plan=PruningPlan(model, tuple(sorted(removed)), order, 3.187, made),
+        dense=Side(blocks, 134_515_008, 269_030_016, 269_000_000, 46_080, {text: 26.2}, {text: 12276}, 812.0, 24.1),
+        pruned=Side(
+            blocks - gone, 113_274_432, 226_548_864, 226_500_000, 36_864, {text: 70.0}, {text: 12276}, 1003.0, 29.4
+        ),
+        base_model=name,
+        folder="out/model-24",
+        influence=(
+            Scores(model, "cosine", tuple(Score(u, 0.05 + 0.9 * (u.index == 0), 0.01) for u in units), made),
+            Scores(model, "loss", tuple(Score(u, math.sin(u.index) * 0.1) for u in units), made),
+        ),
+        spans=Scores(model, "angular", tuple(Score(s, 0.02 * len(s) + s.start / 1000) for s in spans), made),
+        speed_setting="prompt 128, generate 32, batch 1, float32, 2 threads",
+        seconds={"search": 212.4, "saving": 1.9},
+        machine="x86_64, 2 threads",
+        notes=("calibration and evaluation text overlap",),
+    )
+
+
+def bare() -> ReportData:
+    """Nothing measured but sizes."""
+    data = report()
+    order = tuple((unit, None) for unit, _ in data.plan.order)
+    made = replace(data.plan.made_by, calibration=None, objective=None, search=None)
+    return ReportData(
+        plan=replace(data.plan, order=order, dense=None, made_by=made),
+        dense=Side(30, 100, 200, 200, 10),
+        pruned=Side(24, 80, 160, 160, 8),
+        base_model="a/model",
+        folder="out",
+    )
+
+
+def figures(data: ReportData) -> list[str]:
+    drawn = [influence_bars(scores, data.plan.removed) for scores in data.influence]
+    if data.spans is not None:
+        drawn.append(span_heatmap(data.spans, data.plan.removed))
+    drawn.append(loss_curve(data.plan))
+    return [svg for svg in drawn if svg is not None]
+
+
+def shown(table: object, width: int = 80) -> str:
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes; checks that elements close in order."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+# the file
+
+
+@pytest.mark.parametrize("data", [report(), report(30, "attn.3,attn.9,mlp.4"), bare()], ids=["full", "sublayers", "bare"])
+def test_round_trip(data, tmp_path):
+    data.save(tmp_path / "report.json")
+    assert ReportData.load(tmp_path / "report.json") == data
+
+
+def test_infinite_perplexity_survives(tmp_path):
+    data = report()
+    data = replace(data, pruned=replace(data.pruned, perplexity={"news": math.inf}))
+    data.save(tmp_path / "report.json")
+    assert "Infinity" not in (tmp_path / "report.json").read_text()
+    assert ReportData.load(tmp_path / "report.json") == data
+    assert "∞" in render(data)
+
+
+def test_all_faults_are_told_together():
+    data = report().to_json()
+    data["note"] = []
+    data["dense"]["parametres"] = 3
+    data["pruned"]["blocks"] = "24"
+    del data["machine"]
+    data["influence"][0]["rows"][0].pop("value")
+    with pytest.raises(UserError) as caught:
+        ReportData.from_json(data)
+    told = str(caught.value)
+    assert "'note' (did you mean 'notes'?)" in told
+    assert "'parametres' (did you mean 'parameters'?)" in told
+    assert "'blocks' of 'pruned' of the report is '24', not a whole number" in told
+    assert "lacks 'machine'" in told
+    assert "entry 0 in 'influence'" in told or "'influence' of the report is malformed" in told
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "shallower.report/9"}', "\x00"])
+def test_a_file_that_is_no_report(content, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        ReportData.load(path)
+    with pytest.raises(UserError, match="shallower prune"):
+        ReportData.load(tmp_path / "none.json")
+
+
+def test_data_and_wording_import_neither_torch_nor_matplotlib():
+    code = "import sys, shallower.report.wording; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# words
+
+
+def test_headline():
+    told = "Removed 6 of 30 blocks (20.0 % of blocks, 15.8 % of parameters): "
+    assert headline(report()) == told + "perplexity on news 26.2 → 70.0, decoding 1.22× faster."
+    assert headline(bare()) == "Removed 6 of 30 blocks (20.0 % of blocks, 20.0 % of parameters)."
+
+
+def test_headline_of_sublayers_and_many_texts():
+    data = report(30, "attn.3,attn.9,mlp.4")
+    texts = {"a": 10.0, "b": 10.0, "c": 10.0}
+    dense, pruned = replace(data.dense, perplexity=texts), replace(data.pruned, perplexity={"a": 11, "b": 30, "c": 20})
+    told = headline(replace(data, dense=dense, pruned=replace(pruned, decode_tokens_per_s=20.0)))
+    assert told.startswith("Removed 2 attention sublayers and 1 MLP sublayer (0 of 30 blocks: 0.0 % of blocks, 15.8 %")
+    assert "perplexity on 3 texts 1.10× to 3.00× that of the dense model, decoding 1.21× slower" in told
+
+
+def test_numbers_in_words():
+    assert [count(n) for n in (0, 999, 134_515_008, 8.03e9)] == ["0", "999", "134.5 M", "8.03 B"]
+    assert [size(n) for n in (0, 1536, 1 << 20, 5 << 30)] == ["0 B", "1.50 KiB", "1.00 MiB", "5.00 GiB"]
+    assert [number(x) for x in (None, math.inf, 26.24, -3.0, 12345.6)] == ["–", "∞", "26.2", "−3.00", "12,346"]
+    assert [score(x) for x in (0.0, 3.1874, -0.01234, 1e-7)] == ["0.000", "3.187", "−0.01234", "1.000e−07"]
+    assert [duration(s) for s in (1.94, 212.4, 7260)] == ["1.9 s", "3 min 32 s", "2 h 01 min"]
+    assert runs(parse_units("block.1,block.2,block.4,attn.9"), "block") == (Span(1, 3), Span(4, 5))
+
+
+# the page
+
+
+@pytest.mark.parametrize(
+    "data",
+    [report(), report(80, "block.40-50,block.60"), report(80, "attn.3-40,mlp.4-20"), report(2, "block.1"), bare()],
+    ids=["30", "80", "80-sublayers", "2", "bare"],
+)
+def test_page_is_sound_and_self_contained(data):
+    page = render(data)
+    outline = Outline(page)
+    assert len(page.encode()) < 1_000_000
+    identifiers = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    for tag, attributes in outline.tags:
+        assert tag not in ("script", "link", "img", "iframe")
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+        for name in ("aria-labelledby", "href", "xlink:href"):
+            for reference in (attributes.get(name) or "").split():
+                assert reference.startswith("data:") or reference.lstrip("#") in identifiers
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    assert not re.findall(r"https?://", re.sub(r"xmlns(:\w+)?=\"[^\"]*\"", "", page))
+    assert page.count("<table") == page.count("<tbody") <= page.count('scope="row"')
+    for svg in figures(data):
+        assert svg in page
+        root = ElementTree.fromstring(svg)
+        assert root.get("role") == "img"
+        assert root[0].tag.endswith("title")
+
+
+def test_sections_stand_in_order():
+    page = render(report())
+    order = re.findall(r'<section id="(\w+)"', page)
+    assert order == ["comparison", "removed", "load", "figures", "provenance", "notes"]
+    for told in ("sha256:" + "ab" * 32, "sha256:" + "cd" * 32, "beam = 4", "3 min 32 s", "half-open", "[13, 19)"):
+        assert told in page
+    assert "from_pretrained(&#x27;out/model-24&#x27;)" in page
+
+
+def test_missing_parts_are_left_out():
+    page = render(bare())
+    assert re.findall(r'<section id="(\w+)"', page) == ["comparison", "removed", "load", "provenance"]
+    for word in ("Perplexity", "tokens/s", "None", "nan", "Speed", "Objective", "<svg"):
+        assert word not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+
+
+def test_text_from_outside_is_escaped():
+    data = report(name=HOSTILE, text=HOSTILE)
+    hostile = replace(data.plan.made_by, search=HOSTILE, objective=HOSTILE, options={HOSTILE: HOSTILE}, version=HOSTILE)
+    data = replace(
+        data,
+        plan=replace(data.plan, made_by=hostile),
+        influence=(replace(data.influence[0], metric=HOSTILE, made_by=hostile),),
+        spans=replace(data.spans, metric=HOSTILE),
+        folder=HOSTILE,
+        seconds={HOSTILE: 1.0},
+        machine=HOSTILE,
+        speed_setting=HOSTILE,
+        notes=(HOSTILE,),
+    )
+    page = render(data)
+    assert "script" not in {tag for tag, _ in Outline(page).tags}
+    assert "<script" not in page
+    for svg in figures(data):
+        ElementTree.fromstring(svg)
+    shown_table = shown(before_after_table(data))
+    assert "[red]" in re.sub(r"\s", "", shown_table)
+
+
+def test_same_data_same_bytes_whatever_the_settings():
+    first = render(report())
+    before = matplotlib.rcParams.copy()
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": True, "svg.fonttype": "path"}):
+        assert render(report()) == first
+        assert matplotlib.rcParams["font.size"] == 20
+    assert matplotlib.rcParams == before
+
+
+def test_nothing_to_draw():
+    data = report()
+    empty = replace(data.influence[0], rows=(Score(Unit(0, "block"), math.nan),))
+    assert influence_bars(empty, data.plan.removed) is None
+    assert span_heatmap(empty, data.plan.removed) is None
+    assert loss_curve(bare().plan) is None
+
+
+def test_perplexity_axis_only_beside_nll():
+    plan = report().plan
+    assert "perplexity" in (loss_curve(plan) or "")
+    other = replace(plan, made_by=replace(plan.made_by, objective="kl"))
+    assert "perplexity" not in (loss_curve(other) or "")
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 2000.0, math.inf])
+def test_extreme_losses_can_be_drawn(factor):
+    plan = report().plan
+    order = tuple((unit, loss * factor) for unit, loss in plan.order)
+    svg = loss_curve(replace(plan, order=order))
+    assert (svg is None) == math.isinf(factor)
+
+
+def test_a_contiguous_removal_is_outlined():
+    data = report()
+    assert "removed: [13, 19)" in (span_heatmap(data.spans, data.plan.removed) or "")
+    assert "removed: [" not in (span_heatmap(data.spans, frozenset(parse_units("block.3,block.5"))) or "")
+
+
+# the terminal
+
+
+def test_tables_fit_80_columns():
+    data = report()
+    rows = [
+        PerplexityRow("organisation/a-model-with-a-long-name", 30, 134_515_008, {"wikitext2.test": 26.2, "c4": 30.0}),
+        PerplexityRow("[red]pruned", 24, 113_274_432, {"wikitext2.test": 70.0}),
+    ]
+    sublayers = report(30, "attn.3,mlp.4")
+    for table in (
+        before_after_table(data),
+        before_after_table(sublayers),
+        scores_table(data.influence[0]),
+        scores_table(sublayers.influence[1]),
+        scores_table(data.spans),
+        perplexity_table(rows),
+    ):
+        lines = shown(table).splitlines()
+        assert max(map(len, lines)) <= 80
+        assert not any("…" in line for line in lines)
+    told = shown(perplexity_table(rows))
+    assert "+43.8 (2.67×)" in told
+    assert "[red]pruned" in told
+    assert "−6 (−20.0 %)" in shown(before_after_table(data))
+
+
+def test_inspection_table_groups_equal_blocks():
+    from shallower.anatomy.weigh import UnitWeight, Weights
+
+    units = {}
+    for index in range(4):
+        units[Unit(index, "block")] = UnitWeight(3_000_000 + (index == 3), 6_000_000, 6_000_000, 1536, 1.0)
+        units[Unit(index, "attn")] = UnitWeight(1_000_000, 2_000_000, 2_000_000, 1536, 0.5)
+    blocks = UnitWeight(12_000_001, 24_000_000, 24_000_000, 6144, 4.0)
+    whole = UnitWeight(20_000_000, 40_000_000, 40_000_000, 6144, 4.0)
+    told = shown(inspection_table(Weights(units, blocks, whole), parse_units("block.1,attn.2")))
+    assert "blocks 0 to 2, each" in told
+    assert "block 3" in told
+    assert "after removal" in told
+    assert "−20.0 %" in told
+    assert "Removed: 1 block, 1 attention sublayer (block.1, attn.2)." in " ".join(told.split())
+    assert "after removal" not in shown(inspection_table(Weights(units, blocks, whole)))

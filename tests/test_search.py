@@ -1,0 +1,239 @@
+"""Searches, told apart from models: each is asked to choose among made-up units by made-up numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower.budget import Amount, Budget, make_limit
+from shallower.errors import BudgetError
+from shallower.registry import search as searches
+from shallower.units import KINDS, Span, Unit, require_distinct
+
+Trail = list[frozenset[Unit]]
+Losses = Callable[..., list[float]]
+
+GROWING = ["one-shot", "greedy", "contiguous", "random", "last"]
+BLOCKS = tuple(Unit(index, "block") for index in range(9))
+SUBLAYERS = tuple(Unit(index, kind) for index in range(6) for kind in ("attn", "mlp"))
+MIXED = tuple(Unit(index, kind) for index in range(4) for kind in KINDS)
+
+
+def budget_of(amount: Amount, cost: Mapping[Unit, float]) -> Budget:
+    return Budget((make_limit(amount, cost, math.fsum(cost.values())),))
+
+
+def count(number: int, units: Sequence[Unit]) -> Budget:
+    return budget_of(Amount(number, False, "units"), dict.fromkeys(units, 1.0))
+
+
+def additive(value: Mapping[Unit, float], asked: list[int] | None = None) -> Losses:
+    """Units that do not affect each other: the loss is a sum."""
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        if asked is not None:
+            asked.append(len(candidates))
+        return [math.fsum(sorted(value[unit] for unit in removed)) for removed in candidates]
+
+    return losses
+
+
+def entangled(seed: int) -> Losses:
+    """Every set has a loss of its own."""
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        return [random.Random(f"{seed} {sorted(map(str, removed))}").random() for removed in candidates]
+
+    return losses
+
+
+def run(name: str, units: Sequence[Unit], budget: Budget, *, losses: Losses | None = None, **given: Any) -> Trail:
+    """The trail of a search, which gets what its signature asks for."""
+    method = searches.get(name)
+    rng = random.Random(given.pop("seed", 0))
+    supply = {
+        "units": units,
+        "budget": budget,
+        "losses": losses or entangled(0),
+        "scores": {unit: rng.random() for unit in units},
+        "spans": {
+            Span(start, stop): rng.random() for start, stop in itertools.combinations(range(units[-1].index + 2), 2)
+        },
+        "start": frozenset(),
+        "rng": rng,
+        **given,
+    }
+    if "start" in method.parameters and "start" not in given:
+        supply["start"] = run("random", units, budget)[-1]
+    return list(method.function(**{parameter: supply[parameter] for parameter in method.parameters}))
+
+
+def smallest(units: Sequence[Unit], budget: Budget, value: Mapping[Unit, float]) -> float:
+    """The least sum among all sets of as many units as are needed."""
+    for size in range(1, len(units) + 1):
+        meeting = [chosen for chosen in itertools.combinations(units, size) if budget.met(chosen)]
+        if meeting:
+            return min(math.fsum(sorted(value[unit] for unit in chosen)) for chosen in meeting)
+    raise AssertionError
+
+
+# What holds for every search
+
+
+@pytest.mark.parametrize("name", [method.name for method in searches])
+@pytest.mark.parametrize("units", [BLOCKS, SUBLAYERS, BLOCKS[2:5] + BLOCKS[6:8]], ids=["blocks", "sublayers", "gaps"])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_search_meets_the_budget_with_what_may_go(name: str, units: tuple[Unit, ...], seed: int) -> None:
+    kinds = searches.get(name).traits.get("kinds", KINDS)
+    if any(unit.kind not in kinds for unit in units):
+        pytest.skip(f"works on {kinds}")
+    budget = count(3, units)
+    trail = run(name, units, budget, losses=entangled(seed), seed=seed)
+    if not trail and "start" in searches.get(name).parameters:
+        return  # found nothing better than what it started from
+    assert budget.met(trail[-1])
+    assert trail[-1] <= set(units)
+    assert len(trail[-1]) == 3
+    require_distinct(trail[-1])
+    assert trail == run(name, units, budget, losses=entangled(seed), seed=seed)
+
+
+@pytest.mark.parametrize("name", [method.name for method in searches if "kinds" not in method.traits])
+def test_no_search_takes_a_block_and_its_part(name: str) -> None:
+    budget = count(3, MIXED)
+    for seed in range(5):
+        for removed in run(name, MIXED, budget, losses=entangled(seed), seed=seed):
+            require_distinct(removed)
+
+
+@pytest.mark.parametrize("name", GROWING)
+@given(
+    costs=st.lists(st.integers(1, 5), min_size=2, max_size=9),
+    percent=st.integers(1, 99),
+    seed=st.integers(0, 9),
+)
+def test_trails_are_nested_and_stop_as_soon_as_the_budget_is_met(
+    name: str, costs: list[int], percent: int, seed: int
+) -> None:
+    units = BLOCKS[: len(costs)]
+    budget = budget_of(Amount(percent, True, "parameters"), dict(zip(units, map(float, costs), strict=True)))
+    trail = run(name, units, budget, losses=entangled(seed), seed=seed)
+    assert [len(removed) for removed in trail] == list(range(1, len(trail) + 1))
+    assert all(before < after for before, after in itertools.pairwise(trail))
+    assert [budget.met(removed) for removed in trail] == [False] * (len(trail) - 1) + [True]
+
+
+# What each is for
+
+
+@given(st.dictionaries(st.sampled_from(SUBLAYERS), st.integers(-50, 50), min_size=2), st.data())
+def test_one_shot_and_greedy_find_the_best_set_where_units_do_not_interact(
+    values: dict[Unit, int], data: st.DataObject
+) -> None:
+    units = tuple(sorted(values))
+    budget = count(data.draw(st.integers(1, len(units) - 1)), units)
+    best = smallest(units, budget, values)
+    for trail in (
+        run("greedy", units, budget, losses=additive(values)),
+        run("one-shot", units, budget, scores=values),
+    ):
+        assert math.fsum(sorted(values[unit] for unit in trail[-1])) == best
+
+
+def test_greedy_asks_for_all_single_additions_at_once() -> None:
+    asked: list[int] = []
+    run("greedy", BLOCKS, count(3, BLOCKS), losses=additive(dict.fromkeys(BLOCKS, 1.0), asked))
+    assert asked == [9, 8, 7]
+
+
+def test_greedy_measures_the_rest_again() -> None:
+    """Blocks 0 and 1 are the cheapest alone, and ruinous together."""
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        value = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}
+        ruin = frozenset(BLOCKS[:2])
+        return [sum(value[unit.index] for unit in removed) + 9 * (removed >= ruin) for removed in candidates]
+
+    units = BLOCKS[:4]
+    assert run("greedy", units, count(2, units), losses=losses)[-1] == {BLOCKS[0], BLOCKS[2]}
+    assert run("one-shot", units, count(2, units), scores={u: u.index for u in units})[-1] == {BLOCKS[0], BLOCKS[1]}
+
+
+def test_greedy_ends_when_nothing_can_go() -> None:
+    units = (Unit(0, "block"), Unit(0, "attn"), Unit(1, "block"))
+    budget = budget_of(Amount(9, False, "parameters"), {units[0]: 5.0, units[1]: 1.0, units[2]: 5.0})
+    cheap = {units[0]: 5.0, units[1]: 0.0, units[2]: 1.0}
+    trail = run("greedy", units, budget, losses=additive(cheap))
+    assert trail[-1] == {units[1], units[2]}
+    assert not budget.met(trail[-1])
+
+
+def test_one_shot_takes_the_deeper_of_equals() -> None:
+    trail = run("one-shot", BLOCKS, count(3, BLOCKS), scores=dict.fromkeys(BLOCKS, 0.5))
+    assert [removed == set(BLOCKS[-size:]) for size, removed in enumerate(trail, 1)] == [True] * 3
+
+
+@given(
+    costs=st.lists(st.integers(1, 4), min_size=3, max_size=9),
+    percent=st.integers(5, 60),
+    protected=st.sets(st.integers(0, 8), max_size=2),
+    data=st.data(),
+)
+def test_contiguous_finds_the_best_of_the_shortest_runs(
+    costs: list[int], percent: int, protected: set[int], data: st.DataObject
+) -> None:
+    depth = len(costs)
+    units = tuple(unit for unit in BLOCKS[:depth] if unit.index not in protected)
+    cost = {unit: float(costs[unit.index]) for unit in units}
+    everything = [(start, stop) for start in range(depth) for stop in range(start + 1, depth + 1)]
+    spans = {Span(start, stop): float(data.draw(st.integers(0, 20))) for start, stop in everything}
+    try:
+        budget = Budget((make_limit(Amount(percent, True, "parameters"), cost, float(sum(costs))),))
+    except BudgetError:
+        return
+    meeting = {
+        (start, stop)
+        for start, stop in everything
+        if set(BLOCKS[start:stop]) <= set(units) and budget.met(BLOCKS[start:stop])
+    }
+    shortest = meeting - {
+        (start, stop) for start, stop in meeting if (start + 1, stop) in meeting or (start, stop - 1) in meeting
+    }
+    if not shortest:
+        with pytest.raises(BudgetError, match="no run of neighbouring blocks"):
+            run("contiguous", units, budget, spans=spans)
+        return
+    trail = run("contiguous", units, budget, spans=spans)
+    chosen = sorted(unit.index for unit in trail[-1])
+    assert chosen == list(range(chosen[0], chosen[-1] + 1))
+    assert (chosen[0], chosen[-1] + 1) in shortest
+    assert spans[Span(chosen[0], chosen[-1] + 1)] == min(spans[Span(*ends)] for ends in shortest)
+    for removed in trail:
+        indices = sorted(unit.index for unit in removed)
+        assert indices == list(range(indices[0], indices[-1] + 1))
+
+
+def test_contiguous_grows_by_the_better_shorter_span() -> None:
+    spans = {Span(start, stop): 1.0 for start in range(5) for stop in range(start + 1, 6)}
+    spans |= {Span(1, 4): 0.5, Span(2, 4): 0.2, Span(3, 4): 0.1}
+    trail = run("contiguous", BLOCKS[:5], count(3, BLOCKS[:5]), spans=spans)
+    assert [sorted(unit.index for unit in removed) for removed in trail] == [[3], [2, 3], [1, 2, 3]]
+
+
+def test_random_draws_by_seed_and_reaches_every_set() -> None:
+    budget = count(2, BLOCKS[:4])
+    drawn = {run("random", BLOCKS[:4], budget, seed=seed)[-1] for seed in range(60)}
+    assert drawn == {frozenset(pair) for pair in itertools.combinations(BLOCKS[:4], 2)}
+
+
+def test_last_takes_the_deepest_and_its_paper_keeps_the_last_block() -> None:
+    assert run("last", BLOCKS[:-1], count(3, BLOCKS[:-1]))[-1] == {BLOCKS[5], BLOCKS[6], BLOCKS[7]}
+    assert run("last", SUBLAYERS, count(3, SUBLAYERS))[-1] == {Unit(5, "attn"), Unit(5, "mlp"), Unit(4, "mlp")}
+    assert searches.get("last").traits["keeps_last_block"] is True

@@ -1,0 +1,528 @@
+"""Value types and their files: what they hold comes back the same, and what they refuse they refuse with a sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import errors, strict_json
+from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
+from shallower.errors import BudgetError, OutputError, PlanError, UnknownName, UserError
+from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
+from shallower.scores import Score, Scores
+from shallower.units import KINDS, Span, Unit, parse_units, require_distinct
+
+MODEL = ModelIdentity("tiny", "main", "sha256:" + "a" * 64, 30)
+OTHER = ModelIdentity("other", None, "sha256:" + "b" * 64, 12)
+MADE_BY = MadeBy(
+    "greedy", "nll", None, {"remove": "2"}, 7, CalibrationIdentity("python:docs?length=64", 2048, "sha256:c"), "0.1.0"
+)
+PLAN = PruningPlan(
+    MODEL,
+    (Unit(13, "block"), Unit(22, "attn")),
+    ((Unit(22, "attn"), 3.241), (Unit(13, "block"), None)),
+    3.187,
+    MADE_BY,
+)
+SCORES = Scores(
+    MODEL,
+    "cosine",
+    (Score(Unit(0, "block"), 0.5, 0.01), Score(Unit(1, "attn"), 0.25), Score(Span(0, 2), 0.75, 0.02)),
+    MADE_BY,
+)
+
+units = st.builds(Unit, st.integers(0, 29), st.sampled_from(KINDS))
+removals = st.dictionaries(st.integers(0, 29), st.sampled_from(KINDS), min_size=1).map(
+    lambda chosen: [Unit(index, kind) for index, kind in chosen.items()]
+)
+losses = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+
+
+# Units and spans
+
+
+@given(units)
+def test_unit_reads_what_it_writes(unit: Unit) -> None:
+    assert Unit.parse(str(unit)) == unit
+    assert Unit.parse(f"  {unit}\n") == unit
+
+
+@pytest.mark.parametrize("text", ["", "block", "block.", "block.-1", "block.1.5", "layer.3", "Block.3", "block 3", "7"])
+def test_what_is_not_a_unit_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BudgetError, match=r"is not a unit: write block\.7, attn\.7 or mlp\.7"):
+        Unit.parse(text)
+
+
+def test_units_are_ordered_by_depth() -> None:
+    assert sorted([Unit(2, "attn"), Unit(1, "mlp"), Unit(1, "block"), Unit(1, "attn")]) == [
+        Unit(1, "attn"),
+        Unit(1, "block"),
+        Unit(1, "mlp"),
+        Unit(2, "attn"),
+    ]
+
+
+def test_a_list_of_units_may_hold_inclusive_ranges() -> None:
+    assert [str(unit) for unit in parse_units("block.3-5, attn.7 ,")] == ["block.3", "block.4", "block.5", "attn.7"]
+    assert parse_units("mlp.4-4") == (Unit(4, "mlp"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("block.7,block.7", "block.7 is named twice"),
+        ("block.3-5,block.4", "block.4 is named twice"),
+        ("attn.7,block.7", "attn.7 is part of block.7"),
+        ("block.6-8,mlp.8", "mlp.8 is part of block.8"),
+        ("block.8-6", "ends before it starts"),
+        ("block.7;block.8", "is not a unit"),
+    ],
+)
+def test_lists_of_units_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        parse_units(text)
+
+
+def test_both_sublayers_of_a_block_may_go() -> None:
+    require_distinct([Unit(3, "attn"), Unit(3, "mlp")])
+
+
+@given(st.integers(0, 50), st.integers(1, 50))
+def test_span(start: int, length: int) -> None:
+    span = Span(start, start + length)
+    assert len(span) == length
+    assert [unit.index for unit in span.units] == list(range(start, start + length))
+    assert str(span) == f"[{start},{start + length})"
+
+
+@pytest.mark.parametrize(("start", "stop"), [(3, 3), (4, 3), (-1, 2)])
+def test_empty_and_negative_spans_are_refused(start: int, stop: int) -> None:
+    with pytest.raises(BudgetError, match="empty or negative"):
+        Span(start, stop)
+
+
+# The plan
+
+
+@given(removals, st.randoms(use_true_random=False), st.data())
+def test_plan_reads_what_it_writes(chosen: list[Unit], random: Any, data: st.DataObject) -> None:
+    order = tuple((unit, data.draw(losses)) for unit in random.sample(chosen, len(chosen)))
+    plan = PruningPlan(MODEL, tuple(sorted(chosen)), order, data.draw(losses), MADE_BY)
+    assert PruningPlan.from_json(json.loads(json.dumps(plan.to_json(), allow_nan=False))) == plan
+
+
+def test_plan_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.json"
+    PLAN.save(path)
+    assert PruningPlan.load(path) == PLAN
+    assert PLAN.removed == {Unit(13, "block"), Unit(22, "attn")}
+
+
+def test_a_plan_without_calibration_or_losses(tmp_path: Path) -> None:
+    made_by = MadeBy(None, None, None, {}, 0, None, "0.1.0")
+    plan = PruningPlan(MODEL, (Unit(1, "mlp"),), ((Unit(1, "mlp"), None),), None, made_by)
+    plan.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+
+
+def test_losses_that_json_cannot_hold_become_null() -> None:
+    plan = PruningPlan(MODEL, (Unit(1, "mlp"),), ((Unit(1, "mlp"), math.inf),), math.nan, MADE_BY)
+    assert plan.to_json()["order"] == [["mlp.1", None]]
+    assert plan.to_json()["dense"] is None
+
+
+def test_a_prefix_of_a_plan_is_a_plan() -> None:
+    assert PLAN.at(1).remove == (Unit(22, "attn"),)
+    assert PLAN.at(2) == PLAN
+    for count in (0, 3):
+        with pytest.raises(PlanError, match="it holds 2"):
+            PLAN.at(count)
+
+
+def test_a_plan_for_another_model_is_refused_naming_both() -> None:
+    PLAN.require_for(ModelIdentity("renamed", None, MODEL.fingerprint, 30))
+    with pytest.raises(PlanError, match=r"made for tiny .* not for other .* Search again"):
+        PLAN.require_for(OTHER)
+
+
+def _at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for parent in parents:
+            data = data[parent]
+        data[last] = value
+
+    return change
+
+
+def _without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_at("format", "shallower.plan/2"), r"'shallower.plan/2'; .* reads 'shallower.plan/1'. Update shallower or"),
+        (_without("format"), "has format None"),
+        (_at("remov", []), "unknown key 'remov' .did you mean 'remove'"),
+        (_at("model.fingerprnt", "x"), "'model' of .* unknown key 'fingerprnt' .did you mean 'fingerprint'"),
+        (_at("made_by.sead", 1), "unknown key 'sead' .did you mean 'seed'"),
+        (_at("made_by.calibration.token", 1), "unknown key 'token' .did you mean 'tokens'"),
+        (_without("dense"), "lacks 'dense'"),
+        (_at("model", None), "'model' of .* is not an object"),
+        (_at("model.blocks", "30"), "'blocks' of .* is '30', not a whole number"),
+        (_at("model.revision", 5), "'revision' of .* is 5, not text or null"),
+        (_at("made_by.options", []), "'options' of .* not an object"),
+        (_at("made_by.seed", True), "'seed' of .* is True, not a whole number"),
+        (_at("made_by.calibration", "text"), "'calibration' of .* is 'text', not an object or null"),
+        (_at("remove", "block.13"), "'remove' of .* is not a list"),
+        (_at("order", None), "'order' of .* is not a list"),
+        (_at("dense", "3.2"), "'3.2' is not a number or null"),
+        (_at("order", [["block.13", "low"]]), "'low' is not a number or null"),
+        (_at("order", ["block.13"]), "wrong type"),
+        (_at("remove", [13]), "wrong type"),
+        (_at("remove", ["block.13"]), "'order' does not list the same units"),
+        (_at("remove", ["layer.13", "attn.22"]), "'layer.13' is not a unit"),
+        (_at("remove", ["block.13", "block.13"]), "block.13 is named twice"),
+        (_at("remove", ["block.22", "attn.22"]), "attn.22 is part of block.22"),
+        (_at("model.blocks", 20), "removes attn.22, but its model has blocks 0 to 19"),
+    ],
+)
+def test_plans_that_are_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    data = json.loads(json.dumps(PLAN.to_json()))
+    change(data)
+    with pytest.raises(PlanError, match=message):
+        PruningPlan.from_json(data, "plan.json")
+
+
+def test_all_faults_of_a_plan_are_reported_together() -> None:
+    data = PLAN.to_json()
+    data["model"]["nmae"] = data["model"].pop("name")
+    data["made_by"]["seed"] = "7"
+    data["note"] = "hello"
+    with pytest.raises(PlanError) as caught:
+        PruningPlan.from_json(data, "plan.json")
+    for part in ("'nmae'", "lacks 'name'", "'seed'", "'note'"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'"plan"'])
+def test_files_that_are_no_plan(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        PruningPlan.load(path)
+
+
+def test_a_missing_plan_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="make one with `shallower search MODEL`"):
+        PruningPlan.load(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="cannot be read as a plan"):
+        PruningPlan.load(tmp_path)
+
+
+# Scores
+
+
+def test_scores_read_what_they_write(tmp_path: Path) -> None:
+    SCORES.save(tmp_path / "scores.json")
+    assert Scores.load(tmp_path / "scores.json") == SCORES
+    assert SCORES.units == {Unit(0, "block"): 0.5, Unit(1, "attn"): 0.25}
+    assert SCORES.spans == {Span(0, 2): 0.75}
+
+
+def test_a_score_that_is_no_number_is_written_as_null() -> None:
+    scores = Scores(MODEL, "cosine", (Score(Unit(0, "block"), math.inf, math.nan),), MADE_BY)
+    row = scores.to_json()["rows"][0]
+    assert row == {"of": "block.0", "value": None, "error": None}
+    assert math.isnan(Scores.from_json(scores.to_json()).rows[0].value)
+
+
+def test_ranking_is_from_least_important_and_ties_go_to_the_deeper() -> None:
+    values = {0: 0.5, 1: 0.1, 2: 0.5, 3: 0.9}
+    scores = Scores(MODEL, "cosine", tuple(Score(Unit(i, "block"), value) for i, value in values.items()), MADE_BY)
+    assert [unit.index for unit in scores.ranked()] == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_at("format", "shallower.scores/9"), "has format 'shallower.scores/9'"),
+        (_at("row", []), "unknown key 'row' .did you mean 'rows'"),
+        (_without("metric"), "lacks 'metric'"),
+        (_at("rows", {}), "'rows' of .* is not a list"),
+        (_at("rows", [{"of": "block.0", "vlue": 1.0, "error": None}]), "row 0 of .* lacks 'value'.*'vlue'"),
+        (_at("rows", [{"of": "block.0", "value": "high", "error": None}]), "'value' of row 0 .* 'high', not a number"),
+        (_at("rows", ["block.0"]), "row 0 of .* is not an object"),
+        (_at("rows", [{"of": "layer.0", "value": 1.0, "error": None}]), "'layer.0' is not a unit"),
+        (_at("rows", [{"of": "[3,2)", "value": 1.0, "error": None}]), "is empty or negative"),
+        (_at("rows", [{"of": "[x,2)", "value": 1.0, "error": None}]), "is not a unit"),
+        (_at("model.blocks", None), "'blocks' of .* is None"),
+        (_at("made_by", []), "'made_by' of .* is not an object"),
+    ],
+)
+def test_scores_that_are_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    data = json.loads(json.dumps(SCORES.to_json()))
+    change(data)
+    with pytest.raises(UserError, match=message):
+        Scores.from_json(data, "scores.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null"])
+def test_files_that_are_no_scores(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "scores.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"scores\.json"):
+        Scores.load(path)
+    with pytest.raises(UserError, match="shallower score"):
+        Scores.load(tmp_path / "missing.json")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, existing: bool
+) -> None:
+    path = tmp_path / "plan.json"
+    if existing:
+        path.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(strict_json.os, failing, full)
+    with pytest.raises(OutputError, match=r"cannot write .*plan\.json: No space left on device"):
+        PLAN.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == (["plan.json"] if existing else [])
+    assert not existing or path.read_text() == "old"
+
+
+def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(strict_json.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PLAN.save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_appears_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    seen: list[bool] = []
+    fsync = os.fsync
+
+    def watch(handle: int) -> None:
+        seen.append(path.exists())
+        fsync(handle)
+
+    monkeypatch.setattr(strict_json.os, "fsync", watch)
+    PLAN.save(path)
+    assert seen == [False]
+    assert path.read_text(encoding="utf-8").endswith("}\n")
+
+
+def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").write_text("")
+    PLAN.save(tmp_path / "plan.json")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "plan.json")]
+    assert modes[0] == modes[1]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="choose another place"):
+        PLAN.save(tmp_path / "file" / "plan.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="choose another place"):
+        PLAN.save(tmp_path / "folder")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+# Budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8", (Amount(8, False, "units"),)),
+        (" 25% ", (Amount(25, True, "parameters"),)),
+        ("12.5%", (Amount(12.5, True, "parameters"),)),
+        ("33%:kv_bytes", (Amount(33, True, "kv_bytes"),)),
+        ("20%:units", (Amount(20, True, "units"),)),
+        ("1000000:parameters", (Amount(1e6, False, "parameters"),)),
+        ("20%, 33%:kv_bytes", (Amount(20, True, "parameters"), Amount(33, True, "kv_bytes"))),
+        ("block.3,attn.5", (Unit(3, "block"), Unit(5, "attn"))),
+        ("block.3-5", (Unit(3, "block"), Unit(4, "block"), Unit(5, "block"))),
+    ],
+)
+def test_remove(text: str, expected: object) -> None:
+    assert parse_remove(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0", "removes nothing"),
+        ("0%", "removes nothing"),
+        ("-3", "removes nothing"),
+        ("100%", "would remove every block; give less than 100%"),
+        ("130%", "would remove every block; give less than 100%"),
+        ("2.5", "is not a whole number of units"),
+        ("", "cannot be read: give a number of units"),
+        ("%", "cannot be read"),
+        ("10%,", "cannot be read"),
+        ("10%,130%", "would remove every block"),
+        ("10%,block.3", "cannot be read"),
+        ("1e3", "cannot be read"),
+        ("abc", "'abc' is not a unit"),
+        ("nan", "'nan' is not a unit"),
+        ("block.3,block.3", "block.3 is named twice"),
+        ("block.3,mlp.3", "mlp.3 is part of block.3"),
+    ],
+)
+def test_removals_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        parse_remove(text)
+
+
+def test_an_unknown_quantity_gets_a_suggestion() -> None:
+    with pytest.raises(UnknownName, match="unknown quantity 'parameter'; did you mean 'parameters'"):
+        parse_remove("10%:parameter")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", set()),
+        ("first:2", {0, 1}),
+        ("last:2", {8, 9}),
+        ("first:1, last:1, block.5, 6", {0, 5, 6, 9}),
+        ("first:10", set(range(10))),
+        ("first:0", set()),
+    ],
+)
+def test_protect(text: str, expected: set[int]) -> None:
+    assert parse_protect(text, 10) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("block.10", "does not exist: the model has blocks 0 to 9"),
+        ("12", "does not exist"),
+        ("first:11", "more than the model's 10 blocks"),
+        ("attn.3", "cannot be read: write first:4, last:2 or block.7"),
+        ("middle:2", "cannot be read"),
+        ("first:-1", "cannot be read"),
+        ("first", "cannot be read"),
+    ],
+)
+def test_protections_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        parse_protect(text, 10)
+
+
+def _blocks(*costs: float) -> dict[Unit, float]:
+    return {Unit(index, "block"): cost for index, cost in enumerate(costs)}
+
+
+def test_a_share_is_met_by_at_least_that_much() -> None:
+    costs = _blocks(*[1.0] * 30)
+    limit = make_limit(Amount(20, True, "parameters"), costs, 30.0)
+    chosen = list(costs)
+    assert not limit.met(chosen[:5])
+    assert limit.met(chosen[:6])
+    assert not make_limit(Amount(21, True, "parameters"), costs, 30.0).met(chosen[:6])
+
+
+@given(st.integers(2, 80), st.integers(1, 99), st.integers(1, 10**9))
+def test_a_share_of_equal_blocks_rounds_up_and_never_by_the_last_bit(blocks: int, percent: int, cost: int) -> None:
+    costs = _blocks(*[cost / 7] * blocks)
+    needed = -(-blocks * percent // 100)
+    limit = make_limit(Amount(percent, True, "parameters"), costs, math.fsum(costs.values()))
+    assert [limit.met(list(costs)[:count]) for count in (needed - 1, needed)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("amount", "costs", "total", "message"),
+    [
+        (Amount(4, False, "units"), _blocks(1, 1, 1, 1), 4, "something must stay"),
+        (Amount(9, False, "units"), _blocks(1, 1, 1, 1), 4, "something must stay"),
+        (Amount(3, False, "units"), _blocks(1, 1), 4, "the 2 units that may go hold 2 of 4"),
+        (Amount(60, True, "parameters"), _blocks(1, 1), 4, "Protect fewer or remove less"),
+        (Amount(10, True, "kv_bytes"), {Unit(0, "mlp"): 0.0}, 4, "hold no kv_bytes; choose other --units"),
+        (Amount(10, True, "parameters"), {}, 4, "hold no parameters"),
+    ],
+)
+def test_budgets_that_are_refused(amount: Amount, costs: dict[Unit, float], total: float, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        make_limit(amount, costs, total)
+
+
+def test_a_block_and_its_sublayers_count_once() -> None:
+    costs = {Unit(0, "block"): 3.0, Unit(0, "attn"): 1.0, Unit(0, "mlp"): 1.5}
+    with pytest.raises(BudgetError, match="hold 3 of 6"):
+        make_limit(Amount(75, True, "parameters"), costs, 6.0)
+
+
+def test_what_a_budget_admits() -> None:
+    block, attn, mlp, other = Unit(3, "block"), Unit(3, "attn"), Unit(3, "mlp"), Unit(4, "block")
+    budget = Budget((Limit("parameters", 8.0, 9.0, {block: 3.0, attn: 1.0, mlp: 2.0, other: 3.0}),))
+    assert budget.admits([], block)
+    assert budget.admits([attn], mlp)
+    assert budget.admits([block], other)
+    assert not budget.admits([block], block)
+    assert not budget.admits([block], attn)
+    assert not budget.admits([attn], block)
+
+
+def test_every_limit_is_to_be_met_and_only_what_helps_is_admitted() -> None:
+    attn, mlp, more = Unit(0, "attn"), Unit(0, "mlp"), Unit(1, "mlp")
+    parameters = Limit("parameters", 2.0, 9.0, {attn: 1.0, mlp: 2.0, more: 2.0})
+    cache = Limit("kv_bytes", 1.0, 4.0, {attn: 1.0, mlp: 0.0, more: 0.0})
+    assert not Budget((cache,)).admits([], mlp)
+    both = Budget((parameters, cache))
+    assert both.admits([], mlp)
+    assert not both.met([mlp])
+    assert not both.admits([mlp], more)
+    assert both.admits([mlp], attn)
+    assert both.met([mlp, attn])
+    assert str(both) == "0.222 of the parameters in blocks and 0.25 of the kv_bytes in blocks"
+
+
+def test_budgets_say_what_they_ask_for() -> None:
+    assert str(Budget((Limit("units", 6, 30, {}),))) == "6 units"
+    assert str(Amount(20, True, "parameters")) == "20% of the parameters"
+
+
+# Errors
+
+
+def test_every_user_error_exits_with_2_and_is_in_the_tree() -> None:
+    tree = errors.__doc__ or ""
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, errors.ShallowerError):
+            assert kind.__name__ in tree
+            assert kind.exit_code == (2 if issubclass(kind, UserError) else 1)
+
+
+def test_unknown_names() -> None:
+    assert str(UnknownName("metric", "cosin", ["cosine", "loss"], "See `x`.")) == (
+        "unknown metric 'cosin'; did you mean 'cosine'? Known: cosine, loss. See `x`."
+    )
+    assert str(UnknownName("metric", "zzz", ["cosine"])) == "unknown metric 'zzz'. Known: cosine."
+    assert str(UnknownName("metric", "zzz", [])) == "unknown metric 'zzz'. None is registered."
