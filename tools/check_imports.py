@@ -37,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     evaluation
     bench
     study
-    report
+    reporting
     verbs
     cli
     testing
@@ -109,12 +109,11 @@ def faults(folder: Path) -> Iterator[str]:
     known = frozenset(files)
     imports = {module: imports_of(path, module, known) for module, path in files.items()}
     heavy = _heavy(imports)
+    for area in sorted({_area(module) for module in files} - {PACKAGE}.union(*LAYERS)):
+        yield f"{folder}: {area!r} has no place yet; give it one in LAYERS of tools/check_imports.py"
     for module, path in files.items():
         area = _area(module)
         layer = _layer(area)
-        if area != PACKAGE and layer is None:
-            yield f"{path}: {area!r} has no place yet; give it one in LAYERS of tools/check_imports.py"
-            continue
         for item in imports[module]:
             where = f"{path}:{item.line}: {area}"
             target = _area(item.name) if _ours(item.name) else item.name.split(".")[0]
@@ -122,7 +121,7 @@ def faults(folder: Path) -> Iterator[str]:
                 yield f"{where} must not know {target}"
             elif _ours(item.name) and target != area and layer is not None:
                 other = _layer(target)
-                if target == PACKAGE or other is None or other >= layer:
+                if target == PACKAGE or (other is not None and other >= layer):
                     which = "stands beside it" if other == layer else "comes after it"
                     yield f"{where} imports {target}, which {which}"
             elif area in METHODS and item.name.startswith(f"{PACKAGE}.{area}.") and path.name != "__init__.py":
@@ -185,7 +184,7 @@ def _layer(area: str) -> int | None:
 def main() -> int:
     """Print the faults; 1 when there are any."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "src" / PACKAGE
-    found = list(faults(folder))
+    found = list(dict.fromkeys(faults(folder)))
     print("\n".join(found) if found else "imports go one way")
     return 1 if found else 0
 

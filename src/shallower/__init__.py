@@ -3,7 +3,8 @@
     import shallower
     pruned = shallower.prune("HuggingFaceTB/SmolLM2-135M", "20%", calibration="text.jsonl", out="smaller")
 
-Each verb of the command line is a function here, on a path or on a model in memory. Importing this package imports no torch.
+Each verb of the command line is a function here, on a path or on a model in memory. Importing this package imports no
+torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from shallower.anatomy import dissect
     from shallower.corpus import CalibrationSet, build_calibration
     from shallower.engine import Ablator
-    from shallower.surgery import cut, save
+    from shallower.surgery.cut import cut
+    from shallower.surgery.save import save
     from shallower.verbs.demo import demo
     from shallower.verbs.evaluate import evaluate
     from shallower.verbs.inspect import inspect

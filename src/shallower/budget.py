@@ -47,7 +47,8 @@ class Budget:
     def admits(self, removed: Collection[Unit], unit: Unit) -> bool:
         """Whether `unit` can still go, and going helps.
 
-        It is there, is no part of what is gone, has no part that is gone, and costs some of what is still to be removed.
+        It is there, is no part of what is gone, has no part that is gone, and costs some of what is still to be
+        removed.
         """
         if unit in removed or Unit(unit.index, "block") in removed:
             return False

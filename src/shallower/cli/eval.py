@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
@@ -42,13 +43,23 @@ def evaluate(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
     """Compare models by their perplexity on the same texts."""
-    from shallower.report.tables import PerplexityRow, perplexity_table
+    from shallower.reporting.tables import PerplexityRow, perplexity_table
     from shallower.verbs.evaluate import evaluate as run
     from shallower.verbs.evaluate import text_name
 
-    found = run(models, text, window=window, stride=stride, max_windows=windows, device=device, dtype=dtype)
+    found = run(
+        models,
+        text,
+        window=window,
+        stride=stride,
+        max_windows=windows,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     data = {"evaluations": [evaluation.to_json() for evaluation in found]}
     columns = _distinct([text_name(name) for name in text], text)
     by_model = [found[start : start + len(text)] for start in range(0, len(found), len(text))]
@@ -73,5 +84,12 @@ def evaluate(
 
 
 def _distinct(names: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Short names, and where two are the same what the user typed instead."""
-    return [short if names.count(short) == 1 else full for short, full in zip(names, given, strict=True)]
+    """Short names; where two are the same, with as much of the path before them as tells them apart."""
+    labels = list(names)
+    paths = [Path(full) for full in given]
+    for depth in range(2, max(len(path.parts) for path in paths) + 1):
+        labels = [
+            label if labels.count(label) == 1 else str(Path(*path.parts[-depth:]))
+            for label, path in zip(labels, paths, strict=True)
+        ]
+    return labels

@@ -23,12 +23,13 @@ def inspect(
     ] = "",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
     """Show what each block and sublayer of a model weighs."""
-    from shallower.report.tables import inspection_table
+    from shallower.reporting.tables import inspection_table
     from shallower.verbs.inspect import inspect as run
 
-    found = run(model, remove=remove, device=device, dtype=dtype)
+    found = run(model, remove=remove, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def show(console: Console) -> None:
         name, blocks = found.identity.name, found.identity.blocks
@@ -38,6 +39,7 @@ def inspect(
         )
         console.print(inspection_table(found.weights, found.removed))
         if found.removed:
-            print_removed(console, found.removed, found.identity, found.weights)
+            gone, dense = found.weights.of(found.removed).parameters, found.weights.model.parameters
+            print_removed(console, found.removed, found.identity, (gone, dense))
 
     return Answer(found.to_json(), show)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -76,6 +77,8 @@ class Terminated(BaseException):
 
 def main() -> None:
     """Run the command line on this process's arguments, and exit."""
+    # Threads that wait by spinning take the cores from those that work as soon as anything else runs: 3 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)
@@ -122,6 +125,9 @@ def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
         return f"the disk is full{_where(error)}; {RESUME}. Free some room first, or choose another place.", 2
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{error.strerror}{_where(error)}; choose another place or change its permissions.", 2
+    if (type(error).__module__, type(error).__name__) == ("sqlite3", "OperationalError"):
+        what = f"measurements cannot be kept in the cache ({error})"
+        return f"{what}; free some room, or set SHALLOWER_CACHE to a folder that can be written.", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; give a smaller --length, another --dtype or another --device.", 2
     what = f"this is a defect in shallower {__version__}, not your mistake: {type(error).__name__}: {_brief(error)}"
@@ -133,6 +139,7 @@ def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
 def _usage(error: BaseException) -> str:
     """What click says of a wrong command line, as a sentence with what to type next."""
     message = error.format_message().replace("Value error, ", "").strip().rstrip(".")  # type: ignore[attr-defined]
+    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", message)  # some pairs of typer and click both ask
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "shallower"
     return f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else '.'} See '{command} --help'."

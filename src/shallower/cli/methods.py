@@ -95,8 +95,10 @@ def _describe(console: Console, found: Sequence[Method]) -> None:
         console.print(f"{method.kind} {method.name}", style="bold")
         console.print(inspect.getdoc(method.function) or "No description.", soft_wrap=True)
         console.print()
-        for option in method.options.values():
-            console.print(f"  --set {option.name}={option.default}    takes {_takes(option)}; default {option.default}")
+        told = {f"--set {option.name}=…": option for option in method.options.values()}
+        for flag, option in told.items():
+            column = flag.ljust(max(map(len, told)))
+            console.print(f"  {column}  {_takes(option)}; default {option.default}", soft_wrap=True)
         if not method.options:
             console.print("It has no options.")
         for link in paper_links(method.source) or [method.source or "this package; no paper"]:

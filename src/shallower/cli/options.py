@@ -110,6 +110,10 @@ Dtype = Annotated[
     str,
     Option("--dtype", metavar="TYPE", help="auto (what the device multiplies fastest), float32, bfloat16 or float16."),
 ]
+RemoteCode = Annotated[
+    bool,
+    Option("--trust-remote-code", help="Run code that comes with the model; read it first. Default: refuse."),
+]
 Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]
 
 

@@ -17,8 +17,6 @@ from shallower.units import KINDS, Unit
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shallower.anatomy.weigh import Weights
-
 PIPED_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
 
@@ -67,10 +65,10 @@ def print_written(console: Console, path: Path | None, what: str, next_step: str
 
 
 def print_removed(
-    console: Console, removed: Sequence[Unit], model: ModelIdentity, weights: Weights | None = None
+    console: Console, removed: Sequence[Unit], model: ModelIdentity, parameters: tuple[int, int] | None = None
 ) -> None:
-    """Print how many blocks, sublayers and parameters go, and which. weights: None where no model was loaded."""
-    from shallower.report.wording import KIND_NAMES, percent, plural, runs
+    """Print which blocks and sublayers go. parameters: how many go, and of how many; None where no model was loaded."""
+    from shallower.reporting.wording import KIND_NAMES, percent, plural, runs
 
     parts = [f"{sum(unit.kind == 'block' for unit in removed)} of {plural(model.blocks, 'block')}"]
     for kind in KINDS:
@@ -80,8 +78,8 @@ def print_removed(
         if spans:
             parts[-1] += f": {', '.join(map(str, spans))}"
     console.print(f"Removes {'; '.join(parts)} (from 0, stop not included).")
-    if weights is not None:
-        gone, dense = weights.of(removed).parameters, weights.model.parameters
+    if parameters is not None:
+        gone, dense = parameters
         console.print(f"That is {gone:,} of {dense:,} parameters ({percent(gone, dense)}).")
 
 

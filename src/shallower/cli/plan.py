@@ -15,8 +15,6 @@ from shallower.plan import PruningPlan
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shallower.anatomy.weigh import Weights
-
 app = Typer(help="Show a plan file, or keep its first removals.", rich_markup_mode=None)
 
 
@@ -50,12 +48,12 @@ def cut(
     return Answer(shorter.to_json(), show)
 
 
-def show_plan(console: Console, plan: PruningPlan, *, weights: Weights | None = None) -> None:
-    """Print the removal order with what each step costs, and the sum."""
+def show_plan(console: Console, plan: PruningPlan, *, parameters: tuple[int, int] | None = None) -> None:
+    """Print the removal order with what each step costs, and the sum. parameters: as for `print_removed`."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from shallower.report.wording import signed
+    from shallower.reporting.wording import signed
 
     made = plan.made_by
     losses = [loss for loss in (plan.dense, *(loss for _, loss in plan.order)) if loss is not None]
@@ -69,7 +67,7 @@ def show_plan(console: Console, plan: PruningPlan, *, weights: Weights | None = 
         change = "" if loss is None or plan.dense is None or not step else signed(loss - plan.dense, form)
         table.add_row(str(step), str(unit), "–" if loss is None else form(loss), change)
     console.print(table)
-    print_removed(console, plan.remove, plan.model, weights)
+    print_removed(console, plan.remove, plan.model, parameters)
     how = [f"search {made.search}" if made.search else "naming units"]
     how += [f"{kind} {name}" for kind, name in (("metric", made.metric), ("objective", made.objective)) if name]
     if made.calibration is not None:

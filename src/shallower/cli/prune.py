@@ -10,11 +10,12 @@ from typer import Option
 from shallower.cli import options
 from shallower.cli.output import print_removed
 from shallower.cli.verb import Answer, verb
+from shallower.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shallower.report.data import ReportData
+    from shallower.reporting.data import ReportData
 
 LOADING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,6 +54,7 @@ def prune(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
     """Remove blocks or sublayers, and write the smaller checkpoint.
 
@@ -60,6 +62,18 @@ def prune(
     software loads, with the plan, a model card and a page that shows what it cost.
     """
     chosen = options.parse_settings(settings)
+    searched = {
+        "--search": search != "greedy",
+        "--objective": objective != "nll",
+        "--metric": metric is not None,
+        "--units": units != "block",
+        "--protect": bool(protect),
+        "--set": bool(chosen),
+        "--exact": exact,
+    }
+    idle = [flag for flag, given in searched.items() if given]
+    if plan is not None and remove is None and idle:
+        raise UserError(f"--plan says what goes, so {', '.join(idle)} would change nothing; drop that, or drop --plan.")
     from shallower.verbs.prune import prune as run
 
     pruned = run(
@@ -85,6 +99,7 @@ def prune(
         force=force,
         device=device,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     return pruned_answer(pruned.report, out)
 
@@ -97,10 +112,11 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}
 
     def show(console: Console) -> None:
-        from shallower.report.tables import before_after_table
+        from shallower.reporting.tables import before_after_table
 
         console.print(before_after_table(data))
-        print_removed(console, data.plan.remove, data.plan.model)
+        dense = data.dense.parameters
+        print_removed(console, data.plan.remove, data.plan.model, (dense - data.pruned.parameters, dense))
         for note in data.notes:
             console.print(f"Note: {note}", soft_wrap=True)
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)

@@ -40,11 +40,12 @@ def score(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
     """Score each block or sublayer by a metric; higher means keep."""
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
-    from shallower.report.tables import scores_table
+    from shallower.reporting.tables import scores_table
     from shallower.verbs.score import score as run
 
     scores = run(
@@ -61,6 +62,7 @@ def score(
         seed=seed,
         device=device,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     if out is not None:
         scores.save(out)

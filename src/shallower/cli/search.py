@@ -38,6 +38,7 @@ def search(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
     """Choose what to remove, and show what each removal costs. Cuts nothing."""
     require_free(out, force=force)
@@ -47,7 +48,7 @@ def search(
     from shallower.verbs.subject import open_subject
 
     require_possible(remove, search, objective, metric, chosen)
-    subject = open_subject(model, device=device, dtype=dtype)
+    subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     plan = run(
         subject,
         remove,
@@ -66,9 +67,10 @@ def search(
     )
     if out is not None:
         plan.save(out)
+    parameters = subject.weights.of(plan.remove).parameters, subject.weights.model.parameters
 
     def show(console: Console) -> None:
-        show_plan(console, plan, weights=subject.weights)
+        show_plan(console, plan, parameters=parameters)
         print_written(console, out, "the plan", f"shallower prune {model} --plan {out} --out FOLDER")
 
     return Answer(plan.to_json(), show)

@@ -143,7 +143,7 @@ def _folder(path: Path, field: str | None) -> Source:
 def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
     if path.suffix not in EXTENSIONS:
         raise CorpusError(
-            f"{path} has the extension {path.suffix!r}; text files end in {' or '.join(EXTENSIONS)}: convert or rename it."
+            f"{path} has the extension {path.suffix!r}; text files end in {' or '.join(EXTENSIONS)}: convert it."
         )
     if path.suffix == ".txt":
         if field is not None:

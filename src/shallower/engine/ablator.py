@@ -157,17 +157,19 @@ class Ablator:
     def _race(self, routes: list[Route], keep: int, racing: Racing) -> list[float]:
         """Losses of the survivors on what was measured, infinity for the rest."""
         running = list(dict.fromkeys(routes))
-        comparisons = len(running) * len(self._batches)
         self.spent.exhaustive += len(running) * self.calibration.input_ids.numel()
         measured = 0
-        with progress.task(f"racing {len(running)} candidates", comparisons) as step, torch.no_grad():
+        with (
+            progress.task(f"racing {len(running)} candidates", len(running) * len(self._batches)) as step,
+            torch.no_grad(),
+        ):
             for number in range(len(self._batches)):
                 if len(running) <= keep:
                     break
                 self._measure_batch(number, running, step)
                 measured = number + 1
                 sums = np.stack([self._joined(route, measured) for route in running])
-                alive = survivors(sums, self.counts[: sums.shape[1]], keep, racing, comparisons)
+                alive = survivors(sums, self.counts[: sums.shape[1]], keep, racing)
                 step(int((~alive).sum()) * (len(self._batches) - measured))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]
         losses = {}

@@ -19,8 +19,9 @@ FEWEST_SEQUENCES = 4  # below this the spread of differences is not worth estima
 class Racing:
     """How races are run.
 
-    error: probability that a race of one round drops a candidate that belongs to the best, over all its comparisons
-    (Bonferroni).
+    error: probability that a race drops a candidate that belongs to the best. Each look at the sums is corrected for
+    the candidates still running (Bonferroni); that this also covers looking many times is held by simulated races in
+    the tests.
     tie: candidates whose losses differ by less than this share of the loss count as equal.
     """
 
@@ -28,13 +29,11 @@ class Racing:
     tie: float = 0.0005
 
 
-def survivors(
-    sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, racing: Racing, comparisons: int
-) -> NDArray[np.bool_]:
+def survivors(sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, racing: Racing) -> NDArray[np.bool_]:
     """Who may still be among the `keep` best.
 
     sums: float64 [candidates, sequences], the objective summed over each sequence measured so far. counts: int64
-    [sequences], its tokens. comparisons: how many tests the race may make in all. Returns bool [candidates].
+    [sequences], its tokens. Returns bool [candidates].
 
     A candidate is dropped when its paired difference to the `keep`-th best is positive beyond doubt: its lower
     confidence bound (Student's t over sequences) is above zero. When a bound cannot tell two apart but both are equal
@@ -49,7 +48,7 @@ def survivors(
     difference = (sums - mark).sum(1) / tokens
     centred = (sums - mark) - difference[:, None] * counts
     error = np.sqrt((centred**2).sum(1) * sequences / (sequences - 1)) / tokens
-    bound = float(student.ppf(1 - racing.error / max(comparisons, 1), sequences - 1)) * error
+    bound = float(student.ppf(1 - racing.error / candidates, sequences - 1)) * error
     worse = difference - bound > 0
     equal = np.abs(difference) + bound < racing.tie * abs(mark.sum() / tokens)
     ahead = np.zeros(candidates, dtype=bool)

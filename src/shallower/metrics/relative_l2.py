@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from shallower.registry import metric
@@ -15,5 +16,6 @@ def relative_l2(before: Tensor, after: Tensor, *, below: Literal["after", "befor
 
     before, after: float32 [tokens, hidden]. Returns float32 [tokens].
     """
-    scale = (after if below == "after" else before).norm(p=2, dim=-1)
-    return (after - before).norm(p=2, dim=-1) / scale.clamp_min(1e-12)
+    scale = torch.linalg.vector_norm(after if below == "after" else before, ord=2, dim=-1)
+    values: Tensor = torch.linalg.vector_norm(after - before, ord=2, dim=-1) / scale.clamp_min(1e-12)
+    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from shallower.registry import objective
@@ -13,4 +14,5 @@ def logit_l2(logits: Tensor, dense_logits: Tensor) -> Tensor:
 
     logits, dense_logits: float32 [tokens, vocabulary]. Returns float32 [tokens].
     """
-    return (logits - dense_logits).norm(dim=-1)
+    values: Tensor = torch.linalg.vector_norm(logits - dense_logits, dim=-1)
+    return values

@@ -1,8 +1,9 @@
 """Cut units out of a model in memory.
 
 The cut model has its own modules and config and shares the dense model's tensors; the dense model is not changed.
-Nothing is believed: the new config must describe every block that is kept (`skeleton`), and on a few tokens the cut model
-must give the logits of the dense model that runs with the units skipped, in one pass and token by token with its cache.
+Nothing is believed: the new config must describe every block that is kept (`skeleton`), and on a few tokens the cut
+model must give the logits of the dense model that runs with the units skipped, in one pass and token by token with its
+cache.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _assemble(anatomy: Anatomy, layers: Sequence[Layer]) -> PreTrainedModel:
 
 
 def _copy(dense: PreTrainedModel, new_config: Callable[[PretrainedConfig], PretrainedConfig]) -> PreTrainedModel:
-    """Copy the module tree and share its tensors; where a module refers to the config, the copy refers to the new one."""
+    """Copy the module tree and share its tensors; what refers to the config refers to the new one in the copy."""
     if any(hasattr(module, "_hf_hook") for module in dense.modules()):
         raise ModelError(
             "the model is spread over devices by accelerate, and its modules cannot be taken apart: load it on one "
@@ -188,7 +189,7 @@ def _map_config(old: PretrainedConfig, new: PretrainedConfig, memo: dict[int, An
 
 
 def _restate(model: nn.Module, dense: PretrainedConfig, new: PretrainedConfig) -> None:
-    """Where a module repeats a config field that changed (`num_hidden_layers`, `attention_layers`), let it repeat the new one."""
+    """Where a module repeats a config field that changed (`num_hidden_layers`), let it repeat the new one."""
     fields = vars(new)
     changed = {name: value for name, value in vars(dense).items() if name in fields and fields[name] != value}
     for module in model.modules():
@@ -238,16 +239,21 @@ def _cache_slots(text: PretrainedConfig, layers: Sequence[Layer], blocks: Sequen
     """The cache slot of every block that has attention.
 
     The cache is made from the config, one slot a block, of the kind in `layer_types`; positions are read from its first
-    slot, masks from the first of a kind. So the attentions of each kind take the first slots of that kind (the last, for
-    states: of those the last is read). Where the very first slot would stay empty, blocks without attention, whose kind
-    means nothing, are given the kind of the first attention.
+    slot, masks from the first of a kind. So the attentions of each kind take the first slots of that kind. Where the
+    very first slot would stay empty, blocks without attention, whose kind means nothing, are given the kind of the
+    first attention.
     """
     holders = [place for place, layer in enumerate(layers) if layer.attn is not None]
     types = getattr(text, "layer_types", None)
     kinds = list(types) if types is not None else ["all"] * len(layers)
     counting = [place for place in holders if kinds[place] not in _STATES]
     first = next((kind for kind in kinds if kind not in _STATES), None)
-    if counting and first not in {kinds[place] for place in counting}:
+    if not counting:
+        raise ModelError(
+            f"{text.model_type} without these units would have no attention with a KV cache, by which it tells "
+            "positions: keep at least one."
+        )
+    if first not in {kinds[place] for place in counting}:
         for place in set(range(len(layers))) - set(holders):
             kinds[place] = kinds[counting[0]]
             if hasattr(blocks[place], "attention_type"):
@@ -257,7 +263,7 @@ def _cache_slots(text: PretrainedConfig, layers: Sequence[Layer], blocks: Sequen
     for kind in set(kinds):
         own = [place for place in holders if kinds[place] == kind]
         free = [place for place in range(len(kinds)) if kinds[place] == kind]
-        slots.update(zip(own, free[len(free) - len(own) :] if kind in _STATES else free, strict=False))
+        slots.update(zip(own, free, strict=False))
     return slots
 
 
@@ -280,8 +286,7 @@ def _require_equal(anatomy: Anatomy, model: PreTrainedModel, ids: Tensor, expect
         stepwise = difference(cached_logits(model, ids), expected)
     if stepwise > allowed and stepwise > 4 * decoding_noise(anatomy.model, ids):
         raise ModelError(
-            f"{anatomy.family} without these units decodes wrongly with its cache: logits differ by {stepwise:.3g}. "
-            "Keep at least one attention that has a KV cache."
+            f"{anatomy.family} without these units decodes wrongly with its cache: logits differ by {stepwise:.3g}."
         )
 
 

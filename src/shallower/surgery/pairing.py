@@ -113,8 +113,9 @@ def _after_attention(block: Block, calls: list[tuple[str, Tensor | None, Tensor]
     for name, given, output in calls:
         if block.attn is not None and name in block.attn.names:
             update = output
-        elif update is not None:
-            if given is not None and given.data_ptr() == update.data_ptr():
+        elif update is not None and block.attn is not None:
+            on_update = given is not None and given.data_ptr() == update.data_ptr()
+            if on_update and not block.attn.adds_residual:  # else the output is the stream (Bloom)
                 update = output  # a norm on the attention's output (Gemma 2, OLMo 2)
             else:
                 names.add(name)

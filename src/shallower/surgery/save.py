@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,7 @@ def save(
     plan: PruningPlan | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
+    pages: Mapping[str, str] | None = None,
     force: bool = False,
     max_shard_size: str = "5GB",
     verify_ids: Tensor | None = None,
@@ -52,6 +53,7 @@ def save(
         plan: Goes into plan.json and the model card.
         tokenizer: Saved with its chat template.
         card: Markdown that the model card ends with: what was measured.
+        pages: Further text files to put into the folder, by name, such as the report.
         force: Replace an existing checkpoint, at the last moment.
         max_shard_size: As transformers takes it.
         verify_ids: int64 [sequences, tokens] to compare logits on; a few tokens by default.
@@ -70,7 +72,10 @@ def save(
             "both sublayers. Remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
         )
     target = Path(os.path.abspath(folder))
-    _require_free(target, model, plan, force)
+    require_free(target, force=force)
+    for source in (model.config._name_or_path, None if plan is None else plan.model.name):
+        if source and target.is_dir() and os.path.isdir(source) and os.path.samefile(source, target):
+            raise OutputError(f"{target} is the model itself; choose another folder for what becomes of it.")
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _BESIDES_WEIGHTS
     temporary: Path | None = None
@@ -85,7 +90,8 @@ def save(
                 _write_tokenizer(tokenizer, temporary)
             if plan is not None:
                 plan.save(temporary / "plan.json")
-            write_text(temporary / "README.md", model_card(model, plan, card))
+            for name, text in {"README.md": model_card(model, plan, card), **(pages or {})}.items():
+                write_text(temporary / name, text)
             step()
             ids = probe_ids(model) if verify_ids is None else verify_ids
             verify_saved(temporary, model, ids)
@@ -101,8 +107,9 @@ def save(
     return target
 
 
-def _require_free(target: Path, model: PreTrainedModel, plan: PruningPlan | None, force: bool) -> None:
-    """Raise OutputError unless `target` is free, or a checkpoint that may be replaced."""
+def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
+    """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace."""
+    target = Path(os.path.abspath(folder))
     if not os.path.lexists(target):
         return
     if not force:
@@ -115,9 +122,6 @@ def _require_free(target: Path, model: PreTrainedModel, plan: PruningPlan | None
             f"{target} is not a checkpoint (no config.json with a model_type), so --force does not replace it; choose "
             "another folder or remove it yourself."
         )
-    for source in (model.config._name_or_path, None if plan is None else plan.model.name):
-        if source and os.path.isdir(source) and os.path.samefile(source, target):
-            raise OutputError(f"{target} is the model itself; choose another folder for what becomes of it.")
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -148,7 +152,7 @@ def _temporary_beside(target: Path) -> Path:
 def _write(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
     """Weights, config and generation config."""
     generation, config = model.generation_config, model.config
-    # transformers notes type and architecture in the config it saves, and refuses some generation configs that it loads.
+    # transformers writes type and architecture into the config, and refuses some generation configs that it loads.
     model.config = copy.deepcopy(config)
     model.config._name_or_path = ""
     if generation is not None:

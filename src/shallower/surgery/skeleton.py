@@ -1,9 +1,9 @@
 """Prove that a rewritten config describes the blocks that are kept.
 
-The model class is built from the new config without memory for weights, and every block of that skeleton is compared with
-the block that will stand in its place: classes, parameter shapes, and every plain attribute (windows, scales, kinds of
-attention). So a per-block field that was cut wrongly, or a constant that depends on a block's place, is found for any
-family, also where the few tokens of a run would not show it.
+The model class is built from the new config without memory for weights, and every block of that skeleton is compared
+with the block that will stand in its place: classes, parameter shapes, and every plain attribute (windows, scales,
+kinds of attention). So a per-block field that was cut wrongly, or a constant that depends on a block's place, is found
+for any family, also where the few tokens of a run would not show it.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def require_place_free_buffers(blocks: nn.ModuleList, indices: frozenset[str]) -
                 first = seen.setdefault((path, name, _settings(modules, path, indices)), tensor)
                 if first is not tensor and not torch.equal(first, tensor):
                     raise ModelError(
-                        f"{type(block).__name__} computes {path}.{name} from the place of the block, so that no checkpoint "
-                        "can hold a block that moved."
+                        f"{type(block).__name__} computes {path}.{name} from the place of the block, so that no "
+                        "checkpoint can hold a block that moved."
                     )
 
 

@@ -41,7 +41,7 @@ def cached_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def decoding_noise(model: PreTrainedModel, ids: Tensor) -> float:
-    """How much decoding one by one differs from one pass, by rounding alone (and by experts that rounding lets change)."""
+    """How much decoding one by one differs from one pass, by rounding alone (and experts that it changes)."""
     return difference(cached_logits(model, ids), full_logits(model, ids))
 
 

@@ -42,6 +42,7 @@ def evaluate(
     max_windows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[Evaluation]:
     """Perplexity of each model on each text; one model is in memory at a time.
 
@@ -53,7 +54,7 @@ def evaluate(
     contents = {text: read_evaluation_text(text) for text in texts}
     found = []
     for model in models:
-        subject = open_subject(model, tokenizer, device=device, dtype=dtype)
+        subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         for text, content in contents.items():
             measured = text_perplexity(subject, content, window=window, stride=stride, max_windows=max_windows)
             identity = subject.identity

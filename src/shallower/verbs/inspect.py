@@ -47,6 +47,7 @@ def inspect(
     remove: str = "",
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Take a model apart and weigh it. remove: units such as `block.13-18`, to see what would be left.
 
@@ -54,7 +55,7 @@ def inspect(
     not.
     """
     removed = parse_units(remove)
-    subject = open_subject(model, device=device, dtype=dtype)
+    subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     prove(subject.anatomy)
     for unit in removed:
         if unit not in subject.anatomy.units:

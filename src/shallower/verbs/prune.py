@@ -4,6 +4,7 @@ cost.
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from shallower import progress
 from shallower.anatomy import dissect
 from shallower.bench.speed import Speed, compare_speed
 from shallower.checkpoint.load import LoadedModel
+from shallower.checkpoint.locate import stored_dtype
 from shallower.corpus import CalibrationSet, overlap
 from shallower.engine import stream_scores
 from shallower.errors import CorpusError, UserError
@@ -25,11 +27,10 @@ from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
-from shallower.report.data import ReportData, Side
-from shallower.report.page import render
+from shallower.reporting.data import ReportData, Side
+from shallower.reporting.page import render
 from shallower.scores import Scores
-from shallower.strict_json import write_text
-from shallower.surgery import cut, require_room, save
+from shallower.surgery import cut, require_free, save
 from shallower.units import Unit
 from shallower.verbs.evaluate import text_name, text_perplexity
 from shallower.verbs.score import stream_statistic
@@ -77,6 +78,7 @@ def prune(
     force: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Pruned:
     """Choose what to remove (or take a plan), cut it out, measure before and after, and write a checkpoint with its
     report.
@@ -97,12 +99,12 @@ def prune(
     if remove is not None:
         require_possible(remove, search, objective, metric, settings)
     if out is not None:
-        require_room(out, force=force)
+        require_free(out, force=force)
     clock = _Clock()
     contents = {text: read_evaluation_text(text) for text in texts}
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     with clock("loading"):
-        subject = open_subject(model, tokenizer, device=device, dtype=dtype)
+        subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         if given is not None:
             given.require_for(subject.identity)
     with clock("calibration text"):
@@ -150,16 +152,15 @@ def prune(
         return Pruned(smaller.model, given, data, None)
     with clock("writing and verifying"):
         folder = save(
-            smaller.model,
+            _as_stored(subject, smaller, given.removed),
             out,
             plan=given,
             tokenizer=subject.loaded.tokenizer,
             card=_card(data),
+            pages={"report.json": json.dumps(data.to_json(), indent=1), "report.html": render(data)},
             force=force,
             verify_ids=text.input_ids[:1, :64],
         )
-    data.save(folder / "report.json")
-    write_text(folder / "report.html", render(data))
     return Pruned(smaller.model, given, data, folder)
 
 
@@ -181,6 +182,17 @@ def _cut(subject: Subject, removed: frozenset[Unit]) -> Subject:
     with progress.task("cutting"):
         smaller = cut(subject.anatomy, removed)
         return Subject(LoadedModel(smaller, loaded.tokenizer, loaded.name, loaded.revision, None), dissect(smaller))
+
+
+def _as_stored(subject: Subject, smaller: Subject, removed: frozenset[Unit]) -> PreTrainedModel:
+    """The cut model in the precision that the dense checkpoint is stored in, whatever it was measured in."""
+    folder = subject.loaded.path
+    if folder is None:
+        return smaller.model
+    stored = stored_dtype(folder)
+    if stored in (None, str(smaller.model.dtype).removeprefix("torch.")):
+        return smaller.model
+    return cut(open_subject(folder, device="cpu", dtype=stored).anatomy, removed)
 
 
 def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:

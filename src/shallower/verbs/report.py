@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from shallower.errors import UserError
-from shallower.report.data import ReportData
-from shallower.report.page import render
+from shallower.reporting.data import ReportData
+from shallower.reporting.page import render
 from shallower.strict_json import write_text
 
 

@@ -38,6 +38,7 @@ def score(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Scores:
     """Score the units of a model by one metric; higher means keep.
 
@@ -50,7 +51,7 @@ def score(
     """
     method = metrics.get(metric)
     options = method.parse_options(settings or {})
-    subject = open_subject(model, tokenizer, device=device, dtype=dtype)
+    subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     wanted = units_of(subject, units)
     text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
     adaptive = "losses" in method.parameters

@@ -48,6 +48,7 @@ def search(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> PruningPlan:
     """Choose the units to remove, and measure the objective after each removal.
 
@@ -63,7 +64,7 @@ def search(
     require_possible(remove, search, objective, metric, settings)
     stages = _stages(search, settings or {})
     asked = parse_remove(str(remove))
-    subject = open_subject(model, tokenizer, device=device, dtype=dtype)
+    subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     protected = parse_protect(protect, len(subject.anatomy.blocks))
     order = _explicit(subject, asked, protected)
     removable: tuple[Unit, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shallower.report.data import ReportData
+from shallower.reporting.data import ReportData
 from shallower.units import Kind, Span, Unit
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}

@@ -3,6 +3,6 @@
 `page` and `figures` import matplotlib, `tables` imports rich; `data` and `wording` import neither.
 """
 
-from shallower.report.data import ReportData, Side
+from shallower.reporting.data import ReportData, Side
 
 __all__ = ["ReportData", "Side"]

@@ -23,7 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from shallower.plan import PruningPlan
-from shallower.report.wording import KIND_NAMES, runs, score
+from shallower.reporting.wording import KIND_NAMES, runs, score
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Kind, Unit
 
@@ -85,7 +85,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
         figure = Figure(figsize=(_WIDTH, 2.9 if len(kinds) == 1 else 1.0 + 1.9 * len(kinds)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
         for axes, kind in zip(panels, kinds, strict=True):
-            _bars(axes, {unit: row for unit, row in rows if unit.kind == kind}, gone, _COLOURS[kind], blocks)
+            _bars(axes, {unit: row for unit, row in rows if unit.kind == kind}, gone, kind, blocks)
             axes.set_ylabel(f"{scores.metric} of {kind}")
         for axes in panels:  # they share the scale, so it must see all bars
             _bar_scale(axes, [row.value for _, row in rows])
@@ -228,15 +228,15 @@ def _settings() -> Iterator[None]:
         yield
 
 
-def _bars(axes: Axes, rows: Mapping[Unit, Score], gone: Collection[Unit], colour: str, blocks: int) -> None:
-    for unit in rows:
-        if unit in gone:  # what is removed is low, so its bar alone would hardly be seen
-            axes.axvspan(unit.index - 0.5, unit.index + 0.5, color=_REMOVED, alpha=0.16, linewidth=0)
+def _bars(axes: Axes, rows: Mapping[Unit, Score], gone: Collection[Unit], kind: Kind, blocks: int) -> None:
+    for span in runs((unit for unit in rows if unit in gone), kind):
+        # what is removed is low, so its bars alone would hardly be seen
+        axes.axvspan(span.start - 0.5, span.stop - 0.5, color=_REMOVED, alpha=0.16, linewidth=0)
     axes.bar(
         [unit.index for unit in rows],
         [row.value for row in rows.values()],
         0.78,
-        color=[_REMOVED if unit in gone else colour for unit in rows],
+        color=[_REMOVED if unit in gone else _COLOURS[kind] for unit in rows],
     )
     measured = [(unit.index, row.value, row.error) for unit, row in rows.items() if row.error]
     axes.errorbar(
@@ -290,7 +290,7 @@ def _perplexity_axis(axes: Axes) -> None:
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     right.set_ylim(low, high)
-    ticks = _round_values(math.exp(min(low, 600)), math.exp(min(high, 600)))
+    ticks = _round_values(*(math.exp(max(-300.0, min(loss, 300.0))) for loss in (low, high)))  # floats end at e^709
     labels = [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]
     right.set_yticks([math.log(tick) for tick in ticks], labels=labels)
     right.set_ylabel("perplexity")

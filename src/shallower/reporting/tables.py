@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from shallower.report.data import ReportData
-from shallower.report.wording import KIND_NAMES, comparison, count, number, plural, score, signed, size
+from shallower.reporting.data import ReportData
+from shallower.reporting.wording import KIND_NAMES, comparison, count, number, plural, score, signed, size
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Span, Unit
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
-from shallower.report.data import ReportData
-from shallower.report.figures import influence_bars, loss_curve, span_heatmap
-from shallower.report.wording import KIND_NAMES, comparison, duration, headline, plural, runs, score
+from shallower.reporting.data import ReportData
+from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap
+from shallower.reporting.wording import KIND_NAMES, comparison, duration, headline, plural, runs, score
 from shallower.scores import Scores
 from shallower.units import KINDS, Unit
 
@@ -22,7 +22,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def render(data: ReportData) -> str:
     """The page as a string. Text from outside (names of models, texts, methods, notes) is escaped."""
-    style = (files("shallower.report") / "page.css").read_text(encoding="utf-8")
+    style = (files("shallower.reporting") / "page.css").read_text(encoding="utf-8")
     sections = (
         _section("comparison", "Before and after", _comparison(data)),
         _section("removed", "What was removed", _removed(data)),

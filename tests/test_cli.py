@@ -1,0 +1,620 @@
+"""The command line: what each verb prints and writes, and what it says to mistakes. In-process where it can be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from shallower import progress, registry
+from shallower.cli import main, options
+from shallower.cli.methods import paper_links
+from shallower.cli.progress import lines
+from shallower.errors import UserError, VerificationError
+from shallower.plan import PruningPlan
+from shallower.scores import Scores
+from shallower.version import __version__
+
+SHALLOWER = (sys.executable, "-c", "from shallower.cli.main import main; main()")
+SMALL = ("--sequences", "4", "--length", "32", "--device", "cpu", "--dtype", "float32")
+BLOCKS = 6
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        code = main.run([str(argument) for argument in arguments])
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tiny models and a text; tests write nothing here."""
+    from shallower.testing.families import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("cli")
+    for name, seed in (("tiny", 0), ("other", 1)):
+        tiny_model("llama", blocks=BLOCKS, seed=seed).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    sentences = [f"Number {n} is followed by {n + 1}, and {n} times {n} is {n * n}." for n in range(400)]
+    paragraphs = [" ".join(sentences[start : start + 20]) for start in range(0, len(sentences), 20)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    (folder / "held-out.txt").write_text("\n\n".join(reversed(paragraphs)).replace("followed", "succeeded"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plan(place: Path) -> Path:
+    """A plan of three removals for the model `tiny`."""
+    path = place / "plan.json"
+    asked = ["search", place / "tiny", "--remove", 3, "--out", path, "--calibration", place / "text.txt", *SMALL]
+    assert main.run([str(word) for word in asked] + ["--json"]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def pruned(place: Path, plan: Path) -> Path:
+    """A checkpoint with its report."""
+    folder = place / "smaller"
+    asked = ["prune", place / "tiny", "--plan", plan, "--out", folder, "--calibration", place / "text.txt", *SMALL]
+    asked += ["--window", 32, "--windows", 2, "--text", place / "held-out.txt", "--quiet"]
+    assert main.run([str(word) for word in asked]) == 0
+    return folder
+
+
+def sentence(ran: Ran, code: int = 2) -> str:
+    """The one line that a failing command line prints."""
+    assert (ran.code, ran.out) == (code, "")
+    [line] = ran.err.splitlines()
+    assert line.startswith("shallower: ")
+    assert line.endswith((".", "?"))
+    return line.removeprefix("shallower: ")
+
+
+# Before any verb
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "numpy", "scipy", "matplotlib", "rich", "tokenizers", "safetensors"}
+    program = (
+        "import sys; from shallower.cli.main import run; code = run(['--help']);"
+        f"print(*sorted({heavy!r} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # processor time, which does not depend on what else the machine does
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        assert (ran.returncode, ran.stderr.strip()) == (0, "")
+    assert min(seconds) < 0.3
+
+
+def test_help_names_every_verb(cli: Cli) -> None:
+    ran = cli("--help")
+    assert ran.code == 0
+    for verb in ("inspect", "score", "search", "prune", "eval", "report", "methods", "demo", "plan"):
+        assert re.search(rf"^  {verb} +\w", ran.out, re.MULTILINE)
+    assert "..." not in ran.out.split("Commands:")[1]
+    assert cli() == ran
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version") == Ran(0, f"shallower {__version__}\n", "")
+
+
+def test_the_reference_is_that_of_the_program(root: Path) -> None:
+    sys.path.insert(0, str(root / "tools"))
+    try:
+        from make_cli_reference import PAGE, reference
+    finally:
+        sys.path.pop(0)
+    assert PAGE.read_text(encoding="utf-8") == reference(), "run: python tools/make_cli_reference.py"
+
+
+def test_the_help_names_every_method_that_ships() -> None:
+    shipped = {options._shipped(package) for package in ("metrics", "objectives", "searches")}
+    registered = {
+        ", ".join(method.name for method in kind if method.function.__module__.startswith("shallower."))
+        for kind in registry.REGISTRIES
+    }
+    assert shipped == registered
+
+
+# Each verb
+
+
+def test_inspect(cli: Cli, place: Path) -> None:
+    ran = cli("inspect", place / "tiny", "--remove", "block.1-2,attn.4")
+    assert ran.code == 0
+    assert "Removes 2 of 6 blocks: [1,3); 1 attention sublayer: [4,5)" in ran.out
+    assert re.search(r"That is [\d,]+ of [\d,]+ parameters \([\d.]+ %\)", ran.out)
+    told = cli("inspect", place / "tiny", "--remove", "block.1", "--json").json
+    assert told["model"]["blocks"] == BLOCKS
+    assert told["removed"]["units"] == ["block.1"]
+    assert told["removed"]["parameters"] == told["units"]["block.1"]["parameters"]
+
+
+def test_score(cli: Cli, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    asked = ("score", place / "tiny", "--metric", "angular", "--calibration", place / "text.txt", *SMALL)
+    ran = cli(*asked, "--out", out)
+    assert ran.code == 0
+    assert "block.0" in ran.out
+    assert f"Wrote the scores to {out}" in ran.out
+    scores = Scores.load(out)
+    assert len(scores.units) == BLOCKS
+    assert len(scores.spans) == BLOCKS * (BLOCKS + 1) // 2
+    assert cli(*asked, "--json").json == json.loads(out.read_text())
+    assert len(cli(*asked, "--no-spans", "--units", "sublayer", "--json").json["rows"]) == 2 * BLOCKS
+    assert sentence(cli(*asked, "--out", out, "--quiet")).startswith(f"--out {out} exists; name another file")
+    assert cli(*asked, "--out", out, "--force", "--positions", "all").code == 0
+    assert Scores.load(out).made_by.options["positions"] == "all"
+
+
+def test_search_by_scores(cli: Cli, place: Path, tmp_path: Path) -> None:
+    text = ("--calibration", place / "text.txt")
+    assert cli("score", place / "tiny", *text, *SMALL, "--out", tmp_path / "s.json", "--quiet").code == 0
+    ran = cli(
+        "search", place / "tiny", "--remove", 2, "--search", "one-shot", "--scores", tmp_path / "s.json", *text, *SMALL
+    )
+    assert ran.code == 0
+    assert "Removes 2 of 6 blocks" in ran.out
+    assert "parameters (" in ran.out
+    assert "Nothing was written; add --out FILE" in ran.out
+
+
+def test_search_writes_what_it_prints_as_json(cli: Cli, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    text = ("--calibration", place / "text.txt", "--objective", "nll", "--seed", 3)
+    ran = cli("search", place / "tiny", "--remove", "block.2,block.3", "--out", out, "--json", *text, *SMALL)
+    assert ran.json == json.loads(out.read_text())
+    assert PruningPlan.load(out).made_by.seed == 3
+    assert ran.err == ""
+
+
+def test_options_of_a_method(cli: Cli, place: Path) -> None:
+    text = ("--calibration", place / "text.txt", "--json", *SMALL)
+    ran = cli("search", place / "tiny", "--remove", 1, "--search", "beam", "--set", "width=2", *text)
+    assert ran.json["made_by"]["options"]["width"] == 2
+
+
+def test_plan_show_and_cut(cli: Cli, plan: Path, tmp_path: Path) -> None:
+    ran = cli("plan", "show", plan)
+    assert ran.code == 0
+    assert "Removes 3 of 6 blocks" in ran.out
+    assert cli("plan", "show", plan, "--json").json == json.loads(plan.read_text())
+    out = tmp_path / "shorter.json"
+    assert "Removes 1 of 6 blocks" in cli("plan", "cut", plan, "--remove", 1, "--out", out).out
+    assert PruningPlan.load(out).order == PruningPlan.load(plan).order[:1]
+    assert sentence(cli("plan", "cut", plan, "--remove", 1, "--out", out)).startswith(f"--out {out} exists")
+    more = cli("plan", "cut", plan, "--remove", 4, "--out", tmp_path / "more.json")
+    assert sentence(more) == "cannot cut the plan to 4 units: it holds 3."
+
+
+def test_prune_says_what_it_cost_and_how_to_load_it(cli: Cli, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "smaller"
+    ran = cli(
+        *("prune", place / "tiny", "--remove", "30%", "--search", "contiguous", "--metric", "angular", "--out", out),
+        *(
+            "--calibration",
+            place / "text.txt",
+            "--text",
+            place / "held-out.txt",
+            "--window",
+            32,
+            "--windows",
+            2,
+            *SMALL,
+        ),
+    )
+    assert ran.code == 0, ran.err
+    assert "Removes 2 of 6 blocks" in ran.out
+    assert "Parameters" in ran.out
+    assert "Perplexity on held-out.txt" in ran.out
+    assert f"Page:  {out / 'report.html'}" in ran.out
+    load = ran.out[ran.out.index("from transformers import") :].strip()
+    assert len(load.splitlines()) == 3
+    found: dict[str, Any] = {}
+    exec(load, found)
+    assert found["model"].config.num_hidden_layers == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["smaller"]
+
+
+def test_prune_by_plan_and_json(cli: Cli, place: Path, plan: Path, tmp_path: Path) -> None:
+    short = ("--calibration", place / "text.txt", "--window", 32, "--windows", 1, "--no-speed", *SMALL)
+    ran = cli("prune", place / "tiny", "--plan", plan, "--out", tmp_path / "smaller", "--json", *short)
+    assert (ran.json["dense"]["blocks"], ran.json["pruned"]["blocks"]) == (6, 3)
+    assert ran.json["plan"] == json.loads(plan.read_text())
+    assert ran.err == ""
+
+
+def test_report(cli: Cli, pruned: Path) -> None:
+    page = (pruned / "report.html").read_text(encoding="utf-8")
+    (pruned / "report.html").unlink()
+    ran = cli("report", pruned)
+    assert ran.code == 0
+    assert "Removes 3 of 6 blocks" in ran.out
+    assert (pruned / "report.html").read_text(encoding="utf-8") == page
+    assert cli("report", pruned, "--json").json["pruned"]["blocks"] == 3
+    assert "report.json" in sentence(cli("report", pruned.parent, "--quiet"))
+
+
+def test_eval_compares_with_the_first(cli: Cli, place: Path, pruned: Path) -> None:
+    texts = ("--text", place / "text.txt", "--text", place / "held-out.txt", "--window", 32, "--windows", 2)
+    ran = cli("eval", place / "tiny", pruned, *texts, "--dtype", "float32")
+    assert ran.code == 0
+    for word in ("tiny", "smaller", "text.txt", "held-out.txt"):
+        assert word in ran.out
+    assert ran.out.count("×)") == 2
+    told = cli("eval", place / "tiny", pruned, *texts, "--stride", 16, "--dtype", "float32", "--json").json[
+        "evaluations"
+    ]
+    assert [(row["model"], row["text"]) for row in told[::3]] == [("tiny", "text.txt"), ("smaller", "held-out.txt")]
+
+
+def test_eval_tells_models_and_texts_of_one_name_apart(cli: Cli, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "tiny", tmp_path / "tiny")
+    shutil.copy(place / "text.txt", tmp_path)
+    ran = cli(
+        *("eval", place / "tiny", tmp_path / "tiny", "--text", place / "text.txt", "--text", tmp_path / "text.txt"),
+        *("--window", 32, "--windows", 1),
+    )
+    for label in (f"{place.name}/tiny", f"{tmp_path.name}/tiny", f"{place.name}/text.txt", f"{tmp_path.name}/text.txt"):
+        assert label in ran.out
+    assert ran.out.count("×)") == 2
+
+
+def test_methods(cli: Cli) -> None:
+    ran = cli("methods")
+    assert ran.code == 0
+    told = cli("methods", "--json").json["methods"]
+    assert {method["kind"] for method in told} == {"metric", "objective", "search"}
+    assert all(method["name"] in ran.out and method["summary"] for method in told)
+    one = cli("methods", "angular").out
+    assert "float32 [tokens, hidden]" in one
+    assert "https://arxiv.org/abs/2403.17887" in one
+    assert "--set width=" in cli("methods", "beam").out
+    assert "did you mean 'greedy'?" in sentence(cli("methods", "gredy"))
+
+
+def test_links() -> None:
+    assert paper_links("arXiv:2402.09025, arXiv:2406.10594.") == [
+        "https://arxiv.org/abs/2402.09025",
+        "https://arxiv.org/abs/2406.10594",
+    ]
+    assert paper_links("a book") == []
+
+
+def test_demo_ends_with_what_to_look_at(
+    cli: Cli, pruned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from shallower.reporting.data import ReportData
+    from shallower.verbs import demo
+
+    class Job(NamedTuple):
+        report: ReportData
+
+    asked: list[Any] = []
+
+    def job(out: Path, **given: Any) -> Job:
+        asked.append((out, given["force"]))
+        return Job(ReportData.load(pruned / "report.json"))
+
+    monkeypatch.setattr(demo, "demo", job)
+    ran = cli("demo", "--out", tmp_path / "d", "--force")
+    assert ran.code == 0
+    assert asked == [(tmp_path / "d", True)]
+    assert f"shallower report {tmp_path / 'd'}" in ran.out
+    assert cli("demo", "--json").json["folder"] == "smollm2-shallower"
+    assert asked[1] == (Path("smollm2-shallower"), False)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (["serch"], r"no such command 'serch'. Did you mean 'search'\?"),
+        (["score", "{tiny}", "--metrc", "x"], r"no such option.*--metrc.*--metric"),
+        (["score"], r"missing argument 'MODEL'\. See 'shallower score --help'\."),
+        (["search", "{tiny}"], r"missing option '--remove'"),
+        (["score", "{tiny}", "--sequences", "none"], r"invalid value for '--sequences'"),
+        (["score", "{tiny}", "--sequences", "0"], r"invalid value for '--sequences'"),
+        (["score", "{tiny}", "--positions", "first"], r"'first' is not one of 'auto', 'all', 'last'"),
+        (["score", "{tiny}", "--units", "blok"], r"'blok' is not one of 'block', 'attn', 'mlp', 'sublayer', 'all'"),
+        (["score", "{place}/none"], r"none"),
+        (["inspect", "{place}/none"], r"none"),
+        (["inspect", "{place}"], r"config\.json"),
+        (["inspect", "{tiny}", "--remove", "block.6"], r"block\.6 does not exist"),
+        (["inspect", "{tiny}", "--device", "tpu"], r"unknown device 'tpu'.*Known: auto"),
+        (["inspect", "{tiny}", "--dtype", "floot32"], r"unknown dtype 'floot32'; did you mean 'float32'\?"),
+        (["eval", "{tiny}"], r"missing option '--text'"),
+        (["eval", "{tiny}", "--text", "{place}/none.txt"], r"none\.txt"),
+        (["score", "{tiny}", "--metric", "cosin"], r"unknown metric 'cosin'; did you mean 'cosine'\?"),
+        (["score", "{tiny}", "--set", "beam"], r"--set 'beam' cannot be read: write name=value"),
+        (["score", "{tiny}", "--set", "a=1", "--set", "a=2"], r"--set names 'a' twice"),
+        (["score", "{tiny}", "--set", "a=1"], r"unknown option of metric 'cosine' 'a'"),
+        (["score", "{tiny}", "--calibration", "{place}/empty.txt"], r"empty\.txt"),
+        (["score", "{tiny}", "--calibration", "{place}/short.txt", "--length", "200"], r"short\.txt"),
+        (["score", "{tiny}", "--calibration", "{place}/binary.txt"], r"binary\.txt"),
+        (["score", "{tiny}", "--out", "{place}/empty.txt/scores.json"], r"empty\.txt is not a folder"),
+        (["score", "{tiny}", "--out", "{place}"], r"is a folder; name a file"),
+        (
+            ["search", "{tiny}", "--remove", "2", "--search", "gredy"],
+            r"unknown search 'gredy'; did you mean 'greedy'\?",
+        ),
+        (["search", "{tiny}", "--remove", "2", "--objective", "nl"], r"unknown objective 'nl'; did you mean 'nll'\?"),
+        (["search", "{tiny}", "--remove", "0"], r"--remove 0 removes nothing"),
+        (["search", "{tiny}", "--remove=-1"], r"--remove -1 removes nothing"),
+        (["search", "{tiny}", "--remove", "6"], r"cannot remove 6 units"),
+        (["search", "{tiny}", "--remove", "block.0-5"], r"names all 6 blocks"),
+        (["search", "{tiny}", "--remove", "130%"], r"--remove 130% would remove every block"),
+        (["search", "{tiny}", "--remove", "block.99"], r"block\.99 does not exist"),
+        (["search", "{tiny}", "--remove", "blok.1"], r"'blok\.1' is not a unit"),
+        (["search", "{tiny}", "--remove", "block.1,block.1"], r"block\.1 is named twice"),
+        (["search", "{tiny}", "--remove", "block.1,attn.1"], r"attn\.1 is part of block\.1"),
+        (["search", "{tiny}", "--remove", "2", "--protect", "first:9"], r"--protect first:9 is more than"),
+        (["search", "{tiny}", "--remove", "2", "--metric", "cosine"], r"takes no --metric"),
+        (["plan", "show", "{place}/none.json"], r"there is no plan at"),
+        (["plan", "show", "{place}/text.txt"], r"cannot be read as a plan"),
+        (["plan"], r"[mM]issing command"),
+        (["report", "{place}/tiny"], r"holds no report\.json"),
+        (["methods", "loses"], r"unknown method 'loses'; did you mean 'loss'\?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence(cli: Cli, place: Path, tmp_path: Path, asked: list[str], complaint: str) -> None:
+    for name, content in (("empty.txt", b""), ("short.txt", b"Too short."), ("binary.txt", bytes(range(256)) * 64)):
+        (place / name).write_bytes(content)
+    words = [word.format(tiny=place / "tiny", place=place) for word in asked]
+    if asked[0] in ("score", "search") and "{tiny}" in asked:
+        words += [] if "--calibration" in asked else ["--calibration", str(place / "text.txt")]
+        words += ["--quiet"] + ([] if "--out" in asked else ["--out", str(tmp_path / "file.json")])
+        words += [] if "--length" in asked or "--sequences" in asked else list(SMALL)[:4]
+    elif asked[0] in ("inspect", "score", "eval"):
+        words.append("--quiet")
+    assert re.search(complaint, sentence(cli(*words)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"format": "shallower.plan/9"}, r"has format 'shallower\.plan/9'; this version .* reads 'shallower\.plan/1'"),
+        ({"removed": []}, r"has an unknown key 'removed' \(did you mean 'remove'\?\)"),
+        ({"remove": ["block.0"]}, r"'order' does not list the same units"),
+    ],
+)
+def test_a_plan_with_a_fault(
+    cli: Cli, place: Path, plan: Path, tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**json.loads(plan.read_text()), **change}))
+    for asked in (
+        ["plan", "show", path],
+        [
+            "prune",
+            place / "tiny",
+            "--plan",
+            path,
+            "--out",
+            tmp_path / "out",
+            "--quiet",
+            "--calibration",
+            place / "text.txt",
+        ],
+    ):
+        assert re.search(complaint, sentence(cli(*asked)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (["other", "--plan", "{plan}"], r"this plan was made for tiny \(6 blocks, .*\), not for other"),
+        (["tiny"], r"say what to remove"),
+        (["tiny", "--remove", "2", "--plan", "{plan}"], r"say what to remove"),
+        (["tiny", "--plan", "{plan}", "--search", "last"], r"--plan says what goes, so --search would change nothing"),
+        (["tiny", "--remove", "2", "--search", "gredy"], r"unknown search 'gredy'; did you mean 'greedy'\?"),
+        (["tiny", "--remove", "2", "--metric", "cosin"], r"unknown metric 'cosin'; did you mean 'cosine'\?"),
+        (["tiny", "--remove", "0"], r"removes nothing"),
+        (["tiny", "--remove", "6"], r"cannot remove 6 units"),
+        (["tiny", "--remove", "block.1,block.1"], r"named twice"),
+        (["tiny", "--remove", "2", "--text", "none.txt"], r"none\.txt"),
+        (["truncated", "--remove", "2"], r"truncated"),
+        (["pickle", "--remove", "2"], r"pickle"),
+        (["encoder", "--remove", "2"], r"encoder|decoder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_prune_refuses_before_it_writes(
+    cli: Cli, place: Path, plan: Path, tmp_path: Path, asked: list[str], complaint: str
+) -> None:
+    model = place / asked[0]
+    if not model.exists():
+        shutil.copytree(place / "tiny", model)
+        weights = model / "model.safetensors"
+        if asked[0] == "truncated":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        elif asked[0] == "pickle":
+            weights.rename(model / "pytorch_model.bin")
+        else:
+            (model / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    words = [word.format(plan=plan) for word in asked[1:]]
+    text = ("--calibration", place / "text.txt", "--window", 32, "--windows", 1, "--no-speed", *SMALL)
+    ran = cli("prune", model, *words, "--out", tmp_path / "out", "--quiet", *text)
+    assert re.search(complaint, sentence(ran))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_does_not_replace_unasked(cli: Cli, place: Path, pruned: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in pruned.iterdir()}
+    asked = ("prune", place / "tiny", "--remove", 2, "--out", pruned, "--quiet", "--calibration", place / "text.txt")
+    assert re.search("exists; choose another .* --force", sentence(cli(*asked)))
+    assert {path.name: path.stat().st_mtime_ns for path in pruned.iterdir()} == before
+
+
+def test_a_full_disk(cli: Cli, place: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = sentence(cli("plan", "cut", plan, "--remove", 1, "--out", tmp_path / "plan.json"))
+    assert "No space left on device" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is not the user's fault
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (UserError("no."), 2, "no."),
+        (VerificationError("differs."), 1, "differs."),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; nothing half-written. Run the same command again: what was measured is",
+        ),
+        (main.Terminated(signal.SIGTERM), 143, "terminated; nothing half-written."),
+        (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 2, "the disk is full (x.bin)"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "Permission denied (x)"),
+        (
+            sqlite3.OperationalError("database or disk is full"),
+            2,
+            "measurements cannot be kept in the cache (database or",
+        ),
+        (MemoryError(), 2, "out of memory"),
+        (ZeroDivisionError("a\nb"), 1, "this is a defect in shallower"),
+    ],
+)
+def test_what_errors_are_told_as(error: BaseException, code: int, told: str) -> None:
+    said, found = main.explain(error, debug=True)
+    assert found == code
+    assert said.startswith(told)
+
+
+def test_a_defect_keeps_its_traceback(cli: Cli, plan: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(path: Path) -> PruningPlan:
+        raise ZeroDivisionError("by zero\nand more")
+
+    monkeypatch.setattr(PruningPlan, "load", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    told = sentence(cli("plan", "show", plan), code=1)
+    assert "ZeroDivisionError: by zero. The traceback is in" in told
+    [kept] = tmp_path.iterdir()
+    assert str(kept) in told
+    assert "in broken" in kept.read_text()
+    by_option = cli("plan", "show", plan, "--debug")
+    monkeypatch.setenv("SHALLOWER_DEBUG", "1")
+    for shown in (by_option, cli("plan", "show", plan)):
+        assert "Traceback" in shown.err
+        assert "shallower: this is a defect" in shown.err
+
+
+# Progress
+
+
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 62.0, 63.0, 64.0, 65.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress.listening(lines()), progress.task("outer", 2) as step, progress.task("inner"):
+        step()
+    assert capsys.readouterr().err.splitlines() == [
+        "outer: 1 of 2 after 62 s",
+        "  inner: 62.0 s",
+        "outer: 64.0 s",
+    ]
+
+
+def test_progress_goes_to_stderr_or_nowhere(cli: Cli, place: Path) -> None:
+    asked = ("inspect", place / "tiny")
+    assert re.search(r"^loading tiny: [\d.]+ s$", cli(*asked).err, re.MULTILINE)
+    assert cli(*asked, "--quiet").err == ""
+    assert cli(*asked, "--json").err == ""
+
+
+# Signals
+
+
+def test_ctrl_c_leaves_nothing_half_written(place: Path, tmp_path: Path) -> None:
+    asked = ["prune", place / "tiny", "--remove", 3, "--out", tmp_path / "out", "--calibration", "python:docs"]
+    asked += ["--sequences", 256, "--length", 128, "--dtype", "float32"]
+    process = subprocess.Popen(
+        [*SHALLOWER, *map(str, asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:  # until the model is loaded and work has begun
+            if line.startswith("tokens of"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith(
+        "shallower: interrupted; nothing half-written. Run the same command again:"
+    )
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_writing_leaves_nothing_behind(
+    cli: Cli, place: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    from shallower.surgery import save
+
+    monkeypatch.setattr(sys.modules[save.__module__], "verify_saved", lambda *_, **__: signal.raise_signal(number))
+    before = signal.signal(signal.SIGTERM, main._terminate)
+    try:
+        short = ("--calibration", place / "text.txt", "--window", 32, "--windows", 1, "--no-speed", *SMALL)
+        ran = cli("prune", place / "tiny", "--plan", plan, "--out", tmp_path / "out", "--quiet", *short)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "nothing half-written" in sentence(ran, code=128 + number)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_seen_enough(plan: Path) -> None:
+    process = subprocess.Popen(
+        [*SHALLOWER, "plan", "show", str(plan), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, error = process.communicate()
+    assert (process.returncode, error) == (1, b"")

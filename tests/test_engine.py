@@ -1,0 +1,222 @@
+"""Prefix-shared replay against the stock forward of really cut models, for every family; memo, racing, and their
+limits.
+"""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from shallower.anatomy import dissect
+from shallower.corpus import CalibrationSet
+from shallower.engine import Ablator, Racing, prove
+from shallower.engine.memo import Memo
+from shallower.engine.race import survivors
+from shallower.errors import BudgetError, ModelError
+from shallower.surgery import cut
+from shallower.testing.conformance import sample_text
+from shallower.testing.families import FAMILIES, tiny_model
+from shallower.units import Unit, parse_units
+
+SETS = ("", "block.0", "block.5", "block.2", "block.1,block.2", "block.0,block.3,block.4")
+SUBLAYERS = ("attn.3", "mlp.1", "attn.1,mlp.4,block.2")
+
+
+def stock_loss(model, text: CalibrationSet) -> float:
+    """Mean next-token loss over real tokens by the model's own forward: the plain way."""
+    mask = torch.ones_like(text.input_ids) if text.attention_mask is None else text.attention_mask
+    with torch.no_grad():
+        logits = model(input_ids=text.input_ids, attention_mask=mask, use_cache=False).logits.double()
+    scored = (mask[:, 1:] * mask[:, :-1]).bool()
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1][scored], text.input_ids[:, 1:][scored]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_equal_those_of_cut_models(family):
+    model = tiny_model(family)
+    anatomy = dissect(model)
+    text = sample_text(model, sequences=3)
+    candidates = [frozenset(parse_units(units)) for units in SETS]
+    found = Ablator(anatomy, text).losses(candidates)
+    for candidate, loss in zip(candidates, found, strict=True):
+        try:
+            reference = cut(anatomy, candidate)
+        except ModelError:
+            continue  # refused with a reason; test_surgery holds the list of what may be refused
+        assert loss == pytest.approx(stock_loss(reference, text), abs=2e-5), (family, sorted(map(str, candidate)))
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "olmo2", "gpt2", "opt", "bloom", "mpt", "falcon", "gpt_oss", "cohere"]
+)
+def test_sublayers_equal_those_of_cut_models(family):
+    anatomy = dissect(tiny_model(family))
+    text = sample_text(anatomy.model, sequences=3)
+    candidates = [frozenset(parse_units(units)) for units in SUBLAYERS]
+    for candidate, loss in zip(candidates, Ablator(anatomy, text).losses(candidates), strict=True):
+        assert loss == pytest.approx(stock_loss(cut(anatomy, candidate), text), abs=2e-5)
+
+
+def test_sharing_prefixes_changes_nothing():
+    anatomy = dissect(tiny_model("llama"))
+    text = sample_text(anatomy.model)
+    candidates = [frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 2)]
+    together = Ablator(anatomy, text).losses(candidates)
+    alone = [Ablator(anatomy, text).losses([candidate])[0] for candidate in candidates]
+    assert together == alone  # bit for bit: the arithmetic is in the same order
+
+
+def test_cost_is_that_of_a_prefix_tree():
+    anatomy = dissect(tiny_model("llama", blocks=8))
+    text = sample_text(anatomy.model, sequences=4, padded=False)
+    ablator = Ablator(anatomy, text)
+    ablator.losses([frozenset({unit}) for unit in anatomy.of_kind("block")])
+    path, branches = 8 - 1, 8 * 7 // 2  # the dense path but its last block, and the rest of each of 8 candidates
+    assert ablator.spent.block_tokens == (path + branches) * text.input_ids.numel()
+
+
+def test_nothing_is_measured_twice():
+    anatomy = dissect(tiny_model("llama"))
+    ablator = Ablator(anatomy, sample_text(anatomy.model))
+    candidates = [frozenset({Unit(1, "block")}), frozenset(parse_units("attn.1,mlp.1"))]
+    ablator.losses(candidates)
+    spent = ablator.spent.tokens
+    ablator.losses(candidates[::-1])
+    assert ablator.spent.tokens == spent
+
+
+def test_batches_do_not_matter():
+    model = tiny_model("llama")
+    ids = torch.randint(3, 120, (40, 32), generator=torch.Generator().manual_seed(1))
+    many = Ablator(dissect(model), CalibrationSet("x", ids, None, ())).losses([frozenset(), {Unit(2, "block")}])
+    parts = [
+        Ablator(dissect(model), CalibrationSet("x", ids[i : i + 1], None, ())).losses([frozenset(), {Unit(2, "block")}])
+        for i in range(40)
+    ]
+    assert many == pytest.approx(np.mean(parts, axis=0).tolist(), abs=1e-6)
+
+
+def test_hooks_and_forwards_are_put_back():
+    model = tiny_model("llama")
+    ids = torch.arange(3, 27)[None]
+    before = model(input_ids=ids).logits
+    Ablator(dissect(model), sample_text(model)).losses([{Unit(0, "block")}, {Unit(1, "attn")}])
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert all("forward" not in block.__dict__ and not block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_a_unit_that_does_not_exist_is_refused():
+    anatomy = dissect(tiny_model("llama"))
+    with pytest.raises(BudgetError, match=r"block\.9 does not exist.*blocks 0 to 5"):
+        Ablator(anatomy, sample_text(anatomy.model)).losses([{Unit(9, "block")}])
+
+
+def test_blocks_that_share_more_than_one_stream_are_refused(monkeypatch):
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    block = model.model.layers[3]
+    own = type(block).forward
+    counter = itertools.count()
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: own(block, *args, **kwargs) + next(counter))
+    with pytest.raises(ModelError, match="more than one residual"):
+        prove(anatomy)
+
+
+def _search_until_killed(path):
+    anatomy = dissect(tiny_model("llama"))
+    text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
+    ablator = Ablator(anatomy, text, memo=Memo(path), fingerprint="f")
+    ablator.losses([frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)])
+
+
+def test_memo_survives_a_kill(tmp_path):
+    path = tmp_path / "memo.sqlite"
+    process = multiprocessing.get_context("spawn").Process(target=_search_until_killed, args=(path,))
+    process.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and _rows(path) == 0:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    kept = _rows(path)
+    assert kept > 0
+    anatomy = dissect(tiny_model("llama"))
+    text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
+    candidates = [frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)]
+    resumed = Ablator(anatomy, text, memo=Memo(path), fingerprint="f")
+    assert resumed.losses(candidates) == Ablator(anatomy, text).losses(candidates)
+    assert resumed.spent.recalled == kept
+
+
+def _rows(path) -> int:
+    import sqlite3
+
+    try:
+        with sqlite3.connect(path) as connection:
+            return connection.execute("SELECT count(*) FROM measured").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_memo_is_kept_apart_by_model_text_and_objective(tmp_path):
+    anatomy = dissect(tiny_model("llama"))
+    text = sample_text(anatomy.model)
+    path = tmp_path / "memo.sqlite"
+    Ablator(anatomy, text, memo=Memo(path), fingerprint="a").losses([frozenset()])
+    for other in (
+        Ablator(anatomy, text, memo=Memo(path), fingerprint="b"),
+        Ablator(anatomy, text, "kl", memo=Memo(path), fingerprint="a"),
+        Ablator(anatomy, text.subset([0, 1]), memo=Memo(path), fingerprint="a"),
+    ):
+        other.losses([frozenset()])
+        assert other.spent.recalled == 0
+    same = Ablator(anatomy, text, memo=Memo(path), fingerprint="a")
+    same.losses([frozenset()])
+    assert same.spent.recalled
+    assert not same.spent.tokens
+
+
+def test_a_damaged_memo_is_set_aside(tmp_path):
+    path = tmp_path / "memo.sqlite"
+    path.write_bytes(b"this is not a database at all" * 100)
+    assert Memo(path).read("x") == {}
+    assert path.with_suffix(".damaged").exists()
+
+
+def test_racing_keeps_the_winner_at_the_stated_rate():
+    racing = Racing(error=0.05, tie=0.0)
+    rng = np.random.default_rng(0)
+    lost, spent, races = 0, 0, 200
+    for _ in range(races):
+        candidates, sequences = 20, 32
+        means = np.sort(rng.gamma(2.0, 0.05, candidates))
+        losses = 3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + rng.normal(0, 0.08, (candidates, sequences))
+        alive = np.arange(candidates)
+        for measured in range(2, sequences + 1, 2):
+            spent += 2 * len(alive)
+            counts = np.ones(measured, dtype=np.int64)
+            alive = alive[survivors(losses[alive, :measured], counts, 1, racing)]
+            if len(alive) == 1:
+                break
+        lost += int(np.argmin(losses.mean(1)) not in alive)
+    assert lost / races <= racing.error
+    assert spent < 0.65 * races * 20 * 32  # and it saves something
+
+
+def test_racing_gives_greedys_answer_for_fewer_tokens():
+    anatomy = dissect(tiny_model("llama"))
+    ids = torch.randint(3, 120, (64, 64), generator=torch.Generator().manual_seed(1))
+    text = CalibrationSet("x", ids, None, ())
+    units = anatomy.of_kind("block")
+    candidates = [frozenset({unit}) for unit in units]
+    exact = Ablator(anatomy, text, "kl")  # on random ids every set has the same likelihood, but not the same outputs
+    fast = Ablator(anatomy, text, "kl", racing=Racing())
+    best = int(np.argmin(exact.losses(candidates, keep=1)))
+    assert int(np.argmin(fast.losses(candidates, keep=1))) == best
+    assert fast.spent.tokens < exact.spent.tokens
+    assert fast.spent.exhaustive == exact.spent.tokens

@@ -1,0 +1,604 @@
+"""Surgery on every family: the cut model is the dense model with units passed over: in memory, saved, and decoding."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import random
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from shallower.anatomy import Anatomy, dissect
+from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
+from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
+from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify_saved
+from shallower.testing.families import BLOCKS, DEPTH_BOUND, FAMILIES, tiny_config, tiny_model, tiny_tokenizer
+from shallower.units import Unit, parse_units
+
+IDS = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(0))
+DECODED_FROM = 15
+
+SETS = {
+    "first": "block.0",
+    "last": f"block.{BLOCKS - 1}",
+    "run": "block.2-3",
+    "two runs": "block.0,block.3-4",
+}
+
+# What Jamba and ERNIE can say is a period.
+PERIODS = {"jamba": "attn_layer_period|expert_layer_period", "ernie4_5_moe_interval": "moe_layer_interval"}
+
+
+def refusal(family: str, removed: Collection[Unit]) -> str | None:
+    """The words of the error that removing blocks must give; None where it must work."""
+    config = tiny_config(family)
+    kept = [index for index in range(BLOCKS) if Unit(index, "block") not in removed]
+    if all(kind in ("linear_attention", "conv") for kind in [kind_of(config, index) for index in kept]):
+        return "no attention with a KV cache"
+    if family == "diffllama" and kept != list(range(len(kept))):
+        return "cannot describe block"  # lambda_init comes from the place
+    if family == "modernbert_decoder" and kept[0] != 0:
+        return "cannot describe block"  # block 0 has no norm
+    if family in PERIODS and not is_periodic(family, config, kept):
+        return PERIODS[family]
+    return None
+
+
+def kind_of(config: PretrainedConfig, index: int) -> str:
+    types = getattr(config, "layer_types", None)
+    return "full_attention" if types is None else str(types[index])
+
+
+def is_periodic(family: str, config: PretrainedConfig, kept: list[int]) -> bool:
+    """Whether some period and offset (and start and end) give the kinds of the kept blocks."""
+    places = range(len(kept))
+    if family == "jamba":
+        return all(
+            any(
+                [new % period == offset for new in places] == [old % old_period == old_offset for old in kept]
+                for period in range(1, BLOCKS + 2)
+                for offset in range(period)
+            )
+            for old_period, old_offset in (
+                (config.attn_layer_period, config.attn_layer_offset),
+                (config.expert_layer_period, config.expert_layer_offset),
+            )
+        )
+    step, start = config.moe_layer_interval, config.moe_layer_start_index
+    wanted = [old >= start and (old + 1) % step == 0 and old <= config.moe_layer_end_index for old in kept]
+    return any(
+        [first <= new <= last and (new + 1) % period == 0 for new in places] == wanted
+        for period in range(1, BLOCKS + 1)
+        for first in places
+        for last in places
+    )
+
+
+def units(text: str) -> frozenset[Unit]:
+    return frozenset(parse_units(text))
+
+
+def random_set(family: str) -> str:
+    chosen = random.Random(family).sample(range(BLOCKS), 2)
+    return ",".join(f"block.{index}" for index in sorted(chosen))
+
+
+@functools.lru_cache(maxsize=1)
+def dense(family: str) -> tuple[Anatomy, Tensor]:
+    """A dense model's anatomy and logits. Tests of one family follow each other."""
+    anatomy = dissect(tiny_model(family))
+    return anatomy, logits(anatomy.model)
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def decoded(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        output = model(input_ids=IDS[:, :DECODED_FROM], use_cache=True)
+        steps = [output.logits]
+        for place in range(DECODED_FROM, IDS.shape[1]):
+            output = model(input_ids=IDS[:, place : place + 1], past_key_values=output.past_key_values, use_cache=True)
+            steps.append(output.logits)
+    return torch.cat(steps, dim=1)
+
+
+@contextmanager
+def passed_over(anatomy: Anatomy, removed: Collection[Unit]) -> Iterator[None]:
+    """The stock model, indices and all, with some forwards replaced: an oracle that shares no code with `cut`."""
+
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if arity is None else (hidden, *[None] * (arity - 1))
+
+    patched: list[nn.Module] = []
+    sublayers = [unit for unit in removed if unit.kind != "block"]
+    for unit in set(removed) - set(sublayers):
+        block = anatomy.blocks[unit.index]
+        arity = block.arity
+        block.module.forward = identity
+        patched.append(block.module)
+    scaled: list[tuple[nn.Module, Any]] = []
+    for unit in sublayers:
+        for module in anatomy.blocks[unit.index].modules_of(unit.kind):
+            scaled.append((module, module.register_forward_hook(nothing, with_kwargs=True)))
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+        for _, handle in scaled:
+            handle.remove()
+
+
+def nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Run a sublayer and throw its update away."""
+    import inspect
+
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    hidden, *rest = output if isinstance(output, tuple) else (output,)
+    update = given["residual"] if "residual" in given else torch.zeros_like(hidden)
+    return (update, *rest) if isinstance(output, tuple) else update
+
+
+def close(found: Tensor, wanted: Tensor, scale: float = 1e-4) -> bool:
+    return bool((found - wanted).abs().max() <= scale * wanted.abs().max())
+
+
+def require_same_as_passed_over(anatomy: Anatomy, removed: Collection[Unit]) -> PreTrainedModel:
+    model = cut(anatomy, removed)
+    with passed_over(anatomy, removed):
+        wanted = logits(anatomy.model)
+    assert close(logits(model), wanted), "one pass"
+    assert close(decoded(model), wanted), "token by token"
+    return model
+
+
+SOMETIMES = ("diffllama", "ernie4_5_moe_interval", "jamba", "modernbert_decoder")  # depth-bound, but not every removal
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SOMETIMES])
+def test_blocks(family: str, tmp_path: Path) -> None:
+    anatomy, before = dense(family)
+    config_before = anatomy.model.config.to_dict()
+    sets = {**SETS, "random": random_set(family)}
+    # One pass over the sets costs half a second a family, so families take turns.
+    turn = random.Random(family)
+    names = [*turn.sample(["first", "two runs", "random"], 2), turn.choice(["last", "run"])]
+    for name in names:
+        removed = units(sets[name])
+        if (why := refusal(family, removed)) is not None:
+            with pytest.raises(ModelError, match=why):
+                cut(anatomy, removed)
+            continue
+        model = require_same_as_passed_over(anatomy, removed)
+        assert model.config.get_text_config().num_hidden_layers == BLOCKS - len(removed)
+        require_lists(model.config, anatomy.model.config, removed)
+        assert {id(p) for p in model.parameters()} <= {id(p) for p in anatomy.model.parameters()}
+        if name == names[-1]:
+            save(model, tmp_path / name, plan=None, verify_ids=IDS)
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, local_files_only=True)
+            assert close(logits(loaded), logits(model))
+    assert torch.equal(logits(anatomy.model), before)
+    assert anatomy.model.config.to_dict() == config_before
+    assert [block.module for block in anatomy.blocks] == list(anatomy.model.get_submodule(anatomy.path))
+
+
+def require_lists(config: PretrainedConfig, dense_config: PretrainedConfig, removed: Collection[Unit]) -> None:
+    kept = [index for index in range(BLOCKS) if Unit(index, "block") not in removed]
+    for name in (
+        "layer_types",
+        "mlp_layer_types",
+        "no_rope_layers",
+        "attention_layers",
+        "num_attention_heads_per_layer",
+    ):
+        if isinstance(whole := getattr(dense_config, name, None), list):
+            assert getattr(config, name) == [whole[index] for index in kept], name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SOMETIMES])
+def test_sublayers(family: str) -> None:
+    anatomy, before = dense(family)
+    if family == "falcon_h1":
+        with pytest.raises(BudgetError, match="told apart"):
+            cut(anatomy, units("attn.0"))
+        return
+    if family == "dbrx":
+        with pytest.raises(ModelError, match="does not run"):
+            cut(anatomy, units("attn.0"))
+        return
+    for text in ("attn.0,attn.3", "mlp.0,block.2,mlp.4", "attn.2,mlp.1,attn.5"):
+        removed = units(text)
+        blocks = [unit for unit in removed if unit.kind == "block"]
+        if blocks and refusal(family, blocks):
+            continue
+        model = require_same_as_passed_over(anatomy, removed)
+        assert leftovers(model)
+    assert torch.equal(logits(anatomy.model), before)
+
+
+SEQUENTIAL = [
+    "llama",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "qwen2_moe",
+    "llama4",
+    "gpt2",
+    "opt",
+    "bloom",
+    "mpt",
+    "granite",
+    "smollm3",
+]
+PARALLEL = ["gpt_neox", "phi", "cohere", "falcon", "gptj", "stablelm_parallel"]
+
+
+@pytest.mark.parametrize("family", SEQUENTIAL)
+@pytest.mark.parametrize("text", ["mlp.1,attn.2", "mlp.0,block.1,block.2,attn.3", "mlp.0,attn.1,mlp.3,attn.4"])
+def test_pairs(family: str, text: str, tmp_path: Path) -> None:
+    anatomy, _ = dense(family)
+    layers, over = re_pair(anatomy, units(text))
+    assert not over
+    model = require_same_as_passed_over(anatomy, units(text))
+    assert not leftovers(model)
+    assert len(model.get_submodule(anatomy.path)) == len(layers) == model.config.num_hidden_layers
+    save(model, tmp_path / "out", plan=None, verify_ids=IDS)
+
+
+@pytest.mark.parametrize("family", PARALLEL)
+def test_parallel_blocks_do_not_pair(family: str, tmp_path: Path) -> None:
+    anatomy, _ = dense(family)
+    model = require_same_as_passed_over(anatomy, units("mlp.1,attn.2"))
+    assert leftovers(model) == parse_units("mlp.1,attn.2")
+    with pytest.raises(ModelError, match=r"mlp\.1, attn\.2"):
+        save(model, tmp_path / "out", plan=None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_both_sublayers_are_the_block() -> None:
+    anatomy, _ = dense("llama")
+    model = require_same_as_passed_over(anatomy, units("attn.2,mlp.2"))
+    assert not leftovers(model)
+    assert model.config.num_hidden_layers == BLOCKS - 1
+
+
+def test_both_sublayers_are_less_than_the_block_where_norms_are_on_the_stream() -> None:
+    anatomy, _ = dense("opt_post_norm")
+    model = require_same_as_passed_over(anatomy, units("attn.2,mlp.2"))
+    assert leftovers(model) == parse_units("attn.2,mlp.2")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "gpt2"])
+@pytest.mark.parametrize("text", ["block.0,block.3", "attn.0,attn.3"])
+def test_generates(family: str, text: str) -> None:
+    model = cut(dense(family)[0], units(text))
+    with_cache = model.generate(IDS[:1, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    without = model.generate(IDS[:1, :8], max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False)
+    assert torch.equal(with_cache, without)
+
+
+def test_removing_nothing_is_the_dense_model() -> None:
+    anatomy, before = dense("gemma3")
+    model = cut(anatomy, ())
+    assert model is not anatomy.model
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("family", ["gpt2_inverse_scale", "gemma3n", "gemma4"])
+def test_what_depends_on_depth_is_refused(family: str) -> None:
+    anatomy = dissect(tiny_model(family))
+    with pytest.raises(ModelError):
+        cut(anatomy, units("block.1"))
+
+
+def test_depth_scale_is_compensated() -> None:
+    anatomy = dissect(tiny_model("minicpm3"))
+    require_same_as_passed_over(anatomy, units("block.1,block.4"))
+
+
+def test_depth_bound_families_are_all_known() -> None:
+    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", *SOMETIMES}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("block.0-5", "cannot remove all 6 blocks"),
+        (",".join(f"attn.{i},mlp.{i}" for i in range(BLOCKS)), "cannot remove all 6 blocks"),
+        ("block.6", "its blocks are 0 to 5"),
+    ],
+)
+def test_impossible_removals(text: str, says: str) -> None:
+    with pytest.raises(BudgetError, match=says):
+        cut(dense("llama")[0], units(text))
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma2", "gemma3", "cohere2", "smollm3", "llama4", "gpt_oss", "modernbert_decoder"]
+)
+@pytest.mark.parametrize("text", ["attn.0,attn.2-3,attn.5", "attn.1,attn.4"])
+def test_attentions_of_one_kind(family: str, text: str) -> None:
+    """The cache's first slot is of a kind that no attention uses any more."""
+    require_same_as_passed_over(dense(family)[0], units(text))
+
+
+def test_positions_without_any_attention_are_refused() -> None:
+    with pytest.raises(ModelError, match="KV cache"):
+        cut(dense("gpt2")[0], units("attn.0-5"))
+
+
+# The config.
+
+
+def test_lists_that_only_happen_to_be_as_long_are_left_alone() -> None:
+    config = tiny_config("phi3")
+    config.eos_token_id = [2, 3, 4, 5, 6, 7]
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0, 1.0, 1.0, 1.0],
+        "long_factor": [2.0, 2.0, 2.0, 2.0],
+        "original_max_position_embeddings": 256,
+    }
+    for blocks in (6, 4):
+        config.num_hidden_layers = blocks
+        new = cut_config(config, range(blocks - 1))
+        assert new.eos_token_id == config.eos_token_id
+        assert new.rope_parameters == config.rope_parameters
+        assert new.num_hidden_layers == blocks - 1
+
+
+def test_patterns_are_written_out() -> None:
+    from transformers import Gemma3TextConfig, Llama4TextConfig, Qwen2Config, SmolLM3Config
+
+    gemma = Gemma3TextConfig(num_hidden_layers=12)
+    assert cut_config(gemma, [0, 5, 6, 11]).layer_types == [gemma.layer_types[i] for i in (0, 5, 6, 11)]
+    qwen = Qwen2Config(num_hidden_layers=8, use_sliding_window=True, sliding_window=4, max_window_layers=5)
+    new = cut_config(qwen, [0, 4, 5, 7])
+    assert new.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    assert new.max_window_layers == 2
+    smol = SmolLM3Config(num_hidden_layers=8)
+    assert cut_config(smol, [2, 3, 7]).no_rope_layers == [1, 0, 0]
+    llama = Llama4TextConfig(num_hidden_layers=8, interleave_moe_layer_step=2)
+    new = cut_config(llama, [0, 1, 2, 5])
+    assert new.moe_layers == [1, 3]
+    assert new.no_rope_layers == [llama.no_rope_layers[i] for i in (0, 1, 2, 5)]
+
+
+def test_routed_blocks_stay_routed() -> None:
+    from transformers import DeepseekV3Config, Qwen2MoeConfig
+
+    qwen = Qwen2MoeConfig(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    new = cut_config(qwen, [1, 2, 3, 5])
+    assert (new.decoder_sparse_step, new.mlp_only_layers) == (1, [1, 2])
+    deep = DeepseekV3Config(num_hidden_layers=6, first_k_dense_replace=3, num_nextn_predict_layers=1)
+    new = cut_config(deep, [0, 2, 3, 5])
+    assert (new.first_k_dense_replace, new.num_nextn_predict_layers) == (2, 0)
+
+
+def test_per_layer_config_is_renumbered() -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        num_hidden_layers=6, per_layer_config={1: {"intermediate_size": 7}, 4: {"intermediate_size": 9}}
+    )
+    new = cut_config(config, [0, 2, 4, 5])
+    assert new.to_dict()["per_layer_config"] == {"2": {"intermediate_size": 9}}
+    assert set(config.to_dict()["per_layer_config"]) == {"1", "4"}
+
+
+@pytest.mark.parametrize("kept", [[], [0, 6], [2, 1], [1, 1]])
+def test_impossible_blocks_to_keep(kept: list[int]) -> None:
+    with pytest.raises(ModelError, match="increasing"):
+        cut_config(tiny_config("llama"), kept)
+
+
+# Saving.
+
+
+@pytest.fixture(scope="module")
+def pruned() -> PreTrainedModel:
+    return cut(dissect(tiny_model("llama_bias")), units("block.1,block.4"))
+
+
+@pytest.fixture
+def plan() -> PruningPlan:
+    made = MadeBy(
+        "greedy", "nll", None, {"beam": 1}, 0, CalibrationIdentity("/data/c4.jsonl", 2048, "sha256:0"), "0.1.0"
+    )
+    model = ModelIdentity("acme/tiny", None, "sha256:1234", BLOCKS)
+    removed = parse_units("block.1,block.4")
+    return PruningPlan(model, removed, tuple((unit, 3.0) for unit in removed), 2.9, made)
+
+
+def test_everything_is_in_the_folder(pruned: PreTrainedModel, plan: PruningPlan, tmp_path: Path) -> None:
+    pruned.generation_config.temperature = 0.6  # invalid without do_sample, and in many published checkpoints
+    pruned.config._name_or_path = "/home/me/models/tiny"
+    try:
+        folder = save(pruned, tmp_path / "a" / "out", plan=plan, tokenizer=tiny_tokenizer(), card="## Measured\n\n42")
+    finally:
+        pruned.generation_config.temperature = None
+    assert os.listdir(tmp_path / "a") == ["out"]
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask()
+    assert {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "plan.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } == set(os.listdir(folder))
+    assert PruningPlan.load(folder / "plan.json") == plan
+    card = (folder / "README.md").read_text()
+    assert "base_model: acme/tiny" in card
+    assert "`block.1`, `block.4`" in card
+    assert card.rstrip().endswith("Made with shallower 0.1.0.")
+    assert "## Measured" in card
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors" and path.name != "plan.json":
+            assert "/home/me" not in path.read_text()
+            assert "/data/" not in path.read_text()
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["temperature"] == 0.6
+    assert "_from_model_config" not in generation
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == BLOCKS - 2
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_shards(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    folder = save(pruned, tmp_path / "out", plan=None, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert (folder / "model.safetensors.index.json").exists()
+
+
+def test_a_taken_place(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    save(pruned, folder, plan=None)
+    (folder / "mark").touch()
+    with pytest.raises(OutputError, match="--force"):
+        save(pruned, folder, plan=None)
+    assert (folder / "mark").exists()
+    save(pruned, folder, plan=None, force=True)
+    assert not (folder / "mark").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_force_replaces_nothing_but_checkpoints(
+    pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="not a checkpoint"):
+        save(pruned, tmp_path / "thesis", plan=None, force=True)
+    with pytest.raises(OutputError, match="not a folder"):
+        save(pruned, tmp_path / "file", plan=None, force=True)
+    source = save(pruned, tmp_path / "source", plan=None)
+    monkeypatch.setattr(pruned.config, "_name_or_path", str(source))
+    with pytest.raises(OutputError, match="is the model itself"):
+        save(pruned, source, plan=None, force=True)
+    monkeypatch.chdir(source)
+    with pytest.raises(OutputError, match="not a checkpoint"):
+        save(pruned, source, plan=None, force=True)
+    assert sorted(os.listdir(tmp_path)) == ["file", "source", "thesis"]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize(
+    ("where", "error", "seen"),
+    [
+        ("model", OSError(errno.ENOSPC, "No space left on device"), OutputError),
+        (
+            "model",
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            OutputError,
+        ),
+        ("model", PermissionError(errno.EACCES, "Permission denied"), OutputError),
+        ("model", KeyboardInterrupt(), KeyboardInterrupt),
+        ("verify", VerificationError("differs"), VerificationError),
+        ("rename", KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_nothing_is_left_behind(
+    pruned: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: bool,
+    where: str,
+    error: BaseException,
+    seen: type[BaseException],
+) -> None:
+    if kept:
+        save(pruned, tmp_path / "out", plan=None)
+        (tmp_path / "out" / "mark").touch()
+    write = PreTrainedModel.save_pretrained
+    rename = os.rename
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if where == "model":
+            write(*args, **kwargs)
+        raise error
+
+    def fail_last(source: Any, target: Any) -> None:
+        if Path(target) == tmp_path / "out" and "old" not in str(source):
+            raise error
+        rename(source, target)
+
+    if where == "rename":
+        monkeypatch.setattr(os, "rename", fail_last)
+    elif where == "verify":
+        # The package's function `save` hides the module of that name.
+        monkeypatch.setattr(sys.modules[save.__module__], "verify_saved", fail)
+    else:
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(seen) as caught:
+        save(pruned, tmp_path / "out", plan=None, force=kept)
+    if "space" in str(error):
+        assert "disk is full" in str(caught.value)
+    assert os.listdir(tmp_path) == (["out"] if kept else [])
+    if kept:
+        assert (tmp_path / "out" / "mark").exists()
+
+
+def test_too_little_room(pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match="are free on that disk"):
+        save(pruned, tmp_path / "out", plan=None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_wrong_checkpoint_is_found(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    folder = save(pruned, tmp_path / "out", plan=None)
+    assert verify_saved(folder, pruned, IDS) < 1e-5
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": BLOCKS - 1}))
+    with pytest.raises(VerificationError, match="missing keys"):
+        verify_saved(folder, pruned, IDS)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": BLOCKS - 3}))
+    with pytest.raises(VerificationError, match="unexpected keys"):
+        verify_saved(folder, pruned, IDS)
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(VerificationError, match="differ by up to"):
+        verify_saved(folder, pruned, IDS)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(VerificationError, match="does not load"):
+        verify_saved(folder, pruned, IDS)
+
+
+def test_padded_decoding_without_the_last_state() -> None:
+    model = cut(dense("qwen3_next")[0], units("attn.3,attn.5"))
+    alone = IDS[:1, :8]
+    padded = torch.cat([torch.zeros_like(alone[:, :3]), alone], dim=1)
+    batch = torch.cat([padded, IDS[1:2, :11]])
+    mask = (batch != 0).long()
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    single = model.generate(alone, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(together[0, 3:], single[0])
