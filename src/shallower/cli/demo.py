@@ -14,12 +14,12 @@ from shallower.cli.verb import Answer, verb
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOOK_NEXT = """
-What next?
-  shallower report {out}            this table again
-  shallower inspect demo                       what a model is made of
-  shallower methods                            other ways to choose what goes
-  shallower prune demo --remove 20% --search greedy --out FOLDER"""
+LOOK_NEXT = {
+    "shallower report {out}": "this table again",
+    "shallower inspect demo": "what the model is made of",
+    "shallower methods": "other ways to choose what goes",
+    "shallower prune demo --remove 20% --search greedy --out FOLDER": "one of them",
+}
 
 
 @verb
@@ -42,7 +42,8 @@ def demo(
 
     def show(console: Console) -> None:
         answer.show(console)
-        for line in LOOK_NEXT.format(out=out).splitlines():
-            console.print(line, soft_wrap=True)
+        console.print("\nWhat next?")
+        for command, why in LOOK_NEXT.items():
+            console.print(f"  {command.format(out=out)}    # {why}", soft_wrap=True)
 
     return Answer(answer.data, show)

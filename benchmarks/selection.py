@@ -1,0 +1,246 @@
+"""Time to a plan: ours against the published algorithms written plainly, same model, same tokens, same process.
+
+The reference runs one full forward of the stock model, with its own loss, for every candidate set, as the public tools
+do. Ours asks the engine. Runs alternate; the answers are compared.
+
+    python benchmarks/selection.py --text c4.jsonl [--model demo] [--task greedy-blocks] [--json] [--tokens 1024]
+
+One line a task: seconds of both, their ratio, tokens read by both, whether the plans are the same, and how much higher
+the calibration loss of our plan is (relative).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from random import Random
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import nn
+
+from shallower.budget import Budget, parse_remove
+from shallower.corpus import CalibrationSet, build_calibration
+from shallower.engine import Ablator, Racing
+from shallower.exchange import random_exchange
+from shallower.registry import search as searches
+from shallower.scores import Scores
+from shallower.units import Unit
+from shallower.verbs.search import budget_for, run_search
+from shallower.verbs.subject import Subject, open_subject, units_of
+
+Removed = frozenset[Unit]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A selection problem with the published algorithm for it. racing: whether ours may drop candidates early."""
+
+    name: str
+    units: str
+    remove: int
+    reference: Callable[[Reference, Sequence[Unit], int], Removed]
+    search: str
+    racing: bool
+
+
+class Reference:
+    """The plain way: cut the units out of the stock model, run all tokens through all of it, read its own loss."""
+
+    def __init__(self, subject: Subject, text: CalibrationSet) -> None:
+        self.anatomy = subject.anatomy
+        self.text = text
+        self.tokens = 0
+
+    def loss(self, removed: Removed) -> float:
+        total = 0.0
+        with self._cut(removed), torch.no_grad():
+            for batch in self.text.batches(max(1, 2048 // self.text.length)):
+                output = self.anatomy.model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False)
+                total += float(output.loss) * len(batch.input_ids)
+        self.tokens += self.text.input_ids.numel()
+        return total / self.text.sequences
+
+    @contextmanager
+    def _cut(self, removed: Removed) -> Iterator[None]:
+        """Take blocks out of the model's own list, and give sublayers' projections nothing to add."""
+        layers = self.anatomy.model.get_submodule(self.anatomy.path)
+        assert isinstance(layers, nn.ModuleList)
+        parent = self.anatomy.model.get_submodule(self.anatomy.path.rpartition(".")[0])
+        name = self.anatomy.path.rpartition(".")[2]
+        gone = {unit.index for unit in removed if unit.kind == "block"}
+        config = self.anatomy.model.config
+        count = config.num_hidden_layers
+        contexts = [self.anatomy.blocks[unit.index].without(unit.kind) for unit in removed if unit.kind != "block"]
+        try:
+            setattr(parent, name, nn.ModuleList(layer for index, layer in enumerate(layers) if index not in gone))
+            config.num_hidden_layers = count - len(gone)
+            for context in contexts:
+                context.__enter__()
+            yield
+        finally:
+            for context in reversed(contexts):
+                context.__exit__(None, None, None)
+            setattr(parent, name, layers)
+            config.num_hidden_layers = count
+
+
+def shortened_llama(reference: Reference, units: Sequence[Unit], count: int) -> Removed:
+    """One-shot PPL of 2402.02834: the loss without each unit, once; the lowest go."""
+    losses = {unit: reference.loss(frozenset({unit})) for unit in units}
+    return frozenset(sorted(units, key=lambda unit: (losses[unit], -unit.index))[:count])
+
+
+def sleb(reference: Reference, units: Sequence[Unit], count: int) -> Removed:
+    """Greedy of SLEB (2402.09025) and BlockPruner (2406.10594): remove, re-measure."""
+    removed: Removed = frozenset()
+    while len(removed) < count:
+        candidates = [removed | {unit} for unit in units if unit not in removed]
+        removed = min(candidates, key=reference.loss)
+    return removed
+
+
+GENERATIONS, OFFSPRING = 12, 16
+
+
+def evopress(reference: Reference, units: Sequence[Unit], count: int) -> Removed:
+    """An EvoPress-like (1 + λ) run (2410.14649) without staged selection: every child on all tokens, nothing
+    remembered.
+    """
+    rng = Random(0)
+    budget = _budget(units, count)
+    parent = frozenset(rng.sample(list(units), count))
+    best = reference.loss(parent)
+    for _ in range(GENERATIONS):
+        for _ in range(OFFSPRING):
+            child = parent
+            for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
+                child = random_exchange(units, budget, child, rng)
+            loss = reference.loss(child)
+            if loss < best:
+                parent, best = child, loss
+    return parent
+
+
+TASKS = (
+    Task("one-shot", "block", 8, shortened_llama, "one-shot", racing=False),
+    Task("greedy-blocks-exact", "block", 8, sleb, "greedy", racing=False),
+    Task("greedy-blocks", "block", 8, sleb, "greedy", racing=True),
+    Task("greedy-sublayers-exact", "sublayer", 15, sleb, "greedy", racing=False),
+    Task("greedy-sublayers", "sublayer", 15, sleb, "greedy", racing=True),
+    Task("evolutionary-exact", "block", 8, evopress, "evolutionary", racing=False),
+    Task("evolutionary", "block", 8, evopress, "evolutionary", racing=True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result."""
+
+    task: str
+    ours_s: float
+    reference_s: float
+    speedup: float
+    tokens_ours: int
+    tokens_reference: int
+    same_plan: bool
+    loss_gap: float
+
+
+def run(
+    task: Task, subject: Subject, text: CalibrationSet, repeats: int, known: dict[str, tuple[float, int, Removed]]
+) -> Row:
+    """Time one task; the reference of a task that only differs in racing is run once for both."""
+    units = units_of(subject, task.units)
+    budget = budget_for(
+        subject, [amount for amount in parse_remove(str(task.remove)) if not isinstance(amount, Unit)], units
+    )
+    ours, theirs = [], []
+    key = f"{task.reference.__name__} {task.units}"
+    for _ in range(repeats):
+        start = time.perf_counter()
+        ablator = Ablator(subject.anatomy, text, racing=Racing() if task.racing else None)
+        chosen = _ours(task, subject, units, budget, ablator)
+        ours.append(time.perf_counter() - start)
+        if key not in known or repeats > 1:
+            plain = Reference(subject, text)
+            start = time.perf_counter()
+            found = task.reference(plain, units, task.remove)
+            theirs.append(time.perf_counter() - start)
+            known[key] = (statistics.median(theirs), plain.tokens, found)
+    reference_s, reference_tokens, found = known[key]
+    spent = ablator.spent.tokens
+    mine, best = ablator.losses([chosen, found])
+    return Row(
+        task.name,
+        statistics.median(ours),
+        reference_s,
+        reference_s / statistics.median(ours),
+        spent,
+        reference_tokens,
+        chosen == found,
+        mine / best - 1,
+    )
+
+
+def _ours(task: Task, subject: Subject, units: Sequence[Unit], budget: Budget, ablator: Ablator) -> Removed:
+    method = searches.get(task.search)
+    if task.search == "one-shot":
+        dense, *without = ablator.losses([frozenset(), *(frozenset({unit}) for unit in units)])
+        values = {unit: loss - dense for unit, loss in zip(units, without, strict=True)}
+        trail: list[Removed] = list(method.function(scores=values, budget=budget))
+        return trail[-1]
+    options = {"generations": GENERATIONS, "offspring": OFFSPRING, "patience": GENERATIONS}
+    stages = [(method, options if task.search == "evolutionary" else {})]
+    if method.traits.get("starts"):
+        stages.insert(0, (searches.get(method.traits["starts"]), {}))
+    no_scores: Scores | None = None
+    return run_search(stages, units, budget, ablator, no_scores, 0)[-1]
+
+
+def _budget(units: Sequence[Unit], count: int) -> Budget:
+    from shallower.budget import Limit
+
+    return Budget((Limit("units", float(count), float(len(units)), dict.fromkeys(units, 1.0)),))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--text", required=True, help="calibration text, such as c4.jsonl")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--task", action="append", choices=[task.name for task in TASKS])
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    subject = open_subject(given.model, dtype="float32")
+    text = build_calibration(given.text, subject.tokenizer, sequences=given.tokens // given.length, length=given.length)
+    Reference(subject, text).loss(frozenset())  # warm-up
+    if not given.json:
+        print(f"{text.sequences} sequences of {text.length} tokens, float32, {torch.get_num_threads()} threads")
+        print(f"{'task':24} {'ours s':>8} {'plain s':>8} {'ratio':>6} {'tokens':>10} {'plain':>10} same plan  loss gap")
+    known: dict[str, tuple[float, int, Removed]] = {}
+    for task in TASKS:
+        if given.task and task.name not in given.task:
+            continue
+        row = run(task, subject, text, given.repeats, known)
+        if given.json:
+            print(json.dumps(asdict(row)), flush=True)
+        else:
+            print(
+                f"{row.task:24} {row.ours_s:8.1f} {row.reference_s:8.1f} {row.speedup:6.2f} {row.tokens_ours:10,} "
+                f"{row.tokens_reference:10,} {row.same_plan!s:>9}  {row.loss_gap:+.3%}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
