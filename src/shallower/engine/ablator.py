@@ -203,6 +203,7 @@ class Ablator:
         """Measure those of `routes` that are not yet known on one batch."""
         known = [route for route in routes if (route, number) in self._measured]
         step(len(known))
+        self.spent.recalled += len(known)
         routes = [route for route in routes if (route, number) not in self._measured]
         if not routes:
             return

@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shallower.errors import OutputError
 
 Values = NDArray[np.float64]
 
@@ -37,16 +40,30 @@ class Memo:
     """Per-sequence sums under (context, route, batch)."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open or create the file. A file that is not a memo, or is damaged, is set aside and begun anew."""
+        """Open or create the file. A file that is not a memo, or is damaged, is set aside and begun anew.
+
+        Raises OutputError, as `write` does, when the disk is full or the place cannot be written.
+        """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._room():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self.path.replace(self.path.with_suffix(".damaged"))
+                self._open()
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
         try:
-            self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            self.path.replace(self.path.with_suffix(".damaged"))
-            self._open()
+            yield
+        except (OSError, sqlite3.OperationalError) as error:
+            raise OutputError(
+                f"cannot keep measurements in {self.path}: {error}. Free some room there, or set SHALLOWER_CACHE to a "
+                "folder on another disk."
+            ) from error
 
     def _open(self) -> None:
         self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
@@ -62,7 +79,7 @@ class Memo:
     def write(self, context: str, measured: Iterable[tuple[str, int, Values]]) -> None:
         """Add measurements in one transaction."""
         rows = [(context, route, batch, values.astype("<f8").tobytes()) for route, batch, values in measured]
-        with self._connection:
+        with self._room(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany("INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?)", rows)
 

@@ -73,6 +73,7 @@ def perplexity(
     batch_size: int = 1,
     bos: WindowBos = "auto",
     max_windows: int | None = None,
+    label: str = "",
 ) -> Perplexity:
     """Measure the perplexity of `text`.
 
@@ -86,6 +87,7 @@ def perplexity(
         bos: `each-sequence` puts a BOS before each window (not scored, and no ground for scoring the token after it);
             `auto` does so if the tokenizer itself adds one.
         max_windows: Stop after that many windows.
+        label: What progress calls this measurement, such as the model and the text.
 
     Raises:
         UserError: A window the model cannot hold, or a stride that would leave text out.
@@ -105,7 +107,11 @@ def perplexity(
         )
     windows = list(_windows(len(ids), room, min(stride or room, room)))[:max_windows]
     sums: list[float] = []
-    with evaluating(model), torch.inference_mode(), progress.task("perplexity", total=len(windows)) as step:
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        progress.task(f"perplexity {label}".rstrip(), total=len(windows)) as step,
+    ):
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
             sums += _window_sums(model, ids, batch, bos_id)

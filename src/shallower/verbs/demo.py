@@ -8,7 +8,7 @@ from shallower.checkpoint.demo_files import demo_text
 from shallower.verbs.prune import Pruned, prune
 
 # One pass over the calibration text chooses the span, so the demo spends its time on evidence rather than on search.
-SETTINGS = {"search": "contiguous", "sequences": 8, "length": 192, "window": 512, "max_windows": 4}
+SETTINGS = {"search": "contiguous", "sequences": 24, "length": 64, "window": 512, "max_windows": 4}
 
 
 def demo(out: str | Path, *, force: bool = False, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Pruned:

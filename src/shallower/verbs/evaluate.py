@@ -56,7 +56,10 @@ def evaluate(
     for model in models:
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         for text, content in contents.items():
-            measured = text_perplexity(subject, content, window=window, stride=stride, max_windows=max_windows)
+            label = f"of {subject.identity.name} on {text_name(text)}"
+            measured = text_perplexity(
+                subject, content, window=window, stride=stride, max_windows=max_windows, label=label
+            )
             identity = subject.identity
             parameters = subject.weights.model.parameters
             found.append(Evaluation(identity.name, identity.blocks, parameters, text_name(text), measured))
@@ -65,12 +68,26 @@ def evaluate(
 
 
 def text_perplexity(
-    subject: Subject, content: str, *, window: int, stride: int | None = None, max_windows: int | None = None
+    subject: Subject,
+    content: str,
+    *,
+    window: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    label: str = "",
 ) -> Perplexity:
     """Perplexity of a loaded model; a window longer than the model's context is cut to it."""
     limit = context_limit(subject.model)
     fitting = window if limit is None else min(window, limit)
-    return perplexity(subject.model, subject.tokenizer, content, window=fitting, stride=stride, max_windows=max_windows)
+    return perplexity(
+        subject.model,
+        subject.tokenizer,
+        content,
+        window=fitting,
+        stride=stride,
+        max_windows=max_windows,
+        label=label,
+    )
 
 
 def text_name(spec: str) -> str:

@@ -133,7 +133,7 @@ def prune(
     with clock("perplexity"):
         before, after = _perplexities((subject, smaller), contents, window, max_windows)
     with clock("speed"):
-        speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=5) if speed else {}
+        speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
     notes = tuple(_notes(subject, text, contents, window, max_windows))
     data = ReportData(
         plan=given,
@@ -222,9 +222,18 @@ def _held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]
 def _perplexities(
     sides: Sequence[Subject], contents: Mapping[str, str], window: int, max_windows: int | None
 ) -> list[dict[str, Perplexity]]:
+    names = {text: text_name(text) for text in contents}
+    if len(set(names.values())) < len(names):  # texts of one name in different folders
+        names = {text: text for text in contents}
     return [
         {
-            text_name(text): text_perplexity(side, content, window=window, max_windows=max_windows)
+            names[text]: text_perplexity(
+                side,
+                content,
+                window=window,
+                max_windows=max_windows,
+                label=f"with {len(side.anatomy.blocks)} blocks on {names[text]}",
+            )
             for text, content in contents.items()
         }
         for side in sides
