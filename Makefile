@@ -24,7 +24,7 @@ help: ## Show this
 setup: $(VENV)/.dev ## Install shallower and its development tools into .venv, at pinned versions
 
 demo: $(VENV)/.demo ## Remove a fifth of a real 135M model's blocks, and show what it cost
-	$(BIN)/shallower demo
+	$(BIN)/shallower demo --force
 
 test: $(VENV)/.dev ## All tests that need no hub and no GPU (ARGS="-k name" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(TIERS)" $(ARGS)

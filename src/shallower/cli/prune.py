@@ -41,7 +41,7 @@ def prune(
     protect: options.Protect = "",
     calibration: options.Calibration = None,
     sequences: options.Sequences = 32,
-    length: options.Length = 512,
+    length: options.Length = 128,
     settings: options.Settings = None,
     exact: options.Exact = False,
     text: options.Texts = None,

@@ -31,7 +31,7 @@ def score(
     objective: options.Objective = "nll",
     calibration: options.Calibration = None,
     sequences: options.Sequences = 32,
-    length: options.Length = 512,
+    length: options.Length = 128,
     settings: options.Settings = None,
     out: Annotated[
         Path | None, Option("--out", metavar="FILE", help="Write the scores here, as JSON. Default: only show them.")

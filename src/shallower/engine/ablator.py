@@ -122,7 +122,7 @@ class Ablator:
         if keep is not None and self.racing is not None and len(candidates) > keep:
             return self._race([self.route(candidate) for candidate in candidates], keep, self.racing)
         tokens = int(self.counts.sum())
-        return [float(sums.sum()) / tokens for sums in self.sums(candidates)]
+        return [_finite(float(sums.sum()) / tokens) for sums in self.sums(candidates)]
 
     def sums(self, candidates: Sequence[Collection[Unit]]) -> list[NDArray[np.float64]]:
         """For each candidate the objective summed over the tokens of each sequence, float64 [sequences].
@@ -175,7 +175,7 @@ class Ablator:
         losses = {}
         for route in running:
             sums = self._joined(route, measured)
-            losses[route] = float(sums.sum() / self.counts[: len(sums)].sum())
+            losses[route] = _finite(float(sums.sum() / self.counts[: len(sums)].sum()))
         return [losses.get(route, math.inf) for route in routes]
 
     def _joined(self, route: Route, batches: int) -> NDArray[np.float64]:
@@ -249,3 +249,8 @@ class Ablator:
             return hidden
         self.spent.block_tokens += hidden.shape[0] * hidden.shape[1]
         return replay.run(index, hidden, ACTIONS[action])
+
+
+def _finite(loss: float) -> float:
+    """A model that overflows is as bad as can be; NaN, which compares as neither better nor worse, would win a search."""
+    return loss if math.isfinite(loss) else math.inf

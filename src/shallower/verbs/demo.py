@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shallower.checkpoint.demo_files import demo_text
+from shallower.surgery import require_free
 from shallower.verbs.prune import Pruned, prune
 
 # One pass over the calibration text chooses the span, so the demo spends its time on evidence rather than on search.
@@ -16,6 +17,7 @@ def demo(out: str | Path, *, force: bool = False, device: str = "auto", dtype: s
 
     Calibration and held-out text are different passages of Wikipedia (BoolQ); the second text is science (SciQ).
     """
+    require_free(out, force=force)  # before anything is fetched
     return prune(
         "demo",
         "20%",

@@ -29,6 +29,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import ReportData, Side
 from shallower.reporting.page import render
+from shallower.reporting.wording import plural
 from shallower.scores import Scores
 from shallower.surgery import cut, require_free, save
 from shallower.units import Unit
@@ -67,7 +68,7 @@ def prune(
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = 32,
-    length: int = 512,
+    length: int = 128,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
     texts: Sequence[str] = (),
@@ -275,7 +276,7 @@ def _setting(speed: Speed, subject: Subject) -> str:
     dtype = str(subject.model.dtype).removeprefix("torch.")
     return (
         f"prompt {speed.prompt}, generate {speed.generate}, batch {speed.batch}, {dtype}, {subject.model.device.type}, "
-        f"{torch.get_num_threads()} threads; medians of alternating runs"
+        f"{plural(torch.get_num_threads(), 'thread')}; medians of alternating runs"
     )
 
 

@@ -33,7 +33,7 @@ def score(
     objective: str = "nll",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = 32,
-    length: int = 512,
+    length: int = 128,
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
     device: str = "auto",

@@ -42,7 +42,7 @@ def search(
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = 32,
-    length: int = 512,
+    length: int = 128,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
     seed: int = 0,
