@@ -602,3 +602,11 @@ def test_padded_decoding_without_the_last_state() -> None:
     together = model.generate(batch, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
     single = model.generate(alone, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(together[0, 3:], single[0])
+
+
+def test_files_are_as_readable_as_any_new_file(tmp_path):
+    model = cut(dissect(tiny_model("llama")), [Unit(2, "block")])
+    (tmp_path / "any").write_text("")
+    saved = save(model, tmp_path / "out", plan=None)
+    mode = (tmp_path / "any").stat().st_mode
+    assert {path.stat().st_mode for path in saved.iterdir()} == {mode}

@@ -34,6 +34,12 @@ class CalibrationIdentity:
     tokens: int
     digest: str
 
+    @property
+    def title(self) -> str:
+        """The specification without the folder that the text lies in: fit to be published."""
+        source, mark, options = self.spec.partition("?")
+        return os.path.basename(source) + mark + options
+
 
 @dataclass(frozen=True)
 class MadeBy:

@@ -252,5 +252,5 @@ class Ablator:
 
 
 def _finite(loss: float) -> float:
-    """A model that overflows is as bad as can be; NaN, which compares as neither better nor worse, would win a search."""
+    """An overflow is as bad as can be; as NaN, which compares as neither better nor worse, it could win a search."""
     return loss if math.isfinite(loss) else math.inf

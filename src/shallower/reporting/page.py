@@ -178,7 +178,7 @@ def _order_table(data: ReportData) -> str:
 
 def _calibration(scores: Scores) -> str:
     text = scores.made_by.calibration
-    return "From the weights alone" if text is None else f"Measured on {text.tokens:,} tokens of {text.spec}"
+    return "From the weights alone" if text is None else f"Measured on {text.tokens:,} tokens of {text.title}"
 
 
 def _provenance(data: ReportData) -> str:
@@ -195,7 +195,7 @@ def _provenance(data: ReportData) -> str:
         rows.append(("Options", ", ".join(options)))
     rows.append(("Seed", str(made.seed)))
     if made.calibration is not None:
-        rows.append(("Calibration text", f"{made.calibration.spec}, {made.calibration.tokens:,} tokens"))
+        rows.append(("Calibration text", f"{made.calibration.title}, {made.calibration.tokens:,} tokens"))
         rows.append(("Digest of its token ids", made.calibration.digest))
     rows.append(("shallower", made.version))
     if data.seconds:

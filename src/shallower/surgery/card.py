@@ -68,7 +68,7 @@ def _how(plan: PruningPlan) -> list[str]:
         ("metric", made.metric),
         ("options", ", ".join(f"{name}={value}" for name, value in made.options.items()) or None),
         ("seed", made.seed),
-        ("calibration", calibration and f"{os.path.basename(calibration.spec)}, {calibration.tokens:,} tokens"),
+        ("calibration", calibration and f"{calibration.title}, {calibration.tokens:,} tokens"),
         ("fingerprint of the original", plan.model.fingerprint),
     ]
     table = [f"| {name} | {value} |" for name, value in rows if value is not None]

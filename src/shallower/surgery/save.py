@@ -96,6 +96,7 @@ def save(
             ids = probe_ids(model) if verify_ids is None else verify_ids
             verify_saved(temporary, model, ids)
             step()
+            _open_up(temporary)
             for path in (*temporary.rglob("*"), temporary):
                 _flush(path)
             _move(temporary, target)
@@ -142,11 +143,15 @@ def _require_room(target: Path, needed: int) -> None:
 
 
 def _temporary_beside(target: Path) -> Path:
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+
+
+def _open_up(folder: Path) -> None:
+    """Give folder and files the permissions that any new one gets; mkdtemp and safetensors make them private."""
     mask = os.umask(0)
     os.umask(mask)
-    folder.chmod(0o777 & ~mask)  # mkdtemp's folders are private, a checkpoint need not be
-    return folder
+    for path in (*folder.rglob("*"), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _write(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
