@@ -1,4 +1,5 @@
 """What the whole model outputs with units removed, as one number a token; lower is better. One objective a file.
 
-The framework supplies what the signature asks for: `logits`, `targets`, `dense_logits`, `hidden`, `dense_hidden`.
+The framework supplies what the signature asks for: `logits`, `targets`, `dense_logits`, `hidden`, `dense_hidden`; or
+`target_logits` and `log_normalizer`, for which it need not hold logits over the whole vocabulary.
 """

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from shallower.registry import objective
 
 
 @objective("nll", source="arXiv:2402.02834")
-def nll(logits: Tensor, targets: Tensor) -> Tensor:
+def nll(target_logits: Tensor, log_normalizer: Tensor) -> Tensor:
     """Negative log-likelihood of the next token.
 
-    logits: float32 [tokens, vocabulary]. targets: int64 [tokens]. Returns float32 [tokens], in nats.
+    target_logits: float32 [tokens], the logit of the token that came. log_normalizer: float32 [tokens], the logarithm
+    of the summed exponentials of all logits. Returns float32 [tokens], in nats.
     """
-    return torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
+    return log_normalizer - target_logits
