@@ -3,7 +3,18 @@
 from shallower.surgery.config import cut_config
 from shallower.surgery.cut import cut, leftovers, skipping
 from shallower.surgery.pairing import Layer, re_pair
-from shallower.surgery.save import require_free, save
+from shallower.surgery.save import require_free, require_ordinary, save
 from shallower.surgery.verify import verify_saved
 
-__all__ = ["Layer", "cut", "cut_config", "leftovers", "re_pair", "require_free", "save", "skipping", "verify_saved"]
+__all__ = [
+    "Layer",
+    "cut",
+    "cut_config",
+    "leftovers",
+    "re_pair",
+    "require_free",
+    "require_ordinary",
+    "save",
+    "skipping",
+    "verify_saved",
+]

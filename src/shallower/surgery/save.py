@@ -66,11 +66,7 @@ def save(
         OutputError: The place is taken, too small, or cannot be written.
         VerificationError: What was written does not load as the same model.
     """
-    if missing := leftovers(model):
-        raise ModelError(
-            f"no ordinary checkpoint can leave out {', '.join(map(str, missing))}: this family's blocks always have "
-            "both sublayers. Remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
-        )
+    require_ordinary(model)
     target = Path(os.path.abspath(folder))
     require_free(target, force=force)
     for source in (model.config._name_or_path, None if plan is None else plan.model.name):
@@ -106,6 +102,15 @@ def save(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def require_ordinary(model: PreTrainedModel) -> None:
+    """Raise ModelError when sublayers are missing that no ordinary checkpoint can leave out."""
+    if missing := leftovers(model):
+        raise ModelError(
+            f"no ordinary checkpoint can leave out {', '.join(map(str, missing))}: this family's blocks always have "
+            "both sublayers. Remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
+        )
 
 
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:

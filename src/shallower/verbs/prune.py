@@ -31,11 +31,11 @@ from shallower.reporting.data import ReportData, Side
 from shallower.reporting.page import render
 from shallower.reporting.wording import plural
 from shallower.scores import Scores
-from shallower.surgery import cut, require_free, save
+from shallower.surgery import cut, require_free, require_ordinary, save
 from shallower.units import Unit
 from shallower.verbs.evaluate import text_name, text_perplexity
 from shallower.verbs.score import stream_statistic
-from shallower.verbs.search import require_possible
+from shallower.verbs.search import require_possible, resolve
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, calibrate, open_subject, units_of
 from shallower.version import __version__
@@ -108,6 +108,8 @@ def prune(
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         if given is not None:
             given.require_for(subject.identity)
+        if remove is not None:
+            resolve(subject, remove, search, units=units, protect=protect)
     with clock("calibration text"):
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
         contents = contents or _held_out(calibration)
@@ -131,6 +133,8 @@ def prune(
                 seed=seed,
             )
     smaller = _cut(subject, given.removed)
+    if out is not None:
+        require_ordinary(smaller.model)
     with clock("perplexity"):
         before, after = _perplexities((subject, smaller), contents, window, max_windows)
     with clock("speed"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +64,18 @@ def search(
     """
     require_possible(remove, search, objective, metric, settings)
     stages = _stages(search, settings or {})
-    asked = parse_remove(str(remove))
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    protected = parse_protect(protect, len(subject.anatomy.blocks))
-    order = _explicit(subject, asked, protected)
-    removable: tuple[Unit, ...] = ()
-    if order is None:
-        if any(method.traits.get("keeps_last_block") for method, _ in stages):
-            protected |= {len(subject.anatomy.blocks) - 1}
-        removable = _removable(subject, units, protected, stages)
-        budget = budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable)
+    request = resolve(subject, remove, search, units=units, protect=protect)
     text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
     ablator = make_ablator(subject, text, objective, racing=None if exact else Racing())
     name, ranked_by = None, None
-    if order is None:
+    if request.budget is None:
+        order = list(request.units)
+    else:
         name = search
         ranking = _ranking(subject, stages, metric, scores, units, objective, text, seed)
         ranked_by = ranking.metric if ranking else None
-        order = removal_order(run_search(stages, removable, budget, ablator, ranking, seed), ablator)
+        order = removal_order(run_search(stages, request.units, request.budget, ablator, ranking, seed), ablator)
     measured = ablator.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
     progress.note(_cost(ablator))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
@@ -107,6 +102,33 @@ def require_possible(
     if metric is not None:
         metrics.get(metric)
     parse_remove(str(remove))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `--remove` means for one model. budget: None when the user named the `units`; else they are what may go."""
+
+    units: tuple[Unit, ...]
+    budget: Budget | None
+
+
+def resolve(
+    subject: Subject, remove: str | int, search: str = "greedy", *, units: str = "block", protect: str = ""
+) -> Request:
+    """Refuse what is wrong with this model, before anything is measured.
+
+    Raises BudgetError for units that it has not, that are protected, or an amount that it cannot give.
+    """
+    asked = parse_remove(str(remove))
+    protected = parse_protect(protect, len(subject.anatomy.blocks))
+    named = _explicit(subject, asked, protected)
+    if named is not None:
+        return Request(tuple(named), None)
+    stages = _stages(search, {})
+    if any(method.traits.get("keeps_last_block") for method, _ in stages):
+        protected |= {len(subject.anatomy.blocks) - 1}
+    removable = _removable(subject, units, protected, stages)
+    return Request(removable, budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable))
 
 
 def _stages(names: str, settings: Mapping[str, str]) -> list[Stage]:
