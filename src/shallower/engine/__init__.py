@@ -1,4 +1,4 @@
-"""Runs a model with units removed: trace, prefix tree, loss head, memo. Holds no forward code of any family."""
+"""Runs the model with units removed: trace, prefix tree, loss head, memo. Holds no forward code of any family."""
 
 from shallower.engine.ablator import Ablator, Spent
 from shallower.engine.race import Racing

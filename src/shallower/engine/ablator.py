@@ -1,40 +1,35 @@
 """One question, asked in batches: how good is the model without these units?
 
-Candidates are arranged as a prefix tree over depth and walked depth-first, so the stream entering block l is computed
-once for all candidates that agree below l: leave-one-out over N blocks costs N (N + 1) / 2 block passes, not N².
+Candidates are arranged as a prefix tree over depth, so the stream entering block l is computed once for all candidates
+that agree below l: leave-one-out over N blocks costs N (N + 1) / 2 block passes, not N². Streams are kept from one
+question to the next, results on disk, and candidates that are clearly worse are dropped after a part of the text.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import CalibrationSet
-from shallower.engine.head import find_head, token_values
+from shallower.engine.evaluator import Evaluator, Job, Order
 from shallower.engine.memo import Memo, context_key
-from shallower.engine.race import Racing, survivors
-from shallower.engine.trace import Trace, prove, trace
-from shallower.errors import BudgetError
+from shallower.engine.race import FEWEST_SEQUENCES, Racing, survivors
+from shallower.engine.routes import Route, route_of
+from shallower.engine.trace import prove
+from shallower.engine.workers import Threads, Workers, free_memory, thread_count
 from shallower.registry import objective as objectives
-from shallower.units import Kind, Unit
+from shallower.units import Unit
 
-Route = str  # one character a block: what the block does for a candidate
-ACTIONS: dict[str, tuple[Kind, ...]] = {".": (), "a": ("attn",), "m": ("mlp",), "b": ("attn", "mlp")}
-PASSED_OVER = "x"
-
-TOKENS_A_BATCH = {"cpu": 512}  # enough rows for matrix products at full speed, few enough for races to end early
+TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
-TRACE_BYTES = 1 << 30  # traces kept between calls; beyond this they are taken anew, which costs little
+SHARE_OF_FREE_MEMORY = 0.25
 
 
 @dataclass
@@ -55,8 +50,7 @@ class Spent:
 class Ablator:
     """Evaluates sets of removed units on a calibration set.
 
-    Lives as long as a search: keeps the traces of the calibration batches and every result, and shares results through
-    `memo`.
+    Lives as long as a search: keeps streams, and every result, and shares results through `memo`.
     """
 
     def __init__(
@@ -69,8 +63,14 @@ class Ablator:
         racing: Racing | None = None,
         memo: Memo | None = None,
         fingerprint: str = "",
+        memory: int | None = None,
+        order: Order | None = None,
+        workers: int | Workers | None = None,
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. `memo` needs the model's `fingerprint`.
+
+        memory: bytes to keep besides the model, by default a quarter of what is free. order: how the tree is walked,
+        by default what is faster on the device. workers: how many threads measure, or who does; by default one a core.
 
         Raises UnknownName for an unknown objective and ModelError when replay does not reproduce the model.
         """
@@ -80,12 +80,17 @@ class Ablator:
         self.options = dict(options or {})
         self.racing = racing
         self.spent = Spent()
-        tokens = TOKENS_A_BATCH.get(anatomy.model.device.type, TOKENS_A_BATCH_ELSEWHERE)
+        device = anatomy.model.device
+        tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
         sequences = max(1, tokens // calibration.length)
         self._batches = list(calibration.batches(sequences))
         prove(anatomy, self._batches[0])
-        self._head = find_head(anatomy)
-        self._traces: dict[int, Trace] = {}
+        if memory is None:
+            memory = int(free_memory(device) * SHARE_OF_FREE_MEMORY)
+        if workers is None or isinstance(workers, int):
+            evaluator = Evaluator(anatomy, self._batches, self.objective, self.options, memory=memory, order=order)
+            workers = Threads(evaluator, workers or thread_count(evaluator))
+        self._workers: Workers = workers
         self._memo = memo
         self._context = context_key(
             {
@@ -94,7 +99,7 @@ class Ablator:
                 "sequences_a_batch": sequences,
                 "objective": [objective, sorted(self.options.items())],
                 "dtype": str(anatomy.model.dtype),
-                "device": anatomy.model.device.type,
+                "device": device.type,
             }
         )
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._context) if memo else {}
@@ -131,46 +136,30 @@ class Ablator:
         """
         routes = [self.route(candidate) for candidate in candidates]
         distinct = list(dict.fromkeys(routes))
-        self._measure(distinct)
+        description = "measuring the model" if len(distinct) == 1 else f"measuring {len(distinct)} candidates"
+        with progress.task(description, len(distinct) * len(self._batches)) as step:
+            self._measure(distinct, range(len(self._batches)), step)
         joined = {route: self._joined(route, len(self._batches)) for route in distinct}
         return [joined[route] for route in routes]
 
     def route(self, candidate: Collection[Unit]) -> Route:
         """What each block does for a candidate. Candidates with the same route are the same model."""
-        removed: dict[int, set[Kind]] = defaultdict(set)
-        for unit in candidate:
-            if unit.index >= len(self.anatomy.blocks) or (
-                unit.kind != "block" and self.anatomy.blocks[unit.index].part(unit.kind) is None
-            ):
-                raise BudgetError(
-                    f"{unit} does not exist: this {self.anatomy.family} model has blocks 0 to "
-                    f"{len(self.anatomy.blocks) - 1}."
-                )
-            removed[unit.index].add(unit.kind)
-        names = {frozenset(kinds): letter for letter, kinds in ACTIONS.items()}
-        route = []
-        for block in self.anatomy.blocks:
-            kinds = removed[block.index]
-            route.append(PASSED_OVER if "block" in kinds else names[frozenset(kinds)])
-        return "".join(route)
+        return route_of(self.anatomy, candidate)
 
     def _race(self, routes: list[Route], keep: int, racing: Racing) -> list[float]:
         """Losses of the survivors on what was measured, infinity for the rest."""
         running = list(dict.fromkeys(routes))
         self.spent.exhaustive += len(running) * self.calibration.input_ids.numel()
+        total = len(self._batches)
         measured = 0
-        with (
-            progress.task(f"racing {len(running)} candidates", len(running) * len(self._batches)) as step,
-            torch.no_grad(),
-        ):
-            for number in range(len(self._batches)):
-                if len(running) <= keep:
-                    break
-                self._measure_batch(number, running, step)
-                measured = number + 1
+        with progress.task(f"racing {len(running)} candidates", len(running) * total) as step:
+            while measured < total and len(running) > keep:
+                upto = min(total, max(measured + self._workers.count, self._first_look))
+                self._measure(running, range(measured, upto), step)
+                measured = upto
                 sums = np.stack([self._joined(route, measured) for route in running])
                 alive = survivors(sums, self.counts[: sums.shape[1]], keep, racing)
-                step(int((~alive).sum()) * (len(self._batches) - measured))
+                step(int((~alive).sum()) * (total - measured))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]
         losses = {}
         for route in running:
@@ -178,77 +167,49 @@ class Ablator:
             losses[route] = _finite(float(sums.sum() / self.counts[: len(sums)].sum()))
         return [losses.get(route, math.inf) for route in routes]
 
+    @property
+    def _first_look(self) -> int:
+        """Batches that a race reads before anyone can be dropped."""
+        return -(-FEWEST_SEQUENCES // len(self._batches[0].input_ids))
+
     def _joined(self, route: Route, batches: int) -> NDArray[np.float64]:
         return np.concatenate([self._measured[route, number] for number in range(batches)])
 
-    def _measure(self, routes: list[Route]) -> None:
-        """Fill in whatever is not yet known of `routes`, batch by batch; what was measured is kept even when
+    def _measure(self, routes: Sequence[Route], numbers: range, step: progress.Step) -> None:
+        """Fill in whatever is not yet known of `routes` on the batches `numbers`; what was measured is kept even when
         interrupted.
         """
-        description = "measuring the model" if len(routes) == 1 else f"measuring {len(routes)} candidates"
-        missing = {
-            number: wanted
-            for number in range(len(self._batches))
-            if (wanted := [route for route in routes if (route, number) not in self._measured])
-        }
-        total = sum(map(len, missing.values()))
-        self.spent.recalled += len(routes) * len(self._batches) - total
-        if not missing:
-            return
-        with progress.task(description, total) as step, torch.no_grad():
-            for number, wanted in missing.items():
-                self._measure_batch(number, wanted, step)
+        jobs = [
+            Job(number, missing)
+            for number in numbers
+            if (missing := tuple(route for route in routes if (route, number) not in self._measured))
+        ]
+        recalled = len(routes) * len(numbers) - sum(len(job.routes) for job in jobs)
+        self.spent.recalled += recalled
+        step(recalled)
+        for done in self._workers.run(_divided(jobs, self._workers.count), step):
+            found = [(route, done.job.number, sums) for route, sums in done.sums.items()]
+            if self._memo is not None:
+                self._memo.write(self._context, found)
+            self._measured.update({(route, number): sums for route, number, sums in found})
+            self.spent.tokens += done.tokens
+            self.spent.block_tokens += done.block_tokens
 
-    def _measure_batch(self, number: int, routes: list[Route], step: progress.Step) -> None:
-        """Measure those of `routes` that are not yet known on one batch."""
-        known = [route for route in routes if (route, number) in self._measured]
-        step(len(known))
-        self.spent.recalled += len(known)
-        routes = [route for route in routes if (route, number) not in self._measured]
-        if not routes:
-            return
-        replay = self._trace(number)
-        dense = None
-        if {"dense_logits", "dense_hidden"} & set(self.objective.parameters):
-            [(_, dense)] = self._walk(replay, 0, replay.entry, [self.route(())])
-        found: list[tuple[Route, int, NDArray[np.float64]]] = []
-        for route, hidden in self._walk(replay, 0, replay.entry, routes):
-            values = token_values(self.objective, self.options, self._head, replay, hidden, dense)
-            found.append((route, number, values.double().sum(1).cpu().numpy()))
-            self.spent.tokens += replay.batch.input_ids.numel()
-            step()
-        if self._memo is not None:
-            self._memo.write(self._context, found)
-        self._measured.update({(route, number): sums for route, number, sums in found})
 
-    def _trace(self, number: int) -> Trace:
-        if number not in self._traces:
-            captured = trace(self.anatomy, self._batches[number])
-            if (number + 1) * captured.entry.nbytes > TRACE_BYTES:
-                return captured
-            self._traces[number] = captured
-        return self._traces[number]
+def _divided(jobs: list[Job], workers: int) -> list[Job]:
+    """The same work in at least as many jobs as there are workers, where there are routes enough.
 
-    def _walk(self, replay: Trace, depth: int, hidden: Tensor, routes: list[Route]) -> Iterator[tuple[Route, Tensor]]:
-        """Depth-first over the prefix tree of `routes`, which agree below `depth`, where the stream is `hidden`."""
-        while depth < len(self.anatomy.blocks):
-            branches: dict[str, list[Route]] = defaultdict(list)
-            for route in routes:
-                branches[route[depth]].append(route)
-            if len(branches) > 1:
-                for action, members in branches.items():
-                    yield from self._walk(replay, depth + 1, self._apply(replay, depth, hidden, action), members)
-                return
-            hidden = self._apply(replay, depth, hidden, next(iter(branches)))
-            depth += 1
-        for route in routes:
-            yield route, hidden
-
-    def _apply(self, replay: Trace, index: int, hidden: Tensor, action: str) -> Tensor:
-        if action == PASSED_OVER:
-            return hidden
-        self.spent.block_tokens += hidden.shape[0] * hidden.shape[1]
-        return replay.run(index, hidden, ACTIONS[action])
+    Neighbours in the prefix tree stay together.
+    """
+    if not jobs or len(jobs) >= workers:
+        return jobs
+    pieces = -(-workers // len(jobs))
+    divided = []
+    for job in jobs:
+        routes = sorted(job.routes)
+        size = -(-len(routes) // pieces)
+        divided += [Job(job.number, tuple(routes[at : at + size])) for at in range(0, len(routes), size)]
+    return divided
 
 
 def _finite(loss: float) -> float:

@@ -1,4 +1,4 @@
-"""From the stream that leaves the last block to one number a token, a few rows of logits at a time."""
+"""The part after the blocks: the output embedding, never holding the logits of all tokens and all the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from shallower.anatomy.dissect import Anatomy, probe_ids
-from shallower.engine.trace import Trace, reach
-from shallower.registry import Method
+from shallower.engine.trace import reach
 
-# Float32 logits held at once. Memory beyond 32 MB comes fresh from the system with every chunk, and filling it page by
-# page
-# takes as long as the product itself (measured: 1,300 µs a token in 64 MB chunks, 550 in 4 MB chunks of the
-# vocabulary).
-CHUNK_BYTES = 24 << 20
-FUSED_CHUNK_BYTES = 4 << 20
+# Float32 logits held at once. The small one stays in a core's cache, and memory beyond 32 MB would come fresh from the
+# system each time, which takes as long as the product itself (docs/decisions.md has the measurements).
+VOCABULARY_CHUNK_BYTES = 1 << 20
+ROW_CHUNK_BYTES = 24 << 20
+ROW_CHUNK_BYTES_ELSEWHERE = 256 << 20  # an accelerator wants larger products
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """What is left of the logits, float32 [rows] each.
+
+    log_normalizer: logarithm of the softmax's denominator. target_logits: the logit of each row's target. mean_logit:
+    the logits' mean under given probabilities, None where none were given.
+    """
+
+    log_normalizer: Tensor
+    target_logits: Tensor
+    mean_logit: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,35 +44,63 @@ class Head:
 
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [rows, vocabulary] for the output embedding's input [rows, hidden]."""
-        return self._finish(self.output(rows))
+        return self._finish(self.output(rows)).float()
 
-    def normalizer_and_targets(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithm of the softmax's denominator and the logit of `targets` (int64 [rows]): two float32 [rows].
+    def reduce(
+        self, rows: Tensor, targets: Tensor, probabilities: Tensor | None = None, temperature: float = 1.0
+    ) -> Reduced:
+        """Normalizer, target logit and mean logit of logits / temperature, from chunks of the vocabulary.
 
-        Goes through the vocabulary in chunks, so that logits are never held for all of it.
+        rows: the output embedding's input [rows, hidden]. targets: int64 [rows]. probabilities: float32 [rows,
+        vocabulary].
         """
         if type(self.output) is not nn.Linear:
-            logits = self.logits(rows)
-            return torch.logsumexp(logits, dim=-1), logits.gather(-1, targets[:, None]).squeeze(-1)
+            logits = self.logits(rows) / temperature
+            mean = None if probabilities is None else (logits * probabilities).sum(-1)
+            return Reduced(torch.logsumexp(logits, dim=-1), _chosen(logits, targets), mean)
         weight, bias = self.output.weight, self.output.bias
-        size = max(1, FUSED_CHUNK_BYTES // (4 * len(rows)))
+        count, vocabulary = len(rows), len(weight)
+        limit = VOCABULARY_CHUNK_BYTES if rows.device.type == "cpu" else ROW_CHUNK_BYTES_ELSEWHERE
+        size = min(vocabulary, max(64, limit // (4 * count)))
+        product = torch.empty(count, size, dtype=rows.dtype, device=rows.device)
+        logits = torch.empty(count, size, dtype=torch.float32, device=rows.device)
+        scratch = torch.empty_like(logits)
+        chosen = torch.empty(count, dtype=torch.float32, device=rows.device)
+        mean = None if probabilities is None else torch.zeros_like(chosen)
         normalizers = []
-        chosen = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-        for start in range(0, len(weight), size):
-            part = slice(start, start + size)
-            product = nn.functional.linear(rows, weight[part], None if bias is None else bias[part])
-            logits = self._finish(product)
-            normalizers.append(torch.logsumexp(logits, dim=-1))
-            inside = ((targets >= start) & (targets < start + size)).nonzero().squeeze(-1)
+        for start in range(0, vocabulary, size):
+            stop = min(start + size, vocabulary)
+            if stop - start < size:
+                product, logits, scratch = (
+                    buffer.view(-1)[: count * (stop - start)] for buffer in (product, logits, scratch)
+                )
+                product, logits, scratch = (buffer.view(count, stop - start) for buffer in (product, logits, scratch))
+            torch.mm(rows, weight[start:stop].t(), out=product)
+            if bias is not None:
+                product += bias[start:stop]
+            logits.copy_(self._finish(product))
+            if temperature != 1.0:
+                logits /= temperature
+            inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(-1)
             chosen[inside] = logits[inside, targets[inside] - start]
-        return torch.logsumexp(torch.stack(normalizers), dim=0), chosen
+            # log_softmax is the fastest kernel that yields the normalizer; a logit of minus infinity needs the slow one
+            torch.log_softmax(logits, dim=-1, out=scratch)
+            normalizer = logits[:, 0] - scratch[:, 0]
+            normalizers.append(normalizer if normalizer.isfinite().all() else torch.logsumexp(logits, dim=-1))
+            if mean is not None and probabilities is not None:
+                mean += torch.mul(logits, probabilities[:, start:stop], out=scratch).sum(-1)
+        return Reduced(torch.logsumexp(torch.stack(normalizers), dim=0), chosen, mean)
 
     def _finish(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.float()
+        return logits
+
+
+def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets[:, None]).squeeze(-1)
 
 
 def find_head(anatomy: Anatomy) -> Head | None:
@@ -84,76 +123,6 @@ def find_head(anatomy: Anatomy) -> Head | None:
         if torch.allclose(finished, final.float(), rtol=1e-5 if final.dtype == torch.float32 else 1e-2, atol=1e-6):
             return head
     return None
-
-
-def token_values(
-    objective: Method, options: dict[str, object], head: Head | None, trace: Trace, hidden: Tensor, dense: Tensor | None
-) -> Tensor:
-    """The objective at every position that has a real next token; zero elsewhere.
-
-    hidden, dense: the stream leaving the last block of the candidate and of the dense model [sequences, length,
-    hidden]; `dense` may be None when the objective does not ask for it. Returns float32 [sequences, length - 1].
-    """
-    ids = trace.batch.input_ids.to(hidden.device)
-    scored = scored_positions(trace)
-    values = torch.zeros(scored.shape, dtype=torch.float32, device=hidden.device)
-    asked = set(objective.parameters)
-    targets = ids[:, 1:][scored]
-
-    if not asked & {"logits", "dense_logits", "log_normalizer"}:
-        values[scored] = objective.function(
-            **{
-                name: tensor[:, :-1][scored].float()
-                for name, tensor in (("hidden", hidden), ("dense_hidden", dense))
-                if name in asked and tensor is not None
-            },
-            **options,
-        )
-        return values
-
-    if head is not None and "log_normalizer" in asked:
-        rows = trace.head_input(hidden, head.output)[:, :-1][scored]
-        given = dict(zip(("log_normalizer", "target_logits"), head.normalizer_and_targets(rows, targets), strict=True))
-        values[scored] = objective.function(**given, **options)
-        return values
-
-    rows_of = _logit_rows(head, trace, hidden, scored)
-    dense_rows_of = None
-    if "dense_logits" in asked:
-        assert dense is not None
-        dense_rows_of = _logit_rows(head, trace, dense, scored)
-    flat = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    vocabulary = trace.anatomy.model.get_input_embeddings().num_embeddings
-    size = max(16, CHUNK_BYTES // (4 * vocabulary))
-    for start in range(0, len(targets), size):
-        part = slice(start, min(start + size, len(targets)))
-        logits = rows_of(part)
-        supply = {"logits": logits, "targets": targets[part]}
-        if "log_normalizer" in asked:
-            supply["log_normalizer"] = torch.logsumexp(logits, dim=-1)
-            supply["target_logits"] = logits.gather(-1, targets[part, None]).squeeze(-1)
-        if dense_rows_of is not None:
-            supply["dense_logits"] = dense_rows_of(part)
-        flat[part] = objective.function(**{name: supply[name] for name in objective.parameters}, **options)
-    values[scored] = flat
-    return values
-
-
-def scored_positions(trace: Trace) -> Tensor:
-    """Where a next token exists and is real: bool [sequences, length - 1]."""
-    ids, mask = trace.batch.input_ids, trace.batch.attention_mask
-    device = trace.entry.device
-    if mask is None:
-        return torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=device)
-    return (mask[:, 1:] * mask[:, :-1]).bool().to(device)
-
-
-def _logit_rows(head: Head | None, trace: Trace, hidden: Tensor, scored: Tensor) -> Callable[[slice], Tensor]:
-    if head is None:
-        logits = trace.logits(hidden)[:, :-1][scored]
-        return lambda rows: logits[rows].float()
-    inputs = trace.head_input(hidden, head.output)[:, :-1][scored]
-    return lambda rows: head.logits(inputs[rows])
 
 
 def forward_to_head(anatomy: Anatomy, forward: Callable[[], object]) -> None:

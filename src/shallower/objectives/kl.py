@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from shallower.registry import objective
 
 
 @objective("kl", source="arXiv:2410.14649")
-def kl(logits: Tensor, dense_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def kl(log_normalizer: Tensor, dense_mean_logit: Tensor, dense_entropy: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence from the dense to the pruned model's next-token distribution.
 
-    logits, dense_logits: float32 [tokens, vocabulary]. Returns float32 [tokens], in nats.
+    With dense probabilities p and pruned logits z it is log Σ exp z - Σ p z - entropy of p, so sums over the vocabulary
+    suffice. All are float32 [tokens], of logits that were divided by `temperature`. Returns float32 [tokens], in nats.
     """
-    pruned = torch.log_softmax(logits / temperature, dim=-1)
-    dense = torch.log_softmax(dense_logits / temperature, dim=-1)
-    return (dense.exp() * (dense - pruned)).sum(-1)
+    return log_normalizer - dense_mean_logit - dense_entropy

@@ -1,0 +1,194 @@
+"""From the stream that leaves the last block to one number a token: what an objective asks for, and no more.
+
+An objective's parameters say what it reads:
+
+    hidden, dense_hidden               the stream itself; the head is skipped
+    log_normalizer, target_logits      from chunks of the vocabulary
+    dense_mean_logit, dense_entropy    the same, with the dense model's probabilities
+    logits, dense_logits, targets      whole rows of logits, a few at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallower.engine.head import ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
+from shallower.engine.trace import Trace
+from shallower.registry import Method
+
+STREAM = frozenset({"hidden", "dense_hidden"})
+REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
+
+
+def needs_dense(objective: Method) -> bool:
+    """Whether the objective compares with the dense model."""
+    return any(name.startswith("dense_") for name in objective.parameters)
+
+
+class Scorer:
+    """One objective on one batch. Lives as long as the batch is visited: holds what all its candidates share."""
+
+    def __init__(
+        self,
+        objective: Method,
+        options: Mapping[str, Any],
+        head: Head | None,
+        trace: Trace,
+        dense: Tensor | None,
+        memory: int,
+    ) -> None:
+        """dense: the stream leaving the dense model's last block, None when the objective does not compare with it.
+
+        memory: bytes that the dense model's logits may take; beyond it they are computed anew for each candidate.
+        """
+        self.objective = objective
+        self.options = dict(options)
+        self.head = head
+        self.trace = trace
+        self.asked = frozenset(objective.parameters)
+        self.scored = scored_positions(trace)
+        ids = trace.batch.input_ids.to(trace.entry.device)
+        self.targets = ids[:, 1:][self.scored]
+        self.vocabulary: int = trace.anatomy.model.get_input_embeddings().num_embeddings
+        self.reduces = head is not None and self.asked <= REDUCED
+        self.dense_hidden = dense
+        self._fits = 4 * len(self.targets) * self.vocabulary <= memory
+        self._dense_rows: Callable[[slice], Tensor] | None = None
+        self._kept_distribution: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The objective at every position that has a real next token; zero elsewhere.
+
+        hidden: the stream leaving the last block of a candidate [sequences, length, hidden]. Returns float32
+        [sequences, length - 1].
+        """
+        values = torch.zeros(self.scored.shape, dtype=torch.float32, device=hidden.device)
+        if self.asked <= STREAM:
+            values[self.scored] = self._function(
+                hidden=self._rows(hidden).float(),
+                dense_hidden=None if self.dense_hidden is None else self._rows(self.dense_hidden).float(),
+            )
+        elif self.reduces:
+            values[self.scored] = self._by_vocabulary(hidden)
+        else:
+            values[self.scored] = self._by_rows(hidden)
+        return values
+
+    def _function(self, **supply: Tensor | None) -> Tensor:
+        given = {name: supply[name] for name in self.objective.parameters}
+        result: Tensor = self.objective.function(**given, **self.options)
+        return result
+
+    def _rows(self, hidden: Tensor) -> Tensor:
+        return hidden[:, :-1][self.scored]
+
+    def _head_rows(self, hidden: Tensor) -> Tensor:
+        assert self.head is not None
+        return self._rows(self.trace.head_input(hidden, self.head.output))
+
+    def _by_vocabulary(self, hidden: Tensor) -> Tensor:
+        """Only sums over the vocabulary are needed: go through it in chunks, all rows at once."""
+        assert self.head is not None
+        temperature = float(self.options.get("temperature", 1.0))
+        rows = self._head_rows(hidden)
+        if "dense_mean_logit" not in self.asked:
+            reduced = self.head.reduce(rows, self.targets, None, temperature)
+            return self._function(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
+        parts = []
+        size = len(rows) if self._fits else self._chunk()
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            probabilities, entropy = self._dense_distribution(part, temperature)
+            reduced = self.head.reduce(rows[part], self.targets[part], probabilities, temperature)
+            parts.append(
+                self._function(
+                    log_normalizer=reduced.log_normalizer,
+                    target_logits=reduced.target_logits,
+                    dense_mean_logit=reduced.mean_logit,
+                    dense_entropy=entropy,
+                )
+            )
+        return torch.cat(parts)
+
+    def _dense_distribution(self, part: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        """Probabilities [rows, vocabulary] of the dense model at some rows, and their entropy [rows]; float32.
+
+        Kept for all rows where they fit, so that `part` is then all of them.
+        """
+        if self._kept_distribution is not None:
+            return self._kept_distribution
+        assert self.head is not None
+        assert self.dense_hidden is not None
+        rows = self._head_rows(self.dense_hidden)[part]
+        probabilities = torch.empty(len(rows), self.vocabulary, dtype=torch.float32, device=rows.device)
+        entropy = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        for start in range(0, len(rows), self._chunk()):
+            few = slice(start, start + self._chunk())
+            torch.softmax(self.head.logits(rows[few]) / temperature, dim=-1, out=probabilities[few])
+            entropy[few] = torch.special.entr(probabilities[few]).sum(-1)
+        if self._fits:
+            self._kept_distribution = probabilities, entropy
+        return probabilities, entropy
+
+    def _by_rows(self, hidden: Tensor) -> Tensor:
+        """Whole distributions are compared: go through the rows in chunks."""
+        rows_of = self._logit_rows(hidden)
+        dense_rows_of = None
+        if needs_dense(self.objective):
+            assert self.dense_hidden is not None
+            dense_rows_of = self._dense_logit_rows(self.dense_hidden)
+        flat = torch.empty(len(self.targets), dtype=torch.float32, device=hidden.device)
+        temperature = float(self.options.get("temperature", 1.0))
+        size = self._chunk()
+        for start in range(0, len(self.targets), size):
+            part = slice(start, min(start + size, len(self.targets)))
+            logits, targets = rows_of(part), self.targets[part]
+            supply: dict[str, Tensor | None] = {"logits": logits, "targets": targets}
+            if dense_rows_of is not None:
+                supply["dense_logits"] = dense_rows_of(part)
+            if self.asked & REDUCED:  # a head that does more than a linear map has no chunks of the vocabulary
+                scaled = logits / temperature
+                supply["log_normalizer"] = torch.logsumexp(scaled, dim=-1)
+                supply["target_logits"] = scaled.gather(-1, targets[:, None]).squeeze(-1)
+                if dense_rows_of is not None:
+                    probabilities = torch.softmax(dense_rows_of(part) / temperature, dim=-1)
+                    supply["dense_mean_logit"] = (probabilities * scaled).sum(-1)
+                    supply["dense_entropy"] = torch.special.entr(probabilities).sum(-1)
+            flat[part] = self._function(**supply)
+        return flat
+
+    def _chunk(self) -> int:
+        limit = ROW_CHUNK_BYTES if self.targets.device.type == "cpu" else ROW_CHUNK_BYTES_ELSEWHERE
+        return max(16, limit // (4 * self.vocabulary))
+
+    def _dense_logit_rows(self, dense: Tensor) -> Callable[[slice], Tensor]:
+        if self._dense_rows is None:
+            rows_of = self._logit_rows(dense)
+            if self._fits:
+                whole = torch.cat(
+                    [rows_of(slice(at, at + self._chunk())) for at in range(0, len(self.targets), self._chunk())]
+                )
+                self._dense_rows = lambda part: whole[part]
+            else:
+                self._dense_rows = rows_of
+        return self._dense_rows
+
+    def _logit_rows(self, hidden: Tensor) -> Callable[[slice], Tensor]:
+        if self.head is None:
+            logits = self._rows(self.trace.logits(hidden))
+            return lambda part: logits[part].float()
+        head, inputs = self.head, self._head_rows(hidden)
+        return lambda part: head.logits(inputs[part])
+
+
+def scored_positions(trace: Trace) -> Tensor:
+    """Where a next token exists and is real: bool [sequences, length - 1]."""
+    ids, mask = trace.batch.input_ids, trace.batch.attention_mask
+    device = trace.entry.device
+    if mask is None:
+        return torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=device)
+    return (mask[:, 1:] * mask[:, :-1]).bool().to(device)
