@@ -17,6 +17,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, prove
 from shallower.engine.memo import Memo
 from shallower.engine.race import survivors
+from shallower.engine.states import States
 from shallower.errors import BudgetError, ModelError
 from shallower.surgery import cut
 from shallower.testing.conformance import sample_text
@@ -220,3 +221,45 @@ def test_racing_gives_greedys_answer_for_fewer_tokens():
     assert int(np.argmin(fast.losses(candidates, keep=1))) == best
     assert fast.spent.tokens < exact.spent.tokens
     assert fast.spent.exhaustive == exact.spent.tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "qwen3_next"])
+@pytest.mark.parametrize("objective", ["nll", "kl"])
+def test_every_order_and_budget_gives_the_same(family, objective):
+    anatomy = dissect(tiny_model(family))
+    text = sample_text(anatomy.model, sequences=3, length=300)  # a batch each
+    first = [frozenset({unit}) for unit in anatomy.units]
+    second = [removed | {Unit(3, "block")} for removed in first if all(unit.index != 3 for unit in removed)]
+    naive = [Ablator(anatomy, text, objective, memory=0).losses([candidate])[0] for candidate in first + second]
+    for order, memory, workers in itertools.product(("depth-first", "layer-major"), (0, 500_000), (1, 2)):
+        ablator = Ablator(anatomy, text, objective, order=order, memory=memory, workers=workers)
+        found = ablator.losses(first) + ablator.losses(second)
+        if order == "depth-first":
+            assert found == naive  # bit for bit: the arithmetic is in the same order
+        else:
+            assert found == pytest.approx(naive, abs=2e-6)
+
+
+def test_kept_states_save_blocks_and_respect_the_budget():
+    anatomy = dissect(tiny_model("llama", blocks=8))
+    text = sample_text(anatomy.model, sequences=4, padded=False)
+    blocks = anatomy.of_kind("block")
+    first = [frozenset({unit}) for unit in blocks]
+    second = [removed | {blocks[5]} for removed in first if blocks[5] not in removed]
+    costs = {}
+    for memory in (0, 1 << 30):
+        ablator = Ablator(anatomy, text, memory=memory, workers=1)
+        ablator.losses(first)
+        before = ablator.spent.block_tokens
+        ablator.losses(second)
+        costs[memory] = (ablator.spent.block_tokens - before) / text.input_ids.numel()
+    # of {u, 5} with u < 5, everything up to block 5 was run for {u}; {5, 6} and {5, 7} start from the path of {5}
+    assert costs[1 << 30] == 5 * 2 + 1 + 0
+    assert costs[0] > 2 * costs[1 << 30]
+    states = States(3 * 1000)
+    for number in range(5):
+        states.keep(0, "." * (number + 1), torch.zeros(250))
+    assert states.left == 0
+    with states.visit(0, ["."]):
+        states.keep(0, "." * 9, torch.zeros(250))  # in place of the one that this visit does not want
+        assert states.deepest(0, ".")[0] == 1

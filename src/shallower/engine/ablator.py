@@ -22,12 +22,13 @@ from shallower.engine.evaluator import Evaluator, Job, Order
 from shallower.engine.memo import Memo, context_key
 from shallower.engine.race import FEWEST_SEQUENCES, Racing, survivors
 from shallower.engine.routes import Route, route_of
+from shallower.engine.states import States
 from shallower.engine.trace import prove
 from shallower.engine.workers import Threads, Workers, free_memory, thread_count
 from shallower.registry import objective as objectives
 from shallower.units import Unit
 
-TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
+TOKENS_A_BATCH = {"cpu": 512}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
 SHARE_OF_FREE_MEMORY = 0.25
 
@@ -69,8 +70,9 @@ class Ablator:
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. `memo` needs the model's `fingerprint`.
 
-        memory: bytes to keep besides the model, by default a quarter of what is free. order: how the tree is walked,
-        by default what is faster on the device. workers: how many threads measure, or who does; by default one a core.
+        memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
+        order: how the tree is walked, by default what is faster on the device. workers: how many threads measure, or
+        who does; by default one a core.
 
         Raises UnknownName for an unknown objective and ModelError when replay does not reproduce the model.
         """
@@ -88,8 +90,17 @@ class Ablator:
         if memory is None:
             memory = int(free_memory(device) * SHARE_OF_FREE_MEMORY)
         if workers is None or isinstance(workers, int):
-            evaluator = Evaluator(anatomy, self._batches, self.objective, self.options, memory=memory, order=order)
-            workers = Threads(evaluator, workers or thread_count(evaluator))
+            threads = workers or thread_count(anatomy, len(self._batches))
+            evaluator = Evaluator(
+                anatomy,
+                self._batches,
+                self.objective,
+                self.options,
+                states=States(memory // 2),
+                memory=memory // 2 // threads,
+                order=order,
+            )
+            workers = Threads(evaluator, threads)
         self._workers: Workers = workers
         self._memo = memo
         self._context = context_key(
@@ -187,29 +198,13 @@ class Ablator:
         recalled = len(routes) * len(numbers) - sum(len(job.routes) for job in jobs)
         self.spent.recalled += recalled
         step(recalled)
-        for done in self._workers.run(_divided(jobs, self._workers.count), step):
+        for done in self._workers.run(jobs, step):
             found = [(route, done.job.number, sums) for route, sums in done.sums.items()]
             if self._memo is not None:
                 self._memo.write(self._context, found)
             self._measured.update({(route, number): sums for route, number, sums in found})
             self.spent.tokens += done.tokens
             self.spent.block_tokens += done.block_tokens
-
-
-def _divided(jobs: list[Job], workers: int) -> list[Job]:
-    """The same work in at least as many jobs as there are workers, where there are routes enough.
-
-    Neighbours in the prefix tree stay together.
-    """
-    if not jobs or len(jobs) >= workers:
-        return jobs
-    pieces = -(-workers // len(jobs))
-    divided = []
-    for job in jobs:
-        routes = sorted(job.routes)
-        size = -(-len(routes) // pieces)
-        divided += [Job(job.number, tuple(routes[at : at + size])) for at in range(0, len(routes), size)]
-    return divided
 
 
 def _finite(loss: float) -> float:

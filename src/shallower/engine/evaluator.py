@@ -31,6 +31,7 @@ from shallower.registry import Method
 
 Order = Literal["depth-first", "layer-major"]
 GROUPS = (1, 2, 4, 8, 16)  # states that go through a block together
+HEAD_IN_BLOCKS = 7  # what the head costs, measured on a small model; larger models have a cheaper one
 WORTHWHILE = 1.25  # a larger group has to be this many times faster
 
 
@@ -65,19 +66,20 @@ class Evaluator:
         objective: Method,
         options: Mapping[str, Any],
         *,
+        states: States,
         memory: int,
         order: Order | None = None,
-        states: States | None = None,
     ) -> None:
-        """memory: bytes for what is kept besides the model: half for states between questions, a quarter for states of
-        one question, a quarter for the dense model's logits. order: None takes the faster one for the device.
+        """states: what is kept between questions. memory: bytes for what a visit of one batch needs besides: half for
+        the streams of a layer-major walk, half for the dense model's logits. order: None takes the faster one for the
+        device.
         """
         self.anatomy = anatomy
         self.batches = batches
         self.objective = objective
         self.options = options
         self.memory = memory
-        self.states = States(memory // 2) if states is None else states
+        self.states = states
         self._head = find_head(anatomy)
         self._traces: dict[tuple[int, int], Trace] = {}
         self.order: Order = order or ("depth-first" if anatomy.model.device.type == "cpu" else "layer-major")
@@ -96,23 +98,22 @@ class Evaluator:
             self.batches,
             self.objective,
             self.options,
+            states=self.states,
             memory=self.memory,
             order=self.order,
-            states=self.states,
         )
 
     def measure(self, job: Job, tick: Callable[[], None] = lambda: None) -> Measured:
         """Measure the job's routes on its batch; `tick` is called after each."""
-        with torch.no_grad():
+        whole = "." * len(self.anatomy.blocks)
+        with torch.no_grad(), self.states.visit(job.number, (*job.routes, whole)):
             replay = self._trace(job.number)
             self._block_tokens = 0
-            whole = "." * len(self.anatomy.blocks)
             dense = None
-            self.states.begin(job.number, (*job.routes, whole), PASSED_OVER)
             if needs_dense(self.objective):
                 [(_, dense)] = self._walk(job.number, replay, "", replay.entry, [whole])
-                self.states.put(job.number, whole, dense)
-            scorer = Scorer(self.objective, self.options, self._head, replay, dense, self.memory // 4)
+                self.states.keep(job.number, whole, dense)
+            scorer = Scorer(self.objective, self.options, self._head, replay, dense, self.memory // 2)
             sums = {}
             walk = (
                 self._layers(job.number, replay, job.routes)
@@ -141,11 +142,9 @@ class Evaluator:
     ) -> Iterator[tuple[Route, Tensor]]:
         """Depth-first over the tree of `routes`, which begin with `prefix`; `hidden` is the stream after it."""
         shared = _common_prefix(routes)
-        for depth in range(len(shared), len(prefix), -1):
-            kept = self.states.get(number, shared[:depth].rstrip(PASSED_OVER))
-            if kept is not None:
-                prefix, hidden = shared[:depth], kept
-                break
+        kept = self.states.deepest(number, shared, len(prefix))
+        if kept is not None:
+            prefix, hidden = shared[: kept[0]], kept[1]
         while len(prefix) < len(shared):
             action = shared[len(prefix)]
             prefix += action
@@ -162,9 +161,9 @@ class Evaluator:
             yield from self._walk(number, replay, prefix, hidden, members)
 
     def _layers(self, number: int, replay: Trace, routes: Sequence[Route]) -> Iterator[tuple[Route, Tensor]]:
-        """Layer-major, as many routes at a time as a quarter of the memory holds states for."""
+        """Layer-major, as many routes at a time as half of the memory holds states for."""
         ordered = sorted(routes)  # neighbours share most
-        size = max(1, self.memory // 4 // max(replay.entry.nbytes, 1))
+        size = max(1, self.memory // 2 // max(replay.entry.nbytes, 1))
         for start in range(0, len(ordered), size):
             yield from self._sweep(number, replay, ordered[start : start + size])
 
@@ -173,12 +172,7 @@ class Evaluator:
         waiting: dict[str, Tensor] = {}  # streams by the prefix that made them
         needed: list[set[str]] = [set() for _ in range(depths + 1)]
         for route in routes:
-            start, state = 0, replay.entry
-            for depth in range(depths, 0, -1):
-                kept = self.states.get(number, route[:depth].rstrip(PASSED_OVER))
-                if kept is not None:
-                    start, state = depth, kept
-                    break
+            start, state = self.states.deepest(number, route) or (0, replay.entry)
             waiting[route[:start]] = state
             for depth in range(start + 1, depths + 1):
                 needed[depth].add(route[:depth])
@@ -235,11 +229,34 @@ class Evaluator:
 
     def _keep(self, number: int, prefix: str, hidden: Tensor) -> None:
         if len(prefix) < len(self.anatomy.blocks):  # what leaves the last block was scored, and is not asked for again
-            self.states.put(number, prefix, hidden)
+            self.states.keep(number, prefix, hidden)
 
     def _run(self, replay: Trace, index: int, hidden: Tensor, action: str) -> Tensor:
         self._block_tokens += hidden.shape[0] * hidden.shape[1]
         return replay.run(index, hidden, ACTIONS[action])
+
+
+def shares(jobs: Sequence[Job], states: States, count: int) -> list[Job]:
+    """The same work in at least `count` jobs of about the same cost, where there are routes enough.
+
+    Neighbours in the prefix tree stay together, so that little is run twice.
+    """
+    if not jobs or len(jobs) >= count:
+        return list(jobs)
+    pieces = -(-count // len(jobs))
+    divided = []
+    for job in jobs:
+        routes = sorted(job.routes)
+        costs = []
+        for before, route in zip([None, *routes], routes, strict=False):
+            shared = 0 if before is None else len(_common_prefix([before, route]))
+            kept = states.deepest(job.number, route)
+            costs.append(HEAD_IN_BLOCKS + len(route) - max(shared, 0 if kept is None else kept[0]))
+        ends = np.cumsum(costs)
+        piece = np.minimum((ends - 1e-9) * pieces // ends[-1], pieces - 1)
+        parts = (tuple(route for route, at in zip(routes, piece, strict=True) if at == part) for part in range(pieces))
+        divided += [Job(job.number, part) for part in parts if part]
+    return divided
 
 
 def _common_prefix(routes: Sequence[Route]) -> str:

@@ -8,16 +8,19 @@ units whose shallow part was run once starts from there.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
+
+from shallower.engine.routes import PASSED_OVER, Route
 
 Prefix = str  # what the first blocks do, one character each
 
 
 class States:
-    """Hidden states under (batch, prefix). Safe for several threads that work on different batches.
+    """Hidden states under (batch, prefix). Safe for several threads.
 
     When the bytes are used up, a batch gives up its own states that its present visit has no use for, the longest
     unused first. States of other batches stay: taking turns would otherwise throw away what is needed next.
@@ -26,41 +29,50 @@ class States:
     def __init__(self, budget: int) -> None:
         """Hold at most `budget` bytes."""
         self.left = budget
-        self._lock = threading.Lock()
-        self._kept: dict[int, OrderedDict[Prefix, Tensor]] = {}
-        self._wanted: dict[int, set[Prefix]] = {}
+        self._lock = threading.RLock()
+        self._kept: dict[int, OrderedDict[Prefix, Tensor]] = defaultdict(OrderedDict)
+        self._wanted: dict[int, set[Prefix]] = defaultdict(set)
+        self._visits: dict[int, int] = defaultdict(int)
 
-    def begin(self, number: int, routes: Iterable[str], passed_over: str) -> None:
-        """A visit of batch `number` begins that will ask for `routes`: what it can start from is not given up."""
-        kept = self._kept.setdefault(number, OrderedDict())
-        wanted: set[Prefix] = set()
-        for route in routes:
-            for depth in range(len(route), 0, -1):
-                key = route[:depth].rstrip(passed_over)
-                if key in kept:
-                    wanted.add(key)
-                    break
-        self._wanted[number] = wanted
-
-    def get(self, number: int, prefix: Prefix) -> Tensor | None:
-        kept = self._kept.get(number)
-        if kept is None or prefix not in kept:
-            return None
-        kept.move_to_end(prefix)
-        self._wanted[number].add(prefix)
-        return kept[prefix]
-
-    def put(self, number: int, prefix: Prefix, state: Tensor) -> None:
-        """Keep a state if there is room, or room can be made."""
-        kept, wanted = self._kept[number], self._wanted[number]
+    @contextmanager
+    def visit(self, number: int, routes: Iterable[Route]) -> Iterator[None]:
+        """Inside the `with`, batch `number` is asked for `routes`: what they start from is not given up."""
         with self._lock:
+            self._visits[number] += 1
+            for route in routes:
+                self.deepest(number, route)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._visits[number] -= 1
+                if not self._visits[number]:
+                    self._wanted[number].clear()
+
+    def deepest(self, number: int, route: Route, above: int = 0) -> tuple[int, Tensor] | None:
+        """The deepest kept state on the way of `route`, below depth `above`: (depth, state)."""
+        with self._lock:
+            kept = self._kept[number]
+            for depth in range(len(route), above, -1):
+                prefix = route[:depth].rstrip(PASSED_OVER)
+                if prefix in kept:
+                    kept.move_to_end(prefix)
+                    self._wanted[number].add(prefix)
+                    return depth, kept[prefix]
+        return None
+
+    def keep(self, number: int, prefix: Prefix, state: Tensor) -> None:
+        """Keep a state, which is after a block that was run, if there is room or room can be made."""
+        with self._lock:
+            kept, wanted = self._kept[number], self._wanted[number]
+            if prefix in kept:
+                return
             while self.left < state.nbytes and kept:
                 oldest = next(iter(kept))
                 if oldest in wanted:
                     return
                 self.left += kept.pop(oldest).nbytes
-            if self.left < state.nbytes or prefix in kept:
-                return
-            self.left -= state.nbytes
-        kept[prefix] = state
-        wanted.add(prefix)
+            if self.left >= state.nbytes:
+                self.left -= state.nbytes
+                kept[prefix] = state
+                wanted.add(prefix)

@@ -15,7 +15,8 @@ from typing import Protocol
 
 import torch
 
-from shallower.engine.evaluator import Evaluator, Job, Measured
+from shallower.anatomy.dissect import Anatomy
+from shallower.engine.evaluator import Evaluator, Job, Measured, shares
 
 MOST_THREADS = 8  # beyond this Python itself, of which one thread runs at a time, holds them up
 
@@ -68,6 +69,7 @@ class Threads:
             finally:
                 self._idle.put(evaluator)
 
+        jobs = shares(jobs, self._first.states, self.count)
         with ThreadPoolExecutor(
             min(self.count, len(jobs)), "shallower", initializer=torch.set_num_threads, initargs=(share,)
         ) as pool:
@@ -82,12 +84,12 @@ class Threads:
         torch.set_num_threads(whole)  # the number that threads made later begin with
 
 
-def thread_count(evaluator: Evaluator) -> int:
+def thread_count(anatomy: Anatomy, batches: int) -> int:
     """How many threads are best: one a core on a processor, one for an accelerator or a model that is spread out."""
-    model = evaluator.anatomy.model
+    model = anatomy.model
     if model.device.type != "cpu" or getattr(model, "hf_device_map", None):
         return 1
-    return max(1, min(torch.get_num_threads(), MOST_THREADS, len(evaluator.batches)))
+    return max(1, min(torch.get_num_threads(), MOST_THREADS, batches))
 
 
 def free_memory(device: torch.device) -> int:
