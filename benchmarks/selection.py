@@ -1,12 +1,14 @@
 """Time to a plan: ours against the published algorithms written plainly, same model, same tokens, same process.
 
 The reference runs one full forward of the stock model, with its own loss, for every candidate set, as the public tools
-do. Ours asks the engine. Runs alternate; the answers are compared.
+do. It takes 2,048 tokens a forward, as SLEB and EvoPress do, or what `--reference-tokens` says. Ours asks the engine.
+Both compute in the same number format. Runs alternate; the answers are compared.
 
-    python benchmarks/selection.py --text c4.jsonl [--model demo] [--task greedy-blocks] [--json] [--tokens 1024]
+    python benchmarks/selection.py --text c4.jsonl [--model demo] [--task greedy-blocks] [--json] [--tokens 2048]
 
-One line a task: seconds of both, their ratio, tokens read by both, whether the plans are the same, and how much higher
-the calibration loss of our plan is (relative).
+One line a task: seconds of both (medians over --repeats), their ratio, tokens read by both, whether the plans are the
+same, and how much higher the calibration loss of our plan is (relative). Two more tasks show what has no reference:
+`memory` (what the head takes beyond the model at 16 × 2,048 tokens) and `growth` (seconds against calibration tokens).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -54,15 +57,16 @@ class Task:
 class Reference:
     """The plain way: cut the units out of the stock model, run all tokens through all of it, read its own loss."""
 
-    def __init__(self, subject: Subject, text: CalibrationSet) -> None:
+    def __init__(self, subject: Subject, text: CalibrationSet, tokens_a_forward: int) -> None:
         self.anatomy = subject.anatomy
         self.text = text
+        self.sequences = max(1, tokens_a_forward // text.length)
         self.tokens = 0
 
     def loss(self, removed: Removed) -> float:
         total = 0.0
         with self._cut(removed), torch.no_grad():
-            for batch in self.text.batches(max(1, 2048 // self.text.length)):
+            for batch in self.text.batches(self.sequences):
                 output = self.anatomy.model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False)
                 total += float(output.loss) * len(batch.input_ids)
         self.tokens += self.text.input_ids.numel()
@@ -111,22 +115,26 @@ GENERATIONS, OFFSPRING = 12, 16
 
 
 def evopress(reference: Reference, units: Sequence[Unit], count: int) -> Removed:
-    """An EvoPress-like (1 + λ) run (2410.14649) without staged selection: every child on all tokens, nothing
-    remembered.
-    """
-    rng = Random(0)
+    """An EvoPress-like (1 + λ) run (2410.14649): every child on all tokens; only the parent is remembered."""
     budget = _budget(units, count)
-    parent = frozenset(rng.sample(list(units), count))
+    parent = frozenset(Random(0).sample(list(units), count))
     best = reference.loss(parent)
+    rng = Random(0)
     for _ in range(GENERATIONS):
-        for _ in range(OFFSPRING):
-            child = parent
-            for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
-                child = random_exchange(units, budget, child, rng)
-            loss = reference.loss(child)
-            if loss < best:
-                parent, best = child, loss
+        children = [_child(units, budget, parent, rng) for _ in range(OFFSPRING)]
+        losses = [reference.loss(child) for child in children]
+        if min(losses) < best:
+            best = min(losses)
+            parent = children[losses.index(best)]
     return parent
+
+
+def _child(units: Sequence[Unit], budget: Budget, parent: Removed, rng: Random) -> Removed:
+    """Level switches: the smaller of two draws from 1 to 3."""
+    child = parent
+    for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
+        child = random_exchange(units, budget, child, rng)
+    return child
 
 
 TASKS = (
@@ -155,7 +163,12 @@ class Row:
 
 
 def run(
-    task: Task, subject: Subject, text: CalibrationSet, repeats: int, known: dict[str, tuple[float, int, Removed]]
+    task: Task,
+    subject: Subject,
+    text: CalibrationSet,
+    repeats: int,
+    tokens_a_forward: int,
+    known: dict[str, tuple[float, int, Removed]],
 ) -> Row:
     """Time one task; the reference of a task that only differs in racing is run once for both."""
     units = units_of(subject, task.units)
@@ -170,7 +183,7 @@ def run(
         chosen = _ours(task, subject, units, budget, ablator)
         ours.append(time.perf_counter() - start)
         if key not in known or repeats > 1:
-            plain = Reference(subject, text)
+            plain = Reference(subject, text, tokens_a_forward)
             start = time.perf_counter()
             found = task.reference(plain, units, task.remove)
             theirs.append(time.perf_counter() - start)
@@ -211,27 +224,80 @@ def _budget(units: Sequence[Unit], count: int) -> Budget:
     return Budget((Limit("units", float(count), float(len(units)), dict.fromkeys(units, 1.0)),))
 
 
+def head_memory(subject: Subject, source: str) -> Iterator[dict[str, float]]:
+    """Peak of resident memory while 16 sequences of 2,048 tokens are measured, with the head and without.
+
+    No streams are kept between questions, so that what shows is the work itself.
+    """
+    text = build_calibration(source, subject.tokenizer, sequences=16, length=2048)
+    whole = 4 * text.input_ids.numel() * subject.model.get_input_embeddings().num_embeddings / 1e6
+    _peak_megabytes()
+    before = _peak_megabytes()  # resident now: nothing ran since the line above
+    peaks = {}
+    for objective in ("hidden-cosine", "nll"):
+        ablator = Ablator(subject.anatomy, text, objective, memory=0)
+        _peak_megabytes()
+        ablator.losses([frozenset()])
+        peaks[objective] = _peak_megabytes() - before
+    yield {
+        "model_mb": round(before),
+        "above_model_without_head_mb": round(peaks["hidden-cosine"]),
+        "above_model_with_head_mb": round(peaks["nll"]),
+        "logits_in_float32_would_be_mb": round(whole),
+    }
+
+
+def _peak_megabytes() -> float:
+    """Highest resident memory of this process since this was last asked (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1e3
+
+
+def growth(subject: Subject, source: str) -> Iterator[dict[str, float]]:
+    """Seconds of leave-one-out over all blocks as the calibration set doubles."""
+    for sequences in (8, 16, 32, 64):
+        text = build_calibration(source, subject.tokenizer, sequences=sequences, length=64)
+        start = time.perf_counter()
+        Ablator(subject.anatomy, text).losses([frozenset({unit}) for unit in subject.anatomy.of_kind("block")])
+        seconds = time.perf_counter() - start
+        tokens = text.input_ids.numel()
+        yield {"tokens": tokens, "seconds": round(seconds, 2), "microseconds_a_token": round(seconds / tokens * 1e6)}
+
+
+ALONE: dict[str, Callable[[Subject, str], Iterator[dict[str, float]]]] = {"memory": head_memory, "growth": growth}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", required=True, help="calibration text, such as c4.jsonl")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--task", action="append", choices=[task.name for task in TASKS])
+    parser.add_argument("--reference-tokens", type=int, default=2048, help="tokens a forward of the reference takes")
+    parser.add_argument("--dtype", default="auto", help="number format of both sides; auto: what is fastest here")
+    parser.add_argument("--task", action="append", choices=[*(task.name for task in TASKS), *ALONE])
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    subject = open_subject(given.model, dtype="float32")
+    subject = open_subject(given.model, dtype=given.dtype)
+    for name in given.task or ALONE:
+        if name in ALONE:
+            for line in ALONE[name](subject, given.text):
+                print(json.dumps({"task": name, **line}) if given.json else f"{name:24} {line}", flush=True)
     text = build_calibration(given.text, subject.tokenizer, sequences=given.tokens // given.length, length=given.length)
-    Reference(subject, text).loss(frozenset())  # warm-up
+    Reference(subject, text, given.reference_tokens).loss(frozenset())  # warm-up
     if not given.json:
-        print(f"{text.sequences} sequences of {text.length} tokens, float32, {torch.get_num_threads()} threads")
+        print(
+            f"{text.sequences} sequences of {text.length} tokens, {subject.model.dtype}, "
+            f"{torch.get_num_threads()} threads, reference {given.reference_tokens} tokens a forward"
+        )
         print(f"{'task':24} {'ours s':>8} {'plain s':>8} {'ratio':>6} {'tokens':>10} {'plain':>10} same plan  loss gap")
     known: dict[str, tuple[float, int, Removed]] = {}
     for task in TASKS:
         if given.task and task.name not in given.task:
             continue
-        row = run(task, subject, text, given.repeats, known)
+        row = run(task, subject, text, given.repeats, given.reference_tokens, known)
         if given.json:
             print(json.dumps(asdict(row)), flush=True)
         else:

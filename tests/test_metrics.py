@@ -11,7 +11,13 @@ import torch
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
 from shallower.registry import metric, objective
-from shallower.testing.conformance import check_identity_is_lowest, check_metric, sample_text, static_metrics
+from shallower.testing.conformance import (
+    check_identity_is_lowest,
+    check_metric,
+    sample_choices,
+    sample_text,
+    static_metrics,
+)
 from shallower.testing.families import CORE, tiny_model
 from shallower.units import Span, Unit
 from shallower.verbs.score import score
@@ -127,23 +133,32 @@ def test_leave_one_out_is_a_difference_to_the_dense_model():
     from shallower.engine import Ablator
 
     ablator = Ablator(dissect(model), text)
-    found = score(model, "loss", calibration=text).units
-    for unit, value in found.items():
-        assert value == ablator.losses([{unit}])[0] - ablator.dense
+    for row in score(model, "loss", calibration=text).rows:
+        assert row.value == pytest.approx(ablator.losses([{row.of}])[0] - ablator.dense, abs=1e-9)
+        without, dense = ablator.sums([{row.of}, frozenset()])
+        counts, difference = ablator.counts, without - dense
+        spread = difference - row.value * counts
+        expected = math.sqrt((spread**2).sum() * len(counts) / (len(counts) - 1)) / counts.sum()
+        assert row.error == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [method.name for method in objective])
-def test_objectives_are_finite_means_over_tokens(name):
+def test_objectives_are_finite_means_over_tokens_or_questions(name):
     from shallower.engine import Ablator
+    from shallower.engine.scoring import needs_dense, reads_choices
 
     model = tiny_model("llama")
-    text = sample_text(model)
+    text = sample_choices(model) if reads_choices(objective.get(name)) else sample_text(model)
     ablator = Ablator(dissect(model), text, name)
     dense, without = ablator.losses([frozenset(), {Unit(1, "block"), Unit(3, "block")}])
     assert math.isfinite(without)
-    if name != "nll":
+    assert abs(without - dense) > 1e-6
+    if needs_dense(objective.get(name)):
         assert dense == pytest.approx(0, abs=1e-6)
         assert without > 1e-3
+    [sums] = ablator.sums([frozenset()])
+    assert sums.shape == ablator.counts.shape
+    assert sums.sum() / ablator.counts.sum() == dense
 
 
 def test_kl_and_js_against_torch():

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -84,6 +84,20 @@ class Method:
         if unknown:
             raise UnknownName(f"option of {self.kind} {self.name!r}", unknown[0], self.options)
         return {key: self.options[key].parse(text) for key, text in given.items()}
+
+
+def share_options(what: str, methods: Sequence[Method], given: Mapping[str, str]) -> list[dict[str, Any]]:
+    """`--set` texts for several methods at once: to each those that it knows, parsed.
+
+    Raises UnknownName, with the nearest option of `what`, for one that none of them knows.
+    """
+    known = {option for method in methods for option in method.options}
+    for key in given:
+        if key not in known:
+            raise UnknownName(f"option of {what}", key, sorted(known))
+    return [
+        method.parse_options({key: text for key, text in given.items() if key in method.options}) for method in methods
+    ]
 
 
 class Registry:

@@ -103,6 +103,23 @@ Texts = Annotated[
 ]
 Window = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]
 Seed = Annotated[int, Option("--seed", metavar="N", min=0, help="Decides every random choice.")]
+Memory = Annotated[
+    str | None,
+    Option(
+        "--memory",
+        metavar="BYTES",
+        help="What may be kept besides the model: 4GB, 500MB, 4GiB. Default: a quarter of the free memory.",
+    ),
+]
+Workers = Annotated[
+    str | None,
+    Option(
+        "--workers",
+        metavar="WHO",
+        help="Measure with Ray: a number of workers on this machine, auto (the cluster that RAY_ADDRESS names, or that "
+        "runs here) or host:port. Default: threads of this process.",
+    ),
+]
 Device = Annotated[
     str, Option("--device", metavar="DEVICE", help="auto (the best there is), cpu, cuda, cuda:1 or mps.")
 ]

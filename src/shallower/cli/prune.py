@@ -52,6 +52,8 @@ def prune(
     speed: Annotated[bool, Option("--speed/--no-speed", help="Time prefill and decoding before and after.")] = True,
     force: options.Force = False,
     seed: options.Seed = 0,
+    memory: options.Memory = None,
+    workers: options.Workers = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
@@ -70,6 +72,8 @@ def prune(
         "--protect": bool(protect),
         "--set": bool(chosen),
         "--exact": exact,
+        "--memory": memory is not None,
+        "--workers": workers is not None,
     }
     idle = [flag for flag, given in searched.items() if given]
     if plan is not None and remove is None and idle:
@@ -96,6 +100,8 @@ def prune(
         max_windows=windows,
         speed=speed,
         seed=seed,
+        memory=memory,
+        workers=workers,
         force=force,
         device=device,
         dtype=dtype,

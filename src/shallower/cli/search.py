@@ -11,6 +11,7 @@ from shallower.cli import options
 from shallower.cli.output import print_written, require_free
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
+from shallower.resources import parse_memory, parse_workers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,8 @@ def search(
     ] = None,
     force: options.Force = False,
     seed: options.Seed = 0,
+    memory: options.Memory = None,
+    workers: options.Workers = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
@@ -48,6 +51,8 @@ def search(
     from shallower.verbs.subject import open_subject
 
     require_possible(remove, search, objective, metric, chosen)
+    parse_memory(memory)
+    parse_workers(workers)
     subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     plan = run(
         subject,
@@ -64,6 +69,8 @@ def search(
         settings=chosen,
         exact=exact,
         seed=seed,
+        memory=memory,
+        workers=workers,
     )
     if out is not None:
         plan.save(out)

@@ -16,7 +16,7 @@ import hashlib
 import heapq
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from shallower import progress
 from shallower.corpus.bos import Bos, resolve_bos
 from shallower.corpus.calibration import CalibrationSet, SourceRecord, is_saved
 from shallower.corpus.sources import PIECE, Document, Source, open_source, pieces
-from shallower.corpus.specification import Part, in_part, parse_specification
+from shallower.corpus.specification import Part, check_options, in_part, parse_specification, written_out
 from shallower.errors import CorpusError
 from shallower.registry import Option
 
@@ -52,14 +52,7 @@ class BuildOptions:
     max_chars: int = 100_000
 
     def __post_init__(self) -> None:
-        for name, least in (("sequences", 1), ("length", 2), ("seed", 0), ("max_chars", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise CorpusError(f"{name}={value} is too small: it must be at least {least}.")
-        for name in ("bos", "part"):
-            allowed = typing.get_args(_OPTIONS[name].annotation)
-            if getattr(self, name) not in allowed:
-                raise CorpusError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
+        check_options(self, _OPTIONS, {"sequences": 1, "length": 2, "seed": 0, "max_chars": 1})
 
 
 _OPTIONS: Mapping[str, Option] = {
@@ -110,10 +103,10 @@ def build_calibration(
     with progress.task(f"tokens of {source.name}", total=options.sequences) as step:
         rows = _rows(excerpts, tokenizer, options, ledger, step)
     _require_enough(rows, parsed.source, options)
-    ids = torch.tensor([row + [_pad(tokenizer)] * (options.length - len(row)) for row in rows], dtype=torch.int64)
+    ids = torch.tensor([row + [pad_id(tokenizer)] * (options.length - len(row)) for row in rows], dtype=torch.int64)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(options.length)[None, :] < lengths[:, None]).to(torch.int64)
-    return CalibrationSet(_written_out(parsed.source, options), ids, mask, ledger.records())
+    return CalibrationSet(written_out(parsed.source, options), ids, mask, ledger.records())
 
 
 @dataclass(frozen=True)
@@ -265,16 +258,10 @@ def _fewer(whole: int) -> str:
     return f"sequences={whole}, " if whole else ""
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills a short row up; the mask hides it, so any token will do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None)
-
-
-def _written_out(source: str, options: BuildOptions) -> str:
-    def text(value: object) -> str:
-        return str(value).lower() if isinstance(value, bool) else str(value)
-
-    return f"{source}?" + "&".join(f"{name}={text(value)}" for name, value in asdict(options).items())
 
 
 def _saved(folder: Path, options: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> CalibrationSet:
@@ -283,11 +270,15 @@ def _saved(folder: Path, options: Mapping[str, str], tokenizer: PreTrainedTokeni
             f"{folder} is a finished calibration set, so {', '.join(options)} cannot be changed: leave options out."
         )
     loaded = CalibrationSet.load(folder)
+    require_vocabulary(loaded, folder, tokenizer)
+    return loaded
+
+
+def require_vocabulary(loaded: CalibrationSet, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises CorpusError when a set loaded from `folder` has ids that the tokenizer does not have."""
     highest = int(loaded.input_ids.max())
     if highest >= len(tokenizer):
         raise CorpusError(
             f"{folder} has the token id {highest}, but this model's tokenizer ends at {len(tokenizer) - 1}: the "
-            "set was made for "
-            f"another model. Build it again from {loaded.spec!r}."
+            f"set was made for another model. Build it again from {loaded.spec!r}."
         )
-    return loaded

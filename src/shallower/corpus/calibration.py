@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,13 +22,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from shallower.corpus.answers import Answers
 from shallower.errors import CorpusError, OutputError
 from shallower.plan import CalibrationIdentity
 from shallower.strict_json import key_faults, write_json
 
-FORMAT = "shallower.calibration/1"
 MANIFEST = "manifest.json"
 TENSORS = "calibration.safetensors"
+
+Set = TypeVar("Set", bound="CalibrationSet")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,14 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some sequences. input_ids: int64 [n, length]. attention_mask: int64 [n, length] of 0 and 1, None if all are 1."""
+    """Some sequences. input_ids: int64 [n, length]. attention_mask: int64 [n, length] of 0 and 1, None if all are 1.
+
+    answers: for sequences that are choices of questions, always all of a question.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor | None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +67,8 @@ class CalibrationSet:
     input_ids: Tensor
     attention_mask: Tensor | None
     sources: tuple[SourceRecord, ...] = ()
+
+    format: ClassVar[str] = "shallower.calibration/1"
 
     def __post_init__(self) -> None:
         ids, mask = self.input_ids, self.attention_mask
@@ -100,10 +108,14 @@ class CalibrationSet:
     @cached_property
     def digest(self) -> str:
         """`sha256:…` of the shapes and bytes of ids and mask (little-endian int64)."""
-        total = hashlib.sha256(f"{FORMAT} {self.sequences}x{self.length}".encode())
-        for tensor in (self.input_ids, self.attention_mask):
+        total = hashlib.sha256(f"{self.format} {self.sequences}x{self.length}".encode())
+        for tensor in self._contents().values():
             total.update(b"none" if tensor is None else tensor.contiguous().numpy().astype("<i8", copy=False).tobytes())
         return f"sha256:{total.hexdigest()}"
+
+    def _contents(self) -> dict[str, Tensor | None]:
+        """What the digest is of, and what is saved."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     @property
     def identity(self) -> CalibrationIdentity:
@@ -126,7 +138,7 @@ class CalibrationSet:
     def to_json(self) -> dict[str, Any]:
         """The manifest."""
         return {
-            "format": FORMAT,
+            "format": self.format,
             "spec": self.spec,
             "sequences": self.sequences,
             "length": self.length,
@@ -141,9 +153,7 @@ class CalibrationSet:
         Raises OutputError when it cannot be written.
         """
         folder = Path(folder)
-        tensors = {"input_ids": self.input_ids.contiguous()}
-        if self.attention_mask is not None:
-            tensors["attention_mask"] = self.attention_mask.contiguous()
+        tensors = {name: tensor.contiguous() for name, tensor in self._contents().items() if tensor is not None}
         temporary = folder / f".{TENSORS}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +168,7 @@ class CalibrationSet:
         write_json(folder / MANIFEST, self.to_json())
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> CalibrationSet:
+    def load(cls: type[Set], folder: str | os.PathLike[str]) -> Set:
         """Read a saved set, byte for byte.
 
         Raises CorpusError when files are missing or malformed, or the digest is not that of the manifest.
@@ -169,7 +179,11 @@ class CalibrationSet:
             tensors = load_tensors((folder / TENSORS).read_bytes())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
             raise CorpusError(f"{folder} cannot be read as a calibration set: {error}.") from None
-        return _from_files(folder, manifest, tensors)
+        return _from_files(cls, folder, manifest, tensors)
+
+    @classmethod
+    def _made(cls: type[Set], spec: str, tensors: Mapping[str, Tensor], sources: tuple[SourceRecord, ...]) -> Set:
+        return cls(spec, tensors["input_ids"], tensors.get("attention_mask"), sources)
 
 
 def is_saved(folder: str | os.PathLike[str]) -> bool:
@@ -177,11 +191,11 @@ def is_saved(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / MANIFEST).is_file() and (Path(folder) / TENSORS).is_file()
 
 
-def _from_files(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CalibrationSet:
+def _from_files(kind: type[Set], folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Set:
     where = str(folder / MANIFEST)
     faults = key_faults(where, manifest, ("format", "spec", "sequences", "length", "tokens", "digest", "sources"))
-    if manifest.get("format") != FORMAT:
-        faults.insert(0, f"{where} has format {manifest.get('format')!r}, not {FORMAT!r}")
+    if manifest.get("format") != kind.format:
+        faults.insert(0, f"{where} has format {manifest.get('format')!r}, not {kind.format!r}")
     for number, source in enumerate(manifest.get("sources", ())):
         faults += key_faults(f"{where}, source {number}", source, ("name", "sha256", "documents"))
     if "input_ids" not in tensors:
@@ -189,7 +203,7 @@ def _from_files(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str,
     if faults:
         raise CorpusError("; ".join(faults) + ".")
     sources = tuple(SourceRecord(**source) for source in manifest["sources"])
-    loaded = CalibrationSet(manifest["spec"], tensors["input_ids"], tensors.get("attention_mask"), sources)
+    loaded = kind._made(manifest["spec"], tensors, sources)
     if loaded.digest != manifest["digest"]:
         raise CorpusError(
             f"{folder} was changed after it was saved: its digest is {loaded.digest}, the manifest says "

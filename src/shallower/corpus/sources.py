@@ -150,7 +150,7 @@ def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
             raise CorpusError(f"{path} is plain text and has no field {field!r}: leave #{field} out.")
         texts = pieces((line for _, line in text_lines(path)), PIECE)
     else:
-        texts = (_text_of(record, field, f"{path}, line {number}") for number, record in _records(path))
+        texts = (_text_of(record, field, f"{path}, line {number}") for number, record in json_records(path))
     documents = (Document(text, f"{name}:{number}", name) for number, text in enumerate(texts))
     return _not_empty(documents, str(path))
 
@@ -176,7 +176,11 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Objects of a .jsonl file with their lines, numbered from 1; empty lines are passed over.
+
+    Raises CorpusError for a line that is not a JSON object, and as `text_lines` does.
+    """
     for number, line in text_lines(path):
         if not line.strip():
             continue

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 from shallower.errors import CorpusError, UnknownName
+from shallower.registry import Option
 
 Part = Literal["all", "train", "held-out"]
 
@@ -44,6 +45,27 @@ def parse_specification(text: str, known: Iterable[str]) -> Specification:
             )
         options[name] = value.strip()
     return Specification(source, options)
+
+
+def check_options(options: Any, known: Mapping[str, Option], least: Mapping[str, int]) -> None:
+    """Raises CorpusError when an option is below its least value, or is not one of its choices."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value < smallest:
+            raise CorpusError(f"{name}={value} is too small: it must be at least {smallest}.")
+    for name, option in known.items():
+        allowed = get_args(option.annotation) if get_origin(option.annotation) is Literal else ()
+        if allowed and getattr(options, name) not in allowed:
+            raise CorpusError(f"{name}={getattr(options, name)!r} is not one of {', '.join(allowed)}.")
+
+
+def written_out(source: str, options: Any) -> str:
+    """The specification with every option, those that were not given, too."""
+
+    def text(value: object) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    return f"{source}?" + "&".join(f"{name}={text(value)}" for name, value in vars(options).items())
 
 
 def in_part(text: str, part: Part) -> bool:

@@ -8,7 +8,7 @@ question to the next, results on disk, and candidates that are clearly worse are
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,22 @@ from numpy.typing import NDArray
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import CalibrationSet
+from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Order
 from shallower.engine.memo import Memo, context_key
 from shallower.engine.race import FEWEST_SEQUENCES, Racing, survivors
 from shallower.engine.routes import Route, route_of
+from shallower.engine.scoring import reads_choices
 from shallower.engine.states import States
+from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import prove
-from shallower.engine.workers import Threads, Workers, free_memory, thread_count
+from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Threads, Workers, free_memory, thread_count
+from shallower.errors import CorpusError
 from shallower.registry import objective as objectives
 from shallower.units import Unit
 
 TOKENS_A_BATCH = {"cpu": 512}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
-SHARE_OF_FREE_MEMORY = 0.25
 
 
 @dataclass
@@ -66,20 +69,30 @@ class Ablator:
         fingerprint: str = "",
         memory: int | None = None,
         order: Order | None = None,
-        workers: int | Workers | None = None,
+        workers: int | Callable[[Evaluator], Workers] | None = None,
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. `memo` needs the model's `fingerprint`.
 
         memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
         order: how the tree is walked, by default what is faster on the device. workers: how many threads measure, or
-        who does; by default one a core.
+        what makes those who do of an evaluator to copy; by default a thread a core.
 
-        Raises UnknownName for an unknown objective and ModelError when replay does not reproduce the model.
+        Raises UnknownName for an unknown objective, CorpusError when it reads choices and `calibration` has none, and
+        ModelError when replay does not reproduce the model.
         """
         self.anatomy = anatomy
         self.calibration = calibration
         self.objective = objectives.get(objective)
         self.options = dict(options or {})
+        self._questions: int | None = None
+        if reads_choices(self.objective):
+            if not isinstance(calibration, ChoiceSet):
+                raise CorpusError(
+                    f"objective {objective!r} reads multiple-choice questions, but {calibration.spec} is text: "
+                    "calibrate on a .jsonl file of questions with choices and gold, or take another objective, such as "
+                    "nll."
+                )
+            self._questions = calibration.questions
         self.racing = racing
         self.spent = Spent()
         device = anatomy.model.device
@@ -89,19 +102,17 @@ class Ablator:
         prove(anatomy, self._batches[0])
         if memory is None:
             memory = int(free_memory(device) * SHARE_OF_FREE_MEMORY)
-        if workers is None or isinstance(workers, int):
-            threads = workers or thread_count(anatomy, len(self._batches))
-            evaluator = Evaluator(
-                anatomy,
-                self._batches,
-                self.objective,
-                self.options,
-                states=States(memory // 2),
-                memory=memory // 2 // threads,
-                order=order,
-            )
-            workers = Threads(evaluator, threads)
-        self._workers: Workers = workers
+        threads = workers if isinstance(workers, int) else thread_count(anatomy, len(self._batches))
+        evaluator = Evaluator(
+            anatomy,
+            self._batches,
+            self.objective,
+            self.options,
+            states=States(memory // 2),
+            memory=memory // 2 // threads,
+            order=order,
+        )
+        self._workers: Workers = workers(evaluator) if callable(workers) else Threads(evaluator, threads)
         self._memo = memo
         self._context = context_key(
             {
@@ -115,6 +126,10 @@ class Ablator:
         )
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._context) if memo else {}
 
+    def close(self) -> None:
+        """Let workers in other processes go; what was measured can still be asked for."""
+        self._workers.close()
+
     @property
     def dense(self) -> float:
         """The objective of the dense model."""
@@ -122,14 +137,18 @@ class Ablator:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Scored tokens of each calibration sequence, int64 [sequences]: those that have a real next token."""
+        """What each item weighs in the mean, int64 [items]: a sequence the tokens of it that have a real next token, a
+        question 1.
+        """
+        if self._questions is not None:
+            return np.ones(self._questions, dtype=np.int64)
         mask = self.calibration.attention_mask
         if mask is None:
             return np.full(self.calibration.sequences, self.calibration.length - 1, dtype=np.int64)
         return mask[:, 1:].sum(1).numpy().astype(np.int64)
 
     def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
-        """The objective, a mean over tokens, of the model without each candidate's units. Lower is better.
+        """The objective, a mean over tokens or questions, of the model without each candidate's units. Lower is better.
 
         keep: only the `keep` best matter. With racing on, candidates that are clearly not among them are dropped after
         a part of the text and come back as infinity; the others are then comparable among themselves, measured on the
@@ -140,8 +159,16 @@ class Ablator:
         tokens = int(self.counts.sum())
         return [_finite(float(sums.sum()) / tokens) for sums in self.sums(candidates)]
 
+    def differences(self, candidates: Sequence[Collection[Unit]]) -> list[tuple[float, float | None]]:
+        """For each candidate how much higher its objective is than the dense model's, and the standard error of that
+        over sequences or questions, which were the same for both; None for a single one.
+        """
+        dense, *without = self.sums([frozenset(), *candidates])
+        return [mean_and_error(sums - dense, self.counts) for sums in without]
+
     def sums(self, candidates: Sequence[Collection[Unit]]) -> list[NDArray[np.float64]]:
-        """For each candidate the objective summed over the tokens of each sequence, float64 [sequences].
+        """For each candidate the objective summed over the tokens of each sequence, or that of each question: float64
+        [items].
 
         Raises BudgetError when a candidate names a unit that the model does not have.
         """
@@ -160,15 +187,17 @@ class Ablator:
     def _race(self, routes: list[Route], keep: int, racing: Racing) -> list[float]:
         """Losses of the survivors on what was measured, infinity for the rest."""
         running = list(dict.fromkeys(routes))
-        self.spent.exhaustive += len(running) * self.calibration.input_ids.numel()
+        self.spent.exhaustive += len(running) * sum(batch.input_ids.numel() for batch in self._batches)
         total = len(self._batches)
         measured = 0
         with progress.task(f"racing {len(running)} candidates", len(running) * total) as step:
             while measured < total and len(running) > keep:
-                upto = min(total, max(measured + self._workers.count, self._first_look))
+                upto = min(total, max(measured + 1, self._first_look))
                 self._measure(running, range(measured, upto), step)
                 measured = upto
                 sums = np.stack([self._joined(route, measured) for route in running])
+                if self._questions is not None and np.isin(sums, (0, 1)).all():
+                    continue  # right or wrong: a few equal answers have no spread, which is not certainty
                 alive = survivors(sums, self.counts[: sums.shape[1]], keep, racing)
                 step(int((~alive).sum()) * (total - measured))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]
@@ -181,7 +210,9 @@ class Ablator:
     @property
     def _first_look(self) -> int:
         """Batches that a race reads before anyone can be dropped."""
-        return -(-FEWEST_SEQUENCES // len(self._batches[0].input_ids))
+        answers = self._batches[0].answers
+        items = len(self._batches[0].input_ids) if self._questions is None or answers is None else answers.questions
+        return -(-FEWEST_SEQUENCES // items)
 
     def _joined(self, route: Route, batches: int) -> NDArray[np.float64]:
         return np.concatenate([self._measured[route, number] for number in range(batches)])

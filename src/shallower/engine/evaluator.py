@@ -121,7 +121,7 @@ class Evaluator:
                 else (self._walk(job.number, replay, "", replay.entry, list(job.routes)))
             )
             for route, hidden in walk:
-                sums[route] = scorer(hidden).double().sum(1).cpu().numpy()
+                sums[route] = scorer(hidden).numpy()
                 tick()
             tokens = replay.batch.input_ids.numel() * len(sums)
             return Measured(job, sums, tokens, self._block_tokens)
@@ -132,9 +132,10 @@ class Evaluator:
             for other in [key for key in self._traces if key[0] != number]:
                 del self._traces[other]
             batch = self.batches[number]
-            mask = batch.attention_mask
-            copies = Batch(batch.input_ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
-            self._traces[number, times] = trace(self.anatomy, copies)
+            if times > 1:
+                mask = batch.attention_mask
+                batch = Batch(batch.input_ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
+            self._traces[number, times] = trace(self.anatomy, batch)
         return self._traces[number, times]
 
     def _walk(

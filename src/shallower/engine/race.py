@@ -13,20 +13,21 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 FEWEST_SEQUENCES = 4  # below this the spread of differences is not worth estimating
+PRIOR_DEGREES = 8  # how many degrees of freedom the candidates' common spread counts for against a candidate's own
 
 
 @dataclass(frozen=True)
 class Racing:
     """How races are run.
 
-    error: probability that a race drops a candidate that belongs to the best. Each look at the sums is corrected for
-    the candidates still running (Bonferroni); that this also covers looking many times is held by simulated races in
+    error: probability that what a race chooses is worse than the best by more than `tie`. Each look at the sums is
+    corrected for the candidates still running; that this also covers looking many times is held by simulated races in
     the tests.
-    tie: candidates whose losses differ by less than this share of the loss count as equal.
+    tie: a candidate that cannot be ahead by more than this share of the loss may go.
     """
 
     error: float = 0.05
-    tie: float = 0.0005
+    tie: float = 0.002
 
 
 def survivors(sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, racing: Racing) -> NDArray[np.bool_]:
@@ -35,23 +36,33 @@ def survivors(sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, r
     sums: float64 [candidates, sequences], the objective summed over each sequence measured so far. counts: int64
     [sequences], its tokens. Returns bool [candidates].
 
-    A candidate is dropped when its paired difference to the `keep`-th best is positive beyond doubt: its lower
-    confidence bound (Student's t over sequences) is above zero. When a bound cannot tell two apart but both are equal
-    within `racing.tie`, the one that is ahead stays.
+    A candidate is dropped when the lower confidence bound of its paired difference to the `keep`-th best says that it
+    cannot be better by more than the tie (Student's t over sequences). After a few sequences a variance is a poor
+    estimate, so each is drawn towards the median of all (a moderated t, as in the analysis of gene expression). The
+    correction counts the candidates still running, and is repeated when some have gone (Holm's step-down).
     """
-    candidates, sequences = sums.shape
-    if candidates <= keep or sequences < FEWEST_SEQUENCES:
-        return np.ones(candidates, dtype=bool)
+    alive = np.asarray(np.isfinite(sums).all(axis=1))  # an overflow is as bad as can be
+    sequences = sums.shape[1]
+    if alive.sum() <= keep or sequences < FEWEST_SEQUENCES:
+        return alive if alive.sum() >= keep else np.ones(len(sums), dtype=bool)
+    if not alive.all():
+        alive[alive] = survivors(sums[alive], counts, keep, racing)
+        return alive
     tokens = counts.sum()
     order = np.argsort(sums.sum(1), kind="stable")
     mark = sums[order[keep - 1]]
     difference = (sums - mark).sum(1) / tokens
-    centred = (sums - mark) - difference[:, None] * counts
-    error = np.sqrt((centred**2).sum(1) * sequences / (sequences - 1)) / tokens
-    bound = float(student.ppf(1 - racing.error / candidates, sequences - 1)) * error
-    worse = difference - bound > 0
-    equal = np.abs(difference) + bound < racing.tie * abs(mark.sum() / tokens)
-    ahead = np.zeros(candidates, dtype=bool)
+    variance = ((sums - mark - difference[:, None] * counts) ** 2).sum(1) / (sequences - 1)
+    freedom = sequences - 1 + PRIOR_DEGREES
+    moderated = (PRIOR_DEGREES * np.median(variance[order[keep:]]) + (sequences - 1) * variance) / freedom
+    error = np.sqrt(moderated * sequences) / tokens
+    tie = racing.tie * abs(mark.sum() / tokens)
+    ahead: NDArray[np.bool_] = np.zeros(len(sums), dtype=bool)
     ahead[order[:keep]] = True
-    alive: NDArray[np.bool_] = ahead | ~(worse | equal)
+    while (rivals := int(alive.sum()) - keep) > 0:
+        bound = difference - float(student.ppf(1 - racing.error / rivals, freedom)) * error
+        left = ahead | (alive & (bound <= -tie))
+        if left.sum() == alive.sum():
+            break
+        alive = left
     return alive

@@ -1,4 +1,6 @@
-"""From the stream that leaves the last block to one number a token: what an objective asks for, and no more.
+"""From the stream that leaves the last block to one number an item: what an objective asks for, and no more.
+
+An item is a sequence, whose value is a sum over tokens, or a question, for an objective that reads choices.
 
 An objective's parameters say what it reads:
 
@@ -6,6 +8,8 @@ An objective's parameters say what it reads:
     log_normalizer, target_logits      from chunks of the vocabulary
     dense_mean_logit, dense_entropy    the same, with the dense model's probabilities
     logits, dense_logits, targets      whole rows of logits, a few at a time
+    log_likelihoods, tokens,           of the choices of questions, from chunks of the vocabulary
+    bytes, gold
 """
 
 from __future__ import annotations
@@ -16,17 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shallower.corpus.answers import Answers
 from shallower.engine.head import ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
 from shallower.engine.trace import Trace
 from shallower.registry import Method
 
 STREAM = frozenset({"hidden", "dense_hidden"})
 REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
+CHOICES = frozenset({"log_likelihoods", "tokens", "bytes", "gold"})
 
 
 def needs_dense(objective: Method) -> bool:
     """Whether the objective compares with the dense model."""
     return any(name.startswith("dense_") for name in objective.parameters)
+
+
+def reads_choices(objective: Method) -> bool:
+    """Whether the objective judges answers to questions, one value a question, rather than text."""
+    return bool(CHOICES & set(objective.parameters))
 
 
 class Scorer:
@@ -49,8 +60,9 @@ class Scorer:
         self.options = dict(options)
         self.head = head
         self.trace = trace
-        self.asked = frozenset(objective.parameters)
-        self.scored = scored_positions(trace)
+        self.answers = trace.batch.answers if reads_choices(objective) else None
+        self.asked = frozenset(objective.parameters if self.answers is None else ("log_normalizer", "target_logits"))
+        self.scored = scored_positions(trace, self.answers)
         ids = trace.batch.input_ids.to(trace.entry.device)
         self.targets = ids[:, 1:][self.scored]
         self.vocabulary: int = trace.anatomy.model.get_input_embeddings().num_embeddings
@@ -61,10 +73,27 @@ class Scorer:
         self._kept_distribution: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """The objective at every position that has a real next token; zero elsewhere.
+        """The objective summed over the tokens of each sequence, or of each question: float64 [items].
 
-        hidden: the stream leaving the last block of a candidate [sequences, length, hidden]. Returns float32
-        [sequences, length - 1].
+        hidden: the stream leaving the last block of a candidate [sequences, length, hidden].
+        """
+        sums = self._at_tokens(hidden).double().sum(1).cpu()
+        return sums if self.answers is None else self._of_questions(sums, self.answers)
+
+    def _of_questions(self, log_likelihoods: Tensor, answers: Answers) -> Tensor:
+        supply = {
+            "log_likelihoods": answers.table(log_likelihoods, -torch.inf),
+            "tokens": answers.table(self.scored.double().sum(1).cpu(), 1),
+            "bytes": answers.table(answers.bytes.double(), 1),
+            "gold": answers.table(answers.gold.double(), 0).argmax(1),
+        }
+        given = {name: supply[name] for name in self.objective.parameters}
+        result: Tensor = self.objective.function(**given, **self.options)
+        return result
+
+    def _at_tokens(self, hidden: Tensor) -> Tensor:
+        """The objective at every position that is scored, zero elsewhere: float32 [sequences, length - 1]. Of choices,
+        the log-likelihood.
         """
         values = torch.zeros(self.scored.shape, dtype=torch.float32, device=hidden.device)
         if self.asked <= STREAM:
@@ -79,6 +108,11 @@ class Scorer:
         return values
 
     def _function(self, **supply: Tensor | None) -> Tensor:
+        if self.answers is not None:
+            target_logits, log_normalizer = supply["target_logits"], supply["log_normalizer"]
+            assert target_logits is not None
+            assert log_normalizer is not None
+            return target_logits - log_normalizer
         given = {name: supply[name] for name in self.objective.parameters}
         result: Tensor = self.objective.function(**given, **self.options)
         return result
@@ -185,10 +219,10 @@ class Scorer:
         return lambda part: head.logits(inputs[part])
 
 
-def scored_positions(trace: Trace) -> Tensor:
-    """Where a next token exists and is real: bool [sequences, length - 1]."""
+def scored_positions(trace: Trace, answers: Answers | None = None) -> Tensor:
+    """Where a next token exists and is real, and is part of a choice if there are `answers`: bool [sequences, length -
+    1].
+    """
     ids, mask = trace.batch.input_ids, trace.batch.attention_mask
-    device = trace.entry.device
-    if mask is None:
-        return torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool, device=device)
-    return (mask[:, 1:] * mask[:, :-1]).bool().to(device)
+    real = torch.ones_like(ids[:, 1:]).bool() if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
+    return (real if answers is None else real & answers.choice[:, 1:]).to(trace.entry.device)

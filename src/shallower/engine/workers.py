@@ -18,16 +18,22 @@ import torch
 from shallower.anatomy.dissect import Anatomy
 from shallower.engine.evaluator import Evaluator, Job, Measured, shares
 
+SHARE_OF_FREE_MEMORY = 0.25  # for what the engine keeps besides the model, unless told
 MOST_THREADS = 8  # beyond this Python itself, of which one thread runs at a time, holds them up
 
 
 class Workers(Protocol):
     """Runs jobs, in any order and on anything."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """How many jobs run at a time."""
 
     def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
         """Yield each job's result when it is there; `tick` is called for each route that is done."""
+
+    def close(self) -> None:
+        """Let go of what was started for `run`. Nothing runs afterwards."""
 
 
 class _Stopped(Exception):
@@ -82,6 +88,9 @@ class Threads:
                 for future in waiting:
                     future.cancel()
         torch.set_num_threads(whole)  # the number that threads made later begin with
+
+    def close(self) -> None:
+        """Threads live only as long as `run`."""
 
 
 def thread_count(anatomy: Anatomy, batches: int) -> int:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from shallower.registry import metric
 from shallower.units import Unit
 
+Differences = Callable[[Sequence[frozenset[Unit]]], list[tuple[float, float | None]]]
+
 
 @metric("loss", source="arXiv:2402.02834")
-def loss(units: Sequence[Unit], losses: Callable[[Sequence[frozenset[Unit]]], list[float]]) -> dict[Unit, float]:
+def loss(units: Sequence[Unit], differences: Differences) -> dict[Unit, tuple[float, float | None]]:
     """Leave-one-out: the objective without a unit, minus the objective of the dense model."""
-    dense, *without = losses([frozenset(), *(frozenset({unit}) for unit in units)])
-    return {unit: value - dense for unit, value in zip(units, without, strict=True)}
+    return dict(zip(units, differences([frozenset({unit}) for unit in units]), strict=True))

@@ -16,7 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shallower.anatomy.dissect import dissect, substitutes
+from shallower.corpus.answers import Answers
 from shallower.corpus.calibration import CalibrationSet
+from shallower.corpus.choices import ChoiceSet
 from shallower.registry import metric as metrics
 from shallower.scores import Scores
 from shallower.units import Unit
@@ -34,6 +36,19 @@ def sample_text(model: PreTrainedModel, *, sequences: int = 6, length: int = 24,
         mask[1, length // 2 :] = 0
         mask[-1, length - 3 :] = 0
     return CalibrationSet("random", ids, mask, ())
+
+
+def sample_choices(model: PreTrainedModel, *, questions: int = 5, length: int = 16) -> ChoiceSet:
+    """Questions of random token ids for a tiny model, with two and three choices, and choices of unequal length."""
+    question = torch.tensor([number for number in range(questions) for _ in range(2 + number % 2)])
+    text = sample_text(model, sequences=len(question), length=length)
+    tokens = torch.full((len(question),), length) if text.attention_mask is None else text.attention_mask.sum(1)
+    positions = torch.arange(length)[None, :]
+    choice = (positions >= tokens[:, None] - 2 - question[:, None] % 3) & (positions < tokens[:, None])
+    gold = torch.cat([torch.ones(1, dtype=torch.bool), question.diff().bool()])  # the first
+    return ChoiceSet(
+        "random", text.input_ids, text.attention_mask, answers=Answers(choice, question, gold, choice.sum(1) * 3)
+    )
 
 
 def with_identity_block(model: PreTrainedModel, index: int) -> PreTrainedModel:

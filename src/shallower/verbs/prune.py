@@ -30,6 +30,7 @@ from shallower.registry import metric as metrics
 from shallower.reporting.data import ReportData, Side
 from shallower.reporting.page import render
 from shallower.reporting.wording import plural
+from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import cut, require_free, require_ordinary, save
 from shallower.units import Unit
@@ -77,6 +78,8 @@ def prune(
     speed: bool = True,
     seed: int = 0,
     force: bool = False,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -84,8 +87,8 @@ def prune(
     """Choose what to remove (or take a plan), cut it out, measure before and after, and write a checkpoint with its
     report.
 
-    remove, search, objective, metric, units, protect, settings, exact: as for `search`. plan: apply this plan and
-    search nothing.
+    remove, search, objective, metric, units, protect, settings, exact, memory, workers: as for `search`.
+    plan: apply this plan and search nothing.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. speed: also time prefill and
     decoding.
@@ -99,6 +102,7 @@ def prune(
         )
     if remove is not None:
         require_possible(remove, search, objective, metric, settings)
+    memory, workers = parse_memory(memory), parse_workers(workers)
     if out is not None:
         require_free(out, force=force)
     clock = _Clock()
@@ -111,7 +115,7 @@ def prune(
         if remove is not None:
             resolve(subject, remove, search, units=units, protect=protect)
     with clock("calibration text"):
-        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
+        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
         contents = contents or _held_out(calibration)
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, text, seed)
@@ -131,6 +135,8 @@ def prune(
                 settings=settings,
                 exact=exact,
                 seed=seed,
+                memory=memory,
+                workers=workers,
             )
     smaller = _cut(subject, given.removed)
     if out is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,11 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import StreamStatistic, stream_scores
 from shallower.errors import UserError
 from shallower.plan import MadeBy
-from shallower.registry import Method
+from shallower.registry import Method, share_options
 from shallower.registry import metric as metrics
+from shallower.registry import objective as objectives
+from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Score, Scores
-from shallower.units import Unit
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
 
@@ -36,6 +38,8 @@ def score(
     length: int = 128,
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -44,23 +48,39 @@ def score(
 
     units: `block`, `attn`, `mlp`, `sublayer` or `all`. spans: also score every span of blocks (default: where the
     metric's paper does). positions: which tokens a stream metric averages over (`auto`: as in the metric's paper).
-    settings: options of the metric as text. objective: what an adaptive metric asks.
+    settings: options of the metric, and of the objective, as text. objective: what an adaptive metric asks.
+    memory: bytes that an adaptive metric may keep besides the model (`4GB`; default: a quarter of what is free).
+    workers: how many Ray workers measure it, or the address of a Ray cluster (default: threads of this process).
 
     Raises UnknownName for an unknown metric or option, ModelError and CorpusError for a model or text that cannot be
     used.
     """
     method = metrics.get(metric)
-    options = method.parse_options(settings or {})
+    adaptive = bool({"losses", "differences"} & set(method.parameters))
+    methods = [method, *([objectives.get(objective)] if adaptive else [])]
+    what = " or ".join(f"{asked.kind} {asked.name!r}" for asked in methods)
+    options, *judged = share_options(what, methods, settings or {})
+    memory, workers = parse_memory(memory), parse_workers(workers)
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     wanted = units_of(subject, units)
-    text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
-    adaptive = "losses" in method.parameters
+    text = calibrate(
+        subject,
+        calibration,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        objective=objective if adaptive else "nll",
+    )
     if adaptive:
         if spans:
             raise UserError(
                 f"metric {metric!r} has no span scores; use a metric of the stream, such as angular or cosine."
             )
-        rows = _adaptive(subject, method, options, wanted, text, objective)
+        with closing(make_ablator(subject, text, objective, *judged, memory=memory, workers=workers)) as ablator:
+            supply = {"units": wanted, "losses": ablator.losses, "differences": ablator.differences}
+            found = method.function(**{name: supply[name] for name in method.parameters}, **options)
+        rows = tuple(Score(unit, *found[unit]) for unit in wanted)
+        options = {**judged[0], **options}
     else:
         statistic = stream_statistic(method, options, spans=spans, positions=positions)
         [rows] = stream_scores(subject.anatomy, text, [statistic], wanted)
@@ -75,16 +95,3 @@ def stream_statistic(
     """A stream metric with its paper's positions and spans, unless told otherwise."""
     chosen = method.traits.get("positions", "all") if positions == "auto" else positions
     return StreamStatistic(method, options, chosen, bool(method.traits.get("spans")) if spans is None else spans)
-
-
-def _adaptive(
-    subject: Subject,
-    method: Method,
-    options: Mapping[str, Any],
-    units: Sequence[Unit],
-    text: CalibrationSet,
-    objective: str,
-) -> tuple[Score, ...]:
-    ablator = make_ablator(subject, text, objective)
-    values = method.function(units, ablator.losses, **options)
-    return tuple(Score(unit, values[unit]) for unit in units)

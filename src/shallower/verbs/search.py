@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from shallower import progress
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing
-from shallower.errors import BudgetError, UnknownName, UserError
+from shallower.errors import BudgetError, UserError
 from shallower.plan import MadeBy, PruningPlan
-from shallower.registry import Method
+from shallower.registry import Method, share_options
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
+from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.units import Unit, require_distinct
 from shallower.verbs.score import score
@@ -47,6 +49,8 @@ def search(
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
     seed: int = 0,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -56,30 +60,39 @@ def search(
     remove: a number of units (`6`), a share of the parameters in blocks (`20%`), of another quantity (`33%:kv_bytes`),
     several of these, or the units themselves (`block.13-18`), for which nothing is searched. protect: blocks that stay,
     such as `first:4,last:2`.
-    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead. settings:
-    options of the search as text. search: one, or several that improve on each other (`greedy,swap`). exact: measure
-    every candidate on all of the text, instead of dropping those that are clearly worse after a part of it.
+    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead.
+    settings: options of the search and of the objective as text. search: one, or several that improve on each other
+    (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
+    after a part of it.
+    memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
+    many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
 
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says.
     """
     require_possible(remove, search, objective, metric, settings)
-    stages = _stages(search, settings or {})
+    memory, workers = parse_memory(memory), parse_workers(workers)
+    stages, judged = _stages(search, objective, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, protect=protect)
-    text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed)
-    ablator = make_ablator(subject, text, objective, racing=None if exact else Racing())
+    text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+    racing = None if exact else Racing()
     name, ranked_by = None, None
-    if request.budget is None:
-        order = list(request.units)
-    else:
-        name = search
-        ranking = _ranking(subject, stages, metric, scores, units, objective, text, seed)
-        ranked_by = ranking.metric if ranking else None
-        order = removal_order(run_search(stages, request.units, request.budget, ablator, ranking, seed), ablator)
-    measured = ablator.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
-    progress.note(_cost(ablator))
+    with closing(
+        make_ablator(subject, text, objective, judged, racing=racing, memory=memory, workers=workers)
+    ) as ablator:
+        if request.budget is None:
+            order = list(request.units)
+        else:
+            name = search
+            known = objectives.get(objective).options
+            asked = {key: value for key, value in (settings or {}).items() if key in known}
+            ranking = _ranking(subject, stages, metric, scores, units, objective, asked, text, seed, memory, workers)
+            ranked_by = ranking.metric if ranking else None
+            order = removal_order(run_search(stages, request.units, request.budget, ablator, ranking, seed), ablator)
+        measured = ablator.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+        progress.note(_cost(ablator))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
-    options |= {"remove": str(remove), "units": units, "protect": protect, "exact": exact}
+    options |= {**judged, "remove": str(remove), "units": units, "protect": protect, "exact": exact}
     made_by = MadeBy(name, objective, ranked_by, options, seed, text.identity, __version__)
     return PruningPlan(
         subject.identity, tuple(sorted(order)), tuple(zip(order, measured[1:], strict=True)), measured[0], made_by
@@ -97,8 +110,7 @@ def require_possible(
 
     Raises UnknownName for an unknown method or option, and BudgetError when `remove` cannot be read.
     """
-    _stages(search, settings or {})
-    objectives.get(objective)
+    _stages(search, objective, settings or {})
     if metric is not None:
         metrics.get(metric)
     parse_remove(str(remove))
@@ -124,30 +136,34 @@ def resolve(
     named = _explicit(subject, asked, protected)
     if named is not None:
         return Request(tuple(named), None)
-    stages = _stages(search, {})
-    if any(method.traits.get("keeps_last_block") for method, _ in stages):
+    methods = _methods(search)
+    if any(method.traits.get("keeps_last_block") for method in methods):
         protected |= {len(subject.anatomy.blocks) - 1}
-    removable = _removable(subject, units, protected, stages)
+    removable = _removable(subject, units, protected, methods)
     return Request(removable, budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable))
 
 
-def _stages(names: str, settings: Mapping[str, str]) -> list[Stage]:
-    """The searches of `greedy,swap` with their options; one that improves on a set is preceded by one that makes it.
+def _methods(names: str) -> list[Method]:
+    """The searches of `greedy,swap`; one that improves on a set is preceded by one that makes it.
 
-    Raises UnknownName for a search, or an option that none of them has.
+    Raises UnknownName for one that does not exist.
     """
     methods = [searches.get(name.strip()) for name in names.split(",")]
     before = methods[0].traits.get("starts")
     if before:
         methods.insert(0, searches.get(before))
-    known = {option for method in methods for option in method.options}
-    for key in settings:
-        if key not in known:
-            raise UnknownName(f"option of search {names!r}", key, sorted(known))
-    return [
-        (method, method.parse_options({key: text for key, text in settings.items() if key in method.options}))
-        for method in methods
-    ]
+    return methods
+
+
+def _stages(names: str, objective: str, settings: Mapping[str, str]) -> tuple[list[Stage], dict[str, Any]]:
+    """The searches with their options, and the options of the objective.
+
+    Raises UnknownName for a method, or an option that none of them has.
+    """
+    methods = _methods(names)
+    what = f"search {names!r} or objective {objective!r}"
+    *options, judged = share_options(what, [*methods, objectives.get(objective)], settings)
+    return list(zip(methods, options, strict=True)), judged
 
 
 def run_search(
@@ -252,9 +268,9 @@ def _explicit(
     return units
 
 
-def _removable(subject: Subject, units: str, protected: frozenset[int], stages: Sequence[Stage]) -> tuple[Unit, ...]:
+def _removable(subject: Subject, units: str, protected: frozenset[int], methods: Sequence[Method]) -> tuple[Unit, ...]:
     removable = units_of(subject, units, protected)
-    for method, _ in stages:
+    for method in methods:
         kinds = method.traits.get("kinds")
         if kinds is not None and any(unit.kind not in kinds for unit in removable):
             raise UserError(f"search {method.name!r} works on --units {' or '.join(kinds)}, not on {units}.")
@@ -268,8 +284,11 @@ def _ranking(
     scores: Scores | str | Path | None,
     units: str,
     objective: str,
+    settings: Mapping[str, str],
     text: CalibrationSet,
     seed: int,
+    memory: int | None,
+    workers: int | str | None,
 ) -> Scores | None:
     """The scores that a ranking search reads: given, or measured now; None for searches that only ask for losses."""
     ranking = [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
@@ -285,7 +304,16 @@ def _ranking(
     if scores is None:
         name = metric or str(ranking[0].traits["metric"])
         return score(
-            subject, name, units=units, spans=needs_spans or None, objective=objective, calibration=text, seed=seed
+            subject,
+            name,
+            units=units,
+            spans=needs_spans or None,
+            objective=objective,
+            calibration=text,
+            settings=settings if "units" in metrics.get(name).parameters else None,
+            seed=seed,
+            memory=memory,
+            workers=workers,
         )
     given = scores if isinstance(scores, Scores) else Scores.load(scores)
     if metric is not None and metric != given.metric:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from shallower.anatomy.weigh import Weights, weigh
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
-from shallower.corpus import CalibrationSet, build_calibration
-from shallower.engine import Ablator, Racing
+from shallower.corpus import CalibrationSet, build_calibration, build_choices
+from shallower.corpus.questions import EXAMPLE
+from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
+from shallower.engine.ray_workers import Checkpoint, RayWorkers
 from shallower.errors import BudgetError, CorpusError
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
+from shallower.resources import parse_memory, parse_workers
 from shallower.units import KINDS, Kind, Unit
 
 DEFAULT_CALIBRATION = "python"  # the one text that every machine has; better: text like what the model will read
@@ -101,15 +104,26 @@ def calibrate(
     sequences: int,
     length: int,
     seed: int,
+    objective: str = "nll",
 ) -> CalibrationSet:
     """The calibration set itself, or one built from a specification (by default Python's standard library).
 
-    One document in ten is left for held-out evaluation unless the specification says `part=…`.
+    One document in ten is left for held-out evaluation unless the specification says `part=…`. For an objective that
+    reads choices the specification is a .jsonl file of questions, and `sequences` are questions.
 
     Raises CorpusError when the text is missing, too short, or not text.
     """
     if isinstance(calibration, CalibrationSet):
         return calibration
+    if reads_choices(objectives.get(objective)):
+        if calibration is None:
+            raise CorpusError(
+                f"objective {objective!r} reads multiple-choice questions, and none were given: name a .jsonl file of "
+                f"them (--calibration), with rows such as {EXAMPLE}."
+            )
+        return build_choices(
+            str(calibration), subject.tokenizer, questions=sequences, length=length, seed=seed, part="train"
+        )
     spec = DEFAULT_CALIBRATION if calibration is None else str(calibration)
     return build_calibration(spec, subject.tokenizer, sequences=sequences, length=length, seed=seed, part="train")
 
@@ -118,12 +132,23 @@ def make_ablator(
     subject: Subject,
     calibration: CalibrationSet,
     objective: str,
-    settings: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
     *,
     racing: Racing | None = None,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
 ) -> Ablator:
-    """An evaluator that remembers on disk what was measured, so that interrupted work resumes."""
-    options: dict[str, Any] = objectives.get(objective).parse_options(settings or {})
+    """An evaluator that remembers on disk what was measured, so that interrupted work resumes. Close it after use.
+
+    options: of the objective. memory: bytes that it may keep besides the model, as a number or as in `4GB`. workers: a
+    number of Ray workers on this machine, or the address of a Ray cluster; by default threads of this process measure.
+
+    Raises UserError when either cannot be read, or Ray is not installed.
+    """
+    limit, asked = parse_memory(memory), parse_workers(workers)
+    crew = None
+    if asked is not None:
+        crew = partial(RayWorkers, asked=asked, memory=limit, checkpoint=_checkpoint(subject))
     return Ablator(
         subject.anatomy,
         calibration,
@@ -132,4 +157,21 @@ def make_ablator(
         racing=racing,
         memo=Memo(cache_root() / "measured.sqlite"),
         fingerprint=subject.identity.fingerprint,
+        memory=limit,
+        workers=crew,
+    )
+
+
+def _checkpoint(subject: Subject) -> Checkpoint | None:
+    """Where workers read the model themselves; None for one that is in memory only."""
+    loaded, model = subject.loaded, subject.model
+    if loaded.path is None:
+        return None
+    return Checkpoint(
+        str(loaded.path.resolve()),
+        loaded.name,
+        loaded.revision,
+        subject.identity.fingerprint,
+        str(model.dtype).removeprefix("torch."),
+        type(model).__module__.startswith("transformers_modules"),  # code of the Hub that the user trusted here
     )

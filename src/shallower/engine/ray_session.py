@@ -1,0 +1,85 @@
+"""A connection to Ray: started on this machine, or a cluster that runs; quiet in both cases."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shallower.errors import UserError
+
+ASIDE = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it Ray warns of what it will do in later versions
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What Ray offers. ray: the module.
+
+    count: workers that it has room for. neighbours: most of them on one machine. threads: of torch, for each.
+    placement: what Ray reserves for each. ours: we started or joined it, and leave it again.
+    """
+
+    ray: Any
+    count: int
+    neighbours: int
+    threads: int
+    placement: Mapping[str, float]
+    ours: bool
+
+    def close(self) -> None:
+        """Leave Ray; one that was started on this machine ends."""
+        if self.ours:
+            self.ray.shutdown()
+
+
+def connect(asked: int | str, device: torch.device) -> Session:
+    """Start Ray on this machine for a number of workers, or join the cluster at an address.
+
+    A Ray that this process is connected to already is used as it is. Raises UserError when no cluster answers, or it
+    has no processor or GPU to offer.
+    """
+    for name, value in ASIDE.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            if isinstance(asked, int):
+                ray.init(address="local", num_cpus=asked, include_dashboard=False, **quiet)
+            else:
+                ray.init(address=asked, **quiet)
+        except (ConnectionError, ImportError, RuntimeError, ValueError, TimeoutError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"--workers {asked}: Ray cannot be reached ({reason}). Start a cluster with 'ray start --head', set "
+                "RAY_ADDRESS, or write --workers N for workers on this machine."
+            ) from error
+        finally:
+            if before is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray's own would end the process without a word
+    key = "GPU" if device.type == "cuda" else "CPU"
+    offered = float(ray.cluster_resources().get(key, 0))
+    if isinstance(asked, int):
+        placement = {"num_cpus": 0.0}  # they share the cores by their number of threads, whatever Ray counts
+        if key == "GPU":
+            placement["num_gpus"] = min(1.0, offered / asked)
+        return Session(ray, asked, asked, max(1, torch.get_num_threads() // asked), placement, ours)
+    if offered < 1:
+        raise UserError(
+            f"--workers {asked}: the Ray cluster has no {key}; choose another --device, or add a node to it."
+        )
+    most = max(int(node["Resources"].get(key, 0)) for node in ray.nodes() if node["Alive"])
+    placement = {"num_cpus": 0.0, "num_gpus": 1.0} if key == "GPU" else {"num_cpus": 1.0}
+    return Session(ray, int(offered), max(1, most), 1, placement, ours)

@@ -1,0 +1,327 @@
+"""Workers in processes of their own, on one machine or many: Ray actors, each with a replica of the model.
+
+A batch has a home, the worker that measures it while it lives, because the states that it kept are there. A worker that
+is lost is replaced; until the new one has its model, workers that have nothing left to do take its jobs. Who measures a
+job changes nothing in its result.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from shallower import progress
+from shallower.anatomy.dissect import dissect
+from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.load import load_model
+from shallower.corpus.calibration import Batch
+from shallower.engine.evaluator import Evaluator, Job, Measured, Order, shares
+from shallower.engine.ray_session import Session, connect
+from shallower.engine.states import States
+from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
+from shallower.errors import ShallowerError, UserError
+from shallower.registry import Method
+
+MOST_DEATHS = 3  # of one worker in a row, with nothing measured in between
+PATIENCE = 600  # seconds that nothing happens while no worker has its model
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the weights can be read on another machine; `fingerprint` tells whether it is the same model."""
+
+    folder: str
+    name: str
+    revision: str | None
+    fingerprint: str
+    dtype: str
+    trust_remote_code: bool
+
+    def load(self, device: str) -> PreTrainedModel | None:
+        """The model, or None where it is not to be had."""
+        places: list[tuple[str, str | None]] = [(self.folder, None)] if Path(self.folder).is_dir() else []
+        if self.revision is not None:
+            places.append((self.name, self.revision))
+        for place, revision in places:
+            try:
+                loaded = load_model(
+                    place,
+                    dtype=self.dtype,
+                    device=device,
+                    trust_remote_code=self.trust_remote_code,
+                    revision=revision,
+                )
+            except ShallowerError:
+                continue
+            if fingerprint(loaded.model) == self.fingerprint:
+                return loaded.model
+        return None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a worker needs besides the model. memory: bytes on each machine, None for a share of what is free."""
+
+    batches: Sequence[Batch]
+    objective: Method
+    options: Mapping[str, Any]
+    order: Order
+    device: str
+    threads: int
+    memory: int | None
+    neighbours: int
+
+
+class Worker:
+    """What runs in an actor's process."""
+
+    def __init__(self) -> None:
+        self._evaluator: Evaluator | None = None
+
+    def process(self) -> int:
+        """Its id, to tell which process this is."""
+        return os.getpid()
+
+    def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> bool:
+        """Get ready to measure; False when the checkpoint is not to be had here."""
+        torch.set_num_threads(setup.threads)
+        model = source.load(setup.device) if isinstance(source, Checkpoint) else source.to(setup.device)
+        if model is None:
+            return False
+        memory = setup.memory
+        if memory is None:
+            memory = int(free_memory(model.device) * SHARE_OF_FREE_MEMORY)
+        share = memory // setup.neighbours
+        self._evaluator = Evaluator(
+            dissect(model),
+            setup.batches,
+            setup.objective,
+            setup.options,
+            states=States(share // 2),
+            memory=share // 2,
+            order=setup.order,
+        )
+        return True
+
+    def measure(self, job: Job) -> Measured:
+        """Measure the job's routes on its batch."""
+        assert self._evaluator is not None
+        return self._evaluator.measure(job)
+
+
+@dataclass(eq=False)
+class _Place:
+    """Where a worker is, or will be again. waiting: what Ray was asked last, None when it is idle or given up."""
+
+    actor: Any = None
+    waiting: Any = None
+    ready: bool = False
+    job: Job | None = None
+    queue: deque[Job] = field(default_factory=deque)
+    deaths: int = 0
+
+
+class RayWorkers:
+    """Evaluators in Ray actors. Connects and starts them when first needed."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        asked: int | str,
+        *,
+        memory: int | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """evaluator: what to copy. asked: how many on this machine, or the address of a cluster, all of which is used.
+
+        memory: bytes on each machine. checkpoint: where workers read the weights; without it they are sent.
+        """
+        self._evaluator = evaluator
+        self._asked = asked
+        self._memory = memory
+        self._checkpoint = checkpoint
+        self._places: list[_Place] = []
+
+    @cached_property
+    def _session(self) -> Session:
+        return connect(self._asked, self._evaluator.anatomy.model.device)
+
+    @property
+    def count(self) -> int:
+        return self._session.count
+
+    @property
+    def processes(self) -> list[int]:
+        """Process ids of the workers that have their model."""
+        return [self._session.ray.get(place.actor.process.remote()) for place in self._places if place.ready]
+
+    def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
+        """Yield each job's result when it is there; `tick` is called for each of its routes then.
+
+        Raises UserError when every worker dies again and again.
+        """
+        if not jobs:
+            return
+        while len(self._places) < self.count:
+            self._places.append(_Place())
+            self._start(self._places[-1])
+        left = self._assign(jobs)
+        try:
+            while left:
+                for place in self._places:
+                    self._feed(place)
+                for place in self._next():
+                    measured = self._receive(place)
+                    if measured is not None:
+                        left -= 1
+                        for _ in measured.sums:
+                            tick()
+                        yield measured
+        finally:  # what is under way, if this is left early, nobody asks for any more
+            for place in self._places:
+                place.queue.clear()
+                place.job = None
+
+    def close(self) -> None:
+        """End the workers, and Ray where it was started for them."""
+        if "_session" not in self.__dict__:
+            return
+        session = self.__dict__.pop("_session")
+        for name in ("_setup", "_model"):
+            self.__dict__.pop(name, None)
+        places, self._places = self._places, []
+        if session.ray.is_initialized():
+            for place in places:
+                if place.actor is not None:
+                    session.ray.kill(place.actor)
+            session.close()
+
+    @cached_property
+    def _setup(self) -> Any:
+        """The setup in Ray's object store."""
+        evaluator, session = self._evaluator, self._session
+        device = evaluator.anatomy.model.device.type  # Ray shows a worker its own GPUs alone
+        return session.ray.put(
+            Setup(
+                evaluator.batches,
+                evaluator.objective,
+                evaluator.options,
+                evaluator.order,
+                device,
+                session.threads,
+                self._memory,
+                session.neighbours,
+            )
+        )
+
+    @cached_property
+    def _model(self) -> Any:
+        """The model in Ray's object store, put there when the first worker needs it."""
+        return self._session.ray.put(_on_cpu(self._evaluator.anatomy.model))
+
+    def _start(self, place: _Place) -> None:
+        actor = self._session.ray.remote(Worker).options(**self._session.placement)
+        place.actor, place.ready = actor.remote(), False
+        source = self._model if self._checkpoint is None else self._checkpoint
+        place.waiting = place.actor.prepare.remote(self._setup, source)
+
+    def _assign(self, jobs: Sequence[Job]) -> int:
+        """Queue the jobs, each at the home of its batch; parts of a divided one where least is to do. Returns how many.
+
+        The same jobs always go the same way, to the states that were kept for them.
+        """
+        count = len(self._places)
+        divided = shares(jobs, States(0), count)
+        homes: set[int] = set()
+        rest = []
+        for job in divided:
+            if job.number in homes:
+                rest.append(job)
+            else:
+                homes.add(job.number)
+                self._places[job.number % count].queue.append(job)
+        for job in rest:
+            near = [self._places[(job.number + step) % count] for step in range(count)]
+            min(near, key=lambda place: len(place.queue)).queue.append(job)
+        return len(divided)
+
+    def _feed(self, place: _Place) -> None:
+        """Give an idle worker its next job, or one of a worker that is not there."""
+        if not place.ready or place.waiting is not None:
+            return
+        absent = [other.queue for other in self._places if not other.ready and other.queue]
+        queue = next((queue for queue in (place.queue, *absent) if queue), None)
+        if queue:
+            place.job = queue.popleft()
+            place.waiting = place.actor.measure.remote(place.job)
+
+    def _next(self) -> list[_Place]:
+        """Wait for whoever has something to say."""
+        asked = {place.waiting: place for place in self._places if place.waiting is not None}
+        done, _ = self._session.ray.wait(list(asked), num_returns=1, timeout=PATIENCE)
+        if not done and not any(place.ready for place in self._places):
+            raise UserError(
+                f"Ray gave no worker within {PATIENCE} s; see `ray status` for what its machines are busy with, or "
+                "drop --workers to measure in this process."
+            )
+        return [asked[reference] for reference in done]
+
+    def _receive(self, place: _Place) -> Measured | None:
+        """Take what a worker says: a result, that it is ready, that it lacks the model, or that it died."""
+        exceptions = self._session.ray.exceptions
+        reference, place.waiting = place.waiting, None
+        try:
+            answer = self._session.ray.get(reference)
+        except exceptions.RayActorError as error:
+            self._bury(place, error)
+            return None
+        except exceptions.RayTaskError as error:
+            raise error.cause from error
+        if isinstance(answer, Measured):
+            job, place.job, place.deaths = place.job, None, 0
+            return answer if job is not None else None
+        if answer:
+            place.ready = True
+        else:
+            place.waiting = place.actor.prepare.remote(self._setup, self._model)
+        return None
+
+    def _bury(self, place: _Place, error: Exception) -> None:
+        """Keep the job of a worker that died, and start another, unless that was tried often enough."""
+        if place.job is not None:
+            place.queue.appendleft(place.job)
+        place.job, place.ready = None, False
+        place.deaths += 1
+        if place.deaths < MOST_DEATHS:
+            progress.note("A worker was lost; another takes its place.")
+            self._start(place)
+            return
+        place.actor = None
+        if all(other.actor is None for other in self._places):
+            reason = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), "no reason given")
+            raise UserError(
+                f"every worker died {MOST_DEATHS} times in a row; the last said: {reason[:300].rstrip('.')}. When "
+                "memory was short, give fewer --workers or less --memory."
+            ) from error
+
+
+def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its weights in main memory, as it is when they are there already."""
+    if model.device.type == "cpu":
+        return model
+    moved: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach().cpu(), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
+    moved |= {id(buffer): buffer.cpu() for buffer in model.buffers()}
+    return copy.deepcopy(model, moved)

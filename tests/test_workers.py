@@ -1,0 +1,249 @@
+"""Ray workers against threads and the naive way, lost workers, and what is said of memory and workers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shallower import progress, registry
+from shallower.anatomy import dissect
+from shallower.checkpoint.fingerprint import fingerprint
+from shallower.cli import main
+from shallower.corpus import CalibrationSet
+from shallower.engine import Ablator, ray_workers
+from shallower.engine.evaluator import Evaluator, Job
+from shallower.engine.ray_session import connect
+from shallower.engine.ray_workers import Checkpoint, RayWorkers
+from shallower.engine.states import States
+from shallower.errors import UserError
+from shallower.resources import parse_memory, parse_workers
+from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.units import Unit
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """One Ray for all tests: what asks for workers uses it."""
+    pytest.importorskip("ray")
+    before = signal.getsignal(signal.SIGTERM)
+    session = connect(2, torch.device("cpu"))
+    assert signal.getsignal(signal.SIGTERM) is before
+    yield session.ray
+    session.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a text."""
+    folder = tmp_path_factory.mktemp("workers")
+    tiny_model("llama").save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
+    sentences = [f"Number {n} is followed by {n + 1}, and {n} times {n} is {n * n}." for n in range(200)]
+    (folder / "text.txt").write_text("\n\n".join(" ".join(sentences[at : at + 20]) for at in range(0, 200, 20)))
+    return folder
+
+
+def long_text(batches: int = 6) -> CalibrationSet:
+    """Each sequence is a batch of its own."""
+    ids = torch.randint(3, 120, (batches, 300), generator=torch.Generator().manual_seed(1))
+    return CalibrationSet("x", ids, None, ())
+
+
+@pytest.mark.parametrize("objective", ["nll", "kl"])
+def test_ray_threads_and_one_by_one_give_the_same_bits(ray: Any, folder: Path, objective: str) -> None:
+    model = tiny_model("llama")
+    anatomy, text = dissect(model), long_text()
+    first = [frozenset({unit}) for unit in anatomy.units]
+    second = [removed | {Unit(3, "block")} for removed in first if all(unit.index != 3 for unit in removed)]
+    few = [frozenset(anatomy.of_kind("attn")[:3]), frozenset(anatomy.of_kind("mlp")[:3])]
+    naive = [Ablator(anatomy, text, objective, memory=0).losses([removed])[0] for removed in first + second + few]
+    with_threads = Ablator(anatomy, text, objective, workers=2)
+    assert with_threads.losses(first) + with_threads.losses(second) + with_threads.losses(few) == naive
+
+    checkpoint = Checkpoint(str(folder / "tiny"), "tiny", None, fingerprint(model), "float32", False)
+    crews = []
+
+    def crew(evaluator: Evaluator) -> RayWorkers:
+        # one objective's worker reads the checkpoint, the other's are sent the model
+        alone = objective == "nll"
+        crews.append(RayWorkers(evaluator, 1 if alone else 2, memory=1 << 20, checkpoint=checkpoint if alone else None))
+        return crews[0]
+
+    with closing(Ablator(anatomy, text, objective, workers=crew)) as ablator:
+        assert ablator.losses(first) == naive[: len(first)]
+        before = crews[0].processes
+        doomed = before[1:]
+        with killing(doomed) as ticks:  # at the first result of many
+            assert ablator.losses(second) == naive[len(first) : -len(few)]
+        assert sum(ticks) == len(second) * len(text.input_ids)
+        assert ablator.losses(few) == naive[-len(few) :]
+        assert not set(doomed) & set(crews[0].processes)
+        assert before[0] in crews[0].processes
+        assert ablator.spent.tokens == with_threads.spent.tokens
+
+
+@contextmanager
+def killing(victims: list[int]) -> Iterator[list[int]]:
+    """Inside the `with`, the first step of progress kills processes; yields all steps."""
+    ticks: list[int] = []
+
+    def step(count: int = 1) -> None:
+        ticks.append(count)
+        if sum(ticks) == 1:
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+
+    @contextmanager
+    def listener(description: str, total: int | None) -> Iterator[progress.Step]:
+        yield step
+
+    with progress.listening(listener):
+        yield ticks
+
+
+def test_workers_that_die_again_and_again_are_an_error(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fatal(hidden: torch.Tensor) -> torch.Tensor:
+        os._exit(1)
+
+    monkeypatch.setattr(ray_workers, "MOST_DEATHS", 1)
+    method = registry.Method("objective", "fatal", fatal, "", {})
+    anatomy = dissect(tiny_model("llama"))
+    batches = list(long_text(1).batches(1))
+    evaluator = Evaluator(anatomy, batches, method, {}, states=States(0), memory=0)
+    with (
+        closing(RayWorkers(evaluator, 1)) as crew,
+        pytest.raises(UserError, match="every worker died 1 times in a row"),
+    ):
+        list(crew.run([Job(0, ("......",))], lambda: None))
+
+
+def test_jobs_go_to_the_home_of_their_batch() -> None:
+    anatomy = dissect(tiny_model("llama"))
+    evaluator = Evaluator(anatomy, [], registry.objective.get("nll"), {}, states=States(0), memory=0)
+
+    def assigned(jobs: list[Job], workers: int) -> list[list[int]]:
+        crew = RayWorkers(evaluator, workers)
+        crew._places = [ray_workers._Place() for _ in range(workers)]
+        crew._assign(jobs)
+        return [[job.number for job in place.queue] for place in crew._places]
+
+    routes = tuple("." * at + "x" + "." * (5 - at) for at in range(6))
+    assert assigned([Job(number, routes) for number in (1, 2, 3, 4, 5)], 2) == [[2, 4], [1, 3, 5]]
+    assert assigned([Job(0, routes), Job(1, routes)], 4) == [[0], [1], [0], [1]]
+    assert assigned([Job(6, routes)], 4) == [[6], [6], [6], [6]]
+
+
+def test_the_command_line_gives_the_same_plan_with_ray(
+    ray: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*more: str) -> Any:
+        monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "-".join(["cache", *more])))  # else nothing is measured
+        asked = ["search", str(folder / "tiny"), "--remove", "2", "--calibration", str(folder / "text.txt"), "--exact"]
+        asked += ["--sequences", "8", "--length", "64", "--device", "cpu", "--dtype", "float32", "--json"]
+        capsys.readouterr()
+        assert main.run([*asked, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert run("--workers", "1", "--memory", "64MB") == run() == run("--memory", "0")
+
+
+def test_score_and_prune_take_both_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (["score"], ["prune", "--remove", "2", "--out", "out"], ["search", "--remove", "2"]):
+        for option, value, told in (
+            ("--memory", "much", "--memory 'much' cannot be read: write bytes, as in 4GB, 500MB or 4GiB."),
+            ("--workers", "0", "--workers '0' cannot be read: write how many"),
+        ):
+            assert main.run([*verb, str(folder / "tiny"), option, value]) == 2
+            assert capsys.readouterr().err.startswith(f"shallower: {told}")
+
+
+def test_a_plan_leaves_nothing_for_workers_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["prune", str(folder / "tiny"), "--plan", "p.json", "--out", "out", "--workers", "2"]) == 2
+    assert "so --workers would change nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4GB", 4_000_000_000),
+        ("500 mb", 500_000_000),
+        ("4GiB", 4 << 30),
+        ("1.5k", 1500),
+        ("12b", 12),
+        ("0", 0),
+        (" 1234 ", 1234),
+        (77, 77),
+        (None, None),
+    ],
+)
+def test_memory(text: str | int | None, expected: int | None) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", -1, "4 GB more", "1e9", "4PB", "4iB", "nan", "a quarter"])
+def test_memory_that_cannot_be_read(text: str | int) -> None:
+    with pytest.raises(UserError, match=r"cannot be read: write bytes, as in 4GB"):
+        parse_memory(text)
+
+
+def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for given, expected in (
+        ("4", 4),
+        (3, 3),
+        (None, None),
+        ("auto", "auto"),
+        ("head:6379", "head:6379"),
+        ("ray://head:10001", "ray://head:10001"),
+    ):
+        assert parse_workers(given) == expected
+    for wrong in ("0", -1, "four", "http://head:80", "head", "1.5", ""):
+        with pytest.raises(UserError, match="cannot be read: write how many"):
+            parse_workers(wrong)
+
+
+def test_without_ray_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main.run(["search", "no/such/model", "--remove", "2", "--workers", "2"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--workers needs Ray, which is not installed: pip install 'shallower[ray]'" in line
+    assert parse_workers(None) is None
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    asked: list[dict[str, Any]] = []
+
+    def init(**how: Any) -> None:
+        asked.append(how)
+        raise ConnectionError("Could not find any running Ray instance.\nMore.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    evaluator = partial(Evaluator, batches=[], objective=registry.objective.get("nll"), options={})
+    crew = RayWorkers(evaluator(dissect(tiny_model("llama")), states=States(0), memory=0), "auto")
+    with pytest.raises(UserError, match=r"Ray cannot be reached \(Could not find any running Ray instance\)\. Start"):
+        _ = crew.count
+    assert asked[0]["address"] == "auto"
+    crew.close()
+
+
+def test_a_checkpoint_of_another_model_is_not_taken(folder: Path) -> None:
+    mine = Checkpoint(str(folder / "tiny"), "tiny", None, fingerprint(tiny_model("llama")), "float32", False)
+    assert mine.load("cpu") is not None
+    other = Checkpoint(str(folder / "tiny"), "tiny", None, "sha256:0", "float32", False)
+    nowhere = Checkpoint(str(folder / "gone"), "tiny", None, mine.fingerprint, "float32", False)
+    assert other.load("cpu") is None
+    assert nowhere.load("cpu") is None
