@@ -83,12 +83,13 @@ def test_cost_is_that_of_a_prefix_tree():
 
 def test_nothing_is_measured_twice():
     anatomy = dissect(tiny_model("llama"))
-    ablator = Ablator(anatomy, sample_text(anatomy.model))
     candidates = [frozenset({Unit(1, "block")}), frozenset(parse_units("attn.1,mlp.1"))]
-    ablator.losses(candidates)
-    spent = ablator.spent.tokens
-    ablator.losses(candidates[::-1])
-    assert ablator.spent.tokens == spent
+    for workers, racing in itertools.product((1, 2), (None, Racing())):
+        ablator = Ablator(anatomy, sample_text(anatomy.model), workers=workers, racing=racing)
+        ablator.losses(candidates, keep=1)
+        spent = ablator.spent.tokens
+        ablator.losses(candidates[::-1], keep=1)
+        assert ablator.spent.tokens == spent
 
 
 def test_batches_do_not_matter():
@@ -162,6 +163,27 @@ def _rows(path) -> int:
             return connection.execute("SELECT count(*) FROM measured").fetchone()[0]
     except sqlite3.OperationalError:
         return 0
+
+
+def _write_some(path, first):
+    memo = Memo(path)
+    for number in range(first, first + 50):
+        memo.write("context", [(f"route {number % 60}", 0, np.full(3, number % 60.0))])
+
+
+def test_two_processes_write_one_memo(tmp_path):
+    path = tmp_path / "memo.sqlite"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_write_some, args=(path, first)) for first in (0, 40)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    found = Memo(path).read("context")
+    assert {route: values.tolist() for (route, _), values in found.items()} == {
+        f"route {number}": [number] * 3 for number in range(60)
+    }
 
 
 def test_memo_is_kept_apart_by_model_text_and_objective(tmp_path):

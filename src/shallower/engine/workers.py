@@ -51,6 +51,8 @@ class Threads:
         self._lock = threading.Lock()
 
     def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
+        if not jobs:
+            return
         if self.count == 1:
             for job in jobs:
                 yield self._first.measure(job, tick)
