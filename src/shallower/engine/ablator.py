@@ -32,7 +32,7 @@ from shallower.errors import CorpusError
 from shallower.registry import objective as objectives
 from shallower.units import Unit
 
-TOKENS_A_BATCH = {"cpu": 512}  # enough rows for matrix products at full speed, few enough for races to end early
+TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
 
 

@@ -9,6 +9,7 @@ both give the same numbers to the precision of the compute type.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,9 +121,10 @@ class Evaluator:
                 if self.order == "layer-major"
                 else (self._walk(job.number, replay, "", replay.entry, list(job.routes)))
             )
-            for route, hidden in walk:
-                sums[route] = scorer(hidden).numpy()
-                tick()
+            for group in _batched(walk, scorer.together):
+                for (route, _), values in zip(group, scorer([hidden for _, hidden in group]), strict=True):
+                    sums[route] = values.numpy()
+                    tick()
             tokens = replay.batch.input_ids.numel() * len(sums)
             return Measured(job, sums, tokens, self._block_tokens)
 
@@ -235,6 +237,11 @@ class Evaluator:
     def _run(self, replay: Trace, index: int, hidden: Tensor, action: str) -> Tensor:
         self._block_tokens += hidden.shape[0] * hidden.shape[1]
         return replay.run(index, hidden, ACTIONS[action])
+
+
+def _batched(walk: Iterator[tuple[Route, Tensor]], size: int) -> Iterator[list[tuple[Route, Tensor]]]:
+    while group := list(itertools.islice(walk, size)):
+        yield group
 
 
 def shares(jobs: Sequence[Job], states: States, count: int) -> list[Job]:

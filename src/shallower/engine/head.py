@@ -51,12 +51,12 @@ class Head:
     ) -> Reduced:
         """Normalizer, target logit and mean logit of logits / temperature, from chunks of the vocabulary.
 
-        rows: the output embedding's input [rows, hidden]. targets: int64 [rows]. probabilities: float32 [rows,
-        vocabulary].
+        rows: the output embedding's input [rows, hidden], of one or several candidates. targets: int64 [rows].
+        probabilities: float32 [rows of one candidate, vocabulary].
         """
         if type(self.output) is not nn.Linear:
             logits = self.logits(rows) / temperature
-            mean = None if probabilities is None else (logits * probabilities).sum(-1)
+            mean = None if probabilities is None else _mean(logits, probabilities, torch.empty_like(logits))
             return Reduced(torch.logsumexp(logits, dim=-1), _chosen(logits, targets), mean)
         weight, bias = self.output.weight, self.output.bias
         count, vocabulary = len(rows), len(weight)
@@ -88,7 +88,7 @@ class Head:
             normalizer = logits[:, 0] - scratch[:, 0]
             normalizers.append(normalizer if normalizer.isfinite().all() else torch.logsumexp(logits, dim=-1))
             if mean is not None and probabilities is not None:
-                mean += torch.mul(logits, probabilities[:, start:stop], out=scratch).sum(-1)
+                mean += _mean(logits, probabilities[:, start:stop], scratch)
         return Reduced(torch.logsumexp(torch.stack(normalizers), dim=0), chosen, mean)
 
     def _finish(self, logits: Tensor) -> Tensor:
@@ -97,6 +97,12 @@ class Head:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+
+def _mean(logits: Tensor, probabilities: Tensor, scratch: Tensor) -> Tensor:
+    """Sum over the vocabulary of logits [candidates * rows, chunk] times probabilities [rows, chunk]."""
+    shape = (-1, *probabilities.shape)
+    return torch.mul(logits.view(shape), probabilities, out=scratch.view(shape)).sum(-1).flatten()
 
 
 def _chosen(logits: Tensor, targets: Tensor) -> Tensor:

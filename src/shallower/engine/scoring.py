@@ -14,7 +14,7 @@ An objective's parameters say what it reads:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from shallower.registry import Method
 
 STREAM = frozenset({"hidden", "dense_hidden"})
 REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
+ROWS_TOGETHER = 512
 CHOICES = frozenset({"log_likelihoods", "tokens", "bytes", "gold"})
 
 
@@ -72,13 +73,24 @@ class Scorer:
         self._dense_rows: Callable[[slice], Tensor] | None = None
         self._kept_distribution: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """The objective summed over the tokens of each sequence, or of each question: float64 [items].
+    @property
+    def together(self) -> int:
+        """How many candidates are best scored at once: few rows use the head's weights badly."""
+        whole_rows = not self.reduces or ("dense_mean_logit" in self.asked and not self._fits)
+        return 1 if whole_rows else max(1, ROWS_TOGETHER // max(len(self.targets), 1))
 
-        hidden: the stream leaving the last block of a candidate [sequences, length, hidden].
+    def __call__(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
+        """The objective of candidates, summed over the tokens of each sequence, or of each question: float64 [items].
+
+        hiddens: for each candidate the stream leaving the last block [sequences, length, hidden].
         """
-        sums = self._at_tokens(hidden).double().sum(1).cpu()
-        return sums if self.answers is None else self._of_questions(sums, self.answers)
+        found = []
+        for flat in self._at_tokens(hiddens):
+            values = torch.zeros(self.scored.shape, dtype=torch.float32, device=flat.device)
+            values[self.scored] = flat
+            sums = values.double().sum(1).cpu()
+            found.append(sums if self.answers is None else self._of_questions(sums, self.answers))
+        return found
 
     def _of_questions(self, log_likelihoods: Tensor, answers: Answers) -> Tensor:
         supply = {
@@ -91,21 +103,14 @@ class Scorer:
         result: Tensor = self.objective.function(**given, **self.options)
         return result
 
-    def _at_tokens(self, hidden: Tensor) -> Tensor:
-        """The objective at every position that is scored, zero elsewhere: float32 [sequences, length - 1]. Of choices,
-        the log-likelihood.
-        """
-        values = torch.zeros(self.scored.shape, dtype=torch.float32, device=hidden.device)
+    def _at_tokens(self, hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The objective at every position that is scored: float32 [positions] each. Of choices, the log-likelihood."""
+        if self.reduces:
+            return self._by_vocabulary(hiddens)
         if self.asked <= STREAM:
-            values[self.scored] = self._function(
-                hidden=self._rows(hidden).float(),
-                dense_hidden=None if self.dense_hidden is None else self._rows(self.dense_hidden).float(),
-            )
-        elif self.reduces:
-            values[self.scored] = self._by_vocabulary(hidden)
-        else:
-            values[self.scored] = self._by_rows(hidden)
-        return values
+            dense = None if self.dense_hidden is None else self._rows(self.dense_hidden).float()
+            return [self._function(hidden=self._rows(hidden).float(), dense_hidden=dense) for hidden in hiddens]
+        return [self._by_rows(hidden) for hidden in hiddens]
 
     def _function(self, **supply: Tensor | None) -> Tensor:
         if self.answers is not None:
@@ -124,29 +129,31 @@ class Scorer:
         assert self.head is not None
         return self._rows(self.trace.head_input(hidden, self.head.output))
 
-    def _by_vocabulary(self, hidden: Tensor) -> Tensor:
+    def _by_vocabulary(self, hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
         """Only sums over the vocabulary are needed: go through it in chunks, all rows at once."""
         assert self.head is not None
         temperature = float(self.options.get("temperature", 1.0))
-        rows = self._head_rows(hidden)
+        rows = torch.cat([self._head_rows(hidden) for hidden in hiddens])
+        targets = self.targets.repeat(len(hiddens))
         if "dense_mean_logit" not in self.asked:
-            reduced = self.head.reduce(rows, self.targets, None, temperature)
-            return self._function(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
+            reduced = self.head.reduce(rows, targets, None, temperature)
+            values = self._function(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
+            return values.chunk(len(hiddens))
         parts = []
-        size = len(rows) if self._fits else self._chunk()
+        size = len(rows) if self._fits else self._chunk()  # where not all fits, there is one candidate: see `together`
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             probabilities, entropy = self._dense_distribution(part, temperature)
-            reduced = self.head.reduce(rows[part], self.targets[part], probabilities, temperature)
+            reduced = self.head.reduce(rows[part], targets[part], probabilities, temperature)
             parts.append(
                 self._function(
                     log_normalizer=reduced.log_normalizer,
                     target_logits=reduced.target_logits,
                     dense_mean_logit=reduced.mean_logit,
-                    dense_entropy=entropy,
+                    dense_entropy=entropy.repeat(len(reduced.log_normalizer) // len(entropy)),
                 )
             )
-        return torch.cat(parts)
+        return torch.cat(parts).chunk(len(hiddens))
 
     def _dense_distribution(self, part: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Probabilities [rows, vocabulary] of the dense model at some rows, and their entropy [rows]; float32.
