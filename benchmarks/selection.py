@@ -6,7 +6,8 @@ Both compute in the same number format. Runs alternate; the answers are compared
 
     python benchmarks/selection.py --text c4.jsonl [--model demo] [--task greedy-blocks] [--json] [--tokens 2048]
 
-One line a task: seconds of both (medians over --repeats), their ratio, tokens read by both, whether the plans are the
+With one repeat a task with racing takes the reference's time from the exact task before it. One line a task: seconds of
+both (medians over --repeats), their ratio, tokens read by both, whether the plans are the
 same, and how much higher the calibration loss of our plan is (relative). Two more tasks show what has no reference:
 `memory` (what the head takes beyond the model at 16 × 2,048 tokens) and `growth` (seconds against calibration tokens).
 """
@@ -281,12 +282,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     subject = open_subject(given.model, dtype=given.dtype)
+    text = build_calibration(given.text, subject.tokenizer, sequences=given.tokens // given.length, length=given.length)
+    Reference(subject, text, given.reference_tokens).loss(frozenset())  # warm-up
+    Ablator(subject.anatomy, text).losses([frozenset()])
     for name in given.task or ALONE:
         if name in ALONE:
             for line in ALONE[name](subject, given.text):
                 print(json.dumps({"task": name, **line}) if given.json else f"{name:24} {line}", flush=True)
-    text = build_calibration(given.text, subject.tokenizer, sequences=given.tokens // given.length, length=given.length)
-    Reference(subject, text, given.reference_tokens).loss(frozenset())  # warm-up
     if not given.json:
         print(
             f"{text.sequences} sequences of {text.length} tokens, {subject.model.dtype}, "

@@ -13,16 +13,19 @@ import pytest
 import torch
 
 from shallower.anatomy import dissect
+from shallower.budget import Budget, Limit
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, prove
 from shallower.engine.memo import Memo
 from shallower.engine.race import survivors
 from shallower.engine.states import States
 from shallower.errors import BudgetError, ModelError
+from shallower.registry import search as searches
 from shallower.surgery import cut
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import FAMILIES, tiny_model
 from shallower.units import Unit, parse_units
+from shallower.verbs.search import run_search
 
 SETS = ("", "block.0", "block.5", "block.2", "block.1,block.2", "block.0,block.3,block.4")
 SUBLAYERS = ("attn.3", "mlp.1", "attn.1,mlp.4,block.2")
@@ -84,8 +87,8 @@ def test_cost_is_that_of_a_prefix_tree():
 def test_nothing_is_measured_twice():
     anatomy = dissect(tiny_model("llama"))
     candidates = [frozenset({Unit(1, "block")}), frozenset(parse_units("attn.1,mlp.1"))]
-    for workers, racing in itertools.product((1, 2), (None, Racing())):
-        ablator = Ablator(anatomy, sample_text(anatomy.model), workers=workers, racing=racing)
+    for threads, racing in itertools.product((1, 2), (None, Racing())):
+        ablator = Ablator(anatomy, sample_text(anatomy.model), threads=threads, racing=racing)
         ablator.losses(candidates, keep=1)
         spent = ablator.spent.tokens
         ablator.losses(candidates[::-1], keep=1)
@@ -262,8 +265,8 @@ def test_every_order_and_budget_gives_the_same(family, objective):
     first = [frozenset({unit}) for unit in anatomy.units]
     second = [removed | {Unit(3, "block")} for removed in first if all(unit.index != 3 for unit in removed)]
     naive = [Ablator(anatomy, text, objective, memory=0).losses([candidate])[0] for candidate in first + second]
-    for order, memory, workers in itertools.product(("depth-first", "layer-major"), (0, 500_000), (1, 2)):
-        ablator = Ablator(anatomy, text, objective, order=order, memory=memory, workers=workers)
+    for order, memory, threads in itertools.product(("depth-first", "layer-major"), (0, 500_000), (1, 2)):
+        ablator = Ablator(anatomy, text, objective, order=order, memory=memory, threads=threads)
         found = ablator.losses(first) + ablator.losses(second)
         if order == "depth-first":
             assert found == naive  # bit for bit: the arithmetic is in the same order
@@ -279,7 +282,7 @@ def test_kept_states_save_blocks_and_respect_the_budget():
     second = [removed | {blocks[5]} for removed in first if blocks[5] not in removed]
     costs = {}
     for memory in (0, 1 << 30):
-        ablator = Ablator(anatomy, text, memory=memory, workers=1)
+        ablator = Ablator(anatomy, text, memory=memory, threads=1)
         ablator.losses(first)
         before = ablator.spent.block_tokens
         ablator.losses(second)
@@ -294,3 +297,28 @@ def test_kept_states_save_blocks_and_respect_the_budget():
     with states.visit(0, ["."]):
         states.keep(0, "." * 9, torch.zeros(250))  # in place of the one that this visit does not want
         assert states.deepest(0, ".")[0] == 1
+
+
+def test_exhaustive_search_is_the_oracle_on_a_small_model():
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    text = sample_text(model, sequences=4)
+    blocks = anatomy.of_kind("block")
+    really_cut = {
+        frozenset(pair): stock_loss(cut(anatomy, frozenset(pair)), text) for pair in itertools.combinations(blocks, 2)
+    }
+    least = min(really_cut.values())
+    budget = Budget((Limit("units", 2.0, 6.0, dict.fromkeys(blocks, 1.0)),))
+    found = {}
+    for names in ("exhaustive", "greedy", "greedy,swap", "beam", "evolutionary"):
+        ablator = Ablator(anatomy, text)
+        methods = [searches.get(name) for name in names.split(",")]
+        if methods[0].traits.get("starts"):
+            methods.insert(0, searches.get(methods[0].traits["starts"]))
+        found[names] = really_cut[
+            run_search([(method, {}) for method in methods], blocks, budget, ablator, None, 0)[-1]
+        ]
+    assert found["exhaustive"] == pytest.approx(least, abs=2e-5)
+    assert found["greedy"] >= found["greedy,swap"] - 2e-5
+    assert all(loss >= least for loss in found.values())
+    assert found["beam"] == pytest.approx(least, abs=2e-5)  # 4 of 6 blocks in hand

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shallower.budget import Amount, Budget, make_limit
+from shallower.budget import Amount, Budget, Limit, make_limit
 from shallower.errors import BudgetError
 from shallower.registry import search as searches
 from shallower.units import KINDS, Span, Unit, require_distinct
@@ -145,6 +145,56 @@ def test_one_shot_and_greedy_find_the_best_set_where_units_do_not_interact(
         run("one-shot", units, budget, scores=values),
     ):
         assert math.fsum(sorted(values[unit] for unit in trail[-1])) == best
+
+
+@given(
+    scores=st.lists(st.integers(0, 40), min_size=12, max_size=12),
+    parameters=st.lists(st.integers(1, 9), min_size=12, max_size=12),
+    share=st.integers(5, 60),
+    cache=st.integers(0, 60),
+)
+@settings(max_examples=25, deadline=None)
+def test_milp_finds_what_trying_everything_finds_under_two_budgets(
+    scores: list[int], parameters: list[int], share: int, cache: int
+) -> None:
+    """Three blocks with their sublayers and three more blocks: a block may not go together with its parts."""
+    units = (*MIXED[:9], *(Unit(index, "block") for index in range(3, 6)))
+    value = dict(zip(units, map(float, scores), strict=True))
+    costs = dict(zip(units, map(float, parameters), strict=True))
+    kept = {unit: 0.0 if unit.kind == "mlp" else 1.0 for unit in units}
+    whole = math.fsum(costs.values())
+    limits = [Limit("parameters", share / 100 * whole, whole, costs)]
+    if cache:
+        limits.append(Limit("kv_bytes", cache / 100 * 6, 6.0, kept))
+    budget = Budget(tuple(limits))
+    allowed = []
+    for size in range(1, len(units) + 1):
+        for chosen in itertools.combinations(units, size):
+            blocks = {unit.index for unit in chosen if unit.kind == "block"}
+            if budget.met(chosen) and not any(unit.kind != "block" and unit.index in blocks for unit in chosen):
+                allowed.append(math.fsum(value[unit] for unit in chosen))
+    if not allowed:
+        with pytest.raises(BudgetError):
+            run("milp", units, budget, scores=value)
+        return
+    [chosen] = run("milp", units, budget, scores=value)
+    require_distinct(chosen)
+    assert budget.met(chosen)
+    assert math.fsum(value[unit] for unit in chosen) == pytest.approx(min(allowed), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["swap", "evolutionary"])
+def test_a_race_that_calls_a_worse_set_a_tie_is_not_believed(name: str) -> None:
+    budget = count(3, BLOCKS)
+    start = frozenset(BLOCKS[:3])  # the best there is
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        exact = [1 + 1e-4 * sum(unit.index for unit in removed) for removed in candidates]
+        if keep is None:
+            return exact
+        return [math.inf if removed == start else loss for removed, loss in zip(candidates, exact, strict=True)]
+
+    assert run(name, BLOCKS, budget, losses=losses, start=start) == []
 
 
 def test_greedy_asks_for_all_single_additions_at_once() -> None:

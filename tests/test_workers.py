@@ -67,7 +67,7 @@ def test_ray_threads_and_one_by_one_give_the_same_bits(ray: Any, folder: Path, o
     second = [removed | {Unit(3, "block")} for removed in first if all(unit.index != 3 for unit in removed)]
     few = [frozenset(anatomy.of_kind("attn")[:3]), frozenset(anatomy.of_kind("mlp")[:3])]
     naive = [Ablator(anatomy, text, objective, memory=0).losses([removed])[0] for removed in first + second + few]
-    with_threads = Ablator(anatomy, text, objective, workers=2)
+    with_threads = Ablator(anatomy, text, objective, threads=2)
     assert with_threads.losses(first) + with_threads.losses(second) + with_threads.losses(few) == naive
 
     checkpoint = Checkpoint(str(folder / "tiny"), "tiny", None, fingerprint(model), "float32", False)

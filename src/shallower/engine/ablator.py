@@ -7,6 +7,7 @@ question to the next, results on disk, and candidates that are clearly worse are
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +30,14 @@ from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import prove
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Threads, Workers, free_memory, thread_count
 from shallower.errors import CorpusError
+from shallower.registry import Method
 from shallower.registry import objective as objectives
 from shallower.units import Unit
 
 TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
+ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted
+MEASURED_AS = 2  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
 
 
 @dataclass
@@ -69,13 +73,14 @@ class Ablator:
         fingerprint: str = "",
         memory: int | None = None,
         order: Order | None = None,
-        workers: int | Callable[[Evaluator], Workers] | None = None,
+        threads: int | None = None,
+        workers: Callable[[Evaluator], Workers] | None = None,
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. `memo` needs the model's `fingerprint`.
 
         memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
-        order: how the tree is walked, by default what is faster on the device. workers: how many threads measure, or
-        what makes those who do of an evaluator to copy; by default a thread a core.
+        order: how the tree is walked, by default what is faster on the device. threads: how many measure, by default
+        one a core. workers: makes those who measure in their place, of an evaluator to copy.
 
         Raises UnknownName for an unknown objective, CorpusError when it reads choices and `calibration` has none, and
         ModelError when replay does not reproduce the model.
@@ -102,7 +107,7 @@ class Ablator:
         prove(anatomy, self._batches[0])
         if memory is None:
             memory = int(free_memory(device) * SHARE_OF_FREE_MEMORY)
-        threads = workers if isinstance(workers, int) else thread_count(anatomy, len(self._batches))
+        threads = threads or thread_count(anatomy, len(self._batches))
         evaluator = Evaluator(
             anatomy,
             self._batches,
@@ -112,14 +117,15 @@ class Ablator:
             memory=memory // 2 // threads,
             order=order,
         )
-        self._workers: Workers = workers(evaluator) if callable(workers) else Threads(evaluator, threads)
+        self._workers: Workers = Threads(evaluator, threads) if workers is None else workers(evaluator)
         self._memo = memo
         self._context = context_key(
             {
                 "fingerprint": fingerprint,
                 "calibration": calibration.digest,
                 "sequences_a_batch": sequences,
-                "objective": [objective, sorted(self.options.items())],
+                "objective": [objective, _source(self.objective), sorted(self.options.items())],
+                "measured_as": MEASURED_AS,
                 "dtype": str(anatomy.model.dtype),
                 "device": device.type,
             }
@@ -154,8 +160,10 @@ class Ablator:
         a part of the text and come back as infinity; the others are then comparable among themselves, measured on the
         same tokens.
         """
-        if keep is not None and self.racing is not None and len(candidates) > keep:
-            return self._race([self.route(candidate) for candidate in candidates], keep, self.racing)
+        if keep is not None and self.racing is not None:
+            routes = [self.route(candidate) for candidate in candidates]
+            if len(set(routes)) > keep:
+                return self._race(routes, keep, self.racing)
         tokens = int(self.counts.sum())
         return [_finite(float(sums.sum()) / tokens) for sums in self.sums(candidates)]
 
@@ -164,7 +172,8 @@ class Ablator:
         over sequences or questions, which were the same for both; None for a single one.
         """
         dense, *without = self.sums([frozenset(), *candidates])
-        return [mean_and_error(sums - dense, self.counts) for sums in without]
+        found = [mean_and_error(sums - dense, self.counts) for sums in without]
+        return [(_finite(mean), error if math.isfinite(mean) else None) for mean, error in found]
 
     def sums(self, candidates: Sequence[Collection[Unit]]) -> list[NDArray[np.float64]]:
         """For each candidate the objective summed over the tokens of each sequence, or that of each question: float64
@@ -221,11 +230,11 @@ class Ablator:
         """Fill in whatever is not yet known of `routes` on the batches `numbers`; what was measured is kept even when
         interrupted.
         """
-        jobs = [
-            Job(number, missing)
-            for number in numbers
-            if (missing := tuple(route for route in routes if (route, number) not in self._measured))
-        ]
+        jobs = []
+        for number in numbers:
+            missing = sorted(route for route in routes if (route, number) not in self._measured)
+            pieces = (missing[at : at + ROUTES_A_JOB] for at in range(0, len(missing), ROUTES_A_JOB))
+            jobs += [Job(number, tuple(piece)) for piece in pieces]
         recalled = len(routes) * len(numbers) - sum(len(job.routes) for job in jobs)
         self.spent.recalled += recalled
         step(recalled)
@@ -236,6 +245,14 @@ class Ablator:
             self._measured.update({(route, number): sums for route, number, sums in found})
             self.spent.tokens += done.tokens
             self.spent.block_tokens += done.block_tokens
+
+
+def _source(objective: Method) -> str:
+    """The objective's code, so that an edited one does not recall what it measured before."""
+    try:
+        return inspect.getsource(objective.function)
+    except (OSError, TypeError):  # typed into an interpreter
+        return ""
 
 
 def _finite(loss: float) -> float:

@@ -164,9 +164,9 @@ class Evaluator:
             yield from self._walk(number, replay, prefix, hidden, members)
 
     def _layers(self, number: int, replay: Trace, routes: Sequence[Route]) -> Iterator[tuple[Route, Tensor]]:
-        """Layer-major, as many routes at a time as half of the memory holds states for."""
+        """Layer-major, as many routes at a time as half of the memory holds states for, before and after a block."""
         ordered = sorted(routes)  # neighbours share most
-        size = max(1, self.memory // 2 // max(replay.entry.nbytes, 1))
+        size = max(1, self.memory // 4 // max(replay.entry.nbytes, 1))
         for start in range(0, len(ordered), size):
             yield from self._sweep(number, replay, ordered[start : start + size])
 
@@ -218,11 +218,18 @@ class Evaluator:
         entry = self._trace(number).entry
         best, self._group = float("inf"), 1
         for size in GROUPS:
-            stacked = entry.repeat(size, *[1] * (entry.ndim - 1))
-            seconds = min(self._seconds(number, size, stacked) for _ in range(3)) / size
+            if size > 1 and 4 * size * entry.nbytes > self.memory:
+                break
+            try:
+                stacked = entry.repeat(size, *[1] * (entry.ndim - 1))
+                seconds = min(self._seconds(number, size, stacked) for _ in range(3)) / size
+            except torch.OutOfMemoryError:
+                break
             if seconds * WORTHWHILE > best:
                 break
             best, self._group = seconds, size
+        for tried in [key for key in self._traces if key[1] > self._group]:
+            del self._traces[tried]
         return self._group
 
     def _seconds(self, number: int, size: int, stacked: Tensor) -> float:

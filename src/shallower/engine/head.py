@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from shallower.anatomy.dissect import Anatomy, probe_ids
 from shallower.engine.trace import reach
 
-# Float32 logits held at once. The small one stays in a core's cache, and memory beyond 32 MB would come fresh from the
-# system each time, which takes as long as the product itself (docs/decisions.md has the measurements).
-VOCABULARY_CHUNK_BYTES = 1 << 20
+# Words of the vocabulary at a time: few stay in a core's cache, an accelerator wants larger products. The number does
+# not depend on the rows, so that neither do the results.
+WORDS = 512
+WORDS_ELSEWHERE = 8192
+# Float32 logits held at once where whole rows are needed. Memory beyond 32 MB would come fresh from the system each
+# time, which takes as long as the product itself (docs/decisions.md has the measurements).
 ROW_CHUNK_BYTES = 24 << 20
-ROW_CHUNK_BYTES_ELSEWHERE = 256 << 20  # an accelerator wants larger products
+ROW_CHUNK_BYTES_ELSEWHERE = 256 << 20
+LARGE_LOGIT = 1e3  # beyond it the difference of a logit and its log_softmax has lost digits
+LOWEST = torch.finfo(torch.float32).min  # for a logit of minus infinity, whose product with a probability of 0 is NaN
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +49,18 @@ class Head:
 
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [rows, vocabulary] for the output embedding's input [rows, hidden]."""
-        return self._finish(self.output(rows)).float()
+        return self._finish(self.output(rows)).float().clamp_min(LOWEST)
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether `reduce` can be used: the output embedding is a plain linear map whose weights are at hand."""
+        return type(self.output) is nn.Linear and not self.output.weight.is_meta
+
+    @property
+    def words(self) -> int:
+        """Rows of the output embedding, where it has chunks."""
+        assert type(self.output) is nn.Linear
+        return int(self.output.weight.shape[0])
 
     def reduce(
         self, rows: Tensor, targets: Tensor, probabilities: Tensor | None = None, temperature: float = 1.0
@@ -54,18 +70,14 @@ class Head:
         rows: the output embedding's input [rows, hidden], of one or several candidates. targets: int64 [rows].
         probabilities: float32 [rows of one candidate, vocabulary].
         """
-        if type(self.output) is not nn.Linear:
-            logits = self.logits(rows) / temperature
-            mean = None if probabilities is None else _mean(logits, probabilities, torch.empty_like(logits))
-            return Reduced(torch.logsumexp(logits, dim=-1), _chosen(logits, targets), mean)
+        assert type(self.output) is nn.Linear
         weight, bias = self.output.weight, self.output.bias
         count, vocabulary = len(rows), len(weight)
-        limit = VOCABULARY_CHUNK_BYTES if rows.device.type == "cpu" else ROW_CHUNK_BYTES_ELSEWHERE
-        size = min(vocabulary, max(64, limit // (4 * count)))
+        size = min(vocabulary, WORDS if rows.device.type == "cpu" else WORDS_ELSEWHERE)
         product = torch.empty(count, size, dtype=rows.dtype, device=rows.device)
         logits = torch.empty(count, size, dtype=torch.float32, device=rows.device)
         scratch = torch.empty_like(logits)
-        chosen = torch.empty(count, dtype=torch.float32, device=rows.device)
+        chosen = torch.full((count,), torch.nan, dtype=torch.float32, device=rows.device)
         mean = None if probabilities is None else torch.zeros_like(chosen)
         normalizers = []
         for start in range(0, vocabulary, size):
@@ -79,14 +91,17 @@ class Head:
             if bias is not None:
                 product += bias[start:stop]
             logits.copy_(self._finish(product))
+            if mean is not None:
+                logits.clamp_(min=LOWEST)
             if temperature != 1.0:
                 logits /= temperature
             inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(-1)
             chosen[inside] = logits[inside, targets[inside] - start]
-            # log_softmax is the fastest kernel that yields the normalizer; a logit of minus infinity needs the slow one
-            torch.log_softmax(logits, dim=-1, out=scratch)
-            normalizer = logits[:, 0] - scratch[:, 0]
-            normalizers.append(normalizer if normalizer.isfinite().all() else torch.logsumexp(logits, dim=-1))
+            if bool((logits[:, 0].abs() < LARGE_LOGIT).all()):  # log_softmax is the fastest kernel with a normalizer
+                torch.log_softmax(logits, dim=-1, out=scratch)
+                normalizers.append(logits[:, 0] - scratch[:, 0])
+            else:
+                normalizers.append(torch.logsumexp(logits, dim=-1))
             if mean is not None and probabilities is not None:
                 mean += _mean(logits, probabilities[:, start:stop], scratch)
         return Reduced(torch.logsumexp(torch.stack(normalizers), dim=0), chosen, mean)
@@ -105,10 +120,6 @@ def _mean(logits: Tensor, probabilities: Tensor, scratch: Tensor) -> Tensor:
     return torch.mul(logits.view(shape), probabilities, out=scratch.view(shape)).sum(-1).flatten()
 
 
-def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets[:, None]).squeeze(-1)
-
-
 def find_head(anatomy: Anatomy) -> Head | None:
     """The head of a model, or None when it does more than scale or soft-cap the output embedding's result."""
     output = anatomy.model.get_output_embeddings()
@@ -124,7 +135,9 @@ def find_head(anatomy: Anatomy) -> Head | None:
         handle.remove()
     softcap = getattr(anatomy.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     scale = float((final.double() * raw[0].double()).sum() / raw[0].double().square().sum().clamp_min(1e-300))
-    for head in (Head(output), Head(output, scale=scale), Head(output, softcap=softcap)):
+    capped = () if softcap is None else (Head(output, softcap=softcap),)  # first: small logits look uncapped
+    heads: tuple[Head, ...] = (*capped, Head(output), Head(output, scale=scale))
+    for head in heads:
         finished = Head(nn.Identity(), head.scale, head.softcap).logits(raw[0])
         if torch.allclose(finished, final.float(), rtol=1e-5 if final.dtype == torch.float32 else 1e-2, atol=1e-6):
             return head

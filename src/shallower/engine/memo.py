@@ -52,8 +52,7 @@ class Memo:
             except sqlite3.DatabaseError as error:
                 if isinstance(error, sqlite3.OperationalError):
                     raise
-                self.path.replace(self.path.with_suffix(".damaged"))
-                self._open()
+                self._set_aside()
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -65,6 +64,12 @@ class Memo:
                 "folder on another disk."
             ) from error
 
+    def _set_aside(self) -> None:
+        self.path.replace(self.path.with_suffix(".damaged"))
+        for companion in ("-wal", "-shm"):
+            Path(f"{self.path}{companion}").unlink(missing_ok=True)
+        self._open()
+
     def _open(self) -> None:
         self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode = WAL")
@@ -73,7 +78,16 @@ class Memo:
 
     def read(self, context: str) -> dict[tuple[str, int], Values]:
         """Everything measured in a context: {(route, batch): float64 [sequences of the batch]}."""
-        rows = self._connection.execute("SELECT route, batch, sums FROM measured WHERE context = ?", (context,))
+        question = "SELECT route, batch, sums FROM measured WHERE context = ?"
+        with self._room():
+            try:
+                rows = self._connection.execute(question, (context,)).fetchall()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self._connection.close()
+                self._set_aside()
+                rows = []
         return {(route, batch): np.frombuffer(sums, dtype="<f8") for route, batch, sums in rows}
 
     def write(self, context: str, measured: Iterable[tuple[str, int, Values]]) -> None:

@@ -27,7 +27,7 @@ from shallower.registry import Method
 
 STREAM = frozenset({"hidden", "dense_hidden"})
 REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
-ROWS_TOGETHER = 512
+ROWS_TOGETHER = 512  # as many as make the products of the head run at full speed; a batch of text may have half of it
 CHOICES = frozenset({"log_likelihoods", "tokens", "bytes", "gold"})
 
 
@@ -67,17 +67,23 @@ class Scorer:
         ids = trace.batch.input_ids.to(trace.entry.device)
         self.targets = ids[:, 1:][self.scored]
         self.vocabulary: int = trace.anatomy.model.get_input_embeddings().num_embeddings
-        self.reduces = head is not None and self.asked <= REDUCED
+        if head is not None and head.has_chunks:
+            self.vocabulary = head.words
+        self.reduces = head is not None and head.has_chunks and self.asked <= REDUCED
+        self._memory = memory
         self.dense_hidden = dense
         self._fits = 4 * len(self.targets) * self.vocabulary <= memory
         self._dense_rows: Callable[[slice], Tensor] | None = None
+        self._dense_head_rows: Tensor | None = None
         self._kept_distribution: tuple[Tensor, Tensor] | None = None
 
     @property
     def together(self) -> int:
         """How many candidates are best scored at once: few rows use the head's weights badly."""
         whole_rows = not self.reduces or ("dense_mean_logit" in self.asked and not self._fits)
-        return 1 if whole_rows else max(1, ROWS_TOGETHER // max(len(self.targets), 1))
+        if whole_rows or not len(self.targets):
+            return 1
+        return max(1, min(ROWS_TOGETHER // len(self.targets), self._memory // self.trace.entry.nbytes))
 
     def __call__(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
         """The objective of candidates, summed over the tokens of each sequence, or of each question: float64 [items].
@@ -85,9 +91,10 @@ class Scorer:
         hiddens: for each candidate the stream leaving the last block [sequences, length, hidden].
         """
         found = []
-        for flat in self._at_tokens(hiddens):
-            values = torch.zeros(self.scored.shape, dtype=torch.float32, device=flat.device)
-            values[self.scored] = flat
+        nothing = [torch.empty(0, device=self.targets.device)] * len(hiddens)  # documents of one token
+        for flat in self._at_tokens(hiddens) if len(self.targets) else nothing:
+            values = torch.zeros(self.scored.shape, dtype=torch.float32, device=self.scored.device)
+            values[self.scored] = flat.to(values.device)
             sums = values.double().sum(1).cpu()
             found.append(sums if self.answers is None else self._of_questions(sums, self.answers))
         return found
@@ -123,7 +130,7 @@ class Scorer:
         return result
 
     def _rows(self, hidden: Tensor) -> Tensor:
-        return hidden[:, :-1][self.scored]
+        return hidden[:, :-1][self.scored.to(hidden.device)]
 
     def _head_rows(self, hidden: Tensor) -> Tensor:
         assert self.head is not None
@@ -134,7 +141,7 @@ class Scorer:
         assert self.head is not None
         temperature = float(self.options.get("temperature", 1.0))
         rows = torch.cat([self._head_rows(hidden) for hidden in hiddens])
-        targets = self.targets.repeat(len(hiddens))
+        targets = self.targets.repeat(len(hiddens)).to(rows.device)
         if "dense_mean_logit" not in self.asked:
             reduced = self.head.reduce(rows, targets, None, temperature)
             values = self._function(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
@@ -164,7 +171,9 @@ class Scorer:
             return self._kept_distribution
         assert self.head is not None
         assert self.dense_hidden is not None
-        rows = self._head_rows(self.dense_hidden)[part]
+        if self._dense_head_rows is None:
+            self._dense_head_rows = self._head_rows(self.dense_hidden)
+        rows = self._dense_head_rows[part]
         probabilities = torch.empty(len(rows), self.vocabulary, dtype=torch.float32, device=rows.device)
         entropy = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), self._chunk()):
@@ -187,16 +196,16 @@ class Scorer:
         size = self._chunk()
         for start in range(0, len(self.targets), size):
             part = slice(start, min(start + size, len(self.targets)))
-            logits, targets = rows_of(part), self.targets[part]
-            supply: dict[str, Tensor | None] = {"logits": logits, "targets": targets}
-            if dense_rows_of is not None:
-                supply["dense_logits"] = dense_rows_of(part)
+            logits = rows_of(part)
+            targets = self.targets[part].to(logits.device)
+            dense_logits = None if dense_rows_of is None else dense_rows_of(part)
+            supply: dict[str, Tensor | None] = {"logits": logits, "targets": targets, "dense_logits": dense_logits}
             if self.asked & REDUCED:  # a head that does more than a linear map has no chunks of the vocabulary
                 scaled = logits / temperature
                 supply["log_normalizer"] = torch.logsumexp(scaled, dim=-1)
                 supply["target_logits"] = scaled.gather(-1, targets[:, None]).squeeze(-1)
-                if dense_rows_of is not None:
-                    probabilities = torch.softmax(dense_rows_of(part) / temperature, dim=-1)
+                if dense_logits is not None:
+                    probabilities = torch.softmax(dense_logits / temperature, dim=-1)
                     supply["dense_mean_logit"] = (probabilities * scaled).sum(-1)
                     supply["dense_entropy"] = torch.special.entr(probabilities).sum(-1)
             flat[part] = self._function(**supply)
@@ -210,9 +219,12 @@ class Scorer:
         if self._dense_rows is None:
             rows_of = self._logit_rows(dense)
             if self._fits:
-                whole = torch.cat(
-                    [rows_of(slice(at, at + self._chunk())) for at in range(0, len(self.targets), self._chunk())]
-                )
+                size = self._chunk()
+                first = rows_of(slice(0, size))
+                whole = first.new_empty(len(self.targets), first.shape[-1])
+                whole[:size] = first
+                for start in range(size, len(whole), size):
+                    whole[start : start + size] = rows_of(slice(start, start + size))
                 self._dense_rows = lambda part: whole[part]
             else:
                 self._dense_rows = rows_of

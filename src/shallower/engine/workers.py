@@ -6,11 +6,12 @@ cost a fifth (measured on 2 cores: 27 µs a token and block with two threads on 
 
 from __future__ import annotations
 
-import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -78,18 +79,14 @@ class Threads:
                 self._idle.put(evaluator)
 
         jobs = shares(jobs, self._first.states, self.count)
-        with ThreadPoolExecutor(
-            min(self.count, len(jobs)), "shallower", initializer=torch.set_num_threads, initargs=(share,)
-        ) as pool:
-            waiting = [pool.submit(work, job) for job in jobs]
-            try:
-                for future in as_completed(waiting):
-                    yield future.result()
-            finally:
-                stopped.set()
-                for future in waiting:
-                    future.cancel()
-        torch.set_num_threads(whole)  # the number that threads made later begin with
+        pool = ThreadPoolExecutor(self.count, "shallower", initializer=torch.set_num_threads, initargs=(share,))
+        try:
+            for future in as_completed([pool.submit(work, job) for job in jobs]):
+                yield future.result()
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(whole)  # the number that threads made later begin with
 
     def close(self) -> None:
         """Threads live only as long as `run`."""
@@ -104,10 +101,24 @@ def thread_count(anatomy: Anatomy, batches: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on a device; on a processor, what the system says is available."""
+    """Bytes of memory that are free on a device; on a processor, what can be had without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return min(_available(), _allowed())
+
+
+def _available() -> int:
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # macOS and Windows do not say
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
         return 8 << 30
+
+
+def _allowed() -> int:
+    """What a container's limit (cgroup version 2) leaves."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such limit
+        return sys.maxsize

@@ -28,6 +28,8 @@ def beam(units: Sequence[Unit], budget: Budget, losses: Losses, *, width: int = 
         measured = losses(candidates, keep=width)
         ranked = sorted(range(len(candidates)), key=measured.__getitem__)
         hand = [candidates[index] for index in ranked[:width] if math.isfinite(measured[index])]
+        if not hand:
+            return
         meeting = [removed for removed in hand if budget.met(removed)]
         if meeting:
             yield meeting[0]

@@ -36,6 +36,9 @@ def evolutionary(
         candidates = [parent, *(child for child in children if child != parent)]
         measured = losses(candidates, keep=1)
         best = candidates[min(range(len(candidates)), key=measured.__getitem__)]
+        if best != parent:
+            before, after = losses([parent, best])  # a race may call a tie what is a little worse
+            best = best if after < before else parent
         stale = stale + 1 if best == parent else 0
         if stale >= patience:
             return

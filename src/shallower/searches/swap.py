@@ -26,5 +26,8 @@ def swap(
         best = min(range(len(candidates)), key=measured.__getitem__)
         if best == 0:
             return
+        before, after = losses([removed, candidates[best]])  # a race may call a tie what is a little worse
+        if after >= before:
+            return
         removed = candidates[best]
         yield removed

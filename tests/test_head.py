@@ -1,0 +1,104 @@
+"""The head in chunks against whole rows of logits, and what could spoil sums over the vocabulary."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from shallower.anatomy import dissect
+from shallower.corpus import CalibrationSet
+from shallower.engine import Ablator, Racing
+from shallower.engine.head import WORDS, Head
+from shallower.testing.conformance import sample_text
+from shallower.testing.families import tiny_model
+from shallower.units import Unit
+
+VOCABULARY = 4 * WORDS + 37
+
+
+def head_of(bias: bool = False, **finish: float) -> Head:
+    torch.manual_seed(0)
+    return Head(nn.Linear(16, VOCABULARY, bias=bias), **finish)
+
+
+@pytest.mark.parametrize("finish", [{}, {"scale": 0.3}, {"softcap": 2.0}])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@torch.no_grad()
+def test_chunks_give_what_whole_rows_give(finish, temperature):
+    head = head_of(bias=True, **finish)
+    rows, targets = torch.randn(60, 16) * 5, torch.randint(0, VOCABULARY, (60,))
+    probabilities = torch.softmax(torch.randn(20, VOCABULARY), -1)  # of three candidates with 20 rows each
+    logits = (head.logits(rows) / temperature).double()
+    found = head.reduce(rows, targets, probabilities, temperature)
+    assert torch.allclose(found.log_normalizer.double(), logits.logsumexp(-1), atol=1e-5)
+    assert torch.allclose(found.target_logits.double(), logits.gather(1, targets[:, None])[:, 0], atol=1e-5)
+    expected = (logits * probabilities.double().repeat(3, 1)).sum(-1)
+    assert found.mean_logit is not None
+    assert torch.allclose(found.mean_logit.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("word", [0, WORDS, WORDS + 1, VOCABULARY - 1])
+@torch.no_grad()
+def test_a_word_that_is_ruled_out_spoils_nothing(bias, word):
+    head = head_of(bias=True)
+    head.output.bias[word] = bias
+    rows, targets = torch.randn(5, 16), torch.tensor([1, 2, 3, 4, 5])
+    probabilities = torch.softmax(head.logits(rows), -1)
+    found = head.reduce(rows, targets, probabilities)
+    logits = (rows @ head.output.weight.T + head.output.bias).double()
+    assert torch.allclose(found.log_normalizer.double(), logits.logsumexp(-1), atol=1e-5)
+    kept = torch.arange(VOCABULARY) != word
+    assert found.mean_logit is not None
+    expected = (logits * probabilities.double())[:, kept].sum(-1)
+    assert torch.allclose(found.mean_logit.double(), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_candidates_scored_together_agree_with_candidates_alone():
+    head = head_of()
+    rows, targets = torch.randn(252, 16), torch.randint(0, VOCABULARY, (252,))
+    alone = head.reduce(rows, targets)
+    both = head.reduce(torch.cat([rows, rows]), targets.repeat(2))
+    for part in both.log_normalizer.chunk(2):
+        assert torch.allclose(part, alone.log_normalizer, atol=2e-6)
+
+
+@pytest.mark.parametrize("objective", ["nll", "kl", "js", "hidden-cosine"])
+def test_documents_of_one_token_count_for_nothing(objective):
+    anatomy = dissect(tiny_model("llama"))
+    ids = torch.randint(3, 120, (3, 300), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 1:] = 0
+    text = CalibrationSet("x", ids, mask, ())
+    rest = CalibrationSet("x", ids[[0, 2]], None, ())
+    candidates = [frozenset(), frozenset({Unit(1, "block")})]
+    found, expected = (Ablator(anatomy, given, objective).losses(candidates) for given in (text, rest))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_many_copies_of_one_candidate_are_no_race():
+    anatomy = dissect(tiny_model("llama"))
+    ablator = Ablator(anatomy, sample_text(anatomy.model), racing=Racing())
+    same = frozenset({Unit(1, "block")})
+    first, second = ablator.losses([same, same], keep=1)
+    assert first == second == Ablator(anatomy, ablator.calibration).losses([same])[0]
+
+
+def test_what_overflows_is_the_most_important(monkeypatch):
+    anatomy = dissect(tiny_model("llama"))
+    ablator = Ablator(anatomy, sample_text(anatomy.model))
+    candidates = [frozenset({unit}) for unit in anatomy.of_kind("block")]
+    own = ablator.sums
+
+    def overflowing(asked):
+        return [
+            sums * (float("nan") if Unit(2, "block") in units else 1)
+            for units, sums in zip(asked, own(asked), strict=True)
+        ]
+
+    monkeypatch.setattr(ablator, "sums", overflowing)
+    found = ablator.differences(candidates)
+    assert found[2] == (float("inf"), None)
+    assert all(error is not None for _, error in itertools.chain(found[:2], found[3:]))
