@@ -207,7 +207,7 @@ class Ablator:
                 sums = np.stack([self._joined(route, measured) for route in running])
                 if self._questions is not None and np.isin(sums, (0, 1)).all():
                     continue  # right or wrong: a few equal answers have no spread, which is not certainty
-                alive = survivors(sums, self.counts[: sums.shape[1]], keep, racing)
+                alive = survivors(sums, self.counts[: sums.shape[1]], keep, racing, len(self.counts))
                 step(int((~alive).sum()) * (total - measured))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]
         losses = {}

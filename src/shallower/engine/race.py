@@ -14,14 +14,14 @@ from scipy.stats import t as student
 
 FEWEST_SEQUENCES = 4  # below this the spread of differences is not worth estimating
 PRIOR_DEGREES = 8  # how many degrees of freedom the candidates' common spread counts for against a candidate's own
+LOOKS = 2  # a race looks many times, but not independently: this division holds the stated error in simulated races
 
 
 @dataclass(frozen=True)
 class Racing:
     """How races are run.
 
-    error: probability that what a race chooses is worse than the best by more than `tie`. Each look at the sums is
-    corrected for the candidates still running; that this also covers looking many times is held by simulated races in
+    error: probability that what a race chooses is worse than the best by more than `tie`, held by simulated races in
     the tests.
     tie: a candidate that cannot be ahead by more than this share of the loss may go.
     """
@@ -30,23 +30,27 @@ class Racing:
     tie: float = 0.002
 
 
-def survivors(sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, racing: Racing) -> NDArray[np.bool_]:
-    """Who may still be among the `keep` best.
+def survivors(
+    sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, racing: Racing, whole: int
+) -> NDArray[np.bool_]:
+    """Who may still be among the `keep` best on all of the calibration set.
 
     sums: float64 [candidates, sequences], the objective summed over each sequence measured so far. counts: int64
-    [sequences], its tokens. Returns bool [candidates].
+    [sequences], its tokens. whole: sequences in the set. Returns bool [candidates].
 
     A candidate is dropped when the lower confidence bound of its paired difference to the `keep`-th best says that it
     cannot be better by more than the tie (Student's t over sequences). After a few sequences a variance is a poor
-    estimate, so each is drawn towards the median of all (a moderated t, as in the analysis of gene expression). The
-    correction counts the candidates still running, and is repeated when some have gone (Holm's step-down).
+    estimate, so each is drawn towards the median of all (a moderated t, as in the analysis of gene expression). What is
+    asked is the mean over this set and no other, so only sequences not yet seen are uncertain (the finite population
+    correction). The correction for many candidates counts those still running, and is repeated when some have gone
+    (Holm's step-down).
     """
     alive = np.asarray(np.isfinite(sums).all(axis=1))  # an overflow is as bad as can be
     sequences = sums.shape[1]
     if alive.sum() <= keep or sequences < FEWEST_SEQUENCES:
         return alive if alive.sum() >= keep else np.ones(len(sums), dtype=bool)
     if not alive.all():
-        alive[alive] = survivors(sums[alive], counts, keep, racing)
+        alive[alive] = survivors(sums[alive], counts, keep, racing, whole)
         return alive
     tokens = counts.sum()
     order = np.argsort(sums.sum(1), kind="stable")
@@ -55,12 +59,12 @@ def survivors(sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, r
     variance = ((sums - mark - difference[:, None] * counts) ** 2).sum(1) / (sequences - 1)
     freedom = sequences - 1 + PRIOR_DEGREES
     moderated = (PRIOR_DEGREES * np.median(variance[order[keep:]]) + (sequences - 1) * variance) / freedom
-    error = np.sqrt(moderated * sequences) / tokens
+    error = np.sqrt(moderated * sequences * (1 - sequences / whole)) / tokens
     tie = racing.tie * abs(mark.sum() / tokens)
     ahead: NDArray[np.bool_] = np.zeros(len(sums), dtype=bool)
     ahead[order[:keep]] = True
     while (rivals := int(alive.sum()) - keep) > 0:
-        bound = difference - float(student.ppf(1 - racing.error / rivals, freedom)) * error
+        bound = difference - float(student.ppf(1 - racing.error / LOOKS / rivals, freedom)) * error
         left = ahead | (alive & (bound <= -tie))
         if left.sum() == alive.sum():
             break
