@@ -207,8 +207,7 @@ def run(
 def _ours(task: Task, subject: Subject, units: Sequence[Unit], budget: Budget, ablator: Ablator) -> Removed:
     method = searches.get(task.search)
     if task.search == "one-shot":
-        dense, *without = ablator.losses([frozenset(), *(frozenset({unit}) for unit in units)])
-        values = {unit: loss - dense for unit, loss in zip(units, without, strict=True)}
+        values = dict(zip(units, ablator.losses([frozenset({unit}) for unit in units]), strict=True))
         trail: list[Removed] = list(method.function(scores=values, budget=budget))
         return trail[-1]
     options = {"generations": GENERATIONS, "offspring": OFFSPRING, "patience": GENERATIONS}

@@ -75,7 +75,7 @@ class Setup:
     batches: Sequence[Batch]
     objective: Method
     options: Mapping[str, Any]
-    order: Order
+    order: Order | None
     device: str
     threads: int
     memory: int | None

@@ -49,18 +49,20 @@ class Scorer:
         objective: Method,
         options: Mapping[str, Any],
         head: Head | None,
-        trace: Trace,
+        copies: Callable[[int], Trace],
         dense: Tensor | None,
         memory: int,
     ) -> None:
-        """dense: the stream leaving the dense model's last block, None when the objective does not compare with it.
+        """copies: the trace of so many copies of the batch. dense: the stream leaving the dense model's last block,
+        None when the objective does not compare with it.
 
         memory: bytes that the dense model's logits may take; beyond it they are computed anew for each candidate.
         """
         self.objective = objective
         self.options = dict(options)
         self.head = head
-        self.trace = trace
+        self.copies = copies
+        self.trace = trace = copies(1)
         self.answers = trace.batch.answers if reads_choices(objective) else None
         self.asked = frozenset(objective.parameters if self.answers is None else ("log_normalizer", "target_logits"))
         self.scored = scored_positions(trace, self.answers)
@@ -132,15 +134,19 @@ class Scorer:
     def _rows(self, hidden: Tensor) -> Tensor:
         return hidden[:, :-1][self.scored.to(hidden.device)]
 
-    def _head_rows(self, hidden: Tensor) -> Tensor:
+    def _head_rows(self, *hiddens: Tensor) -> Tensor:
+        """What the head is given at the scored positions of one or several candidates: [candidates * rows, hidden]."""
         assert self.head is not None
-        return self._rows(self.trace.head_input(hidden, self.head.output))
+        if len(hiddens) == 1:
+            return self._rows(self.trace.head_input(hiddens[0], self.head.output))
+        together = self.copies(len(hiddens)).head_input(torch.cat(hiddens), self.head.output)
+        return torch.cat([self._rows(part) for part in together.chunk(len(hiddens))])
 
     def _by_vocabulary(self, hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
         """Only sums over the vocabulary are needed: go through it in chunks, all rows at once."""
         assert self.head is not None
         temperature = float(self.options.get("temperature", 1.0))
-        rows = torch.cat([self._head_rows(hidden) for hidden in hiddens])
+        rows = self._head_rows(*hiddens)
         targets = self.targets.repeat(len(hiddens)).to(rows.device)
         if "dense_mean_logit" not in self.asked:
             reduced = self.head.reduce(rows, targets, None, temperature)
