@@ -69,10 +69,11 @@ Calibration = Annotated[
     Option(
         "--calibration",
         metavar="TEXT",
-        help="Text to measure on: a .txt or .jsonl file, a folder, hf:owner/name, python:docs. Default: python.",
+        help="Text to measure on: a .txt or .jsonl file, a folder, hf:owner/name, python:docs; for the objective "
+        "task, a .jsonl file of questions. Default: python.",
     ),
 ]
-Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences.")]
+Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
 Length = Annotated[int, Option("--length", metavar="N", min=2, help="Tokens in each sequence.")]
 Settings = Annotated[
     list[str] | None,
