@@ -31,7 +31,20 @@ from shallower.verbs.search import search
 
 TASKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks"
 SETS = ("", "block.0", "block.5", "block.1,block.2", "attn.3")
-WORDS = "river stone light under seven green window carries slowly between house paper".split()
+WORDS = [
+    "river",
+    "stone",
+    "light",
+    "under",
+    "seven",
+    "green",
+    "window",
+    "carries",
+    "slowly",
+    "between",
+    "house",
+    "paper",
+]
 
 
 def _jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> str:
