@@ -33,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     engine
     metrics objectives searches
     surgery
+    training
     recovery exporters
     evaluation
     bench
