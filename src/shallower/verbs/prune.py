@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import dissect
-from shallower.bench.speed import Speed, compare_speed
 from shallower.checkpoint.load import LoadedModel
 from shallower.checkpoint.locate import stored_dtype
 from shallower.corpus import CalibrationSet, overlap
@@ -33,6 +32,7 @@ from shallower.reporting.wording import plural
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import cut, require_free, require_ordinary, save
+from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
 from shallower.verbs.evaluate import text_name, text_perplexity
 from shallower.verbs.score import stream_statistic
