@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shallower.engine import Ablator
     from shallower.surgery.cut import cut
     from shallower.surgery.save import save
+    from shallower.verbs.bench import bench
     from shallower.verbs.demo import demo
     from shallower.verbs.evaluate import evaluate
     from shallower.verbs.inspect import inspect
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Ablator": "engine",
     "CalibrationSet": "corpus",
+    "bench": "verbs.bench",
     "build_calibration": "corpus",
     "cut": "surgery",
     "demo": "verbs.demo",
@@ -61,6 +63,7 @@ __all__ = [
     "Unit",
     "UserError",
     "__version__",
+    "bench",
     "build_calibration",
     "cut",
     "demo",

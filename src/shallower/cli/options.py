@@ -60,6 +60,14 @@ Objective = Annotated[
 Kinds = Annotated[
     Units, Option("--units", metavar="KIND", help="Which parts: block, attn, mlp, sublayer (attn and mlp) or all.")
 ]
+Ordinary = Annotated[
+    bool,
+    Option(
+        "--ordinary",
+        help="With --units sublayer or all: only plans that fit an ordinary checkpoint, made of whole blocks and of an "
+        "MLP with the attention after it; each counts as one unit. Default: any plan.",
+    ),
+]
 Protect = Annotated[
     str,
     Option("--protect", metavar="BLOCKS", help="Blocks that stay: first:4,last:2 or block.7. Default: none."),

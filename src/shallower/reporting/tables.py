@@ -19,6 +19,7 @@ from shallower.units import KINDS, Span, Unit
 
 if TYPE_CHECKING:
     from shallower.anatomy.weigh import UnitWeight, Weights
+    from shallower.timing import Speed, Spread
 
 _COUNTED = "Blocks are counted from 0."
 _BAR = 24  # columns of the longest bar
@@ -104,6 +105,43 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
             cells.append(cell)
         _add(table, row.model, str(row.blocks), count(row.parameters), *cells)
     return table
+
+
+def bench_table(speeds: Mapping[str, Sequence[Speed]], setting: str) -> Table:
+    """Models at each prompt and batch size, by name; under each time and amount its difference to the first model's."""
+    told = f"{setting} Differences are to the first model; ≈ marks those within the spread."
+    table = _table("Model", "Prefill", "Decoding", "Peak memory", "KV cache", caption=told)
+    first = next(iter(speeds))
+    for place, reference in enumerate(speeds[first]):
+        table.add_section()
+        _add(table, f"prompt {reference.prompt}, batch {reference.batch}", style="bold")
+        for name, measured in speeds.items():
+            speed, against = measured[place], None if name == first else reference
+            peak = "–" if speed.peak_bytes is None else size(speed.peak_bytes)
+            if against is not None and speed.peak_bytes is not None and against.peak_bytes:
+                peak += "\n" + signed(100 * (speed.peak_bytes / against.peak_bytes - 1), "{:.1f} %".format)
+            cache = size(speed.kv_cache_bytes)
+            if against is not None and against.kv_cache_bytes:
+                cache += "\n" + signed(100 * (speed.kv_cache_bytes / against.kv_cache_bytes - 1), "{:.1f} %".format)
+            _add(
+                table,
+                f"  {name}",
+                _timing(speed.prefill_s, speed.prefill_tokens_per_s, against.prefill_s if against else None),
+                _timing(speed.decode_s, speed.decode_tokens_per_s, against.decode_s if against else None),
+                peak,
+                cache,
+            )
+    return table
+
+
+def _timing(spread: Spread, tokens_per_s: float, against: Spread | None) -> str:
+    scale, unit = (1e3, "ms") if spread.median < 1 else (1, "s")
+    median, least, most = (number(scale * value) for value in (spread.median, spread.least, spread.most))
+    lines = [f"{number(tokens_per_s)} tokens/s", f"{median} {unit} ({least}–{most})"]
+    if against is not None:
+        mark = "≈ " if spread.overlaps(against) else ""
+        lines.append(mark + signed(spread.faster_than(against), "{:.1f} %".format))
+    return "\n".join(lines)
 
 
 def _unit_table(scores: Scores, units: Iterable[tuple[Unit, Score]]) -> Table:

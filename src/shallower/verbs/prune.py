@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import dissect
-from shallower.bench.speed import Speed, compare_speed
 from shallower.checkpoint.load import LoadedModel
 from shallower.checkpoint.locate import stored_dtype
 from shallower.corpus import CalibrationSet, overlap
@@ -33,6 +32,7 @@ from shallower.reporting.wording import plural
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import cut, require_free, require_ordinary, save
+from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
 from shallower.verbs.evaluate import text_name, text_perplexity
 from shallower.verbs.score import stream_statistic
@@ -66,6 +66,7 @@ def prune(
     metric: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     units: str = "block",
+    ordinary: bool = False,
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = 32,
@@ -87,7 +88,7 @@ def prune(
     """Choose what to remove (or take a plan), cut it out, measure before and after, and write a checkpoint with its
     report.
 
-    remove, search, objective, metric, units, protect, settings, exact, memory, workers: as for `search`.
+    remove, search, objective, metric, units, ordinary, protect, settings, exact, memory, workers: as for `search`.
     plan: apply this plan and search nothing.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. speed: also time prefill and
@@ -101,7 +102,7 @@ def prune(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
     if remove is not None:
-        require_possible(remove, search, objective, metric, settings)
+        require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
     memory, workers = parse_memory(memory), parse_workers(workers)
     if out is not None:
         require_free(out, force=force)
@@ -113,7 +114,7 @@ def prune(
         if given is not None:
             given.require_for(subject.identity)
         if remove is not None:
-            resolve(subject, remove, search, units=units, protect=protect)
+            resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     with clock("calibration text"):
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
         contents = contents or _held_out(calibration)
@@ -130,6 +131,7 @@ def prune(
                 metric=metric,
                 scores=spans if search == "contiguous" and metric in (None, DISTANCE) and units == "block" else None,
                 units=units,
+                ordinary=ordinary,
                 protect=protect,
                 calibration=text,
                 settings=settings,
