@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shallower.errors import ShallowerError, UserError
 from shallower.plan import PruningPlan
 from shallower.registry import metric, objective
-from shallower.scores import Scores
+from shallower.scores import Scores, ScoreSheet
 from shallower.units import Span, Unit
 from shallower.version import __version__
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from shallower.verbs.inspect import inspect
     from shallower.verbs.prune import prune
     from shallower.verbs.report import report
-    from shallower.verbs.score import score
+    from shallower.verbs.score import score, score_many
     from shallower.verbs.search import search
     from shallower.verbs.subject import open_subject
 
@@ -50,6 +50,7 @@ _LAZY = {
     "report": "verbs.report",
     "save": "surgery",
     "score": "verbs.score",
+    "score_many": "verbs.score",
     "search": "verbs.search",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "Ablator",
     "CalibrationSet",
     "PruningPlan",
+    "ScoreSheet",
     "Scores",
     "ShallowerError",
     "Span",
@@ -77,6 +79,7 @@ __all__ = [
     "report",
     "save",
     "score",
+    "score_many",
     "search",
 ]
 

@@ -20,7 +20,15 @@ def _shipped(package: str) -> str:
     return ", ".join(sorted(file.stem.replace("_", "-") for file in files))
 
 
-ScoredBy = Annotated[str, Option("--metric", metavar="NAME", help=f"What to measure: {_shipped('metrics')}.")]
+ScoredBy = Annotated[
+    str,
+    Option(
+        "--metric",
+        metavar="NAMES",
+        help=f"What to measure: {_shipped('metrics')}, several (cosine,taylor) or all: every metric but those that run "
+        "many models without units, of which it has only loss; ask for others, such as shapley, by name.",
+    ),
+]
 Model = Annotated[
     str,
     Argument(
@@ -100,7 +108,11 @@ Exact = Annotated[
 ]
 ScoresFile = Annotated[
     Path | None,
-    Option("--scores", metavar="FILE", help="Rank by this file of 'shallower score --out'. Default: score now."),
+    Option(
+        "--scores",
+        metavar="FILE",
+        help="Rank by this file of 'shallower score --out'; --metric picks one of several. Default: score now.",
+    ),
 ]
 Texts = Annotated[
     list[str] | None,

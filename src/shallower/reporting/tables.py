@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from shallower.reporting.data import ReportData
+from shallower.reporting.ranks import RankCorrelation
 from shallower.reporting.wording import KIND_NAMES, comparison, count, number, plural, score, signed, size
-from shallower.scores import Score, Scores
+from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import KINDS, Span, Unit
 
 if TYPE_CHECKING:
@@ -48,6 +49,29 @@ def scores_table(scores: Scores) -> Table:
     """Every unit in order of depth with its rank (1 goes first); of spans, the least of each length."""
     units = [(row.of, row) for row in scores.rows if isinstance(row.of, Unit)]
     return _unit_table(scores, units) if units else _span_table(scores)
+
+
+def sheet_table(sheet: ScoreSheet) -> Table:
+    """Every unit in order of depth, and by each metric its rank (1 goes first) before its value."""
+    table = _table("Unit", *sheet.metrics, caption="Rank and value by each metric. Rank 1 matters least.")
+    ranks = [{unit: place for place, unit in enumerate(scores.ranked(), start=1)} for scores in sheet.scores]
+    values = [scores.units for scores in sheet.scores]
+    digits = len(str(len(ranks[0])))
+    for unit in sorted(ranks[0]):
+        cells = [f"{rank[unit]:>{digits}} {score(value[unit]):>9}" for rank, value in zip(ranks, values, strict=True)]
+        _add(table, str(unit), *cells)
+    return table
+
+
+def correlations_table(metrics: Sequence[str], correlations: Sequence[RankCorrelation]) -> Table:
+    """A square of metrics by metrics: Spearman above the diagonal, Kendall below."""
+    cells = {(row.first, row.second): row.spearman for row in correlations}
+    cells |= {(row.second, row.first): row.kendall for row in correlations}
+    told = "Rank correlations of units: Spearman's rho above the diagonal, Kendall's tau below."
+    table = _table("", *metrics, caption=told)
+    for row in metrics:
+        _add(table, row, *("" if row == column else number(cells[row, column]) for column in metrics))
+    return table
 
 
 def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:

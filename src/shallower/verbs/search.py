@@ -22,7 +22,7 @@ from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
-from shallower.scores import Scores
+from shallower.scores import Scores, ScoreSheet
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain, require_distinct
 from shallower.verbs.score import score
@@ -43,7 +43,7 @@ def search(
     search: str = "greedy",
     objective: str = "nll",
     metric: str | None = None,
-    scores: Scores | str | Path | None = None,
+    scores: Scores | ScoreSheet | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     units: str = "block",
     ordinary: bool = False,
@@ -67,7 +67,8 @@ def search(
     such as `first:4,last:2`.
     ordinary: only plans whose sublayers pair up, so that what is left is an ordinary model: whole blocks, and an MLP
     with the attention after it. Each counts as one unit; a plan lists the sublayers of a pair one after the other.
-    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead.
+    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead; where they
+    are by several metrics, `metric` names the one.
     settings: options of the search and of the objective as text. search: one, or several that improve on each other
     (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
     after a part of it.
@@ -365,7 +366,7 @@ def _ranking(
     subject: Subject,
     stages: Sequence[Stage],
     metric: str | None,
-    scores: Scores | str | Path | None,
+    scores: Scores | ScoreSheet | str | Path | None,
     units: str,
     objective: str,
     settings: Mapping[str, str],
@@ -399,7 +400,7 @@ def _ranking(
             memory=memory,
             workers=workers,
         )
-    given = scores if isinstance(scores, Scores) else Scores.load(scores)
+    given = _given(scores, metric)
     if metric is not None and metric != given.metric:
         raise UserError(
             f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
@@ -411,3 +412,11 @@ def _ranking(
     if needs_spans and not given.spans:
         raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")
     return given
+
+
+def _given(scores: Scores | ScoreSheet | str | Path, metric: str | None) -> Scores:
+    """Scores measured before: of a sheet of several metrics the one that is named."""
+    if isinstance(scores, Scores):
+        return scores
+    sheet, where = (scores, "the sheet") if isinstance(scores, ScoreSheet) else (ScoreSheet.load(scores), str(scores))
+    return sheet.scores[0] if len(sheet.scores) == 1 else sheet.pick(metric, where)
