@@ -18,19 +18,20 @@ CHOICES = ("auto", "packaged", "padded")
 
 @dataclass(frozen=True)
 class Form:
-    """meaning: what loads it, in one or two sentences. loading: Python that loads it from `{folder}`."""
+    """meaning: what loads it, in one or two sentences. loading, tokenizer: Python that loads it from `{folder}`."""
 
     name: str
     meaning: str
     loading: str
+    tokenizer: str
 
 
 _STOCK = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({folder!r})"""
-TOKENIZER = """from transformers import AutoTokenizer
+_TOKENIZER = """from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({folder!r})"""
+tokenizer = AutoTokenizer.from_pretrained({folder!r}"""
 _CODE = """from transformers import AutoModelForCausalLM  # runs the two short files in the folder: read them first
 
 model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
@@ -42,24 +43,29 @@ model = shallower.load({folder!r})"""
 FORMS = {
     form.name: form
     for form in (
-        Form("ordinary", "It is an ordinary checkpoint; nothing but `transformers` is needed.", _STOCK),
+        Form(
+            "ordinary", "It is an ordinary checkpoint; nothing but `transformers` is needed.", _STOCK, f"{_TOKENIZER})"
+        ),
         Form(
             "native",
             "Its config says which sublayers are missing, in a way that the `transformers` which made it obeys. Older "
             "ones may ignore it and fill in random weights.",
             _STOCK,
+            f"{_TOKENIZER})",
         ),
         Form(
             "packaged",
             "Its blocks lack sublayers, for which `transformers` has no class of its own: the folder carries one, in "
             "two short files. Blocks without attention hold no KV cache.",
             _CODE,
+            f"{_TOKENIZER}, trust_remote_code=True)",  # without it, transformers asks on the terminal
         ),
         Form(
             "padded",
             "It is an ordinary checkpoint in which the removed sublayers are still there, with zeros in their output "
             "projections: it computes what the smaller model computes, and is no smaller and no faster.",
             _STOCK,
+            f"{_TOKENIZER})",
         ),
     )
 }

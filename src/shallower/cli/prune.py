@@ -11,7 +11,7 @@ from shallower.cli import options
 from shallower.cli.output import print_removed
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
-from shallower.forms import FORMS, TOKENIZER
+from shallower.forms import FORMS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,7 +137,7 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
             console.print(f"Note: {note}", soft_wrap=True)
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)
         console.print(f"\nForm:  {form.name}. {form.meaning}", soft_wrap=True)
-        for code in (form.loading, TOKENIZER):
+        for code in (form.loading, form.tokenizer):
             console.print(f"\n{code}".format(folder=str(folder)), soft_wrap=True)
 
     return Answer(answer, show)
