@@ -26,8 +26,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for line in """
     errors version progress
     units strict_json registry resources reduction
-    plan budget
+    plan budget forms
     scores exchange
+    packaged
     anatomy checkpoint
     corpus
     engine

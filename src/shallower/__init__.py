@@ -21,10 +21,11 @@ from shallower.version import __version__
 
 if TYPE_CHECKING:
     from shallower.anatomy import dissect
+    from shallower.checkpoint.load import load
     from shallower.corpus import CalibrationSet, build_calibration
     from shallower.engine import Ablator
+    from shallower.exporters import save
     from shallower.surgery.cut import cut
-    from shallower.surgery.save import save
     from shallower.verbs.bench import bench
     from shallower.verbs.demo import demo
     from shallower.verbs.evaluate import evaluate
@@ -45,10 +46,11 @@ _LAZY = {
     "dissect": "anatomy",
     "evaluate": "verbs.evaluate",
     "inspect": "verbs.inspect",
+    "load": "checkpoint.load",
     "open_subject": "verbs.subject",
     "prune": "verbs.prune",
     "report": "verbs.report",
-    "save": "surgery",
+    "save": "exporters",
     "score": "verbs.score",
     "score_many": "verbs.score",
     "search": "verbs.search",
@@ -72,6 +74,7 @@ __all__ = [
     "dissect",
     "evaluate",
     "inspect",
+    "load",
     "metric",
     "objective",
     "open_subject",
