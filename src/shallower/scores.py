@@ -20,7 +20,9 @@ FORMAT = "shallower.scores/1"
 
 @dataclass(frozen=True)
 class Score:
-    """Importance of one unit or span. `error` is the standard error of `value` over calibration sequences."""
+    """Importance of one unit or span. `error` is the standard error of `value` over calibration sequences, or
+    over orders of removal where the metric samples these (`shapley`).
+    """
 
     of: Unit | Span
     value: float

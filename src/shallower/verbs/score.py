@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -78,6 +79,7 @@ def score(
             )
         with closing(make_ablator(subject, text, objective, *judged, memory=memory, workers=workers)) as ablator:
             supply = {"units": wanted, "losses": ablator.losses, "differences": ablator.differences}
+            supply["rng"] = random.Random(seed)
             found = method.function(**{name: supply[name] for name in method.parameters}, **options)
         rows = tuple(Score(unit, *found[unit]) for unit in wanted)
         options = {**judged[0], **options}
