@@ -8,7 +8,7 @@ perplexity is measured after each removal, answers to questions after 10, 20, 33
 4. Deep spans are the most alike by angular distance; question answering holds until a sharp drop, perplexity rises
    smoothly (arXiv:2403.17887).
 
-    python benchmarks/findings.py --data FOLDER [--model demo] [--limit 40] [--out docs]
+    python benchmarks/findings.py --data FOLDER [--model demo] [--limit 32] [--out docs]
 
 FOLDER holds text/c4.jsonl (what metrics read), text/wikitext2.test.txt (perplexity), and tasks/: arc_easy/test.jsonl,
 arc_easy/validation.jsonl (what the task's own metric reads), boolq/validation.jsonl, mmlu/test.jsonl. Writes
@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from shallower.cli.progress import working
@@ -152,7 +153,7 @@ def measure(given: argparse.Namespace) -> Measured:
     def questions(name: str, count: int) -> ChoiceSet:
         return build_choices(str(data / name), subject.tokenizer, questions=count, length=given.question_tokens)
 
-    calibration, evaluation = text("text/c4.jsonl", 8, 256), text("text/wikitext2.test.txt", *given.text)
+    calibration, evaluation = text("text/c4.jsonl", *given.calibration), text("text/wikitext2.test.txt", *given.text)
     own = questions(OWN_QUESTIONS, given.limit)
     spans = score(subject, "angular", positions="all", spans=True, calibration=calibration).spans
     curves = tuple(_curves(subject, calibration, own, spans, given.samples))
@@ -194,7 +195,7 @@ def _curves(
     }
     if samples:
         chosen = {"samples": str(samples)}
-        ways["shapley on C4"] = {"metric": "shapley", "calibration": text.subset(range(4)), "settings": chosen}
+        ways["shapley on C4"] = {"metric": "shapley", "calibration": text, "settings": chosen}
     for kind, (ranking, way) in itertools.product(KINDS, ways.items()):
         order = score(subject, units=kind, **way).ranked()
         yield Curve(kind, ranking, _nested(order))
@@ -233,13 +234,14 @@ def _dense(found: Measured) -> Iterator[str]:
     yield "## What there is to lose"
     rows, lost = [], []
     for task in found.tasks:
-        above = (task.dense - task.chance) / task.error if task.error else 0.0
+        guessing = math.sqrt(task.chance * (1 - task.chance) / len(task.margins[frozenset()]))
+        above = (task.dense - task.chance) / guessing
         if above < 2:
             lost.append(task.name)
-        rows.append((task.name, f"{task.dense:.1%} ± {task.error:.1%}", f"{task.chance:.1%}", f"{above:+.1f}"))
-    rows = [(task, *(cell.replace("%", " %") for cell in cells)) for task, *cells in rows]
+        row = (task.name, f"{task.dense:.1%} ± {task.error:.1%}", f"{task.chance:.1%}", f"{above:+.1f}")
+        rows.append(tuple(cell.replace("%", " %") for cell in row))
     yield f"The dense model's perplexity is {found.perplexity(frozenset()):.1f}."
-    yield _table(("task", "dense accuracy", "chance", "standard errors above chance"), rows)
+    yield _table(("task", "dense accuracy", "chance", "standard errors of guessing above chance"), rows)
     if lost:
         yield (
             f"On {_listed(lost)} these questions cannot tell the dense model from guessing (less than 2 standard "
@@ -317,11 +319,11 @@ def _second(found: Measured) -> Iterator[str]:
             ratio = found.perplexity(own.sets[number]) / found.perplexity(plain.sets[number])
             rows.append((f"{number} {NAMES[kind]}", *cells, f"{ratio:.2f}"))
     yield _table(("removed", *(task.name for task in found.tasks), "perplexity"), rows)
-    for name, (worse, same, better) in gained.items():
-        yield (
-            f"- {name}{' (its own)' if name == OWN else ''}: better by more than two standard errors at {better} of "
-            f"{worse + same + better} points, worse at {worse}, not to be told apart at {same}."
-        )
+    yield "\n".join(
+        f"- {name}{' (its own)' if name == OWN else ''}: better by more than two standard errors at {better} of "
+        f"{worse + same + better} points, worse at {worse}, not to be told apart at {same}."
+        for name, (worse, same, better) in gained.items()
+    )
 
 
 def _fourth(found: Measured) -> Iterator[str]:
@@ -389,6 +391,7 @@ def figures(found: Measured, folder: Path) -> None:
                 )
             axes.axhline(2 * found.perplexity(frozenset()), color="#94A3B8", linewidth=0.8, linestyle="--")
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             _frame(axes, f"{NAMES[kind]} removed")
         panels[0].set_ylabel("perplexity (dashed: twice dense)")
         _finish(figure, panels[0], colour, folder / "perplexity.svg")
@@ -411,7 +414,7 @@ def figures(found: Measured, folder: Path) -> None:
 def _frame(axes: Axes, label: str) -> None:
     axes.set_xlabel(label)
     axes.grid(axis="y")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _finish(figure: Figure, axes: Axes, colour: Mapping[str, str], path: Path) -> None:
@@ -429,11 +432,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with text/ and tasks/")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--limit", type=int, default=40, help="questions of each task")
+    parser.add_argument("--limit", type=int, default=32, help="questions of each task")
     parser.add_argument("--question-tokens", type=int, default=128, help="longer questions are left out")
-    parser.add_argument("--text", type=int, nargs=2, default=(8, 256), metavar=("SEQUENCES", "LENGTH"))
+    size: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("SEQUENCES", "LENGTH")}
+    parser.add_argument("--calibration", default=(8, 128), help="of the text that metrics read", **size)
+    parser.add_argument("--text", default=(8, 256), help="of the text for perplexity", **size)
     parser.add_argument(
-        "--samples", type=int, default=4, help="orders of removal for Shapley values; 0 leaves them out"
+        "--samples", type=int, default=3, help="orders of removal for Shapley values; 0 leaves them out"
     )
     parser.add_argument("--out", default="docs", help="folder for findings.md and findings/")
     given = parser.parse_args()
@@ -443,10 +448,10 @@ def main() -> None:
     folder = Path(given.out) / "findings"
     folder.mkdir(parents=True, exist_ok=True)
     figures(found, folder)
-    text = " ".join(str(value) for value in given.text)
+    calibration, text = (" ".join(map(str, size)) for size in (given.calibration, given.text))
     command = (
         f"python benchmarks/findings.py --data FOLDER --model {given.model} --limit {given.limit} --question-tokens "
-        f"{given.question_tokens} --text {text} --samples {given.samples}"
+        f"{given.question_tokens} --calibration {calibration} --text {text} --samples {given.samples}"
     )
     written = Path(given.out) / "findings.md"
     written.write_text(page(found, command), encoding="utf-8")
