@@ -21,7 +21,9 @@ SHEET_FORMAT = "shallower.scores/2"
 
 @dataclass(frozen=True)
 class Score:
-    """Importance of one unit or span. `error` is the standard error of `value` over calibration sequences."""
+    """Importance of one unit or span. `error` is the standard error of `value` over calibration sequences, or
+    over orders of removal where the metric samples these (`shapley`).
+    """
 
     of: Unit | Span
     value: float

@@ -11,6 +11,7 @@ The framework supplies what the signature asks for, and makes the passes that th
     gradients, fisher                       of the mean loss with respect to them; mean squares of each sequence's
     gate                                    derivative of the loss with respect to a factor on a unit's update
     units with losses or differences        the objective without each candidate, or its difference to the dense model
+    rng                                     random.Random, seeded by the user
 
 The first four are worked out in one forward pass, `gradients`, `fisher` and `gate` in one forward and backward pass,
 for all metrics of a run. A trait `spans=True` scores spans, too, `positions="last"` reads last tokens only (both for

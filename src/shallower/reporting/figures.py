@@ -81,7 +81,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
     kinds = [kind for kind in KINDS if any(unit.kind == kind for unit, _ in rows)]
     whole = {unit.index for unit in removed if unit.kind == "block"}
     gone = {unit for unit, _ in rows if unit in removed or unit.index in whole}
-    with _settings():
+    with styled():
         figure = Figure(figsize=(_WIDTH, 2.9 if len(kinds) == 1 else 1.0 + 1.9 * len(kinds)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
         for axes, kind in zip(panels, kinds, strict=True):
@@ -124,7 +124,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
         rescaled[row] = (distance[row] - low) / spread if spread > 0 else distance[row] * 0
     highest = lengths[-1] + 1
     chosen = runs(removed, "block") if all(unit.kind == "block" for unit in removed) else ()
-    with _settings():
+    with styled():
         figure = Figure(figsize=(_WIDTH, 4.3), layout="constrained")
         plane, profile = figure.subplots(1, 2, sharey=True, width_ratios=(3.6, 1))
         image = plane.imshow(
@@ -177,7 +177,7 @@ def loss_curve(plan: PruningPlan) -> str | None:
         return None
     objective = plan.made_by.objective or "objective"
     total = len(plan.order)
-    with _settings():
+    with styled():
         figure, axes = _canvas(3.1)
         places, losses = [place for place, _, _ in steps], [loss for _, _, loss in steps]
         axes.plot(places, losses, color="#94A3B8", linewidth=1.3, zorder=2)
@@ -221,7 +221,8 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """Inside the `with`, matplotlib draws in this project's style, whatever the caller's settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)

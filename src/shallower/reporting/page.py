@@ -121,7 +121,8 @@ def _figures(data: ReportData) -> str:
     for scores in data.influence:
         told = "Taller bars matter more to the model. " if scores.metric != "loss" else _LOSS_METRIC
         if any(row.error for row in scores.rows):
-            told += "Whiskers: standard error over calibration sequences. "
+            drawn = "orders of removal" if scores.metric == "shapley" else "calibration sequences"
+            told += f"Whiskers: standard error over {drawn}. "
         told += f"{_calibration(scores)}."
         title = f"Importance of each unit by {scores.metric}"
         parts.append(_figure(influence_bars(scores, removed), title, told, _influence_table(scores, removed)))
