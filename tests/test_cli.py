@@ -182,6 +182,24 @@ def test_score(cli: Cli, place: Path, tmp_path: Path) -> None:
     assert Scores.load(out).made_by.options["positions"] == "all"
 
 
+def test_several_metrics_side_by_side(cli: Cli, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    text = ("--calibration", place / "text.txt", *SMALL)
+    asked = ("score", place / "tiny", "--metric", "cosine,taylor,magnitude", *text)
+    ran = cli(*asked, "--out", out)
+    assert ran.code == 0
+    assert re.search(r"Unit +cosine +taylor +magnitude", ran.out)
+    assert len(re.findall(r"^ *block\.\d+( +[1-6] +[\d.]+){3} *$", ran.out, re.MULTILINE)) == BLOCKS
+    assert "Spearman's rho above the diagonal" in ran.out
+    assert f"--scores {out} --metric cosine" in ran.out
+    told = cli(*asked, "--json").json
+    assert [row["second"] for row in told.pop("correlations")] == ["taylor", "magnitude", "magnitude"]
+    assert told == json.loads(out.read_text())
+    chosen = ("search", place / "tiny", "--remove", 2, "--search", "one-shot", "--scores", out, *text)
+    assert sentence(cli(*chosen)).endswith("choose one with --metric: cosine, taylor, magnitude.")
+    assert cli(*chosen, "--metric", "taylor", "--json").json["made_by"]["metric"] == "taylor"
+
+
 def test_search_by_scores(cli: Cli, place: Path, tmp_path: Path) -> None:
     text = ("--calibration", place / "text.txt")
     assert cli("score", place / "tiny", *text, *SMALL, "--out", tmp_path / "s.json", "--quiet").code == 0

@@ -10,6 +10,7 @@ import torch
 
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
+from shallower.engine.stream import _Chunk, _pairs
 from shallower.registry import metric, objective
 from shallower.testing.conformance import (
     check_identity_is_lowest,
@@ -77,14 +78,17 @@ def test_last_block_is_not_scored_after_the_norm():
 
 
 def test_relative_norms():
-    before, after = torch.randn(5, 7), torch.randn(5, 7)
+    before, after = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     for p in (1, 2):
         method = metric.get(f"relative-l{p}")
+        norms = {
+            f"{name}_l{p}": tensor.norm(p=p, dim=-1)
+            for name, tensor in (("before", before), ("after", after), ("change", after - before))
+        }
         expected = (after - before).abs().pow(p).sum(-1).pow(1 / p) / after.abs().pow(p).sum(-1).pow(1 / p)
-        assert torch.allclose(method.function(before, after), expected)
+        assert torch.allclose(method.function(**norms), expected)
         assert torch.allclose(
-            method.function(before, after, below="before"),
-            (after - before).norm(p=p, dim=-1) / before.norm(p=p, dim=-1),
+            method.function(**norms, below="before"), (after - before).norm(p=p, dim=-1) / before.norm(p=p, dim=-1)
         )
 
 
@@ -109,7 +113,10 @@ def test_angular_of_a_small_angle_keeps_its_digits():
     turn = 1e-5
     before = torch.tensor([[1.0, 0.0]])
     after = torch.tensor([[math.cos(turn), math.sin(turn)]])
-    assert float(metric.get("angular").function(before, after)) == pytest.approx(turn / math.pi, rel=1e-3)
+    points = torch.stack([before, after], 1)
+    chunk = _Chunk(points, _pairs((Span(0, 1),), (0,), (1,)))
+    given = {name: chunk.supply(name) for name in metric.get("angular").parameters}
+    assert float(metric.get("angular").function(**given)) == pytest.approx(turn / math.pi, rel=1e-3)
     # the textbook form cannot: float32 cosines next to 1 are 6e-8 apart
     textbook = torch.arccos(torch.cosine_similarity(before, after, dim=-1).clamp(-1, 1)) / math.pi
     assert float(textbook) != pytest.approx(turn / math.pi, rel=1e-3)

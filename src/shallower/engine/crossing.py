@@ -35,6 +35,7 @@ class Midpoint:
 class Crossing:
     """The stream crossing one block, [sequences, length, hidden] each.
 
+    before, between: copies, as a block may go on to change in place what it was given.
     between: after the attention, before the MLP; None where nobody asked for sublayers or the block has only one.
     given: `between` as the model's own forward has it, on the way to `after`; None where it was worked out apart.
     without_attention: what the block returns without its attention, where there is a `between` but no `given`.
@@ -75,7 +76,8 @@ def crossings(
     given: dict[int, Tensor] = {}
 
     def enter(block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entering[block.index] = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        entering[block.index] = hidden.detach().clone()
         midpoint = midpoints.get(block.index)
         if midpoint is None or midpoint.child is not None:
             return
@@ -86,19 +88,21 @@ def crossings(
 
         apart[block.index] = run_without("mlp"), run_without("attn") if gates and block.attn is not None else None
 
+    def keep(index: int, middle: Tensor) -> None:
+        given[index] = middle
+        apart[index] = middle.detach().clone().view(entering[index].shape), None  # OPT has one row a token
+
     def pause(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[index] = args[0] if args else next(iter(kwargs.values()))
+        keep(index, args[0] if args else next(iter(kwargs.values())))
 
     def note(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        given[index] = unpack(output)
+        keep(index, unpack(output))
 
     def leave(block: Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        before, after, middle = entering.pop(block.index), unpack(output), given.pop(block.index, None)
         between, without_attention = apart.pop(block.index, (None, None))
-        if middle is not None:
-            between = middle.view(before.shape)  # OPT has one row a token
         parallel = block.index in midpoints and midpoints[block.index].parallel
-        visit(Crossing(block, before, between, middle, without_attention, after, parallel))
+        before, middle = entering.pop(block.index), given.pop(block.index, None)
+        visit(Crossing(block, before, between, middle, without_attention, unpack(output), parallel))
 
     handles = []
     for block in anatomy.blocks:

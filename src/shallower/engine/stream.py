@@ -138,7 +138,7 @@ def _read_batch(
         for positions, stream in depths.items():
             stream.append(view.select(positions, crossing.before))
             if crossing.block.index == last:
-                stream.append(view.select(positions, crossing.after))
+                stream.append(view.select(positions, crossing.after).clone())
         changes = {unit: change for unit, change in crossing.changes().items() if unit in units}
         _read(tallies, _pairs_of(changes), view, spans=False)
         sublayers = {unit: change for unit, change in changes.items() if unit.kind != "block"}
