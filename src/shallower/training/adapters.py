@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Collection, Mapping
 
 import torch
@@ -43,8 +44,9 @@ def adapt(
     if faults:
         raise UserError(f"{'; '.join(faults)}: correct it with --set.")
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=list(names))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # of Conv1D: peft says that it does what is right
         inject_adapter_in_model(settings, student)
     for parameter in student.parameters():
         if parameter.requires_grad:
@@ -91,6 +93,7 @@ def quantise(student: PreTrainedModel, names: Collection[str]) -> dict[str, nn.M
         )
         small.weight = Params4bit(module.weight.detach().clone(), requires_grad=False, quant_type="nf4", module=small)
         small.bias = module.bias
+        small.support_avx512bf16_for_cpu = False  # it would repack, and round, the weights at each measurement
         replaced[name] = module
         student.set_submodule(name, small.to(module.weight.device))
     return replaced

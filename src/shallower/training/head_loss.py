@@ -21,12 +21,14 @@ class Guide:
 
     rows: its output embedding's input [rows, hidden], with `head`. Or log_probabilities, float [rows, k], of the k
     most probable `words`, int [rows, k], at the temperature asked for; the rest of the vocabulary is then one word.
+    stream: what leaves the blocks that student and teacher share, [sequences, length, hidden], where they share any.
     """
 
     rows: Tensor | None = None
     head: Head | None = None
     log_probabilities: Tensor | None = None
     words: Tensor | None = None
+    stream: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

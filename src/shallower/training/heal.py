@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from shallower.errors import UserError
 from shallower.resources import parse_memory
 from shallower.training.feed import Feed
 from shallower.training.loop import Guiding, Outcome, number_format, train
-from shallower.training.objective import TextObjective
+from shallower.training.objective import TextObjective, shared_blocks
 from shallower.training.recipe import Task
 from shallower.training.teacher import CachedTeacher, Teacher, open_cache, require_same_words
 
@@ -61,19 +62,23 @@ def heal(student: PreTrainedModel, task: Task) -> Outcome:
     """
     recipe = task.recipe
     teacher: Guiding | None = None
-    head = find_head(task.anatomy)
+    head, compute = find_head(task.anatomy), number_format(recipe, student)
+    shared = 0
     if recipe.needs_teacher:
         require_same_words(task.anatomy.model, student)
-        teacher = _teacher(task)
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # else the blocks are spread over devices
+        shared = shared_blocks(student, task.anatomy) if alone and not recipe.teacher_cache else 0
+        teacher = _teacher(task, Teacher(task.anatomy, compute, shared))
     if recipe.recompute:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = TextObjective(
         student,
         head,
-        number_format(recipe, student),
+        compute,
         distill=recipe.distill,
         temperature=recipe.temperature,
         hidden=recipe.hidden,
+        shared=shared,
     )
     try:
         return train(objective, student, task, teacher)
@@ -96,8 +101,7 @@ def finish(student: PreTrainedModel, formats: Mapping[str, torch.dtype]) -> PreT
     return student.eval()
 
 
-def _teacher(task: Task) -> Teacher | CachedTeacher:
-    teacher = Teacher(task.anatomy)
+def _teacher(task: Task, teacher: Teacher) -> Teacher | CachedTeacher:
     budget = parse_memory(task.recipe.teacher_cache or None)
     if budget is None:
         return teacher

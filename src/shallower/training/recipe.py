@@ -24,7 +24,7 @@ HeldOut = Callable[[PreTrainedModel], float]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of all trained methods.
+    """All trained methods also take these.
 
     lr, weight_decay: of AdamW with betas 0.9 and 0.95; norms and biases do not decay. The rate rises over the share
     `warmup` of the training and then falls to 0 along a cosine.
@@ -154,6 +154,7 @@ def trainable(defaults: Recipe) -> Callable[[Callable[..., PreTrainedModel]], Ca
         ]
         method.__signature__ = inspect.Signature([*supplied, *settable])  # type: ignore[attr-defined]
         method.__annotations__ = described
+        method.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{inspect.getdoc(Recipe)}"
         return method
 
     return decorate

@@ -142,8 +142,8 @@ class Store:
             (self.folder / GOOD).unlink()
 
     def _states(self) -> list[Path]:
-        assert self.folder is not None
-        return sorted(path for path in self.folder.glob("state-*") if path.is_dir())
+        found = [] if self.folder is None else self.folder.glob("state-*")
+        return sorted(path for path in found if path.is_dir())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

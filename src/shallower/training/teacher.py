@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shallower import progress
-from shallower.anatomy.dissect import Anatomy
+from shallower.anatomy.dissect import Anatomy, unpack
 from shallower.engine.head import Head, find_head
 from shallower.errors import ModelError, UserError
 from shallower.training.feed import Portion
@@ -28,9 +29,14 @@ ROWS = 128  # of logits at a time
 class Teacher:
     """Runs the dense model on portions of text."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, compute: torch.dtype, shared: int = 0) -> None:
+        """compute: number format of products. shared: first blocks whose result the student is given."""
         self.anatomy = anatomy
+        self.compute = compute
+        self.shared = shared
         self.head = find_head(anatomy)
+        if self.head is not None and self.head.has_chunks:
+            self.head = replace(self.head, output=_in_format(self.head.output, compute))
 
     def place(self, device: torch.device) -> None:
         self.anatomy.model.to(device)
@@ -38,9 +44,34 @@ class Teacher:
     def guide(self, portion: Portion) -> Guide:
         """What the dense model says at the positions before scored tokens."""
         model = self.anatomy.model
-        with torch.no_grad():
-            rows = head_input(model, self.head, portion)
-        return Guide(rows, self.head or Head(nn.Identity()))
+        streams: list[Tensor] = []
+        last = self.anatomy.blocks[self.shared - 1].module
+        handle = last.register_forward_hook(lambda module, args, output: streams.append(unpack(output)))
+        try:
+            with torch.no_grad(), torch.autocast(model.device.type, self.compute, enabled=half(self.compute)):
+                rows = head_input(model, self.head, portion)
+        finally:
+            handle.remove()
+        if self.head is None:
+            return Guide(rows, Head(nn.Identity()), stream=streams[0] if self.shared else None)
+        return Guide(rows.to(self.compute), self.head, stream=streams[0] if self.shared else None)
+
+
+def half(compute: torch.dtype) -> bool:
+    """Whether products are computed in another format than float32, so that autocast has something to do."""
+    return compute != torch.float32
+
+
+def _in_format(output: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """An output embedding in `dtype`; itself where it is that already."""
+    assert isinstance(output, nn.Linear)
+    if output.weight.dtype == dtype:
+        return output
+    copied = nn.Linear(output.in_features, output.out_features, output.bias is not None, device="meta")
+    copied.weight = nn.Parameter(output.weight.detach().to(dtype), requires_grad=False)
+    if output.bias is not None:
+        copied.bias = nn.Parameter(output.bias.detach().to(dtype), requires_grad=False)
+    return copied
 
 
 class CachedTeacher:
