@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy, unpack
 from shallower.engine.head import Head, find_head
-from shallower.errors import ModelError, UserError
+from shallower.errors import ModelError, OutputError, UserError
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide
 from shallower.training.state import write_tensors
@@ -127,7 +126,7 @@ class CachedTeacher:
 def open_cache(teacher: Teacher, folder: Path, budget: int, tokens: int, temperature: float) -> CachedTeacher:
     """As many words a token as `budget` bytes hold for `tokens` tokens, 256 at most.
 
-    Raises UserError when that is fewer than 8, or the disk has no such room.
+    Raises UserError when that is fewer than 8, OutputError when the disk has no such room.
     """
     vocabulary = teacher.anatomy.model.get_input_embeddings().weight.shape[0]
     words = min(MOST_WORDS, vocabulary, budget // (tokens * BYTES_A_WORD))
@@ -140,12 +139,12 @@ def open_cache(teacher: Teacher, folder: Path, budget: int, tokens: int, tempera
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder} for the teacher's cache: {error.strerror}.") from None
+        raise OutputError(f"cannot make {folder} for the teacher's cache: {error.strerror}.") from None
     free, needed = shutil.disk_usage(folder).free, words * tokens * BYTES_A_WORD
     if free < needed:
-        raise UserError(
-            f"the teacher's cache needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {folder} "
-            f"({errno.errorcode[errno.ENOSPC]}): lower teacher_cache, or choose another folder."
+        raise OutputError(
+            f"the teacher's cache needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {folder}: lower "
+            "teacher_cache, or choose another folder."
         )
     return CachedTeacher(teacher, folder, words, temperature)
 
