@@ -172,4 +172,5 @@ def _options(function: Callable[..., Any]) -> dict[str, Option]:
 metric = Registry("metric", "shallower.metrics")
 objective = Registry("objective", "shallower.objectives")
 search = Registry("search", "shallower.searches")
-REGISTRIES = (metric, objective, search)
+recovery = Registry("recovery", "shallower.recovery")
+REGISTRIES = (metric, objective, search, recovery)

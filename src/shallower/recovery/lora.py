@@ -1,0 +1,33 @@
+"""Low-rank adapters on all linear maps, merged at the end."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from shallower.registry import recovery
+from shallower.training.adapters import adapt, merge, projections, require_packages
+from shallower.training.heal import finish, heal, own_parameters
+from shallower.training.recipe import Recipe, Task, trainable
+
+
+@recovery("lora", source="arXiv:2402.02834", trained=True)
+@trainable(Recipe(weight_decay=0.0))
+def lora(
+    student: PreTrainedModel,
+    task: Task,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.05,
+    first: int = 0,
+) -> PreTrainedModel:
+    """Low-rank adapters (LoRA) on all linear maps of the blocks, trained and merged: no new parameters.
+
+    rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them.
+    """
+    require_packages("lora", "peft")
+    own_parameters(student)
+    adapt(student, projections(student, first), rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
+    heal(student, task)
+    merge(student)
+    return finish(student, {})

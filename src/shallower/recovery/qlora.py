@@ -1,0 +1,36 @@
+"""Adapters on weights of four bits, for models that would not fit otherwise."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from shallower.registry import recovery
+from shallower.training.adapters import adapt, merge, projections, quantise, require_packages
+from shallower.training.heal import finish, heal, own_parameters
+from shallower.training.recipe import Recipe, Task, trainable
+
+
+@recovery("qlora", source="arXiv:2305.14314, arXiv:2403.17887", trained=True)
+@trainable(Recipe(weight_decay=0.0))
+def qlora(
+    student: PreTrainedModel,
+    task: Task,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.05,
+    first: int = 0,
+) -> PreTrainedModel:
+    """Low-rank adapters trained on weights of four bits (NF4), then merged into what these stand for.
+
+    rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them; those before keep
+    their precision.
+    """
+    require_packages("qlora", "peft", "bitsandbytes")
+    own_parameters(student)
+    names = projections(student, first)
+    plain = quantise(student, names)
+    adapt(student, names, rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
+    heal(student, task)
+    merge(student, plain)
+    return finish(student, {})

@@ -1,0 +1,111 @@
+"""LoRA adapters on a student's linear maps: attached by peft, and merged into weights that are the student's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shallower.errors import ModelError, UserError
+from shallower.training.heal import block_of
+
+
+def require_packages(method: str, *names: str) -> None:
+    """Raise UserError when one of the packages that `method` stands on is not installed."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{method} needs {' and '.join(missing)}: pip install 'shallower[heal]'.")
+
+
+def projections(student: PreTrainedModel, first: int = 0) -> list[str]:
+    """Names of the linear maps in the student's blocks from `first` on. Raises ModelError when there are none."""
+    place = block_of(student)
+    linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    found = [name for name in linear if (index := place(name)) is not None and index >= first]
+    if not found:
+        raise ModelError(
+            f"{type(student).__name__} has no linear maps in its blocks from {first} on to put adapters on."
+        )
+    return found
+
+
+def adapt(
+    student: PreTrainedModel, names: Collection[str], *, rank: int, alpha: float, dropout: float, seed: int
+) -> None:
+    """Put an adapter, alpha / rank · B A, beside each named linear map; they are float32, and all that is trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    faults = [f"rank={rank} is not above 0"] if rank < 1 else []
+    faults += [f"dropout={dropout} is not from 0 to below 1"] if not 0 <= dropout < 1 else []
+    if faults:
+        raise UserError(f"{'; '.join(faults)}: correct it with --set.")
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=list(names))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # of Conv1D: peft says that it does what is right
+        inject_adapter_in_model(settings, student)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def merge(student: PreTrainedModel, plain: Mapping[str, nn.Module] | None = None) -> None:
+    """Add each adapter to a copy of the weights that it stands beside, and take it out.
+
+    plain: by name, the modules that were quantised, which get the sum of what they were rounded to and the adapter.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [(name, module) for name, module in student.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in layers:
+        base = layer.get_base_layer()
+        module = base if plain is None else plain[name]
+        added = layer.get_delta_weight("default").float()
+        module.weight = nn.Parameter((_weight(base).float() + added).to(module.weight.dtype))
+        student.set_submodule(name, module)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(student).pop(attribute, None)
+
+
+def quantise(student: PreTrainedModel, names: Collection[str]) -> dict[str, nn.Module]:
+    """Replace the named linear maps by ones of four bits (NF4). Returns the maps that were replaced, by name.
+
+    Raises ModelError for a map that bitsandbytes cannot quantise.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    replaced: dict[str, nn.Module] = {}
+    for name in names:
+        module = student.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise ModelError(f"{name} is a {type(module).__name__}, which cannot be quantised: use lora.")
+        small = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=module.weight.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        small.weight = Params4bit(module.weight.detach().clone(), requires_grad=False, quant_type="nf4", module=small)
+        small.bias = module.bias
+        small.support_avx512bf16_for_cpu = False  # it would repack, and round, the weights at each measurement
+        replaced[name] = module
+        student.set_submodule(name, small.to(module.weight.device))
+    return replaced
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """A linear map's weights, unpacked where they are quantised."""
+    weight = module.get_parameter("weight").detach()
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    unpacked: Tensor = dequantize_4bit(weight, state)
+    return unpacked

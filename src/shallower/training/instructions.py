@@ -1,0 +1,113 @@
+"""Instructions with their answers, in the model's chat template; only the answers are learned."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from shallower import progress
+from shallower.corpus.build import pad_id
+from shallower.corpus.calibration import CalibrationSet, SourceRecord
+from shallower.corpus.sources import json_records
+from shallower.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXAMPLE = '{"instruction": "…", "input": "…", "output": "…"}'
+
+
+@dataclass(frozen=True, eq=False)
+class InstructionSet(CalibrationSet):
+    """One conversation a sequence. scored: bool [sequences, length], True for the tokens of the answer.
+
+    Raises CorpusError when `scored` does not fit the ids, or a sequence has nothing to score.
+    """
+
+    scored: Tensor = field(kw_only=True)
+
+    format: ClassVar[str] = "shallower.instructions/1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scored.shape != self.input_ids.shape or self.scored.dtype != torch.bool:
+            raise CorpusError(
+                f"what is scored is {self.scored.dtype} of shape {list(self.scored.shape)}; it must be bool "
+                f"{list(self.input_ids.shape)}, as the ids."
+            )
+        if not bool(self.scored[:, 1:].any(1).all()):
+            raise CorpusError("every conversation needs an answer of at least one token that has one before it.")
+
+    def _contents(self) -> dict[str, Tensor | None]:
+        return super()._contents() | {"scored": self.scored}
+
+    @classmethod
+    def _made(cls, spec: str, tensors: Mapping[str, Tensor], sources: tuple[SourceRecord, ...]) -> InstructionSet:
+        if "scored" not in tensors:
+            raise CorpusError(f"the saved instructions of {spec} lack scored; build them again.")
+        return cls(spec, tensors["input_ids"], tensors.get("attention_mask"), sources, scored=tensors["scored"])
+
+
+def build_instructions(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, length: int = 512, sequences: int | None = None
+) -> InstructionSet:
+    """Conversations from a .jsonl file of `instruction`, `input` (may be empty or missing) and `output`.
+
+    length: longest conversation in tokens; a longer one is left out, as half an answer teaches to stop anywhere.
+    sequences: only that many. In file order: training shuffles.
+
+    Raises CorpusError when the file is not such rows, the tokenizer has no chat template, or nothing is short enough.
+    """
+    if not tokenizer.chat_template:
+        raise CorpusError(
+            "instructions need a chat template, and this model's tokenizer has none: train on plain text."
+        )
+    path = Path(path)
+    found: list[tuple[list[int], int]] = []
+    total = hashlib.sha256()
+    read = 0
+    with progress.task("reading instructions", sequences) as step:
+        for number, record in json_records(path):
+            total.update(repr(sorted(record.items())).encode())
+            read += 1
+            ids, begin = _encode(tokenizer, record, f"{path}, line {number}")
+            if len(ids) <= length and begin < len(ids):
+                found.append((ids, begin))
+                step()
+            if len(found) == sequences:
+                break
+    if not found:
+        raise CorpusError(f"none of the {read} conversations of {path} fits length={length}: set a larger length.")
+    width = max(len(ids) for ids, _ in found)
+    filler = pad_id(tokenizer)
+    rows = torch.tensor([ids + [filler] * (width - len(ids)) for ids, _ in found], dtype=torch.int64)
+    real = torch.arange(width)[None, :] < torch.tensor([len(ids) for ids, _ in found])[:, None]
+    scored = real & (torch.arange(width)[None, :] >= torch.tensor([begin for _, begin in found])[:, None])
+    source = SourceRecord(path.name, f"sha256:{total.hexdigest()}", len(found))
+    return InstructionSet(f"{path.name}?length={length}", rows, real.to(torch.int64), (source,), scored=scored)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where: str) -> tuple[list[int], int]:
+    """Ids of the conversation, and where the answer begins."""
+    for name in ("instruction", "output"):
+        if not isinstance(record.get(name), str) or not record[name].strip():
+            raise CorpusError(f"{where} has no text in the field {name!r}: write rows such as {EXAMPLE}.")
+    asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+    prompt = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    if not whole.startswith(prompt):
+        raise CorpusError(
+            f"{where}: the chat template writes an answered question in another way than a question that waits for its "
+            "answer, so what the model would learn cannot be told apart: train on plain text."
+        )
+    ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+    alone = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    shared = next((at for at, pair in enumerate(zip(alone, ids, strict=False)) if pair[0] != pair[1]), len(alone))
+    return ids, shared

@@ -1,0 +1,301 @@
+"""The training loop: steps, schedule, measurements on the way, divergence, resuming; on one device or many.
+
+Notable features:
+- Whatever of the objective's parameters takes gradients is trained, in float32, by AdamW.
+- The loss of a step is a mean over its scored tokens, however they are split into portions and over processes.
+- Step and seed decide what is read and which random numbers are drawn, so that a resumed training ends with the weights
+  of an uninterrupted one, bit for bit where the arithmetic is repeatable.
+- The weights that were best at a measurement are what is returned; a training that diverges goes back to them.
+- accelerate wraps the objective, so that `accelerate launch` spreads a step over devices (data parallel, or FSDP 2).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from shallower import progress
+from shallower.checkpoint.dtype import DTYPES, choose_dtype
+from shallower.errors import UserError
+from shallower.training.feed import Feed, Portion
+from shallower.training.head_loss import Guide
+from shallower.training.recipe import HeldOut, Recipe, Task
+from shallower.training.state import State, Store
+
+BETAS = (0.9, 0.95)
+SMOOTH = 0.8  # weight of the past in the running mean of the loss
+UNSETTLED = 5  # steps before that mean means something
+WORSE = 1.5  # a running mean so many times its least, and 1 nat above it, has diverged
+PARTS = 1000  # of the progress bar
+
+
+class Guiding(Protocol):
+    """A teacher."""
+
+    def guide(self, portion: Portion) -> Guide: ...
+
+    def place(self, device: torch.device) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training went. stopped: why it ended early, empty when it did not. kept: the step whose weights were best.
+    curve: as in State.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    stopped: str
+    kept: int
+    curve: tuple[dict[str, Any], ...]
+
+
+def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: Guiding | None) -> Outcome:
+    """Train the parameters of `objective` that take gradients; afterwards they hold the best weights.
+
+    objective: module whose forward (portion, guide) gives sums over scored tokens: the loss, and two parts of it.
+    student: what held-out perplexity is measured of.
+
+    Raises CorpusError when the text is too short for a step, OutputError when a state cannot be written, UserError when
+    the folder holds another training. One that diverges stops, and goes back to the best weights it had.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return _Loop(objective, student, task, teacher).run()
+
+
+class _Loop:
+    def __init__(self, objective: nn.Module, student: PreTrainedModel, task: Task, teacher: Guiding | None) -> None:
+        self.student, self.task, self.recipe, self.teacher = student, task, task.recipe, teacher
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.accelerator = Accelerator(cpu=student.device.type == "cpu", device_placement=launched)
+        self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
+        self.steps = self.feed.total(self.recipe.epochs)
+        self.store = Store(task.folder, task.settings())
+        names = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
+        if not names:
+            raise UserError("nothing of the model takes gradients, so there is nothing to train.")
+        trained = [objective.get_parameter(name) for name in names]
+        self.store.require_room(sum(parameter.numel() for parameter in trained))
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            betas=BETAS,
+            fused=True,
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        inner = self.accelerator.unwrap_model(self.objective)
+        self.trained: dict[str, nn.Parameter] = {name: inner.get_parameter(name) for name in names}
+        if teacher is not None and launched:
+            teacher.place(self.accelerator.device)
+        self.state = State(task.settings())
+        self.begun = self.saved = time.monotonic()
+        self.before = 0.0  # seconds of earlier processes
+        self.last: dict[str, float] = {}  # losses of the step before
+
+    def run(self) -> Outcome:
+        found = self.store.load()
+        if found is None:
+            self._measure()
+        else:
+            self.state, weights, moments = found
+            self._set_weights(weights)
+            self._set_moments(moments)
+            self.before = self.state.seconds
+            self.begun = time.monotonic()
+            progress.note(f"resumed after step {self.state.step}, {self.state.tokens:,} tokens")
+        stopped, shown = "", 0
+        with progress.task("training", total=PARTS) as bar:
+            while not stopped and (share := self._share()) < 1:
+                bar(int(share * PARTS) - shown)
+                shown = int(share * PARTS)
+                stopped = self._step(share) or self._after_step()
+            bar(PARTS - shown)
+        return self._end(stopped)
+
+    def _seconds(self) -> float:
+        return self.before + time.monotonic() - self.begun
+
+    def _share(self) -> float:
+        """Of the whole training, done: by steps or by time, whichever is more."""
+        share = self.state.step / self.steps
+        if self.recipe.minutes and self.state.step:
+            share = max(share, self._agreed(self._seconds() / (60 * self.recipe.minutes)))
+        return share
+
+    def _agreed(self, value: float) -> float:
+        """The first process's value, which all follow."""
+        if self.accelerator.num_processes == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        torch.distributed.broadcast(shared, 0)
+        return float(shared)
+
+    def _step(self, share: float) -> str:
+        """One step of the optimizer. Returns why training has to stop, if it has."""
+        rows = self.feed.step(self.state.step)
+        counted = self.feed.scored(rows)
+        here, processes = self.accelerator.process_index, self.accelerator.num_processes
+        torch.manual_seed(((self.task.seed << 24) + self.state.step) * 1024 + here)
+        portions = list(self.feed.portions(rows[here::processes]))
+        self.objective.train()
+        sums = torch.zeros(3, dtype=torch.float32, device=self.accelerator.device)
+        for number, portion in enumerate(portions):
+            guide = None if self.teacher is None else self.teacher.guide(portion)
+            last = number == len(portions) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                losses = self.objective(portion, guide)
+                # processes' gradients are averaged, and a step's loss is a mean over all of their tokens
+                self.accelerator.backward(losses[0] * (processes / counted))
+            sums += torch.stack([loss.detach().float() for loss in losses])
+        norm = _whole(self.accelerator.clip_grad_norm_(self.trained.values(), self.recipe.clip))
+        loss, nll, kl = (self.accelerator.reduce(sums, "sum") / counted).tolist()
+        if trouble := self._trouble(loss, float(norm)):
+            return trouble
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * rate(share + 0.5 / self.steps, self.recipe.warmup)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.tokens += self.feed.real(rows)
+        self.last = {"loss": loss, "nll": nll} | ({"kl": kl} if self.recipe.distill else {})
+        return ""
+
+    def _trouble(self, loss: float, norm: float) -> str:
+        """Whether this step's loss shows that learning has failed."""
+        state, step = self.state, self.state.step + 1
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return f"it diverged: at step {step} the loss was {loss:.4g} and its gradient's norm {norm:.4g}"
+        smoothed = loss if state.smoothed is None else SMOOTH * state.smoothed + (1 - SMOOTH) * loss
+        if state.lowest is not None and smoothed > max(WORSE * state.lowest, state.lowest + 1):
+            return f"it diverged: at step {step} the mean loss was {smoothed:.4g}, and {state.lowest:.4g} before"
+        state.smoothed = smoothed
+        if step >= UNSETTLED:
+            state.lowest = smoothed if state.lowest is None else min(state.lowest, smoothed)
+        return ""
+
+    def _after_step(self) -> str:
+        """Measure and save where it is time. Returns why training has to stop, if it has."""
+        share, wanted = self._share(), self.recipe.evaluations
+        if share >= 1 or share * wanted >= self.state.measured:
+            self._measure()
+            if 0 < self.recipe.patience <= self.state.worse:
+                return f"{self.state.worse} measurements in a row brought nothing better"
+        self.state.seconds = self._seconds()
+        if share < 1 and self._agreed(time.monotonic() - self.saved) >= 60 * self.recipe.save_minutes:
+            self._save()
+            self.saved = time.monotonic()
+        return ""
+
+    def _measure(self) -> None:
+        """Measure held-out perplexity and keep the weights if they are the best; keep any where nothing is held out."""
+        state = self.state
+        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "minutes": round(self._seconds() / 60, 3)}
+        row |= self.last
+        if self.task.held_out is not None:
+            row["held_out"] = self._held_out(self.task.held_out)
+        state.curve.append(row)
+        state.measured = math.floor(self._share() * self.recipe.evaluations) + 1
+        if state.best is None or not row.get("held_out", -math.inf) >= state.best:
+            state.best, state.worse, state.kept = row.get("held_out"), 0, state.step
+            weights = self._weights()
+            if self.task.folder is None or self.accelerator.is_main_process:
+                self.store.keep(weights)
+        else:
+            state.worse += 1
+        self.accelerator.wait_for_everyone()
+
+    def _held_out(self, measure: HeldOut) -> float:
+        sharded = self.objective if hasattr(self.objective, "unshard") else None
+        if sharded is not None:
+            sharded.unshard()
+        device, compute = self.accelerator.device.type, number_format(self.recipe, self.student)
+        self.student.eval()
+        with torch.autocast(device, compute, enabled=compute != torch.float32):
+            value = self._agreed(measure(self.student))
+        if sharded is not None:
+            sharded.reshard()
+        return value
+
+    def _save(self) -> None:
+        weights, moments = self._weights(), self._moments()
+        if self.accelerator.is_main_process:
+            self.store.save(self.state, weights, moments)
+        self.accelerator.wait_for_everyone()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: _whole(parameter.detach()) for name, parameter in self.trained.items()}
+
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(_spread(weights[name], parameter))
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's two running means of each parameter."""
+        return {
+            f"{name}.{moment}": _whole(self.optimizer.state[parameter][moment])
+            for name, parameter in self.trained.items()
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+
+    def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.state.step), device=parameter.device),
+                "exp_avg": _spread(moments[f"{name}.exp_avg"], parameter),
+                "exp_avg_sq": _spread(moments[f"{name}.exp_avg_sq"], parameter),
+            }
+
+    def _end(self, stopped: str) -> Outcome:
+        state = self.state
+        state.seconds = self._seconds()
+        if state.kept != state.step or stopped:
+            self._set_weights(self.store.good())
+        self.optimizer.zero_grad(set_to_none=True)
+        spent = f"{state.step} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes"
+        why = f"training stopped early: {stopped}; " if stopped else "trained for "
+        progress.note(f"{why}{spent}; the weights of step {state.kept} are kept")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.store.finish(state, stopped)
+        return Outcome(state.step, state.tokens, state.seconds, stopped, state.kept, tuple(state.curve))
+
+
+def rate(share: float, warmup: float) -> float:
+    """Share of the learning rate after `share` of the training: up in a line, then down along a cosine to 0."""
+    if share < warmup:
+        return share / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warmup) / (1 - warmup))))
+
+
+def number_format(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
+    """What products are computed in: as the recipe says, or what is measured to be faster; never float16."""
+    if recipe.compute != "auto":
+        return DTYPES[recipe.compute]
+    chosen = choose_dtype(model.device)
+    return torch.float32 if chosen == torch.float16 else chosen
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over devices."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, placed as `like` is."""
+    moved = tensor.to(like.device)
+    return distribute_tensor(moved, like.device_mesh, like.placements) if isinstance(like, DTensor) else moved

@@ -1,0 +1,160 @@
+"""What every trained recovery can be told, and how a method gets these options besides its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from shallower.anatomy.dissect import Anatomy
+from shallower.corpus.calibration import CalibrationSet
+from shallower.errors import UserError
+from shallower.resources import parse_memory
+from shallower.units import Unit
+
+HeldOut = Callable[[PreTrainedModel], float]
+"""Perplexity of a model on text that it is not trained on."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All trained methods also take these.
+
+    lr, weight_decay: of AdamW with betas 0.9 and 0.95; norms and biases do not decay. The rate rises over the share
+    `warmup` of the training and then falls to 0 along a cosine.
+    batch: tokens a step. at_once: tokens that go through the model together; a step's gradients are summed.
+    epochs: times that the text is read. minutes: stop after that long; 0 for no limit. The rate follows whichever of
+    the two is nearer its end, so with a time limit two runs are not the same to the last digit.
+    clip: largest norm of a step's gradient.
+    distill: share of the loss that is the divergence from the dense model's probabilities, 0 to 1; the rest is the
+    next-token loss. temperature: of both models' probabilities. hidden: weight of 1 - cosine of both models' last
+    hidden states. teacher_cache: disk for what the dense model says, as in 2GB, so that several epochs pay for it once;
+    only the most probable words of each token are kept. Empty: it is computed each time.
+    evaluations: how often held-out perplexity is measured; what was best is kept. patience: stop when that many of them
+    in a row brought nothing better; 0 for never.
+    save_minutes: how often the state is written, where there is a folder to resume from.
+    compute: number format of products; auto measures which is faster. Trained weights are float32 all the while.
+    recompute: keep no activations of a block for the way back; slower, and needs less memory.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.1
+    batch: int = 4096
+    at_once: int = 2048
+    epochs: float = 1.0
+    minutes: float = 0.0
+    warmup: float = 0.05
+    clip: float = 1.0
+    distill: float = 0.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    teacher_cache: str = ""
+    evaluations: int = 10
+    patience: int = 0
+    save_minutes: float = 5.0
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError that names every value out of range."""
+        bounds: dict[str, tuple[float, float]] = {name: (0, float("inf")) for name in ("weight_decay", "minutes")}
+        bounds |= {name: (0, float("inf")) for name in ("hidden", "evaluations", "patience", "save_minutes")}
+        bounds |= {"distill": (0, 1), "warmup": (0, 0.9), "batch": (1, float("inf")), "at_once": (1, float("inf"))}
+        faults = [
+            f"{name}={getattr(self, name)} is not between {least:g} and {most:g}"
+            for name, (least, most) in bounds.items()
+            if not least <= getattr(self, name) <= most
+        ]
+        faults += [
+            f"{name}={getattr(self, name)} is not above 0"
+            for name in ("lr", "epochs", "clip", "temperature")
+            if not getattr(self, name) > 0
+        ]
+        if faults:
+            raise UserError(f"{'; '.join(faults)}: correct it with --set.")
+        parse_memory(self.teacher_cache or None)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distill > 0 or self.hidden > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a trained method works with, besides the student.
+
+    anatomy: of the dense model, which is the teacher. removed: what the student lacks. text: what it learns from.
+    held_out: None when nothing is to be measured on the way. folder: where the state is kept, None for nowhere. method
+    and options: what tells this training from others, for resuming.
+    """
+
+    anatomy: Anatomy
+    removed: frozenset[Unit]
+    text: CalibrationSet
+    held_out: HeldOut | None
+    folder: Path | None
+    seed: int
+    recipe: Recipe
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result, but for the student's weights, as JSON holds it."""
+        return {
+            "method": self.method,
+            "options": {**self.options, **asdict(self.recipe)},
+            "text": self.text.digest,
+            "removed": [str(unit) for unit in sorted(self.removed)],
+            "seed": self.seed,
+        }
+
+
+def trainable(defaults: Recipe) -> Callable[[Callable[..., PreTrainedModel]], Callable[..., PreTrainedModel]]:
+    """Turn `method(student, task, *, own options)` into a recovery that takes the recipe's options, too.
+
+    defaults: the recipe's values where nothing is set.
+    """
+
+    def decorate(function: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+        names = [item.name for item in fields(Recipe)]
+
+        @functools.wraps(function)
+        def method(
+            student: PreTrainedModel,
+            anatomy: Anatomy,
+            removed: frozenset[Unit],
+            calibration: CalibrationSet,
+            held_out: HeldOut | None,
+            folder: str | Path | None,
+            seed: int,
+            **options: Any,
+        ) -> PreTrainedModel:
+            recipe = Recipe(**{name: options.pop(name, getattr(defaults, name)) for name in names})
+            place = None if folder is None else Path(folder)
+            task = Task(
+                anatomy, removed, calibration, held_out, place, seed, recipe, function.__name__, {**own, **options}
+            )
+            return function(student, task, **options)
+
+        given = inspect.signature(function).parameters.values()
+        hints = typing.get_type_hints(function)
+        own = {item.name: item.default for item in given if item.kind is item.KEYWORD_ONLY}
+        supplied = list(inspect.signature(method, follow_wrapped=False).parameters.values())[:-1]
+        described = {name: hints[name] for name in own} | typing.get_type_hints(Recipe)
+        values = own | asdict(defaults)
+        settable = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=values[name], annotation=described[name])
+            for name in values
+        ]
+        method.__signature__ = inspect.Signature([*supplied, *settable])  # type: ignore[attr-defined]
+        method.__annotations__ = described
+        method.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{inspect.getdoc(Recipe)}"
+        return method
+
+    return decorate

@@ -1,0 +1,192 @@
+"""The state of a training on disk: written under a temporary name, renamed, and only tensors and JSON.
+
+    FOLDER/state-00000120/   weights.safetensors  optimizer.safetensors  state.json
+    FOLDER/good.safetensors  the trained weights where held-out perplexity was lowest
+
+A kill at any moment leaves a whole state. Which random numbers a step draws is decided by the seed and the step's
+number, so that no state of a generator is part of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shallower.errors import OutputError, UserError
+from shallower.strict_json import record_faults, write_json
+
+WEIGHTS, OPTIMIZER, STATE, GOOD = "weights.safetensors", "optimizer.safetensors", "state.json", "good.safetensors"
+
+
+@dataclass
+class State:
+    """Where a training is. settings: what decides its result.
+
+    step: steps done. tokens: read in them. seconds: spent, kills left out. curve: a row for each measurement. best: the
+    lowest held-out perplexity, worse: measurements since. kept: the step whose weights are kept. measured: which
+    measurement is next. smoothed: running mean of the loss, lowest: its least value.
+    """
+
+    settings: dict[str, Any]
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    measured: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    kept: int = 0
+    worse: int = 0
+    smoothed: float | None = None
+    lowest: float | None = None
+
+
+class Store:
+    """The folder of a training, or memory where there is none."""
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
+        """Raises OutputError when the folder cannot be made."""
+        self.folder = folder
+        self.settings = settings
+        self._good: dict[str, Tensor] = {}
+        if folder is not None:
+            with _one_sentence(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def require_room(self, trained: int) -> None:
+        """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk."""
+        if self.folder is None:
+            return
+        needed = 4 * trained * (2 * 3 + 1)
+        free = shutil.disk_usage(self.folder).free + sum(
+            path.stat().st_size for path in self.folder.rglob("*.safetensors")
+        )
+        if free < needed:
+            raise OutputError(
+                f"{self.folder} needs {needed / 1e9:.2f} GB for the state of the training and {free / 1e9:.2f} GB are "
+                "free on that disk; make room or choose another place."
+            )
+
+    def save(self, state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Write a state, and delete those before it. Raises OutputError when the disk is full or not writable."""
+        if self.folder is None:
+            return
+        target = self.folder / f"state-{state.step:08}"
+        temporary = self.folder / f".{target.name}.{os.getpid()}"
+        with _one_sentence(target):
+            try:
+                temporary.mkdir()
+                _write(temporary / WEIGHTS, weights)
+                _write(temporary / OPTIMIZER, moments)
+                write_json(temporary / STATE, asdict(state))
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(temporary, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        for other in self._states():
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def load(self) -> tuple[State, dict[str, Tensor], dict[str, Tensor]] | None:
+        """The newest state, None when there is none.
+
+        Raises UserError when it belongs to a training with other settings, or cannot be read.
+        """
+        found = self._states()
+        if not found:
+            return None
+        folder = found[-1]
+        try:
+            data = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            weights, moments = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be read as the state of a training ({error}): delete it.") from None
+        if data.get("settings") != self.settings:
+            raise UserError(
+                f"{self.folder} holds the unfinished training of another kind ({_differences(data, self.settings)}): "
+                "continue it with its own settings, choose another folder, or delete this one."
+            )
+        if faults := record_faults(f"{folder / STATE}", {**data, "curve": {}}, State):
+            raise UserError("; ".join(faults) + ": delete it.")
+        return State(**data), weights, moments
+
+    def keep(self, weights: Mapping[str, Tensor]) -> None:
+        """Remember these trained weights as the good ones."""
+        if self.folder is None:
+            self._good = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+        else:
+            write_tensors(self.folder / GOOD, weights)
+
+    def good(self) -> dict[str, Tensor]:
+        """What `keep` was last given."""
+        return self._good if self.folder is None else load_file(self.folder / GOOD)
+
+    def finish(self, state: State, stopped: str) -> None:
+        """Replace the states by `training.json`, which says how it went. stopped: why it ended early, if it did."""
+        if self.folder is None:
+            return
+        write_json(self.folder / "training.json", {**asdict(state), "stopped": stopped})
+        for folder in self._states():
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            (self.folder / GOOD).unlink()
+
+    def _states(self) -> list[Path]:
+        found = [] if self.folder is None else self.folder.glob("state-*")
+        return sorted(path for path in found if path.is_dir())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file under a temporary name, then rename. Raises OutputError when that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _one_sentence(path):
+        try:
+            _write(temporary, tensors)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _differences(data: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    there, here = _flat(data.get("settings") or {}), _flat(settings)
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    return ", ".join(f"{name} {there.get(name)} instead of {here.get(name)}" for name in names) or "no settings"
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    inner = settings.get("options")
+    options = inner if isinstance(inner, dict) else {}
+    return {name: value for name, value in settings.items() if name != "options"} | options
+
+
+@contextmanager
+def _one_sentence(target: Path) -> Iterator[None]:
+    """Turn the ways in which writing fails into OutputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise OutputError(
+                f"the disk is full: {target} was not written; make room, or choose another place. The training "
+                "resumes from the state before."
+            ) from error
+        raise OutputError(
+            f"cannot write {target}: {getattr(error, 'strerror', None) or error}. Choose another place."
+        ) from error

@@ -1,0 +1,691 @@
+"""Training of a cut model against plain loops and formulas; resuming, divergence, and what is said of bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from shallower import progress
+from shallower.anatomy import dissect
+from shallower.corpus import CalibrationSet
+from shallower.engine.head import Head
+from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
+from shallower.registry import recovery
+from shallower.surgery import cut
+from shallower.testing.conformance import sample_text
+from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.training import loop, state, teacher
+from shallower.training.adapters import adapt, merge, projections, quantise
+from shallower.training.feed import Feed
+from shallower.training.head_loss import Guide, head_losses
+from shallower.training.heal import own_parameters
+from shallower.training.instructions import InstructionSet, build_instructions
+from shallower.training.objective import shared_blocks
+from shallower.training.patch import Gap, UnitObjective, attach, gaps
+from shallower.training.recipe import Recipe
+from shallower.units import parse_units
+
+SMALL = {"batch": 96, "at_once": 48, "compute": "float32", "lr": 1e-3, "evaluations": 0}
+
+
+def run(name: str, model: PreTrainedModel, text: CalibrationSet | None = None, **options: Any) -> PreTrainedModel:
+    """Heal the model without block 2."""
+    anatomy, removed = dissect(model), frozenset(parse_units(options.pop("remove", "block.2")))
+    supplied = {
+        "student": cut(anatomy, removed),
+        "anatomy": anatomy,
+        "removed": removed,
+        "calibration": sample_text(model, sequences=40) if text is None else text,
+        "held_out": options.pop("held_out", None),
+        "folder": options.pop("folder", None),
+        "seed": options.pop("seed", 0),
+    }
+    method = recovery.get(name)
+    return method.function(**{key: supplied[key] for key in method.parameters}, **{**SMALL, **options})
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.fixture
+def notes() -> Iterator[list[str]]:
+    told: list[str] = []
+    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
+        yield told
+
+
+# The losses and their gradients
+
+
+@pytest.mark.parametrize("finish", [{}, {"scale": 0.5}, {"softcap": 3.0}])
+@pytest.mark.parametrize(("distill", "temperature"), [(0.0, 1.0), (0.3, 1.0), (1.0, 2.0), (0.6, 0.7)])
+def test_chunked_losses_are_what_autograd_finds_on_whole_logits(
+    finish: dict[str, float], distill: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shallower.training.head_loss.ROW_CHUNK_BYTES", 4 * 50 * 7)  # chunks of 7 rows
+    torch.manual_seed(0)
+    own, dense = nn.Linear(12, 50), nn.Linear(12, 50)
+    rows, dense_rows = torch.randn(30, 12, requires_grad=True), torch.randn(30, 12)
+    targets = torch.randint(0, 50, (30,))
+    guide = Guide(dense_rows, Head(dense, **finish)) if distill else None
+    found = head_losses(rows, targets, Head(own, **finish), guide, distill, temperature)
+    (3 * found.total).backward()
+    gradients = [rows.grad, own.weight.grad, own.bias.grad]
+
+    def plain(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        raw = module(inputs) * finish.get("scale", 1.0)
+        return torch.tanh(raw / finish["softcap"]) * finish["softcap"] if "softcap" in finish else raw
+
+    rows.grad = own.weight.grad = own.bias.grad = None
+    nll = nn.functional.cross_entropy(plain(own, rows), targets, reduction="sum")
+    with torch.no_grad():
+        aim = torch.softmax(plain(dense, dense_rows) / temperature, -1)
+    mine = torch.log_softmax(plain(own, rows) / temperature, -1)
+    kl = (aim * (aim.log() - mine)).sum()
+    total = (1 - distill) * nll + distill * temperature**2 * kl
+    (3 * total).backward()
+    torch.testing.assert_close(found.total, total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.nll, nll, rtol=1e-5, atol=1e-5)
+    if distill:
+        torch.testing.assert_close(found.kl, kl, rtol=1e-4, atol=1e-5)
+    for one, other in zip(gradients, [rows.grad, own.weight.grad, own.bias.grad], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kept", [5, 50])
+def test_the_most_probable_words_and_the_rest_as_one_word(kept: int) -> None:
+    torch.manual_seed(1)
+    own, dense = nn.Linear(12, 50, bias=False), torch.log_softmax(2 * torch.randn(20, 50), -1)
+    rows = torch.randn(20, 12, requires_grad=True)
+    top = dense.topk(kept)
+    guide = Guide(log_probabilities=top.values, words=top.indices.int())
+    found = head_losses(rows, torch.zeros(20, dtype=torch.int64), Head(own), guide, 1.0, 1.0)
+    found.total.backward()
+    gradient, rows.grad = rows.grad, None
+    mine, aim = torch.log_softmax(own(rows), -1).exp(), dense.exp()
+    inside = torch.zeros(20, 50, dtype=torch.bool).scatter(1, top.indices, True)
+    kl = (aim * (aim / mine).log())[inside].sum()
+    if kept < 50:
+        out = ~inside
+        rest, left = (aim * out).sum(1), (mine * out).sum(1)
+        kl = kl + (rest * (rest / left).log()).sum()
+    kl.backward()
+    torch.testing.assert_close(found.kl, kl, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradient, rows.grad, rtol=1e-3, atol=1e-4)
+
+
+# The loop
+
+
+class _Plain(torch.optim.SGD):
+    """In place of AdamW, so that what was learned is the sum of gradients."""
+
+    def __init__(self, groups: Any, betas: Any, fused: bool) -> None:
+        super().__init__([{**group, "lr": 0.0, "weight_decay": 0.0} for group in groups])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])  # gemma2 caps its logits, gpt2 has Conv1D and biases
+@pytest.mark.parametrize("at_once", [24, 96])
+def test_a_step_is_one_of_a_plain_loop_however_it_is_split(
+    family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", _Plain)
+    model = tiny_model(family)
+    text = sample_text(model, sequences=12)  # with padding
+    anatomy = dissect(model)
+    student, expected = (cut(anatomy, parse_units("block.2")) for _ in range(2))
+    own_parameters(expected, lambda name: True)
+    for module in (*student.modules(), *expected.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    weights = list(expected.parameters())
+    feed = Feed(text, 96, 96, seed=0)
+    mask = torch.ones_like(text.input_ids) if text.attention_mask is None else text.attention_mask
+    for number in range(3):
+        rows = list(feed.step(number))
+        labels = text.input_ids[rows].masked_fill(mask[rows] == 0, -100)
+        out = expected(input_ids=text.input_ids[rows], attention_mask=mask[rows], use_cache=False).logits
+        nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        with torch.no_grad():
+            for weight in weights:
+                assert weight.grad is not None
+                weight -= 0.3 * loop.rate((number + 0.5) / 3, 0.05) * weight.grad
+                weight.grad = None
+    healed = recovery.get("full").function(
+        student,
+        anatomy,
+        frozenset(parse_units("block.2")),
+        text,
+        None,
+        None,
+        0,
+        **{**SMALL, "lr": 0.3, "at_once": at_once, "embeddings": True},
+    )
+    for one, other in zip(healed.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    assert [loop.rate(share, 0.1) for share in (0.0, 0.05, 0.1, 0.55, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+KILLED = """
+import os, signal
+from shallower.training import state
+import test_training
+write, writes = state._write, [0]
+def dies(path, tensors):
+    writes[0] += 1
+    if writes[0] == {at}:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, tensors)
+state._write = dies
+from shallower.testing.families import tiny_model
+test_training.run({name!r}, tiny_model("llama"), folder={folder!r}, **{options!r})
+"""
+
+
+@pytest.mark.parametrize(("name", "killed"), [("full", True), ("lora", False)])
+def test_after_a_kill_training_goes_on_as_if_nothing_had_happened(
+    name: str, killed: bool, tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"save_minutes": 0.0, "epochs": 1.5, "distill": 0.5}
+    expected = run(name, tiny_model("llama"), **options)
+    at = 2 + 2 * 6  # weights are kept at the start, and each step writes two files: this is the first of the seventh
+    if killed:
+        program = KILLED.format(at=at, name=name, folder=str(tmp_path / "run"), options=options)
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        )
+        assert ran.returncode == -signal.SIGKILL, ran.stderr
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "_write", _interrupted(state._write, at))
+            with pytest.raises(KeyboardInterrupt):
+                run(name, tiny_model("llama"), folder=tmp_path / "run", **options)
+    states = [path.name for path in (tmp_path / "run").glob("state-*")]
+    assert states == ["state-00000006"]
+    resumed = run(name, tiny_model("llama"), folder=tmp_path / "run", **options)
+    assert any("resumed after step 6" in note for note in notes)
+    for one, other in zip(resumed.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+    left = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
+    assert left == {"training.json"}
+    told = json.loads((tmp_path / "run" / "training.json").read_text())
+    text = sample_text(tiny_model("llama"), sequences=40)
+    feed = Feed(text, 96, 96, seed=0)
+    assert text.attention_mask is not None
+    read = [int(text.attention_mask[list(feed.step(number))].sum()) for number in range(15)]
+    assert (told["step"], told["tokens"]) == (15, sum(read))
+
+
+def _interrupted(write: Callable[..., None], at: int) -> Callable[..., None]:
+    calls = []
+
+    def interrupted(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        write(*given)
+
+    return interrupted
+
+
+def test_another_training_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop._Loop, "_end", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("full", tiny_model("llama"), folder=tmp_path, save_minutes=0.0, lr=1e-3)
+    with pytest.raises(UserError, match=r"unfinished training of another kind .lr 0.001 instead of 0.002"):
+        run("full", tiny_model("llama"), folder=tmp_path, save_minutes=0.0, lr=2e-3)
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("held_out", [None, lambda model: float(logits(model).abs().max())])
+def test_a_training_that_diverges_goes_back_to_what_was_good(
+    held_out: Callable[[PreTrainedModel], float] | None, notes: list[str], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    start = [parameter.clone() for parameter in cut(anatomy, parse_units("block.2")).parameters()]
+    healed = run("full", model, lr=100.0, warmup=0.0, epochs=5.0, held_out=held_out, folder=tmp_path)
+    [note] = [note for note in notes if "diverged" in note]
+    assert re.search(r"stopped early: it diverged: at step \d+ .* the weights of step 0 are kept", note)
+    assert json.loads((tmp_path / "training.json").read_text())["stopped"].startswith("it diverged")
+    for one, other in zip(healed.parameters(), start, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_the_weights_are_spoiled(
+    monkeypatch: pytest.MonkeyPatch, notes: list[str]
+) -> None:
+    calls: list[float] = []
+    step = loop._Loop._step
+
+    def poisoned(self: Any, share: float) -> str:
+        calls.append(share)
+        if len(calls) == 4:
+            with torch.no_grad():
+                next(iter(self.trained.values())).fill_(torch.nan)
+        return step(self, share)
+
+    monkeypatch.setattr(loop._Loop, "_step", poisoned)
+    healed = run("full", tiny_model("llama"), evaluations=10)
+    assert any("at step 4 the loss was nan" in note and "the weights of step 3 are kept" in note for note in notes)
+    assert all(bool(parameter.isfinite().all()) for parameter in healed.parameters())
+
+
+def test_the_best_weights_are_kept_and_patience_ends_it(notes: list[str]) -> None:
+    perplexities = iter([50.0, 40.0, 30.0, 31.0, 32.0, 29.0])
+    seen: list[list[torch.Tensor]] = []
+
+    def held_out(model: PreTrainedModel) -> float:
+        assert not model.training
+        seen.append([parameter.detach().clone() for parameter in model.parameters()])
+        return next(perplexities)
+
+    healed = run("full", tiny_model("llama"), held_out=held_out, evaluations=10, patience=2)
+    assert len(seen) == 5
+    assert any("2 measurements in a row brought nothing better" in note for note in notes)
+    for one, best in zip(healed.parameters(), seen[2], strict=True):
+        assert torch.equal(one, best)
+    assert any(not torch.equal(one, last) for one, last in zip(healed.parameters(), seen[4], strict=True))
+
+
+def test_a_time_limit_ends_it_at_rate_zero(monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
+    run("full", tiny_model("llama"), epochs=1000.0, minutes=1.0)
+    [note] = [note for note in notes if "trained for" in note]
+    assert 3 <= int(re.search(r"for (\d+) steps", note)[1]) <= 30  # type: ignore[index]
+
+
+def test_it_learns_and_the_dense_model_stays_as_it_is() -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    text = CalibrationSet("one", torch.arange(3, 27).repeat(40, 1), None)
+    losses = []
+    for name in ("full", "lora"):
+        healed = run(name, model, text, epochs=3.0, lr=1e-2)
+        student = cut(dissect(model), parse_units("block.2"))
+        for one in (student, healed):
+            with torch.no_grad():
+                losses.append(float(one(input_ids=text.input_ids[:1], labels=text.input_ids[:1]).loss))
+        assert losses[-1] < 0.7 * losses[-2]
+        assert not healed.training
+        assert all(parameter.requires_grad for parameter in healed.parameters())
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[key]), key
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_blocks_before_the_first_and_embeddings_stay() -> None:
+    model = tiny_model("llama")
+    healed = run("full", model, first=2)
+    start = cut(dissect(model), parse_units("block.2")).state_dict()
+    changed = {
+        name.split(".")[2] for name, tensor in healed.state_dict().items() if not torch.equal(tensor, start[name])
+    }
+    changed.discard("weight")  # the final norm
+    assert changed == {"2", "3", "4"}
+
+
+def test_recomputing_activations_changes_nothing() -> None:
+    plain, thrifty = (run("full", tiny_model("llama"), recompute=recompute) for recompute in (False, True))
+    for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bfloat16_students_stay_bfloat16_and_learn_small_steps() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    healed = run("full", model, compute="bfloat16", lr=1e-5, epochs=3.0, embeddings=True)
+    assert {parameter.dtype for parameter in healed.parameters()} == {torch.bfloat16}
+    start = cut(dissect(model), parse_units("block.2"))
+    assert any(not torch.equal(a, b) for a, b in zip(healed.parameters(), start.parameters(), strict=True))
+
+
+# Adapters
+
+
+def _moved(student: PreTrainedModel) -> None:
+    """Adapters start as zero; give them something to merge."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_merged_adapters_are_what_they_were_beside_the_weights(family: str) -> None:
+    model = tiny_model(family)
+    dense = logits(model)
+    student = cut(dissect(model), parse_units("block.2"))
+    start, names = logits(student), set(student.state_dict())
+    own_parameters(student)
+    adapt(student, projections(student), rank=4, alpha=8.0, dropout=0.3, seed=0)
+    _moved(student)
+    beside = logits(student.eval())
+    merge(student)
+    torch.testing.assert_close(logits(student), beside, rtol=1e-4, atol=1e-4)
+    assert float((beside - start).abs().max()) > 0.01
+    assert set(student.state_dict()) == names
+    assert torch.equal(logits(model), dense)
+
+
+def test_adapters_go_on_every_linear_map_of_the_blocks_and_nowhere_else() -> None:
+    student = cut(dissect(tiny_model("llama")), parse_units("block.2"))
+    maps = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(projections(student)) == sorted(name for name in maps if name != "lm_head")
+    assert {name.split(".")[2] for name in projections(student, 3)} == {"3", "4"}
+
+
+def test_four_bits_train_on_a_processor_and_merge_into_what_they_stand_for(recwarn: pytest.WarningsRecorder) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model("llama")
+    dense = logits(model)
+    student = cut(dissect(model), parse_units("block.2"))
+    start = logits(student)
+    own_parameters(student)
+    names = projections(student)
+    plain = quantise(student, names)
+    assert float((logits(student) - start).abs().max()) > 0
+    adapt(student, names, rank=4, alpha=8.0, dropout=0.0, seed=0)
+    _moved(student)
+    beside = logits(student.eval())
+    merge(student, plain)
+    torch.testing.assert_close(logits(student), beside, rtol=1e-3, atol=1e-3)
+    assert {type(student.get_submodule(name)) for name in names} == {nn.Linear}
+    healed = run("qlora", model, lr=1e-2)
+    assert {parameter.dtype for parameter in healed.parameters()} == {torch.float32}
+    assert not torch.equal(logits(healed), beside)
+    assert torch.equal(logits(model), dense)
+
+
+# Patches at cuts
+
+
+def test_gaps_lie_where_units_are_missing() -> None:
+    anatomy = dissect(tiny_model("llama"))
+    found = gaps(anatomy, frozenset(parse_units("block.0,attn.2,mlp.4,block.5")))
+    assert found == [Gap(0, False, 0, 2), Gap(1, False, 4, 5), Gap(3, True, 9, 12)]
+    with pytest.raises(ModelError, match=r"attention of block 2 was joined with the MLP of block 3"):
+        gaps(anatomy, frozenset(parse_units("mlp.2,attn.3")))
+
+
+def test_a_patch_that_does_nothing_has_an_error_of_one_and_learns_a_constant() -> None:
+    model = tiny_model("llama")
+    anatomy, removed = dissect(model), frozenset(parse_units("attn.1,block.3"))
+    student = cut(anatomy, removed)
+    own_parameters(student)
+    places = gaps(anatomy, removed)
+    start = logits(student)
+    patches = attach(student, places, rank=3, seed=0)
+    assert torch.equal(logits(student), start)
+    text = sample_text(model, sequences=6)
+    feed = Feed(text, 144, 144, seed=0)
+    rows = tuple(range(6))
+    objective = UnitObjective(anatomy, places, patches)
+    total = objective(feed.portion(rows), None)[0].detach()
+    assert float(total) == pytest.approx(feed.scored(rows), rel=1e-5)
+    for by in ("mse", "kl", "nll"):
+        healed = run("low-rank-trained", model, text, remove="attn.1,block.3", by=by, lr=1e-2, epochs=20.0, batch=48)
+        learned = [module for module in healed.modules() if type(module).__name__ == "Patch"]
+        assert len(learned) == 2
+        if by == "mse":
+            after = UnitObjective(anatomy, places, nn.ModuleList(learned))(feed.portion(rows), None)[0].detach()
+            assert float(after) < 0.9 * float(total)
+
+
+# The teacher
+
+
+def test_a_teacher_with_other_words_is_refused() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    other.resize_token_embeddings(other.config.vocab_size + 8)
+    method = recovery.get("full")
+    student = cut(dissect(other), parse_units("block.2"))
+    with pytest.raises(ModelError, match=r"vocabulary of 128 words and the student one of 136"):
+        method.function(
+            student, dissect(model), frozenset(), sample_text(model, sequences=40), None, None, 0, distill=1.0, **SMALL
+        )
+
+
+def test_what_the_teacher_said_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> None:
+    asked: list[tuple[int, ...]] = []
+    guide = teacher.Teacher.guide
+
+    def counted(self: teacher.Teacher, portion: Any) -> Guide:
+        asked.append(portion.rows)
+        return guide(self, portion)
+
+    monkeypatch.setattr(teacher.Teacher, "guide", counted)
+    told = [
+        run("full", tiny_model("llama"), folder=tmp_path / cache, distill=1.0, epochs=2.0, teacher_cache=cache)
+        for cache in ("", "1MB")
+    ]
+    assert len(asked) == 40 + 20
+    assert any("holds 128 words a token, 100.0% of the probability" in note for note in notes)
+    for one, other in zip(*(model.parameters() for model in told), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-4)  # the cache is float16
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"teacher_cache": "1kB", "folder": "run"},
+            r"holds 0 words for each .* say too little: give",
+        ),
+        ({"teacher_cache": "1MB"}, "needs a folder"),
+        ({"teacher_cache": "1MB", "folder": "run", "hidden": 0.5}, "holds no hidden states"),
+        ({"distill": 1.5, "lr": 0.0}, "distill=1.5 is not between 0 and 1; lr=0.0 is not above 0"),
+    ],
+)
+def test_what_cannot_be_distilled_is_said(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    if "folder" in options:
+        options = {**options, "folder": tmp_path / options["folder"]}
+    with pytest.raises(UserError, match=said):
+        run("full", tiny_model("llama"), **{"distill": 1.0, **options})
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_blocks_that_student_and_teacher_share_are_run_once(compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"distill": 0.5, "hidden": 0.1, "first": 2, "compute": compute, "remove": "block.3"}
+    runs: list[PreTrainedModel] = []
+    passes: list[int] = []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr("shallower.training.heal.shared_blocks", lambda student, anatomy: 0)
+        model = tiny_model("llama")
+        calls: list[bool] = []
+        model.model.layers[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(True))  # a cut copies it
+        runs.append(run("full", model, **options))
+        passes.append(len(calls))
+    assert passes[1] - passes[0] == 40 // 2  # portions of two sequences
+    for one, other in zip(*(healed.parameters() for healed in runs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_shared_ends_where_weights_differ() -> None:
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    for removed, trained, expected in (
+        ("block.3", "none", 3),
+        ("block.3", "model.layers.1.mlp", 1),
+        ("block.3", "model.norm", 3),
+        ("block.3", "embed_tokens", 0),
+        ("attn.2", "none", 2),
+    ):
+        student = cut(anatomy, parse_units(removed))
+        own_parameters(student, lambda name, trained=trained: trained in name)
+        assert shared_blocks(student, anatomy) == expected, (removed, trained)
+
+
+def test_hidden_states_draw_near_the_teachers() -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(3, 27)[None]
+
+    def away(one: PreTrainedModel) -> float:
+        with torch.no_grad():
+            states = [m(input_ids=ids, output_hidden_states=True).hidden_states[-1] for m in (one, model)]
+        return float((1 - torch.cosine_similarity(*states, dim=-1)).mean())
+
+    plain, drawn = (run("full", model, hidden=hidden, epochs=4.0) for hidden in (0.0, 20.0))
+    assert away(drawn) < away(plain)
+
+
+# Text
+
+
+def test_a_text_too_short_for_a_step_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(
+        CorpusError, match=r"3 sequences of 24 tokens, too few for one step of batch=96 .* batch=72 or less"
+    ):
+        run("full", model, sample_text(model, sequences=3))
+
+
+def test_every_epoch_reads_every_sequence_once_in_another_order() -> None:
+    feed = Feed(sample_text(tiny_model("llama"), sequences=12), 96, 24, seed=5)
+    epochs = [[row for step in range(3) for row in feed.step(epoch * 3 + step)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
+    assert epochs[0] != epochs[1]
+    assert [portion.rows for portion in feed.portions(feed.step(0))] == [(row,) for row in feed.step(0)]
+
+
+ROWS = [
+    {"instruction": "Name a river.", "input": "", "output": "The Rhine, or another."},
+    {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
+    {"instruction": "Say nothing short.", "output": "word " * 60},
+]
+
+
+def _jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_only_answers_are_learned(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    text = build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer, length=120)
+    assert text.sequences == 2  # the third is too long
+    answers = [tokenizer.decode(ids[scored]) for ids, scored in zip(text.input_ids, text.scored, strict=True)]
+    assert answers == ["The Rhine, or another.</s>\n", "5</s>\n"]
+    text = build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer, length=120, sequences=2)
+    assert text.attention_mask is not None
+    wholes = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(text.input_ids, text.attention_mask, strict=True)]
+    assert wholes[1] == "<s>[user] Add the numbers.\n\n2 and 3</s>\n[assistant] 5</s>\n"
+    portion = Feed(text, 1, 1000, 0).portion((1,))
+    assert portion.input_ids.shape[1] == int(text.attention_mask[1].sum())  # no padding that is not needed
+    assert torch.equal(portion.scored[0], text.scored[1, : portion.scored.shape[1]])
+    text.save(tmp_path / "saved")
+    assert torch.equal(InstructionSet.load(tmp_path / "saved").scored, text.scored)
+    assert text.digest != CalibrationSet(text.spec, text.input_ids, text.attention_mask).digest
+
+
+def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path) -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    text = build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer, length=120)
+
+    def loss(one: PreTrainedModel) -> float:
+        labels = text.input_ids.masked_fill(~text.scored, -100)
+        with torch.no_grad():
+            return float(one(input_ids=text.input_ids, labels=labels).loss)
+
+    feed = Feed(text, 1, 1000, seed=0)
+    assert feed.scored((0, 1)) == int(text.scored.sum())
+    assert feed.real((0, 1)) > feed.scored((0, 1))
+    run("full", model, text, batch=text.length * 2, at_once=10**4, folder=tmp_path / "run")
+    [_, only] = json.loads((tmp_path / "run" / "training.json").read_text())["curve"]
+    assert only["nll"] == pytest.approx(loss(cut(dissect(model), parse_units("block.2"))), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"instruction": "a", "output": 3}], "line 1 has no text in the field 'output'"),
+        ([{"text": "a"}], "line 1 has no text in the field 'instruction'"),
+        (ROWS[2:], "none of the 1 conversations .* fits length=120"),
+    ],
+)
+def test_rows_that_are_no_instructions_are_refused(rows: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=said):
+        build_instructions(_jsonl(tmp_path / "rows.jsonl", rows), tiny_tokenizer(), length=120)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(CorpusError, match=r"chat template"):
+        build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer)
+
+
+# The disk
+
+
+def test_too_little_room_is_said_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: _Usage)
+    with pytest.raises(OutputError, match=r"needs 0.00 GB for the state of the training and 0.00 GB are free"):
+        run("full", tiny_model("llama"), folder=tmp_path)
+
+
+class _Usage:
+    free = 1000
+
+
+def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = state.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 7:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OutputError, match=r"the disk is full: .*state-00000003 was not written"):
+        run("full", tiny_model("llama"), folder=tmp_path, save_minutes=0.0)
+    assert [path.name for path in tmp_path.iterdir() if "state" in path.name] == ["state-00000002"]
+    assert set(load_file(tmp_path / "state-00000002" / "weights.safetensors"))
+
+
+# Options
+
+
+def test_trained_methods_take_the_recipes_options_and_their_own() -> None:
+    method = recovery.get("lora")
+    assert method.parse_options({"lr": "0.01", "rank": "4", "compute": "float32"}) == {
+        "lr": 0.01,
+        "rank": 4,
+        "compute": "float32",
+    }
+    assert set(Recipe.__dataclass_fields__) < set(method.options)
+    assert method.options["weight_decay"].default == 0.0
+    assert recovery.get("full").options["weight_decay"].default == 0.1
+    assert "temperature" in (method.function.__doc__ or "")
+    with pytest.raises(UnknownName, match=r"did you mean 'rank'"):
+        method.parse_options({"rnak": "4"})
