@@ -234,7 +234,9 @@ def _term_rows(
     texts = ledger.noticed(formatted(documents, options.format, options.shots, tokenizer))
     excerpts = _shuffled(_excerpts(texts, options), source, options.seed)
     with progress.task(f"tokens of {source.name}", total=options.sequences) as step:
-        rows = _rows(excerpts, tokenizer, options, ledger, step)
+        # what the model says costs more than what tokenising at once saves
+        tokenised = _tokenised(excerpts, tokenizer, 1 if source.endless else _TOKENISED_AT_ONCE)
+        rows = _rows(tokenised, tokenizer, options, ledger, step)
     _require_enough(rows, term.source, options, ledger)
     return rows
 
@@ -357,7 +359,7 @@ def _shuffled(excerpts: Iterable[_Excerpt], source: Source, seed: int) -> Iterat
 
 
 def _rows(
-    excerpts: Iterable[_Excerpt],
+    tokenised: Iterable[tuple[_Excerpt, list[int]]],
     tokenizer: PreTrainedTokenizerBase,
     options: BuildOptions,
     ledger: _Ledger,
@@ -367,7 +369,6 @@ def _rows(
     where, bos = resolve_bos(tokenizer, options.bos)
     eos = tokenizer.eos_token_id
     first = [] if bos is None else [bos]
-    tokenised = _tokenised(excerpts, tokenizer)
     rows: list[list[int]] = []
     if not options.pack:
         for excerpt, ids in tokenised:
@@ -400,14 +401,14 @@ def _rows(
 
 
 def _tokenised(
-    excerpts: Iterable[_Excerpt], tokenizer: PreTrainedTokenizerBase
+    excerpts: Iterable[_Excerpt], tokenizer: PreTrainedTokenizerBase, at_once: int
 ) -> Iterator[tuple[_Excerpt, list[int]]]:
     waiting: list[_Excerpt] = []
     size = 0
     for excerpt in excerpts:
         waiting.append(excerpt)
         size += len(excerpt.text)
-        if size >= _TOKENISED_AT_ONCE:
+        if size >= at_once:
             yield from _with_ids(waiting, tokenizer)
             waiting, size = [], 0
     yield from _with_ids(waiting, tokenizer)

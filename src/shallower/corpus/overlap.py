@@ -84,7 +84,7 @@ class EvaluationRuns:
 
     def __init__(self, path: str, n: int = 13) -> None:
         self._n = n
-        self._name = Path(path).name
+        self._name = "/".join(Path(path).parts[-2:])
         self._shingles = Shingles(n)
         found: list[npt.NDArray[np.uint64]] = []
         owners: list[_Ids] = []

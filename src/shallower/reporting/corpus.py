@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def render(report: CleanReport) -> str:
 
 def cluster_sizes(cleaning: Cleaning) -> str | None:
     """Number of clusters by size on two logarithmic axes, as an inline SVG; None when no duplicates were looked for."""
-    figure = cluster_figure(cleaning)
+    figure = _cluster_figure(cleaning)
     if figure is None:
         return None
     told = ", ".join(f"{times} of size {size}" for size, times in list(cleaning.sizes.items())[:8])
@@ -123,8 +124,19 @@ def cluster_sizes(cleaning: Cleaning) -> str | None:
         return _svg(figure, "Cluster sizes", f"Clusters by size: {told}.")
 
 
-def cluster_figure(cleaning: Cleaning) -> Figure | None:
-    """The same as a figure, to be written as a file of its own."""
+def cluster_png(cleaning: Cleaning) -> bytes | None:
+    """The same as a picture, to be a file of its own."""
+    figure = _cluster_figure(cleaning)
+    if figure is None:
+        return None
+    buffer = io.BytesIO()
+    with _settings():
+        figure.suptitle(f"{cleaning.source}: documents that say the same", x=0.01, ha="left", fontsize=9.5)
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _cluster_figure(cleaning: Cleaning) -> Figure | None:
     sizes = {size: times for size, times in cleaning.sizes.items() if times}
     if cleaning.threshold is None or not sizes:
         return None
@@ -136,12 +148,12 @@ def cluster_figure(cleaning: Cleaning) -> Figure | None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.6)
-        axes.set_xlim(0.85, max(10, max(sizes)) * 1.25)
+        limit = max(10, max(sizes)) * 1.25
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.set_minor_formatter(NullFormatter())
-        if max(sizes) <= 30:
-            axes.set_xticks(sorted({1, 2, 3, 5, 10, 20, max(sizes)} & set(range(1, 31))))
+        axes.set_xticks([tick for tick in (1, 2, 3, 5, *(10**power for power in range(1, 10))) if tick <= limit])
+        axes.set_xlim(0.85, limit)
         axes.grid(axis="y")
         axes.set_xlabel("documents in the cluster")
         axes.set_ylabel("clusters")

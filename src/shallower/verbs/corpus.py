@@ -27,7 +27,7 @@ from shallower.corpus import (
 from shallower.corpus import clean as find
 from shallower.errors import CorpusError, OutputError
 from shallower.progress import task
-from shallower.reporting.corpus import CleanReport, cluster_figure, clusters_json, render, shown_places
+from shallower.reporting.corpus import CleanReport, cluster_png, clusters_json, render, shown_places
 from shallower.strict_json import write_json, write_text
 from shallower.verbs.subject import open_subject
 from shallower.verbs.supply import supply
@@ -161,8 +161,8 @@ def _write_report(folder: Path, report: CleanReport) -> None:
     data = {"format": "shallower.clusters/1", **report.cleaning.to_json(), "clusters": clusters_json(report.cleaning)}
     write_json(folder / CLUSTERS, data)
     write_text(folder / PAGE, render(report))
-    figure = cluster_figure(report.cleaning)
-    if figure is not None:
+    picture = cluster_png(report.cleaning)
+    if picture is not None:
         temporary = folder / f".{FIGURE}"
-        figure.savefig(temporary, format="png", dpi=144, metadata={"Software": None})
+        temporary.write_bytes(picture)
         os.replace(temporary, folder / FIGURE)
