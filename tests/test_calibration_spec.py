@@ -63,6 +63,7 @@ def test_a_mixture_gives_each_source_its_share(two: tuple[str, str], tokenizer: 
     assert (first.weight, second.weight, first.tokens, second.tokens) == (0.7, 0.3, 7 * 32, 3 * 32)
     assert (first.read, second.read) == (40, 40)
     assert build_calibration(made.spec, tokenizer).digest == made.digest
+    assert made.identity.title.startswith("a.jsonl*0.7+b.jsonl*0.3?sequences=10"), "no folders"
     alone = build_calibration(f"{two[0]}?sequences=7&length=32", tokenizer)
     rows = {tuple(row) for row in made.input_ids.tolist()}
     assert {tuple(row) for row in alone.input_ids.tolist()} <= rows, "a source's sequences are what it gives alone"

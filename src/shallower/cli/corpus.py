@@ -88,7 +88,7 @@ def show(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Show where the tokens of a set come from, and its first texts. A set of other than text shows no texts."""
+    """Show where the tokens of a set come from, and its first texts."""
     from shallower.corpus import CalibrationSet, is_saved
 
     if model is None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower.errors import UserError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.evaluation.text import read_evaluation_text
+from shallower.plan import without_folders
 from shallower.verbs.subject import Subject, open_subject
 from shallower.verbs.supply import supply
 
@@ -94,4 +95,4 @@ def text_perplexity(
 def text_name(spec: str) -> str:
     """What to call a text in a table: the file's own name with its options, not its folder."""
     path, question, options = spec.partition("?")
-    return Path(path).name + question + options
+    return without_folders(path) + question + options
