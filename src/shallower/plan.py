@@ -38,7 +38,12 @@ class CalibrationIdentity:
     def title(self) -> str:
         """The specification without the folder that the text lies in: fit to be published."""
         source, mark, options = self.spec.partition("?")
-        return os.path.basename(source) + mark + options
+        return without_folders(source) + mark + options
+
+
+def without_folders(source: str) -> str:
+    """The names of a text, or of the texts of a mixture, without their folders."""
+    return "+".join(os.path.basename(part) for part in source.split("+"))
 
 
 @dataclass(frozen=True)

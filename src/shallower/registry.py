@@ -1,4 +1,5 @@
-"""Names of methods. A module of `metrics/`, `objectives/` or `searches/` registers one function; others may, too.
+"""Names of methods. A module of `metrics/`, `objectives/`, `searches/` or `corpus/quality/` registers one function;
+others may, too.
 
 A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
 package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options
@@ -173,4 +174,5 @@ metric = Registry("metric", "shallower.metrics")
 objective = Registry("objective", "shallower.objectives")
 search = Registry("search", "shallower.searches")
 recovery = Registry("recovery", "shallower.recovery")
-REGISTRIES = (metric, objective, search, recovery)
+quality = Registry("quality", "shallower.corpus.quality")
+REGISTRIES = (metric, objective, search, recovery, quality)

@@ -10,7 +10,7 @@ from typer import Option, Typer
 from shallower.cli import options
 from shallower.cli.output import print_removed, print_written, require_free
 from shallower.cli.verb import Answer, verb
-from shallower.plan import PruningPlan
+from shallower.plan import PruningPlan, without_folders
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,6 +71,6 @@ def show_plan(console: Console, plan: PruningPlan, *, parameters: tuple[int, int
     how = [f"search {made.search}" if made.search else "naming units"]
     how += [f"{kind} {name}" for kind, name in (("metric", made.metric), ("objective", made.objective)) if name]
     if made.calibration is not None:
-        source = Path(made.calibration.spec.partition("?")[0]).name
+        source = without_folders(made.calibration.spec.partition("?")[0])
         how.append(f"{made.calibration.tokens:,} tokens of {source}")
     console.print(f"For {plan.model.name}, by {', '.join(how)}, seed {made.seed}; shallower {made.version}.")

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower.errors import UserError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.evaluation.text import read_evaluation_text
+from shallower.plan import without_folders
 from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.supply import supply
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def evaluate(
     """
     if not models or not texts:
         raise UserError("nothing to evaluate: name at least one model and one --text.")
-    contents = {text: read_evaluation_text(text) for text in texts}
+    contents = {text: read_evaluation_text(text, supply()) for text in texts}
     found = []
     for model in models:
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -93,4 +95,4 @@ def text_perplexity(
 def text_name(spec: str) -> str:
     """What to call a text in a table: the file's own name with its options, not its folder."""
     path, question, options = spec.partition("?")
-    return Path(path).name + question + options
+    return without_folders(path) + question + options

@@ -1,0 +1,419 @@
+"""Calibration specifications: mixtures, YAML, domains, positions, chats, few-shot prompts, the model's own text."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from shallower.cli import main
+from shallower.corpus import CalibrationSet, Supply, build_calibration, open_source
+from shallower.corpus.build import _shares
+from shallower.corpus.specification import Term, parse_specification
+from shallower.errors import CorpusError, UnknownName, UserError
+from shallower.evaluation.text import read_evaluation_text
+from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.verbs.subject import calibrate, open_subject
+from shallower.verbs.supply import sample
+
+SMALL: dict[str, Any] = {"sequences": 4, "length": 16}
+
+
+def _jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def _texts(path: Path, word: str, count: int = 40, words: int = 60) -> str:
+    pick = random.Random(word)
+    return _jsonl(
+        path, ({"text": " ".join(f"{word}{pick.randrange(1000)}" for _ in range(words))} for _ in range(count))
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[str, str]:
+    return _texts(tmp_path / "a.jsonl", "x"), _texts(tmp_path / "b.jsonl", "y")
+
+
+# --- mixtures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_gives_each_source_its_share(two: tuple[str, str], tokenizer: Any) -> None:
+    made = build_calibration(f"{two[0]}*0.7+{two[1]}*0.3?sequences=10&length=32", tokenizer)
+    kinds = ["y" in tokenizer.decode(row) for row in made.input_ids]
+    assert sum(kinds) == 3
+    assert sum(kinds[:5]) in (1, 2), "sources take turns"
+    first, second = made.sources
+    assert (first.weight, second.weight, first.tokens, second.tokens) == (0.7, 0.3, 7 * 32, 3 * 32)
+    assert (first.read, second.read) == (40, 40)
+    assert build_calibration(made.spec, tokenizer).digest == made.digest
+    assert made.identity.title.startswith("a.jsonl*0.7+b.jsonl*0.3?sequences=10"), "no folders"
+    alone = build_calibration(f"{two[0]}?sequences=7&length=32", tokenizer)
+    rows = {tuple(row) for row in made.input_ids.tolist()}
+    assert {tuple(row) for row in alone.input_ids.tolist()} <= rows, "a source's sequences are what it gives alone"
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(100_000, 10**6))
+def test_shares_are_exact_to_one_sequence(weights: list[float], sequences: int) -> None:
+    shares = _shares([Term(str(place), weight) for place, weight in enumerate(weights)], sequences)
+    assert sum(shares) == sequences
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - weight / sum(weights) * sequences) < 1
+
+
+def test_weights_that_cannot_be(two: tuple[str, str], tokenizer: Any) -> None:
+    one, other = two
+    assert len(parse_specification(f"{one}*0+{other}", ()).terms) == 1
+    for spec, message in (
+        (f"{one}*0+{other}*0", "sum to zero"),
+        (f"{one}*-1+{other}", "weight '-1'"),
+        (f"{one}*many", "weight 'many'"),
+        (f"{one}*nan", "weight 'nan'"),
+        (f"{one}+*2", "has no name"),
+        (f"{one}*1000+{other}", "which is none"),
+        (f"{one}+{one}x.jsonl", "no such file"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            build_calibration(spec, tokenizer, **SMALL)
+
+
+def test_all_faults_are_told_together(two: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError) as caught:
+        build_calibration(f"{two[0]}*lots?sequnces=3&length=long&part=none&seed=", tokenizer)
+    for part in ("'lots'", "did you mean 'sequences'", "length='long'", "part='none'", "option 'seed'"):
+        assert part in str(caught.value)
+    with pytest.raises(CorpusError, match=r"length=1 is too small.*dedup=2.0 is not from 0.0 to 1.0"):
+        build_calibration(f"{two[0]}?length=1&dedup=2", tokenizer)
+    with pytest.raises(CorpusError, match=r"nowhere\.txt.*nothing\.txt"):
+        build_calibration("nowhere.txt+nothing.txt", tokenizer)
+
+
+def test_yaml_is_the_same_specification(two: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "sources:\n  - a.jsonl*3\n  - {source: b.jsonl, weight: 1}\nsequences: 8\nlength: 24\npack: false\n"
+    )
+    by_file = build_calibration(str(spec), tokenizer)
+    by_text = build_calibration(f"{two[0]}*3+{two[1]}?sequences=8&length=24&pack=false", tokenizer)
+    assert (by_file.digest, by_file.spec) == (by_text.digest, by_text.spec)
+    assert build_calibration(f"{spec}?seed=5", tokenizer).digest != by_file.digest
+    assert read_evaluation_text(f"{two[0]}+{two[1]}").count("\n\n") == 79
+    spec.write_text("sources:\n  - {sorce: a.jsonl}\n  - 7\nsequences: [1]\nlenght: 3\ndedup: often\n")
+    with pytest.raises(CorpusError) as caught:
+        build_calibration(str(spec), tokenizer)
+    for part in ("did you mean 'source'", "source 2 of", "'sequences' of", "did you mean 'length'", "dedup='often'"):
+        assert part in str(caught.value)
+    for content, message in (
+        ("- a\n", "holds no specification"),
+        ("seed: 1\n", "lacks 'sources'"),
+        ("a: [", "as YAML"),
+    ):
+        spec.write_text(content)
+        with pytest.raises(CorpusError, match=message):
+            build_calibration(str(spec), tokenizer)
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def test_compressed_and_parquet_files_read_as_plain_ones(two: tuple[str, str], tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    plain = [document.text for document in open_source(two[0]).read()]
+    content = Path(two[0]).read_bytes()
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "c.jsonl.zst").write_bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    parquet.write_table(pyarrow.table({"body": plain, "text": ["no"] * len(plain)}), tmp_path / "c.parquet")
+    for name in ("c.jsonl.gz", "c.jsonl.zst", "c.parquet#body"):
+        assert [document.text for document in open_source(str(tmp_path / name)).read()] == plain
+    with pytest.raises(CorpusError, match="no field 'bdy'"):
+        next(open_source(f"{tmp_path / 'c.parquet'}#bdy").read())
+    for name in ("broken.jsonl.gz", "broken.jsonl.zst", "broken.parquet", "broken.txt.gz"):
+        (tmp_path / name).write_bytes(b"this is none")
+        with pytest.raises(CorpusError, match=f"{name} cannot be read"):
+            list(open_source(str(tmp_path / name)).read())
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(content)[:-20])
+    with pytest.raises(CorpusError, match="cannot be read"):
+        list(open_source(str(tmp_path / "cut.txt.gz")).read())
+
+
+def test_files_are_read_only_as_far_as_needed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for _ in range(10):
+            file.write('{"text": "fine"}\n')
+        file.write("not json\n")
+    documents = open_source(str(path)).read()
+    assert [next(documents).text for _ in range(10)] == ["fine"] * 10
+    with pytest.raises(CorpusError, match="line 11"):
+        next(documents)
+
+
+def test_domains(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    wiki = _texts(tmp_path / "passages.jsonl", "w")
+    supply = Supply(texts={"wiki": lambda: Path(wiki)})
+    made = build_calibration("wiki*0.5+code*0.5", tokenizer, supply=supply, **SMALL)
+    assert made.spec.startswith("demo:wiki*0.5+python:source*0.5?"), "says what was found"
+    assert build_calibration(made.spec, tokenizer, supply=supply).digest == made.digest
+    with pytest.raises(CorpusError, match=r"'books' is hf:emozilla/pg19.*HF_HUB_OFFLINE is set.*Without a hub"):
+        open_source("books")
+    with pytest.raises(CorpusError, match="domain 'wiki'"):
+        open_source("wiki")
+    with pytest.raises(UnknownName, match="did you mean 'science'"):
+        open_source("sciense")
+    with pytest.raises(UnknownName, match="did you mean 'math'"):
+        open_source("domain:maths")
+    with pytest.raises(UnknownName, match="demo text 'poems'"):
+        open_source("demo:poems", supply)
+    (tmp_path / "code").mkdir()
+    _texts(tmp_path / "code" / "c.jsonl", "mine")
+    assert next(open_source("code").read()).text.startswith("mine"), "a path of that name comes first"
+    assert "mine" not in next(open_source("domain:code").read()).text
+
+
+def test_a_domain_is_the_hub_s_where_it_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class HfApi:
+        def dataset_info(self, name: str, timeout: float) -> None:
+            asked.append(name)
+            if name == "openai/gsm8k":
+                raise ConnectionError("no route")
+
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.HfApi", HfApi)
+    assert open_source("code").spec == "hf:codeparrot/codeparrot-clean-valid:train#content"
+    assert open_source("web").name == "hf:allenai/c4:en:train"
+    with pytest.raises(CorpusError, match="ConnectionError"):
+        open_source("math")
+    assert asked == ["codeparrot/codeparrot-clean-valid", "allenai/c4", "openai/gsm8k"]
+
+
+# --- positions and formats -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_positions_in_a_document(pack: bool, tokenizer: Any, tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(6_000)]
+    spec = _jsonl(tmp_path / "a.jsonl", [{"text": " ".join(words)}])
+
+    def first_word(position: str, seed: int = 0) -> int:
+        made = build_calibration(
+            f"{spec}?position={position}&seed={seed}&max_chars=1000000", tokenizer, sequences=1, length=64, pack=pack
+        )
+        return int(tokenizer.decode(made.input_ids[0]).replace("w", " ").split()[1])
+
+    assert first_word("start") <= 1
+    assert first_word("end") > 5_900
+    places = {first_word("random", seed) for seed in range(6)}
+    assert len(places) == 6
+    assert first_word("random", 3) == first_word("random", 3)
+    assert all(10 < place < 5_990 for place in places)
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def test_chats_use_the_model_s_template(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    records = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"question": "Why?", "answer": "Because."},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
+        {"text": "Plain."},
+    ]
+    spec = _jsonl(tmp_path / "a.jsonl", records)
+    tokenizer.chat_template = None
+    with pytest.raises(CorpusError, match="tokenizer has none"):
+        build_calibration(spec, tokenizer, format="chat", **SMALL)
+    tokenizer.chat_template = TEMPLATE.replace("{{ bos_token }}", "")
+    made = build_calibration(spec, tokenizer, format="chat", sequences=4, length=60, pack=False)
+    texts = {tokenizer.decode(row, skip_special_tokens=True).strip() for row in made.input_ids}
+    assert texts == {
+        "[user]Add.\n\n1 and 2[assistant]3",
+        "[user]Why?[assistant]Because.",
+        "[system]Be brief.[user]Hi",
+        "Plain.",
+    }
+    with pytest.raises(CorpusError, match="no row for format=chat"):
+        build_calibration(_jsonl(tmp_path / "b.jsonl", records[3:]), tokenizer, format="chat", sequences=1, length=2)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(CorpusError, match="roles must alternate"):
+        build_calibration(spec, tokenizer, format="chat", **SMALL)
+
+
+def test_few_shot_prompts_are_solved_questions_in_order(tokenizer: Any, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"question": f"Q{number}", "choices": [f"no{number}", f"yes{number}"], "gold": 1} for number in range(7)
+    ]
+    spec = _jsonl(tmp_path / "a.jsonl", records)
+    made = build_calibration(f"{spec}?format=few-shot&shots=2&pack=false", tokenizer, sequences=2, length=200)
+    texts = sorted(tokenizer.decode(row, skip_special_tokens=True).strip() for row in made.input_ids)
+    assert texts[0] == "\n\n".join(f"Question: Q{number}\nAnswer: yes{number}" for number in range(3))
+    assert texts[1].startswith("Question: Q3")
+    assert made.sources[0].documents == 6, "the seventh is too few for a prompt"
+    mixed = [{"question": "Is it", "answer": True}, {"question": "1+1?", "answer": "2"}, {"text": "Plain."}]
+    spec = _jsonl(tmp_path / "b.jsonl", mixed)
+    made = build_calibration(f"{spec}?format=few-shot&shots=1&pack=false", tokenizer, sequences=2, length=200)
+    texts = sorted(tokenizer.decode(row, skip_special_tokens=True).strip() for row in made.input_ids)
+    assert texts == ["Plain.", "Question: Is it?\nAnswer: yes\n\nQuestion: 1+1?\nAnswer: 2"]
+    with pytest.raises(CorpusError, match="holds 2 questions, but a prompt of 5 shots needs 6"):
+        build_calibration(f"{spec}?format=few-shot", tokenizer, **SMALL)
+    with pytest.raises(CorpusError, match="no row for format=few-shot"):
+        build_calibration(_texts(tmp_path / "c.jsonl", "z"), tokenizer, format="few-shot", **SMALL)
+
+
+def test_duplicates_leave_before_there_are_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    lines = [json.loads(line) for line in Path(_texts(tmp_path / "a.jsonl", "x", 5)).read_text().splitlines()]
+    text = lines[0]["text"]
+    spec = _jsonl(tmp_path / "b.jsonl", [*lines, {"text": text.upper()}, {"text": text + " more"}])
+    made = build_calibration(f"{spec}?dedup=0.8&pack=false", tokenizer, sequences=5, length=8)
+    record = made.sources[0]
+    assert (record.read, record.documents, record.exact_duplicates, record.near_duplicates) == (7, 5, 1, 1)
+    assert len({tuple(row) for row in made.input_ids.tolist()}) == 5
+    with pytest.raises(CorpusError, match="without 2 documents that dedup and min_quality leave out"):
+        build_calibration(f"{spec}?dedup=0.8&pack=false", tokenizer, sequences=6, length=8)
+
+
+# --- the model's own text ------------------------------------------------------------------------------------------
+
+
+def test_the_model_s_own_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    generate = PreTrainedModel.generate
+    monkeypatch.setattr(PreTrainedModel, "generate", lambda *a, **k: asked.append(None) or generate(*a, **k))
+    subject = open_subject(tiny_model("llama"), tokenizer)
+    made = calibrate(subject, "self", **SMALL, seed=0)
+    assert made.input_ids.shape == (4, 16)
+    assert made.spec.startswith("self?")
+    assert made.sources[0].name == "self"
+    assert len(asked) == 1, "no more is sampled than needed"
+    assert calibrate(subject, "self", **SMALL, seed=0).digest == made.digest
+    assert calibrate(subject, "self", **SMALL, seed=1).digest != made.digest
+    state = torch.get_rng_state()
+    calibrate(subject, "self:bos", **SMALL, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(CorpusError, match="write self, self:bos, self:token"):
+        calibrate(subject, "self:here", **SMALL, seed=0)
+    with pytest.raises(CorpusError, match="there is no model here"):
+        build_calibration("self", tokenizer)
+
+
+def test_own_text_begins_with_bos_or_a_random_token() -> None:
+    begun: list[list[int]] = []
+
+    class Model:
+        generation_config = None
+        device = torch.device("cpu")
+
+        def generate(self, prompt: torch.Tensor, **_: Any) -> torch.Tensor:
+            begun.append(prompt[:, 0].tolist())
+            return prompt.repeat(1, 3)
+
+    tokenizer = tiny_tokenizer()
+    next(sample(Model(), tokenizer, "token", tokens=8, seed=0))  # type: ignore[arg-type]
+    assert len(set(begun[0])) > 4
+    assert not set(begun[0]) & set(tokenizer.all_special_ids)
+    with pytest.raises(CorpusError, match="says nothing"):
+        next(sample(Model(), tokenizer, "bos", tokens=8, seed=0))  # type: ignore[arg-type]
+    assert set(begun[-1]) == {tokenizer.bos_token_id}
+    tokenizer.bos_token = None
+    with pytest.raises(CorpusError, match="no BOS token: use self:token"):
+        next(sample(Model(), tokenizer, "bos", tokens=8, seed=0))  # type: ignore[arg-type]
+
+
+# --- the verbs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main.run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_set_is_built_shown_and_used_again(
+    two: tuple[str, str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "set")
+    spec = f"{two[0]}+{two[1]}*3?sequences=8&length=24"
+    built = _json(capsys, "corpus", "build", spec, "--model", model, "--out", out)
+    assert [source["tokens"] for source in built["sources"]] == [2 * 24, 6 * 24]
+    assert main.run(["corpus", "build", spec, "--model", model, "--out", out]) == 2
+    capsys.readouterr()
+    assert _json(capsys, "corpus", "show", out)["digest"] == built["digest"]
+    shown = _json(capsys, "corpus", "show", out, "--model", model, "--texts", "2")
+    assert shown["beginnings"] == built["beginnings"][:2]
+    assert main.run(["corpus", "show", spec]) == 2
+    assert "add --model" in capsys.readouterr().err
+    scores = _json(capsys, "score", model, "--calibration", out)
+    assert scores["made_by"]["calibration"]["digest"] == built["digest"]
+    own = _json(capsys, "corpus", "build", "self?sequences=2&length=8", "--model", model)
+    assert own["sources"][0]["name"] == "self"
+    assert main.run(["corpus", "show", out, "--model", model]) == 0
+    told = capsys.readouterr().out
+    assert "75.0%" in told
+    assert built["digest"] in told
+
+
+def test_a_set_of_another_tokenizer_is_refused(two: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
+    build_calibration(two[0], tokenizer, **SMALL).save(tmp_path / "set")
+    assert build_calibration(str(tmp_path / "set"), tokenizer).tokenizer is not None
+
+    class Other:
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [f"other{id}" for id in ids]
+
+    with pytest.raises(CorpusError, match="stand for other tokens"):
+        build_calibration(str(tmp_path / "set"), Other())  # type: ignore[arg-type]
+    manifest = tmp_path / "set" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    del data["tokenizer"]
+    for key in ("read", "tokens", "weight"):
+        del data["sources"][0][key]
+    manifest.write_text(json.dumps(data))
+    assert CalibrationSet.load(tmp_path / "set").sources[0].read is None, "sets of older versions load"
+
+
+def test_cleaning_a_stream_or_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from shallower.verbs.corpus import clean
+
+    def rows(*_: Any, **__: Any) -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+
+    monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
+    with pytest.raises(CorpusError, match="is streamed"):
+        clean("hf:a/b")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        clean(tmp_path / "empty.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
