@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shallower.corpus import CalibrationSet, Cleaning, Cluster, SharedRows
-from shallower.reporting.figures import _WIDTH, _settings, _svg
+from shallower.reporting.figures import _WIDTH, _svg, styled
 from shallower.reporting.page import _figure, _glued, _section, _table, whole_page
 from shallower.reporting.wording import percent, plural
 
@@ -120,7 +120,7 @@ def cluster_sizes(cleaning: Cleaning) -> str | None:
     if figure is None:
         return None
     told = ", ".join(f"{times} of size {size}" for size, times in list(cleaning.sizes.items())[:8])
-    with _settings():
+    with styled():
         return _svg(figure, "Cluster sizes", f"Clusters by size: {told}.")
 
 
@@ -130,7 +130,7 @@ def cluster_png(cleaning: Cleaning) -> bytes | None:
     if figure is None:
         return None
     buffer = io.BytesIO()
-    with _settings():
+    with styled():
         figure.suptitle(f"{cleaning.source}: documents that say the same", x=0.01, ha="left", fontsize=9.5)
         figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return buffer.getvalue()
@@ -140,7 +140,7 @@ def _cluster_figure(cleaning: Cleaning) -> Figure | None:
     sizes = {size: times for size, times in cleaning.sizes.items() if times}
     if cleaning.threshold is None or not sizes:
         return None
-    with _settings():
+    with styled():
         figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
         axes: Axes = figure.subplots()
         axes.vlines(list(sizes), 0.5, list(sizes.values()), color=_KEPT, linewidth=1, alpha=0.35)
@@ -173,7 +173,7 @@ def quality_bars(cleaning: Cleaning) -> str | None:
     for judged in cleaning.documents:
         name = next(name for name, _, places in groups if judged.place in places)
         counts[name][min(_BINS - 1, math.floor(judged.quality * _BINS))] += 1
-    with _settings():
+    with styled():
         figure = Figure(figsize=(_WIDTH, 3.0), layout="constrained")
         axes: Axes = figure.subplots()
         shown = [(name, colour) for name, colour, _ in groups if any(counts[name])]
