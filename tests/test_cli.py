@@ -123,7 +123,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def test_help_names_every_verb(cli: Cli) -> None:
     ran = cli("--help")
     assert ran.code == 0
-    for verb in ("inspect", "score", "search", "prune", "eval", "report", "methods", "demo", "plan"):
+    for verb in ("inspect", "score", "search", "prune", "eval", "bench", "report", "methods", "demo", "plan"):
         assert re.search(rf"^  {verb} +\w", ran.out, re.MULTILINE)
     assert "..." not in ran.out.split("Commands:")[1]
     assert cli() == ran
@@ -346,7 +346,7 @@ def test_demo_ends_with_what_to_look_at(
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [
-        (["serch"], r"no such command 'serch'. Did you mean 'search'\?"),
+        (["serch"], r"no such command 'serch'. Did you mean 'search'.*\?"),
         (["score", "{tiny}", "--metrc", "x"], r"no such option.*--metrc.*--metric"),
         (["score"], r"missing argument 'MODEL'\. See 'shallower score --help'\."),
         (["search", "{tiny}"], r"missing option '--remove'"),

@@ -17,6 +17,7 @@ LIGHT_MODULES = (
     "exchange",
     "plan",
     "progress",
+    "reduction",
     "registry",
     "scores",
     "strict_json",

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_commands_and_code(folder: Path) -> None:
-    assert [command.split()[0] for command in COMMANDS] == ["inspect", "prune", "eval"]
+    assert [command.split()[0] for command in COMMANDS] == ["inspect", "prune", "eval", "bench"]
     for command in COMMANDS:
         assert main.run([*shlex.split(command), "--quiet"]) == 0
     loading, library = CODE

@@ -183,6 +183,14 @@ def test_milp_finds_what_trying_everything_finds_under_two_budgets(
     assert math.fsum(value[unit] for unit in chosen) == pytest.approx(min(allowed), abs=1e-6)
 
 
+def test_milp_removes_no_more_than_was_asked_for() -> None:
+    """Scores so small that the solver takes their sums for equal."""
+    scores = {unit: 1e-9 * unit.index for unit in BLOCKS}
+    for number in range(1, len(BLOCKS)):
+        assert run("milp", BLOCKS, count(number, BLOCKS), scores=scores)[-1] <= set(BLOCKS)
+        assert len(run("milp", BLOCKS, count(number, BLOCKS), scores=scores)[-1]) == number
+
+
 @pytest.mark.parametrize("name", ["swap", "evolutionary"])
 def test_a_race_that_calls_a_worse_set_a_tie_is_not_believed(name: str) -> None:
     budget = count(3, BLOCKS)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from shallower.bench import compare_speed, measure_speed
-from shallower.bench.speed import cache_bytes
 from shallower.errors import ModelError, UserError
 from shallower.testing.families import tiny_model
+from shallower.timing import compare_speed, measure_speed
+from shallower.timing.speed import cache_bytes
 
 
 def _expected_cache_bytes(model: Any, positions: int, batch: int) -> int:

@@ -25,9 +25,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in """
     errors version progress
-    units strict_json registry resources
-    plan budget
+    units strict_json registry resources reduction
+    plan budget forms
     scores exchange
+    packaged
     anatomy checkpoint
     corpus
     engine
@@ -36,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     training
     recovery exporters
     evaluation
-    bench
+    timing
     study
     reporting
     verbs
@@ -56,7 +57,7 @@ NEVER: Mapping[str, frozenset[str]] = {
     "corpus": frozenset({"anatomy", "checkpoint"}),  # knows no model, but for the tokenizer
     "surgery": METHODS | {"registry", "scores", "budget"},  # does not know how the plan was made
     "evaluation": METHODS | {"units", "plan", "scores", "budget", "anatomy", "surgery"},  # knows nothing of pruning
-    "bench": METHODS | {"units", "plan", "scores", "budget", "anatomy", "surgery"},
+    "timing": METHODS | {"units", "plan", "scores", "budget", "anatomy", "surgery"},
 }
 LIGHT = frozenset({PACKAGE, "cli"}.union(*LAYERS[:4]))
 

@@ -15,39 +15,44 @@ from typing import TYPE_CHECKING, Any
 from shallower.errors import ShallowerError, UserError
 from shallower.plan import PruningPlan
 from shallower.registry import metric, objective
-from shallower.scores import Scores
+from shallower.scores import Scores, ScoreSheet
 from shallower.units import Span, Unit
 from shallower.version import __version__
 
 if TYPE_CHECKING:
     from shallower.anatomy import dissect
+    from shallower.checkpoint.load import load
     from shallower.corpus import CalibrationSet, build_calibration
     from shallower.engine import Ablator
+    from shallower.exporters import save
     from shallower.surgery.cut import cut
-    from shallower.surgery.save import save
+    from shallower.verbs.bench import bench
     from shallower.verbs.demo import demo
     from shallower.verbs.evaluate import evaluate
     from shallower.verbs.inspect import inspect
     from shallower.verbs.prune import prune
     from shallower.verbs.report import report
-    from shallower.verbs.score import score
+    from shallower.verbs.score import score, score_many
     from shallower.verbs.search import search
     from shallower.verbs.subject import open_subject
 
 _LAZY = {
     "Ablator": "engine",
     "CalibrationSet": "corpus",
+    "bench": "verbs.bench",
     "build_calibration": "corpus",
     "cut": "surgery",
     "demo": "verbs.demo",
     "dissect": "anatomy",
     "evaluate": "verbs.evaluate",
     "inspect": "verbs.inspect",
+    "load": "checkpoint.load",
     "open_subject": "verbs.subject",
     "prune": "verbs.prune",
     "report": "verbs.report",
-    "save": "surgery",
+    "save": "exporters",
     "score": "verbs.score",
+    "score_many": "verbs.score",
     "search": "verbs.search",
 }
 
@@ -55,18 +60,21 @@ __all__ = [
     "Ablator",
     "CalibrationSet",
     "PruningPlan",
+    "ScoreSheet",
     "Scores",
     "ShallowerError",
     "Span",
     "Unit",
     "UserError",
     "__version__",
+    "bench",
     "build_calibration",
     "cut",
     "demo",
     "dissect",
     "evaluate",
     "inspect",
+    "load",
     "metric",
     "objective",
     "open_subject",
@@ -74,6 +82,7 @@ __all__ = [
     "report",
     "save",
     "score",
+    "score_many",
     "search",
 ]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from shallower.errors import BudgetError, UnknownName
-from shallower.units import KINDS, Unit, parse_units
+from shallower.units import Unit, parse_units
 
 QUANTITIES = ("units", "parameters", "bytes", "flops", "kv_bytes")
 TOLERANCE = 1e-9  # 20 % of 30 equal blocks is 6 blocks, whatever the last bit says
@@ -47,12 +48,9 @@ class Budget:
     def admits(self, removed: Collection[Unit], unit: Unit) -> bool:
         """Whether `unit` can still go, and going helps.
 
-        It is there, is no part of what is gone, has no part that is gone, and costs some of what is still to be
-        removed.
+        Nothing of it is gone, and it costs some of what is still to be removed.
         """
-        if unit in removed or Unit(unit.index, "block") in removed:
-            return False
-        if unit.kind == "block" and any(Unit(unit.index, kind) in removed for kind in KINDS):
+        if any(unit.overlaps(gone) for gone in removed):
             return False
         unmet = [limit for limit in self.limits if not limit.met(removed)]
         return any(limit.cost.get(unit) for limit in unmet or self.limits)
@@ -125,13 +123,15 @@ def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limi
 
 
 def _most(costs: Mapping[Unit, float]) -> float:
-    """What can go at most: a block or its sublayers, not both."""
-    blocks = {unit.index: cost for unit, cost in costs.items() if unit.kind == "block"}
-    parts: dict[int, float] = {}
+    """What can go at most where no sublayer goes twice: weighted interval scheduling, place by place."""
+    ending: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for unit, cost in costs.items():
-        if unit.kind != "block":
-            parts[unit.index] = parts.get(unit.index, 0.0) + cost
-    return sum(max(blocks.get(index, 0.0), parts.get(index, 0.0)) for index in {*blocks, *parts})
+        start, stop = unit.reach
+        ending[stop].append((start, cost))
+    best = [0.0]
+    for stop in range(1, max(ending, default=0) + 1):
+        best.append(max(best[-1], *(best[start] + cost for start, cost in ending[stop]), 0.0))
+    return best[-1]
 
 
 def parse_protect(text: str, blocks: int) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""The score file: one row a unit or span, value and standard error; higher always means keep."""
+"""The score file: one row a unit or span, value and standard error; higher always means keep. One metric or several."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shallower.strict_json import finite, key_faults, record_faults, write_json
 from shallower.units import Span, Unit
 
 FORMAT = "shallower.scores/1"
+SHEET_FORMAT = "shallower.scores/2"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,93 @@ class Scores:
         write_json(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
+    def load(cls, path: str | os.PathLike[str], metric: str | None = None) -> Scores:
+        """Read a score file; `metric` names the one to take where it holds several.
+
+        Raises UserError when it is missing, not JSON or malformed, or holds no such metric.
+        """
+        return ScoreSheet.load(path).pick(metric, str(path))
+
+
+@dataclass(frozen=True)
+class ScoreSheet:
+    """What several metrics say of one model. A sheet of one is written as plain scores are.
+
+    Raises UserError when there are none, a metric comes twice, or they are of different models.
+    """
+
+    scores: tuple[Scores, ...]
+
+    def __post_init__(self) -> None:
+        if not self.scores or len(set(self.metrics)) < len(self.scores):
+            raise UserError(f"a sheet of scores holds each metric once, and at least one, not {list(self.metrics)}.")
+        if len({scores.model.fingerprint for scores in self.scores}) > 1:
+            raise UserError("a sheet of scores is of one model, not of several.")
+
+    @property
+    def model(self) -> ModelIdentity:
+        return self.scores[0].model
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(scores.metric for scores in self.scores)
+
+    def pick(self, metric: str | None = None, where: str = "the sheet") -> Scores:
+        """The scores by one metric, which need not be named where there is only one.
+
+        Raises UserError, listing what there is, when it is missing or must be named.
+        """
+        if metric is None and len(self.scores) == 1:
+            return self.scores[0]
+        for scores in self.scores:
+            if scores.metric == metric:
+                return scores
+        known = ", ".join(self.metrics)
+        if metric is None:
+            raise UserError(f"{where} holds scores by several metrics; choose one with --metric: {known}.")
+        raise UserError(f"{where} holds no scores by {metric!r}; it has {known}.")
+
+    def to_json(self) -> dict[str, Any]:
+        if len(self.scores) == 1:
+            return self.scores[0].to_json()
+        parts = [scores.to_json() for scores in self.scores]
+        return {
+            "format": SHEET_FORMAT,
+            "model": asdict(self.model),
+            "metrics": [{key: part[key] for key in ("metric", "rows", "made_by")} for part in parts],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the scores") -> ScoreSheet:
+        """Build from parsed JSON of one metric or several. Raises UserError naming every fault."""
+        if not isinstance(data, dict) or data.get("format") != SHEET_FORMAT:
+            return cls((Scores.from_json(data, where),))
+        faults = key_faults(where, data, ("format", "model", "metrics"))
+        metrics = data.get("metrics", [])
+        if not isinstance(metrics, list) or not metrics:
+            faults.append(f"'metrics' of {where} is not a list of at least one metric")
+            metrics = []
+        found = []
+        for number, part in enumerate(metrics):
+            what = f"metric {number} of {where}"
+            if not isinstance(part, dict):
+                faults.append(f"{what} is not an object")
+                continue
+            faults += [f"{what} has an unknown key {key!r}" for key in ("format", "model") if key in part]
+            try:
+                found.append(Scores.from_json({"format": FORMAT, "model": data.get("model"), **part}, what))
+            except UserError as error:
+                faults.append(str(error).removesuffix("."))
+        if faults:
+            raise UserError("; ".join(dict.fromkeys(faults)) + ".")
+        return cls(tuple(found))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file. Raises OutputError when the place cannot be written."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ScoreSheet:
         """Read a score file. Raises UserError when it is missing, not JSON or malformed."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -5,25 +5,51 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Literal
 
 from shallower.errors import BudgetError
 
-Kind = Literal["block", "attn", "mlp"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["block", "attn", "mlp", "pair"]
+KINDS: tuple[Kind, ...] = ("block", "attn", "mlp")
+"""What a model is made of. A `pair` is two halves of neighbours, and exists only while a search looks for ordinary
+plans."""
 
 _UNIT = re.compile(rf"({'|'.join(KINDS)})\.(\d+)")
 
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """One removable thing. Ordered by depth, then `attn` < `block` < `mlp`."""
+    """One removable thing. Ordered by depth, then `attn` < `block` < `mlp` < `pair`.
+
+    `pair.3` is `mlp.3` with `attn.4`: without them `attn.3` and `mlp.4` are an ordinary block.
+    """
 
     index: int
     kind: Kind
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.index}"
+
+    @property
+    def sublayers(self) -> tuple[Unit, ...]:
+        """The attention and MLP sublayers that go with it, in depth order."""
+        if self.kind == "block":
+            return Unit(self.index, "attn"), Unit(self.index, "mlp")
+        if self.kind == "pair":
+            return Unit(self.index, "mlp"), Unit(self.index + 1, "attn")
+        return (self,)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The places `start, …, stop - 1` that it takes where `attn.l` has place 2l and `mlp.l` place 2l + 1."""
+        start = 2 * self.index + (self.kind in ("mlp", "pair"))
+        return start, start + (2 if self.kind in ("block", "pair") else 1)
+
+    def overlaps(self, other: Unit) -> bool:
+        """Whether both hold one and the same sublayer."""
+        (start, stop), (others_start, others_stop) = self.reach, other.reach
+        return start < others_stop and others_start < stop
 
     @classmethod
     def parse(cls, text: str) -> Unit:
@@ -81,6 +107,11 @@ def parse_units(text: str) -> tuple[Unit, ...]:
     return tuple(units)
 
 
+def plain(units: Iterable[Unit]) -> list[Unit]:
+    """The units with each pair as its two sublayers: what a model can go without, and a plan lists."""
+    return [part for unit in units for part in (unit.sublayers if unit.kind == "pair" else (unit,))]
+
+
 def require_distinct(units: Iterable[Unit]) -> None:
     """Raise BudgetError when a unit is named twice, or a sublayer together with the block that holds it."""
     seen: set[Unit] = set()
@@ -89,5 +120,8 @@ def require_distinct(units: Iterable[Unit]) -> None:
             raise BudgetError(f"{unit} is named twice; name each unit once.")
         seen.add(unit)
     for unit in sorted(seen):
-        if unit.kind != "block" and Unit(unit.index, "block") in seen:
+        if unit.kind in ("attn", "mlp") and Unit(unit.index, "block") in seen:
             raise BudgetError(f"{unit} is part of block.{unit.index}, which is removed too; name only one of the two.")
+    for one, other in pairwise(sorted(seen, key=lambda unit: unit.reach)):
+        if one.overlaps(other):
+            raise BudgetError(f"{one} and {other} have a sublayer in common; name only one of the two.")

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shallower.errors import ModelError
+from shallower.packaged import Absent
 from shallower.units import Kind, Unit
 
 PROBE_TOKENS = 8
@@ -75,25 +76,6 @@ class Block:
             yield
         finally:
             self.module._modules.update(originals)
-
-
-class Absent(nn.Module):
-    """Stands where a sublayer was: adds nothing to the residual stream. Has no parameters and keeps no KV cache."""
-
-    unit: Unit | None = None
-    """What was here, where surgery knows it."""
-
-    def __init__(self, arguments: tuple[str, ...], arity: int | None, adds_residual: bool) -> None:
-        super().__init__()
-        self.arguments = arguments
-        self.arity = arity
-        self.adds_residual = adds_residual
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self.arguments, args, strict=False)) | kwargs
-        hidden = given[self.arguments[0]]
-        update = given["residual"] if self.adds_residual else torch.zeros_like(hidden)
-        return pack(update, self.arity)
 
 
 def substitutes(block: Block, kind: Kind) -> dict[str, nn.Module]:
@@ -151,7 +133,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
     Raises ModelError saying what was found when there is no such list, or more than one.
     """
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    expected = model.config.get_text_config().num_hidden_layers
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [
         (name, module)
@@ -222,7 +204,7 @@ _MIXES_TOKENS = re.compile(r"att|mixer|mamba|ssm|conv|delta", re.IGNORECASE)
 
 def _mixer_names(block: nn.Module) -> tuple[str, ...]:
     """The children that mix tokens: they own a cache slot, or call themselves attention."""
-    children = [(name, child) for name, child in block.named_children() if _has_matrices(child)]
+    children = [(name, child) for name, child in block.named_children() if _is_sublayer(child)]
     owners = [(name, child) for name, child in children if hasattr(child, "layer_idx")]
     if len(owners) == 1:
         return (owners[0][0],)
@@ -243,11 +225,12 @@ def _attention_names(block: nn.Module) -> tuple[str, ...]:
 def _mlp_names(block: nn.Module) -> tuple[str, ...]:
     """Every child with weight matrices that does not mix tokens; in calling order as declared (OPT: fc1, fc2)."""
     mixers = _mixer_names(block)
-    return tuple(name for name, child in block.named_children() if name not in mixers and _has_matrices(child))
+    return tuple(name for name, child in block.named_children() if name not in mixers and _is_sublayer(child))
 
 
-def _has_matrices(module: nn.Module) -> bool:
-    return any(parameter.dim() >= 2 for parameter in module.parameters())
+def _is_sublayer(module: nn.Module) -> bool:
+    """Whether it is what a sublayer consists of: something with matrices, that does not stand for what was removed."""
+    return not isinstance(module, Absent) and any(parameter.dim() >= 2 for parameter in module.parameters())
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.anatomy.dissect import Anatomy, probe_ids
+from shallower.packaged import LeavesOut
 from shallower.units import Unit
 
 Quantity = Literal["blocks", "parameters", "bytes", "flops", "kv_bytes"]
@@ -101,8 +102,18 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
         for handle in handles:
             handle.remove()
     layers = getattr(cache, "layers", [])
-    stored = [_cached_bytes(layers[index]) if index < len(layers) else 0 for index in range(len(anatomy.blocks))]
+    stored = [0] * len(anatomy.blocks)
+    for layer, index in zip(layers, _with_cache(anatomy), strict=False):
+        stored[index] = _cached_bytes(layer)
     return {part: count // ids.numel() for part, count in flops.items()}, stored
+
+
+def _with_cache(anatomy: Anatomy) -> list[int]:
+    """The blocks that have a layer in the cache, in order."""
+    if not isinstance(anatomy.model, LeavesOut):
+        return list(range(len(anatomy.blocks)))
+    entries = anatomy.model.config.block_configs
+    return [index for index, entry in enumerate(entries) if not entry.attention.no_op]
 
 
 def _grouped_products() -> dict[object, object]:

@@ -47,7 +47,7 @@ def identity(loaded: LoadedModel) -> ModelIdentity:
 
     Raises ModelError when weights are not in memory (meta device).
     """
-    blocks = int(loaded.model.config.get_text_config(decoder=True).num_hidden_layers)
+    blocks = int(loaded.model.config.get_text_config().num_hidden_layers)
     return ModelIdentity(loaded.name, loaded.revision, fingerprint(loaded.model), blocks)
 
 

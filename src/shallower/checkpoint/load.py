@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shallower import progress
+from shallower import packaged, progress
 from shallower.checkpoint import hub, stock
 from shallower.checkpoint.architecture import require_decoder
 from shallower.checkpoint.demo_files import DEMO_MODEL, demo_model
 from shallower.checkpoint.dtype import parse_device, parse_dtype
 from shallower.checkpoint.gguf import convert_gguf
-from shallower.checkpoint.locate import Location, locate
+from shallower.checkpoint.locate import Location, locate, read_config
 from shallower.checkpoint.shards import weight_files
 from shallower.errors import ModelError
 
@@ -55,15 +55,46 @@ def load_model(
     number_format = parse_dtype(dtype, placed)
     location = _with_revision(locate(model), revision)
     folder, name, commit = _folder(location, trust_remote_code=trust_remote_code)
-    config = stock.load_config(folder, name, trust_remote_code=trust_remote_code)
-    require_decoder(config, name, trust_remote_code=trust_remote_code)
+    shallow = _shallow_class(folder, name)
+    config = stock.load_config(folder, name, trust_remote_code=trust_remote_code, model_class=shallow)
+    if shallow is None:
+        require_decoder(config, name, trust_remote_code=trust_remote_code)
     if commit is not None:
         folder = hub.fetch_weights(name, commit)
     weight_files(folder)
     with progress.task(f"loading {name}"):
-        network = stock.load_weights(folder, name, config, number_format, placed, trust_remote_code=trust_remote_code)
+        network = stock.load_weights(
+            folder, name, config, number_format, placed, trust_remote_code=trust_remote_code, model_class=shallow
+        )
         tokenizer = stock.load_tokenizer(folder, name, trust_remote_code=trust_remote_code)
     return LoadedModel(network, tokenizer, name, commit, folder)
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The model at MODEL, in evaluation mode; see load_model for arguments and errors.
+
+    Also loads what `prune` packaged because blocks lack sublayers. No code in the folder is run for that: this package
+    has the same.
+    """
+    return load_model(
+        str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision
+    ).model
+
+
+def _shallow_class(folder: Path, name: str) -> type[PreTrainedModel] | None:
+    """The class of a packaged checkpoint, from this package's own code; None for any other checkpoint."""
+    config = read_config(folder)
+    if not packaged.is_packaged(config):
+        return None
+    found: type[PreTrainedModel] = packaged.shallow_class(packaged.stock_class(config, name))
+    return found
 
 
 def _with_revision(location: Location, revision: str | None) -> Location:

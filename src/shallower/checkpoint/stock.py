@@ -40,12 +40,16 @@ def quiet() -> Iterator[None]:
         _show_bars(bars)
 
 
-def load_config(folder: Path, name: str, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The config as transformers understands it.
+def load_config(
+    folder: Path, name: str, *, trust_remote_code: bool, model_class: type[PreTrainedModel] | None = None
+) -> PretrainedConfig:
+    """The config as transformers understands it, or as `model_class` does.
 
     Raises ModelError when it does not.
     """
     with quiet(), refusing(name, "the config of"):
+        if model_class is not None:
+            return model_class.config_class.from_pretrained(folder)
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -57,20 +61,24 @@ def load_weights(
     device: torch.device,
     *,
     trust_remote_code: bool,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """The model in evaluation mode with every weight from the checkpoint.
+
+    model_class: what to load it as; by default what its config says.
 
     Raises ModelError when weights are missing, left over or of other shapes than the config says.
     """
     with quiet(), refusing(name, "the weights of"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if model_class is None else {}
+        model, info = (model_class or AutoModelForCausalLM).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             device_map=None if device.type == "cpu" else {"": device},
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         )
     require_complete(info, name)
     return model.eval()

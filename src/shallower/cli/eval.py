@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
@@ -47,6 +45,7 @@ def evaluate(
 ) -> Answer:
     """Compare models by their perplexity on the same texts."""
     from shallower.reporting.tables import PerplexityRow, perplexity_table
+    from shallower.reporting.wording import distinct_names
     from shallower.verbs.evaluate import evaluate as run
     from shallower.verbs.evaluate import text_name
 
@@ -61,9 +60,9 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     data = {"evaluations": [evaluation.to_json() for evaluation in found]}
-    columns = _distinct([text_name(name) for name in text], text)
+    columns = distinct_names([text_name(name) for name in text], text)
     by_model = [found[start : start + len(text)] for start in range(0, len(found), len(text))]
-    labels = _distinct([each[0].model for each in by_model], models)
+    labels = distinct_names([each[0].model for each in by_model], models)
     rows = [
         PerplexityRow(
             label,
@@ -81,15 +80,3 @@ def evaluate(
             console.print(f"{column}: {measured.tokens:,} tokens scored in {measured.windows} windows.")
 
     return Answer(data, show)
-
-
-def _distinct(names: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Short names; where two are the same, with as much of the path before them as tells them apart."""
-    labels = list(names)
-    paths = [Path(full) for full in given]
-    for depth in range(2, max(len(path.parts) for path in paths) + 1):
-        labels = [
-            label if labels.count(label) == 1 else str(Path(*path.parts[-depth:]))
-            for label, path in zip(labels, paths, strict=True)
-        ]
-    return labels

@@ -38,6 +38,8 @@ def inspect(
             f"{name}: {found.family}, {blocks} blocks at {found.path} ({'; '.join(sublayers)})", soft_wrap=True
         )
         console.print(inspection_table(found.weights, found.removed))
+        for form, what in found.exports.items():
+            console.print(f"{form}: {what}", soft_wrap=True, highlight=False)
         if found.removed:
             gone, dense = found.weights.of(found.removed).parameters, found.weights.model.parameters
             print_removed(console, found.removed, found.identity, (gone, dense))

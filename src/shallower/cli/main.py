@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 import typer.main
 
-from shallower.cli import demo, eval, inspect, methods, plan, prune, report, score, search
+from shallower.cli import bench, demo, eval, inspect, methods, plan, prune, report, score, search
 from shallower.errors import ShallowerError
 from shallower.version import __version__
 
@@ -41,6 +41,7 @@ app.command("score")(score.score)
 app.command("search")(search.search)
 app.command("prune")(prune.prune)
 app.command("eval")(eval.evaluate)
+app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.command("demo")(demo.demo)
@@ -129,7 +130,10 @@ def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
         what = f"measurements cannot be kept in the cache ({error})"
         return f"{what}; free some room, or set SHALLOWER_CACHE to a folder that can be written.", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory; give a smaller --length, another --dtype or another --device.", 2
+        return (
+            "out of memory; give a smaller --length (bench: --prompt, --batch), another --dtype or another --device.",
+            2,
+        )
     what = f"this is a defect in shallower {__version__}, not your mistake: {type(error).__name__}: {_brief(error)}"
     if debug:
         return f"{what}. Please report it with the traceback above.", 1

@@ -20,7 +20,15 @@ def _shipped(package: str) -> str:
     return ", ".join(sorted(file.stem.replace("_", "-") for file in files))
 
 
-ScoredBy = Annotated[str, Option("--metric", metavar="NAME", help=f"What to measure: {_shipped('metrics')}.")]
+ScoredBy = Annotated[
+    str,
+    Option(
+        "--metric",
+        metavar="NAMES",
+        help=f"What to measure: {_shipped('metrics')}, several (cosine,taylor) or all: every metric but those that run "
+        "many models without units, of which it has only loss; ask for others, such as shapley, by name.",
+    ),
+]
 Model = Annotated[
     str,
     Argument(
@@ -60,6 +68,14 @@ Objective = Annotated[
 Kinds = Annotated[
     Units, Option("--units", metavar="KIND", help="Which parts: block, attn, mlp, sublayer (attn and mlp) or all.")
 ]
+Ordinary = Annotated[
+    bool,
+    Option(
+        "--ordinary",
+        help="With --units sublayer or all: only plans that fit an ordinary checkpoint, made of whole blocks and of an "
+        "MLP with the attention after it; each counts as one unit. Default: any plan.",
+    ),
+]
 Protect = Annotated[
     str,
     Option("--protect", metavar="BLOCKS", help="Blocks that stay: first:4,last:2 or block.7. Default: none."),
@@ -92,7 +108,11 @@ Exact = Annotated[
 ]
 ScoresFile = Annotated[
     Path | None,
-    Option("--scores", metavar="FILE", help="Rank by this file of 'shallower score --out'. Default: score now."),
+    Option(
+        "--scores",
+        metavar="FILE",
+        help="Rank by this file of 'shallower score --out'; --metric picks one of several. Default: score now.",
+    ),
 ]
 Texts = Annotated[
     list[str] | None,

@@ -11,16 +11,12 @@ from shallower.cli import options
 from shallower.cli.output import print_removed
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
+from shallower.forms import FORMS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from shallower.reporting.data import ReportData
-
-LOADING = """
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})"""
 
 
 @verb
@@ -38,6 +34,7 @@ def prune(
     objective: options.Objective = "nll",
     metric: options.Metric = None,
     units: options.Kinds = "block",
+    ordinary: options.Ordinary = False,
     protect: options.Protect = "",
     calibration: options.Calibration = None,
     sequences: options.Sequences = 32,
@@ -50,6 +47,17 @@ def prune(
         int, Option("--windows", metavar="N", min=1, help="Windows evaluated of each text, from its start.")
     ] = 12,
     speed: Annotated[bool, Option("--speed/--no-speed", help="Time prefill and decoding before and after.")] = True,
+    form: Annotated[
+        str,
+        Option(
+            "--form",
+            metavar="FORM",
+            help="How to store a model whose removed sublayers do not pair up to whole blocks: packaged (they are "
+            "gone, and the folder carries code that leaves them out), padded (stock software loads it, at no gain), or "
+            "auto (in transformers' own way where it has one, else packaged).",
+        ),
+    ] = "auto",
+    stock: Annotated[bool, Option("--stock", help="The same as --form padded. Default: the smaller model.")] = False,
     force: options.Force = False,
     seed: options.Seed = 0,
     memory: options.Memory = None,
@@ -69,6 +77,7 @@ def prune(
         "--objective": objective != "nll",
         "--metric": metric is not None,
         "--units": units != "block",
+        "--ordinary": ordinary,
         "--protect": bool(protect),
         "--set": bool(chosen),
         "--exact": exact,
@@ -78,6 +87,8 @@ def prune(
     idle = [flag for flag, given in searched.items() if given]
     if plan is not None and remove is None and idle:
         raise UserError(f"--plan says what goes, so {', '.join(idle)} would change nothing; drop that, or drop --plan.")
+    if stock and form not in ("auto", "padded"):
+        raise UserError(f"--stock means --form padded, and --form {form} was given, too: drop one of the two.")
     from shallower.verbs.prune import prune as run
 
     pruned = run(
@@ -89,6 +100,7 @@ def prune(
         objective=objective,
         metric=metric,
         units=units,
+        ordinary=ordinary,
         protect=protect,
         calibration=calibration,
         sequences=sequences,
@@ -99,6 +111,7 @@ def prune(
         window=window,
         max_windows=windows,
         speed=speed,
+        form="padded" if stock else form,
         seed=seed,
         memory=memory,
         workers=workers,
@@ -112,8 +125,8 @@ def prune(
 
 def pruned_answer(data: ReportData, folder: Path) -> Answer:
     """What was removed, what it cost, where it is and how to load it."""
-    page = folder / "report.html"
-    told = ("plan", "dense", "pruned", "speed_setting", "seconds", "machine", "notes")
+    page, form = folder / "report.html", FORMS[data.form]
+    told = ("plan", "form", "dense", "pruned", "speed_setting", "seconds", "machine", "notes")
     everything = data.to_json()
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}
 
@@ -126,7 +139,8 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
         for note in data.notes:
             console.print(f"Note: {note}", soft_wrap=True)
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)
-        console.print("\nTo load it, with no shallower installed:", soft_wrap=True)
-        console.print(LOADING.format(folder=str(folder)), soft_wrap=True)
+        console.print(f"\nForm:  {form.name}. {form.meaning}", soft_wrap=True)
+        for code in (form.loading, form.tokenizer):
+            console.print(f"\n{code}".format(folder=str(folder)), soft_wrap=True)
 
     return Answer(answer, show)

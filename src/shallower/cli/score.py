@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,13 +45,15 @@ def score(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Score each block or sublayer by a metric; higher means keep."""
+    """Score each block or sublayer by one metric or several; higher means keep."""
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
-    from shallower.reporting.tables import scores_table
-    from shallower.verbs.score import score as run
+    from shallower.reporting.ranks import rank_correlations
+    from shallower.reporting.tables import correlations_table, scores_table, sheet_table
+    from shallower.verbs.score import chosen_metrics, score_many
 
-    scores = run(
+    chosen_metrics(metric)
+    sheet = score_many(
         model,
         metric,
         units=units,
@@ -69,12 +72,18 @@ def score(
         trust_remote_code=trust_remote_code,
     )
     if out is not None:
-        scores.save(out)
+        sheet.save(out)
+    several = len(sheet.scores) > 1
+    alike = rank_correlations(sheet)
 
     def show(console: Console) -> None:
-        console.print(scores_table(scores))
-        print_written(
-            console, out, "the scores", f"shallower search {model} --remove 25% --search one-shot --scores {out}"
-        )
+        if several:
+            console.print(sheet_table(sheet))
+            console.print(correlations_table(sheet.metrics, alike))
+        else:
+            console.print(scores_table(sheet.scores[0]))
+        step = f"shallower search {model} --remove 25% --search one-shot --scores {out}"
+        print_written(console, out, "the scores", step + (f" --metric {sheet.metrics[0]}" if several else ""))
 
-    return Answer(scores.to_json(), show)
+    told = sheet.to_json()
+    return Answer({**told, "correlations": [asdict(row) for row in alike]} if several else told, show)

@@ -26,6 +26,7 @@ def search(
     metric: options.Metric = None,
     scores: options.ScoresFile = None,
     units: options.Kinds = "block",
+    ordinary: options.Ordinary = False,
     protect: options.Protect = "",
     calibration: options.Calibration = None,
     sequences: options.Sequences = 32,
@@ -50,7 +51,7 @@ def search(
     from shallower.verbs.search import search as run
     from shallower.verbs.subject import open_subject
 
-    require_possible(remove, search, objective, metric, chosen)
+    require_possible(remove, search, objective, metric, chosen, units=units, ordinary=ordinary)
     parse_memory(memory)
     parse_workers(workers)
     subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -62,6 +63,7 @@ def search(
         metric=metric,
         scores=scores,
         units=units,
+        ordinary=ordinary,
         protect=protect,
         calibration=calibration,
         sequences=sequences,

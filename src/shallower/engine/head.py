@@ -133,7 +133,7 @@ def find_head(anatomy: Anatomy) -> Head | None:
             final = anatomy.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         handle.remove()
-    softcap = getattr(anatomy.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    softcap = getattr(anatomy.model.config.get_text_config(), "final_logit_softcapping", None)
     scale = float((final.double() * raw[0].double()).sum() / raw[0].double().square().sum().clamp_min(1e-300))
     capped = () if softcap is None else (Head(output, softcap=softcap),)  # first: small logits look uncapped
     heads: tuple[Head, ...] = (*capped, Head(output), Head(output, scale=scale))

@@ -1,32 +1,55 @@
 """One pass of the dense model past every metric that compares the residual stream before and after a unit or span.
 
-The model's own forward runs once a batch, up to its head. Hooks see the stream enter each block; sublayers are seen at
-the block's midpoint, found by a probe. All metrics, all units and all spans of one run share that pass.
+The model's own forward runs once a batch, up to its head; hooks see the stream at the ends of each block and between
+its sublayers. All metrics, all units and all spans of one run share that pass, and what their signatures ask for is
+worked out once for all of them:
+
+    before, after                           the stream itself, float32 [tokens, hidden], for one unit or span at a time
+    dot, before_l2, after_l2, change_l2     scalar product and Euclidean norms, float64 [tokens, units or spans]
+    before_l1, after_l1, change_l1          sums of absolute values, the same
+    before_before, before_after,            centred second moments over tokens, float64 [width, width], for one unit or
+    after_after                             span at a time, of the stream projected to the metric's option `width`
+
+The scalar products of all pairs of depths come from one product of matrices a token: N (N + 1) / 2 spans for little
+more than the blocks alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from shallower import progress
-from shallower.anatomy.dissect import Anatomy, Block, probe_ids, unpack
+from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import Batch, CalibrationSet
-from shallower.engine.head import forward_to_head
-from shallower.engine.trace import prove, trace
+from shallower.engine.crossing import Crossing, Midpoint, crossings, find_midpoints, run_to_head
+from shallower.engine.trace import prove
 from shallower.registry import Method
 from shallower.scores import Score
 from shallower.units import Span, Unit
 
 Positions = Literal["all", "last"]
-TOKENS_A_BATCH = 2048
+Of = Unit | Span
+
+PAIR = frozenset({"before", "after"})
+EUCLIDEAN = frozenset({"dot", "before_l2", "after_l2", "change_l2"})
+ABSOLUTE = frozenset({"before_l1", "after_l1", "change_l1"})
+MOMENTS = frozenset({"before_before", "before_after", "after_after"})
+STREAM = PAIR | EUCLIDEAN | ABSOLUTE | MOMENTS
+
+# The stream at every depth is held for one batch, and compared a few tokens at a time, so that these stay in a core's
+# cache: 32 tokens at 31 depths of 576 numbers are 2 MB in float32.
+TOKENS_A_BATCH = {"cpu": 512}
+TOKENS_A_BATCH_ELSEWHERE = 2048
+TOKENS_TOGETHER = {"cpu": 32}
+TOKENS_TOGETHER_ELSEWHERE = 256
 
 
 @dataclass(frozen=True)
@@ -42,20 +65,15 @@ class StreamStatistic:
     positions: Positions = "all"
     spans: bool = False
 
+    def option(self, name: str) -> Any:
+        """The value of an option, given or by default; None where the metric has no such option."""
+        known = self.metric.options.get(name)
+        return self.options.get(name, None if known is None else known.default)
 
-class _Sums:
-    """Running sums over tokens for each sequence, so that a mean and its standard error exist in the end."""
 
-    def __init__(self, sequences: int) -> None:
-        self.sequences = sequences
-        self.totals: dict[Unit | Span, NDArray[np.float64]] = {}
-
-    def add(self, of: Unit | Span, first: int, values: NDArray[np.float64]) -> None:
-        row = self.totals.setdefault(of, np.zeros(self.sequences))
-        row[first : first + len(values)] += values
-
-    def scores(self, counts: NDArray[np.int64]) -> tuple[Score, ...]:
-        return tuple(Score(of, *mean_and_error(row, counts)) for of, row in sorted(self.totals.items(), key=_depth))
+def reads_stream(metric: Method) -> bool:
+    """Whether a metric compares the residual stream before and after a unit."""
+    return not STREAM.isdisjoint(metric.parameters)
 
 
 def mean_and_error(totals: NDArray[np.float64], counts: NDArray[np.int64]) -> tuple[float, float | None]:
@@ -72,11 +90,6 @@ def mean_and_error(totals: NDArray[np.float64], counts: NDArray[np.int64]) -> tu
     return float(mean), float(np.sqrt(variance) / tokens)
 
 
-def _depth(item: tuple[Unit | Span, object]) -> tuple[int, int, str]:
-    of = item[0]
-    return (of.start, len(of), "") if isinstance(of, Span) else (-1, of.index, of.kind)
-
-
 def stream_scores(
     anatomy: Anatomy, calibration: CalibrationSet, statistics: Sequence[StreamStatistic], units: Sequence[Unit]
 ) -> list[tuple[Score, ...]]:
@@ -84,170 +97,315 @@ def stream_scores(
 
     Raises ModelError when the model's blocks do not pass one residual stream on.
     """
-    batches = list(calibration.batches(max(1, TOKENS_A_BATCH // calibration.length)))
+    device = anatomy.model.device
+    tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
+    batches = list(calibration.batches(max(1, tokens // calibration.length)))
     prove(anatomy, batches[0])
-    wanted = set(units)
-    middles = _midpoints(anatomy) if any(unit.kind != "block" for unit in units) else {}
-    sums = [_Sums(calibration.sequences) for _ in statistics]
+    midpoints = find_midpoints(anatomy) if any(unit.kind != "block" for unit in units) else {}
+    tallies = [
+        _Moments(statistic) if MOMENTS & set(statistic.metric.parameters) else _Means(statistic, calibration.sequences)
+        for statistic in statistics
+    ]
     counts: dict[Positions, list[NDArray[np.int64]]] = {"all": [], "last": []}
     first = 0
     with progress.task("reading the residual stream", len(batches)) as step, torch.no_grad():
         for batch in batches:
-            view = _View(batch, anatomy.model.device)
+            view = _View(batch, device, first)
             counts["all"].append(view.counts)
             counts["last"].append(np.ones_like(view.counts))
-            states = _States(statistics, view)
-
-            def compare(unit: Unit, before: Tensor, after: Tensor, *, view: _View = view, first: int = first) -> None:
-                if unit not in wanted:
-                    return
-                for statistic, total in zip(statistics, sums, strict=True):
-                    total.add(unit, first, view.apply(statistic, before, after))
-
-            _pass(anatomy, batch, middles, compare, states)
-            for statistic, total in zip(statistics, sums, strict=True):
-                if statistic.spans:
-                    for span, values in states.spans(statistic):
-                        total.add(span, first, values)
+            _read_batch(anatomy, batch, midpoints, tallies, frozenset(units), view)
             first += len(view.counts)
             step()
     joined = {positions: np.concatenate(parts) for positions, parts in counts.items()}
-    return [total.scores(joined[statistic.positions]) for statistic, total in zip(statistics, sums, strict=True)]
+    return [_rows(tally, joined[tally.statistic.positions], units) for tally in tallies]
 
 
-class _View:
-    """Which positions of a batch are real, and which is the last of each sequence."""
+def _read_batch(
+    anatomy: Anatomy,
+    batch: Batch,
+    midpoints: Mapping[int, Midpoint],
+    tallies: Sequence[_Tally],
+    units: Collection[Unit],
+    view: _View,
+) -> None:
+    """Run the model on one batch, and let each tally read its units while it runs and its spans in the end."""
+    last = len(anatomy.blocks) - 1
+    depths: dict[Positions, list[Tensor]] = {
+        tally.statistic.positions: [] for tally in tallies if tally.statistic.spans
+    }
 
-    def __init__(self, batch: Batch, device: torch.device) -> None:
-        mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        self.real = mask.bool().to(device)
-        self.counts: NDArray[np.int64] = mask.sum(1).cpu().numpy().astype(np.int64)
-        self.sequence = torch.arange(len(mask), device=device)[:, None].expand_as(mask)[self.real]
-        positions = torch.arange(mask.shape[1], device=device).expand_as(self.real)
-        self.last = torch.where(self.real, positions, -1).amax(1)
+    def visit(crossing: Crossing) -> None:
+        for positions, stream in depths.items():
+            stream.append(view.select(positions, crossing.before))
+            if crossing.block.index == last:
+                stream.append(view.select(positions, crossing.after))
+        changes = {unit: change for unit, change in crossing.changes().items() if unit in units}
+        _read(tallies, _pairs_of(changes), view, spans=False)
+        sublayers = {unit: change for unit, change in changes.items() if unit.kind != "block"}
+        _read(tallies, _pairs_of(sublayers), view, spans=True)  # a block is a span of one, which is read in the end
 
-    def select(self, positions: Positions, hidden: Tensor) -> Tensor:
-        """float32 [tokens, hidden]."""
-        if positions == "last":
-            return hidden[torch.arange(len(hidden), device=hidden.device), self.last].float()
-        return hidden[self.real].float()
-
-    def by_sequence(self, positions: Positions, values: Tensor) -> NDArray[np.float64]:
-        """Sum of [tokens] values over each sequence, float64."""
-        if positions == "last":
-            return values.double().cpu().numpy()
-        sums = torch.zeros(len(self.counts), dtype=torch.float64, device=values.device)
-        return sums.index_add_(0, self.sequence, values.double()).cpu().numpy()
-
-    def apply(self, statistic: StreamStatistic, before: Tensor, after: Tensor) -> NDArray[np.float64]:
-        values = statistic.metric.function(
-            self.select(statistic.positions, before), self.select(statistic.positions, after), **statistic.options
-        )
-        return self.by_sequence(statistic.positions, values)
+    with crossings(anatomy, midpoints, visit):
+        run_to_head(anatomy, batch)
+    for positions, stream in depths.items():
+        points = torch.stack(stream, 1)
+        stream.clear()
+        among = [tally for tally in tallies if tally.statistic.spans and tally.statistic.positions == positions]
+        _read_points(among, _spans(len(anatomy.blocks)), points, view.sequences(positions))
 
 
-class _States:
-    """The stream at every depth of one batch, kept for the positions that span statistics read."""
+def _read(tallies: Sequence[_Tally], pairs: tuple[_Pairs, list[Tensor]], view: _View, *, spans: bool) -> None:
+    """Let the tallies that have spans, or those that have none, read units."""
+    names, points = pairs
+    among = [tally for tally in tallies if tally.statistic.spans == spans]
+    for positions in {tally.statistic.positions for tally in among} if points else ():
+        stacked = torch.stack([view.select(positions, point) for point in points], 1)
+        readers = [tally for tally in among if tally.statistic.positions == positions]
+        _read_points(readers, names, stacked, view.sequences(positions))
 
-    def __init__(self, statistics: Sequence[StreamStatistic], view: _View) -> None:
-        self.view = view
-        self.kept: dict[Positions, list[Tensor]] = {item.positions: [] for item in statistics if item.spans}
 
-    def add(self, hidden: Tensor) -> None:
-        for positions, kept in self.kept.items():
-            kept.append(self.view.select(positions, hidden))
+def _read_points(tallies: Sequence[_Tally], pairs: _Pairs, points: Tensor, sequences: Tensor) -> None:
+    """points: [tokens, points, hidden] in any float type. sequences: of which sequence each token is."""
+    few = TOKENS_TOGETHER.get(points.device.type, TOKENS_TOGETHER_ELSEWHERE)
+    wide = [tally for tally in tallies if tally.whole]
+    narrow = [tally for tally in tallies if not tally.whole]
+    for readers, size in ((wide, len(points)), (narrow, few)):
+        for start in range(0, len(points) if readers else 0, max(size, 1)):
+            chunk = _Chunk(points[start : start + size].float(), pairs)
+            for tally in readers:
+                tally.read(chunk, sequences[start : start + size])
 
-    def spans(self, statistic: StreamStatistic) -> list[tuple[Span, NDArray[np.float64]]]:
-        kept = self.kept[statistic.positions]
-        found = []
-        for start in range(len(kept) - 1):
-            for stop in range(start + 1, len(kept)):
-                values = statistic.metric.function(kept[start], kept[stop], **statistic.options)
-                found.append((Span(start, stop), self.view.by_sequence(statistic.positions, values)))
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """What is compared: for each unit or span the points before and after it, in order of `before`. One object for one
+    content, so that it can be a key.
+    """
+
+    names: tuple[Of, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """int64 [pairs] each."""
+        return torch.tensor(self.before), torch.tensor(self.after)
+
+    @cached_property
+    def stops(self) -> dict[int, list[int]]:
+        """For each point before, the points after it, ascending."""
+        found: dict[int, list[int]] = {}
+        for before, after in zip(self.before, self.after, strict=True):
+            found.setdefault(before, []).append(after)
         return found
 
 
-def _pass(anatomy: Anatomy, batch: Batch, middles: Mapping[int, str | None], compare: Any, states: _States) -> None:
-    """Run the dense model once; call `compare(unit, before, after)` at every unit and `states.add` at every depth."""
-    entering: dict[int, Tensor] = {}
-    middle: dict[int, Tensor] = {}
-
-    def enter(block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        entering[block.index] = hidden
-        states.add(hidden)
-        if block.index in middles and middles[block.index] is None and block.attn is not None and block.mlp is not None:
-            with block.without("mlp"):
-                middle[block.index] = unpack(type(module).forward(module, *args, **kwargs))
-
-    def pause(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        middle[index] = args[0] if args else next(iter(kwargs.values()))
-
-    def leave(block: Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        before, after = entering.pop(block.index), unpack(output)
-        compare(Unit(block.index, "block"), before, after)
-        if block.index in middles:
-            half = middle.pop(block.index, None)
-            if half is None:  # a block of one sublayer: the sublayer is the block
-                compare(Unit(block.index, "attn" if block.attn is not None else "mlp"), before, after)
-            else:
-                compare(Unit(block.index, "attn"), before, half)
-                if middles[block.index] is None:  # parallel: the MLP reads the same stream as the attention
-                    compare(Unit(block.index, "mlp"), before, before + (after - half))
-                else:
-                    compare(Unit(block.index, "mlp"), half, after)
-        if block.index == len(anatomy.blocks) - 1:
-            states.add(after)
-
-    handles = []
-    for block in anatomy.blocks:
-        handles.append(block.module.register_forward_pre_hook(partial(enter, block), with_kwargs=True))
-        handles.append(block.module.register_forward_hook(partial(leave, block)))
-        name = middles.get(block.index)
-        if name is not None:
-            child = block.module.get_submodule(name)
-            handles.append(child.register_forward_pre_hook(partial(pause, block.index), with_kwargs=True))
-    ids = batch.input_ids.to(anatomy.model.device)
-    mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask.to(ids.device)
-    try:
-        forward_to_head(anatomy, lambda: anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False))
-    finally:
-        for handle in handles:
-            handle.remove()
+@cache
+def _pairs(names: tuple[Of, ...], before: tuple[int, ...], after: tuple[int, ...]) -> _Pairs:
+    return _Pairs(names, before, after)
 
 
-def _midpoints(anatomy: Anatomy) -> dict[int, str | None]:
-    """For each block the child that is given the stream between attention and MLP; None where there is no such point.
+def _pairs_of(changes: Mapping[Unit, tuple[Tensor, Tensor]]) -> tuple[_Pairs, list[Tensor]]:
+    """Units of one block, and the tensors that they share as points."""
+    points: list[Tensor] = []
 
-    A child qualifies when its input equals what the block returns without its MLP, on a few tokens.
-    """
-    with torch.no_grad():
-        replay = trace(anatomy, Batch(probe_ids(anatomy.model), None))
-        hidden = replay.entry
-        found: dict[int, str | None] = {}
-        for block in anatomy.blocks:
-            seen: dict[str, Tensor] = {}
-            handles = [
-                child.register_forward_pre_hook(partial(_note, seen, name), with_kwargs=True)
-                for name, child in block.module.named_children()
-            ]
-            try:
-                after = replay.run(block.index, hidden)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            found[block.index] = None
-            if block.attn is not None and block.mlp is not None:
-                half = replay.run(block.index, hidden, ("mlp",))
-                for name, given in seen.items():
-                    if given.shape == half.shape and torch.allclose(given, half, rtol=1e-4, atol=1e-5):
-                        found[block.index] = name
-                        break
-            hidden = after
-    return found
+    def place(tensor: Tensor) -> int:
+        for number, point in enumerate(points):
+            if point is tensor:
+                return number
+        points.append(tensor)
+        return len(points) - 1
+
+    found = sorted((place(before), place(after), unit) for unit, (before, after) in changes.items())
+    before, after, units = zip(*found, strict=True) if found else ((), (), ())
+    return _pairs(units, before, after), points
 
 
-def _note(seen: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if tensors:
-        seen.setdefault(name, tensors[0])
+@cache
+def _spans(blocks: int) -> _Pairs:
+    spans = tuple(Span(start, stop) for start in range(blocks) for stop in range(start + 1, blocks + 1))
+    return _Pairs(spans, tuple(span.start for span in spans), tuple(span.stop for span in spans))
+
+
+class _View:
+    """Which positions of a batch are real, and which is the last of each sequence. first: number of its sequence 0."""
+
+    def __init__(self, batch: Batch, device: torch.device, first: int) -> None:
+        mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        self._real = None if batch.attention_mask is None else mask.bool().to(device)
+        self.counts: NDArray[np.int64] = mask.sum(1).cpu().numpy().astype(np.int64)
+        self._rows = torch.arange(len(mask), device=device)
+        self._last = torch.as_tensor(self.counts - 1, device=device)
+        self._first = first
+
+    def select(self, positions: Positions, hidden: Tensor) -> Tensor:
+        """[sequences, length, hidden] to [tokens, hidden]."""
+        if positions == "last":
+            return hidden[self._rows, self._last]
+        return hidden.flatten(0, 1) if self._real is None else hidden[self._real]
+
+    def sequences(self, positions: Positions) -> Tensor:
+        """Number of the sequence that each token is of: int64 [tokens]."""
+        numbers = self._rows + self._first
+        if positions == "all":
+            counts = torch.as_tensor(self.counts, device=numbers.device)
+            numbers = numbers.repeat_interleave(counts)
+        return numbers
+
+
+class _Chunk:
+    """The stream at several points for some tokens, and what metrics ask of pairs of points; worked out once."""
+
+    def __init__(self, points: Tensor, pairs: _Pairs) -> None:
+        """points: float32 [tokens, points, hidden]."""
+        self.points = points
+        self.pairs = pairs
+
+    def supply(self, name: str) -> Tensor:
+        """float64 [tokens, pairs]."""
+        return self._euclidean[name] if name in EUCLIDEAN else self._absolute[name]
+
+    def _ends(self, of_points: Tensor) -> tuple[Tensor, Tensor]:
+        before, after = (end.to(of_points.device) for end in self.pairs.ends)
+        return of_points.index_select(1, before), of_points.index_select(1, after)
+
+    @cached_property
+    def _euclidean(self) -> dict[str, Tensor]:
+        # Float64: where a unit changes little, its change is the small difference of large squares
+        exact = self.points.double()
+        products = exact @ exact.mT
+        square_before, square_after = self._ends(products.diagonal(dim1=1, dim2=2))
+        before, after = self.pairs.ends
+        dot = products.flatten(1).index_select(1, (before * exact.shape[1] + after).to(exact.device))
+        change = (square_before + square_after - 2 * dot).clamp_min_(0).sqrt_()
+        return {"dot": dot, "before_l2": square_before.sqrt(), "after_l2": square_after.sqrt(), "change_l2": change}
+
+    @cached_property
+    def _absolute(self) -> dict[str, Tensor]:
+        before, after = self._ends(self.points.abs().sum(-1).double())
+        changes = []
+        for start, stops in self.pairs.stops.items():
+            low, high = min(stops), max(stops) + 1
+            sums = (self.points[:, low:high] - self.points[:, start : start + 1]).abs_().sum(-1)
+            changes.append(sums if len(stops) == high - low else sums[:, [stop - low for stop in stops]])
+        return {"before_l1": before, "after_l1": after, "change_l1": torch.cat(changes, 1).double()}
+
+
+class _Tally(Protocol):
+    """What one statistic has read so far. whole: it reads a batch at once rather than a few tokens."""
+
+    statistic: StreamStatistic
+    whole: bool
+
+    def read(self, chunk: _Chunk, sequences: Tensor) -> None:
+        """Take in some tokens. sequences: int64 [tokens]."""
+
+    def scores(self, counts: NDArray[np.int64]) -> dict[Of, Score]:
+        """counts: tokens of each sequence."""
+
+
+class _Means:
+    """A metric that has one value a token: sums for each sequence, so that a mean and its standard error exist."""
+
+    def __init__(self, statistic: StreamStatistic, sequences: int) -> None:
+        self.statistic = statistic
+        self.asked = statistic.metric.parameters
+        self.whole = not PAIR.isdisjoint(self.asked)
+        self.sequences = sequences
+        self.totals: dict[tuple[Of, ...], Tensor] = {}
+
+    def read(self, chunk: _Chunk, sequences: Tensor) -> None:
+        values = (
+            self._pairwise(chunk) if self.whole else self._values(**{name: chunk.supply(name) for name in self.asked})
+        )
+        names = chunk.pairs.names
+        if names not in self.totals:
+            self.totals[names] = torch.zeros(self.sequences, len(names), dtype=torch.float64, device=values.device)
+        self.totals[names].index_add_(0, sequences, values)
+
+    def _values(self, **supply: Tensor) -> Tensor:
+        values: Tensor = self.statistic.metric.function(**supply, **self.statistic.options)
+        return values.double()
+
+    def _pairwise(self, chunk: _Chunk) -> Tensor:
+        pairs = zip(chunk.pairs.before, chunk.pairs.after, strict=True)
+        stream = [{"before": chunk.points[:, before], "after": chunk.points[:, after]} for before, after in pairs]
+        return torch.stack([self._values(**{name: ends[name] for name in self.asked}) for ends in stream], 1)
+
+    def scores(self, counts: NDArray[np.int64]) -> dict[Of, Score]:
+        return {
+            of: Score(of, *mean_and_error(column, counts))
+            for names, totals in self.totals.items()
+            for of, column in zip(names, totals.cpu().numpy().T, strict=True)
+        }
+
+
+class _Moments:
+    """A metric of second moments over all tokens: sums of products of every point with itself and with later ones."""
+
+    whole = True
+
+    def __init__(self, statistic: StreamStatistic) -> None:
+        self.statistic = statistic
+        self.sums: dict[_Pairs, Tensor] = {}
+        self.products: dict[_Pairs, list[Tensor]] = {}
+        self.tokens: dict[_Pairs, int] = {}
+
+    def read(self, chunk: _Chunk, sequences: Tensor) -> None:
+        points = self._project(chunk.points).double()
+        tokens, count, width = points.shape
+        flat = points.flatten(1)
+        pairs = chunk.pairs
+        if pairs not in self.sums:
+            self.sums[pairs] = flat.new_zeros(count, width)
+            self.products[pairs] = [flat.new_zeros(width, (count - point) * width) for point in range(count)]
+            self.tokens[pairs] = 0
+        self.sums[pairs] += points.sum(0)
+        self.tokens[pairs] += tokens
+        for point, total in enumerate(self.products[pairs]):
+            total.addmm_(points[:, point].T, flat[:, point * width :])
+
+    def _project(self, points: Tensor) -> Tensor:
+        """The stream in `width` directions that are orthogonal and drawn at random, always the same; all if 0."""
+        hidden, width = points.shape[-1], self.statistic.option("width") or 0
+        if not 0 < width < hidden:
+            return points
+        projected: Tensor = points @ _directions(hidden, width).to(points.device)
+        return projected
+
+    def scores(self, counts: NDArray[np.int64]) -> dict[Of, Score]:
+        found = {}
+        for pairs, sums in self.sums.items():
+            for of, before, after in zip(pairs.names, pairs.before, pairs.after, strict=True):
+                moments = {
+                    "before_before": self._moment(pairs, sums, before, before),
+                    "before_after": self._moment(pairs, sums, before, after),
+                    "after_after": self._moment(pairs, sums, after, after),
+                }
+                given = {name: moments[name] for name in self.statistic.metric.parameters}
+                found[of] = Score(of, float(self.statistic.metric.function(**given, **self.statistic.options)))
+        return found
+
+    def _moment(self, pairs: _Pairs, sums: Tensor, first: int, second: int) -> Tensor:
+        width = sums.shape[1]
+        columns = slice((second - first) * width, (second - first + 1) * width)
+        tokens = self.tokens[pairs]
+        mean_of_product: Tensor = self.products[pairs][first][:, columns] / tokens
+        return mean_of_product - torch.outer(sums[first] / tokens, sums[second] / tokens)
+
+
+@cache
+def _directions(hidden: int, width: int) -> Tensor:
+    """float32 [hidden, width], orthonormal columns."""
+    drawn = torch.randn(hidden, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    orthonormal: Tensor = torch.linalg.qr(drawn).Q
+    return orthonormal.float()
+
+
+def _rows(tally: _Tally, counts: NDArray[np.int64], units: Sequence[Unit]) -> tuple[Score, ...]:
+    """Units in order of depth, then spans."""
+    found = tally.scores(counts)
+    rows = []
+    for unit in sorted(units, key=lambda unit: (unit.index, unit.kind)):
+        same = found.get(unit) or found[Span(unit.index, unit.index + 1)]
+        rows.append(Score(unit, same.value, same.error))
+    return (*rows, *(found[of] for of in sorted(of for of in found if isinstance(of, Span))))

@@ -1,6 +1,18 @@
 """Importance of units; higher always means keep. One metric a file.
 
-The framework supplies what the signature asks for: `before, after` (the stream around a unit or span), or `units` with
-what an adaptive metric asks of the whole model: `losses` (the objective without each candidate) or `differences` (to
-the dense model, with standard errors).
+The framework supplies what the signature asks for, and makes the passes that this takes:
+
+    before, after                           the stream around a unit or span, float32 [tokens, hidden]
+    dot, before_l2, after_l2, change_l2     of these two: scalar product and Euclidean norms, float64; elementwise
+    before_l1, after_l1, change_l1          sums of absolute values; a metric of these costs little for all spans, too
+    before_before, before_after,            second moments over all tokens, float64 [width, width]
+    after_after
+    weights                                 a unit's parameters, float32
+    gradients, fisher                       of the mean loss with respect to them; mean squares of each sequence's
+    gate                                    derivative of the loss with respect to a factor on a unit's update
+    units with losses or differences        the objective without each candidate, or its difference to the dense model
+
+The first four are worked out in one forward pass, `gradients`, `fisher` and `gate` in one forward and backward pass,
+for all metrics of a run. A trait `spans=True` scores spans, too, `positions="last"` reads last tokens only (both for
+metrics of the stream), and `in_all=True` makes a metric of losses part of `--metric all`.
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shallower.errors import UserError
+from shallower.forms import FORMS
 from shallower.plan import PruningPlan
 from shallower.scores import Scores
 from shallower.strict_json import key_faults, write_json
@@ -53,7 +54,8 @@ class ReportData:
     """One removal, told whole.
 
     influence: scores of units, one entry a metric. spans: angular distance of every span [l, l + n).
-    base_model: what the dense model is called. folder: what the pruned one is loaded from.
+    base_model: what the dense model is called. folder: what the pruned one is loaded from. form: how it is stored
+    there, a name of `shallower.forms`.
     speed_setting: how speed was measured, in one line. seconds: by stage. notes: what the reader must know.
     """
 
@@ -68,6 +70,7 @@ class ReportData:
     seconds: Mapping[str, float] = field(default_factory=dict)
     machine: str | None = None
     notes: tuple[str, ...] = ()
+    form: str = "ordinary"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -83,6 +86,7 @@ class ReportData:
             "seconds": _plain(self.seconds),
             "machine": self.machine,
             "notes": list(self.notes),
+            "form": self.form,
         }
 
     @classmethod
@@ -163,6 +167,12 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
+def _form(value: Any, where: str) -> str:
+    if value not in FORMS:
+        raise UserError(f"{where} is {value!r}, not one of {', '.join(FORMS)}.")
+    return str(value)
+
+
 def _or_none(read: Callable[[Any, str], _T]) -> Callable[[Any, str], _T | None]:
     return lambda value, where: None if value is None else read(value, where)
 
@@ -210,4 +220,5 @@ _REPORT: dict[str, _Reader] = {
     "seconds": _named(_number),
     "machine": _or_none(_text),
     "notes": _many(_text),
+    "form": _form,
 }

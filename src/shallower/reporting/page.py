@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
+from shallower.forms import FORMS
 from shallower.reporting.data import ReportData
 from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap
 from shallower.reporting.wording import KIND_NAMES, comparison, duration, headline, plural, runs, score
@@ -109,14 +110,9 @@ def _cell(index: int, removed: frozenset[Unit], sublayers: bool) -> str:
 
 
 def _loading(data: ReportData) -> str:
-    folder = repr(data.folder)
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({folder})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({folder})"
-    )
-    told = "With stock transformers; shallower need not be installed."
-    return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{told}</p>\n'
+    form = FORMS[data.form]
+    code = f"{form.loading}\n\n{form.tokenizer}".format(folder=data.folder)
+    return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{escape(form.meaning)}</p>\n'
 
 
 def _figures(data: ReportData) -> str:

@@ -13,12 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from shallower.reporting.data import ReportData
+from shallower.reporting.ranks import RankCorrelation
 from shallower.reporting.wording import KIND_NAMES, comparison, count, number, plural, score, signed, size
-from shallower.scores import Score, Scores
+from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import KINDS, Span, Unit
 
 if TYPE_CHECKING:
     from shallower.anatomy.weigh import UnitWeight, Weights
+    from shallower.timing import Speed, Spread
 
 _COUNTED = "Blocks are counted from 0."
 _BAR = 24  # columns of the longest bar
@@ -47,6 +49,29 @@ def scores_table(scores: Scores) -> Table:
     """Every unit in order of depth with its rank (1 goes first); of spans, the least of each length."""
     units = [(row.of, row) for row in scores.rows if isinstance(row.of, Unit)]
     return _unit_table(scores, units) if units else _span_table(scores)
+
+
+def sheet_table(sheet: ScoreSheet) -> Table:
+    """Every unit in order of depth, and by each metric its rank (1 goes first) before its value."""
+    table = _table("Unit", *sheet.metrics, caption="Rank and value by each metric. Rank 1 matters least.")
+    ranks = [{unit: place for place, unit in enumerate(scores.ranked(), start=1)} for scores in sheet.scores]
+    values = [scores.units for scores in sheet.scores]
+    digits = len(str(len(ranks[0])))
+    for unit in sorted(ranks[0]):
+        cells = [f"{rank[unit]:>{digits}} {score(value[unit]):>9}" for rank, value in zip(ranks, values, strict=True)]
+        _add(table, str(unit), *cells)
+    return table
+
+
+def correlations_table(metrics: Sequence[str], correlations: Sequence[RankCorrelation]) -> Table:
+    """A square of metrics by metrics: Spearman above the diagonal, Kendall below."""
+    cells = {(row.first, row.second): row.spearman for row in correlations}
+    cells |= {(row.second, row.first): row.kendall for row in correlations}
+    told = "Rank correlations of units: Spearman's rho above the diagonal, Kendall's tau below."
+    table = _table("", *metrics, caption=told)
+    for row in metrics:
+        _add(table, row, *("" if row == column else number(cells[row, column]) for column in metrics))
+    return table
 
 
 def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
@@ -104,6 +129,43 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
             cells.append(cell)
         _add(table, row.model, str(row.blocks), count(row.parameters), *cells)
     return table
+
+
+def bench_table(speeds: Mapping[str, Sequence[Speed]], setting: str) -> Table:
+    """Models at each prompt and batch size, by name; under each time and amount its difference to the first model's."""
+    told = f"{setting} Differences are to the first model; ≈ marks those within the spread."
+    table = _table("Model", "Prefill", "Decoding", "Peak memory", "KV cache", caption=told)
+    first = next(iter(speeds))
+    for place, reference in enumerate(speeds[first]):
+        table.add_section()
+        _add(table, f"prompt {reference.prompt}, batch {reference.batch}", style="bold")
+        for name, measured in speeds.items():
+            speed, against = measured[place], None if name == first else reference
+            peak = "–" if speed.peak_bytes is None else size(speed.peak_bytes)
+            if against is not None and speed.peak_bytes is not None and against.peak_bytes:
+                peak += "\n" + signed(100 * (speed.peak_bytes / against.peak_bytes - 1), "{:.1f} %".format)
+            cache = size(speed.kv_cache_bytes)
+            if against is not None and against.kv_cache_bytes:
+                cache += "\n" + signed(100 * (speed.kv_cache_bytes / against.kv_cache_bytes - 1), "{:.1f} %".format)
+            _add(
+                table,
+                f"  {name}",
+                _timing(speed.prefill_s, speed.prefill_tokens_per_s, against.prefill_s if against else None),
+                _timing(speed.decode_s, speed.decode_tokens_per_s, against.decode_s if against else None),
+                peak,
+                cache,
+            )
+    return table
+
+
+def _timing(spread: Spread, tokens_per_s: float, against: Spread | None) -> str:
+    scale, unit = (1e3, "ms") if spread.median < 1 else (1, "s")
+    median, least, most = (number(scale * value) for value in (spread.median, spread.least, spread.most))
+    lines = [f"{number(tokens_per_s)} tokens/s", f"{median} {unit} ({least}–{most})"]
+    if against is not None:
+        mark = "≈ " if spread.overlaps(against) else ""
+        lines.append(mark + signed(spread.faster_than(against), "{:.1f} %".format))
+    return "\n".join(lines)
 
 
 def _unit_table(scores: Scores, units: Iterable[tuple[Unit, Score]]) -> Table:

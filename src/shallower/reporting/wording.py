@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shallower.reporting.data import ReportData
@@ -88,6 +89,23 @@ def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:
         else:
             spans.append(Span(index, index + 1))
     return tuple(spans)
+
+
+def distinct_names(names: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Short names; where two are the same, with as much of the given path before them as tells them apart, or else
+    with a number.
+    """
+    labels = list(names)
+    paths = [Path(full) for full in given]
+    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        labels = [
+            label if labels.count(label) == 1 or not path.parts else str(Path(*path.parts[-depth:]))
+            for label, path in zip(labels, paths, strict=True)
+        ]
+    return [
+        label if label not in labels[:place] else f"{label} #{labels[:place].count(label) + 1}"
+        for place, label in enumerate(labels)
+    ]
 
 
 def plural(amount: int, noun: str) -> str:

@@ -3,7 +3,8 @@
 A search is a generator of removed sets; the last one is its choice and the rest is its trail. The framework supplies
 what the signature asks for:
 
-    units    what may be removed, in depth order
+    units    what may be removed, in depth order; some may overlap (a block and its attention), and `budget.admits`
+             never puts two such units together
     budget   a `Budget`: `met(removed)`, `admits(removed, unit)`
     scores   {unit: importance} by the chosen metric
     spans    {span: importance} by the chosen metric

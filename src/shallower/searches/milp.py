@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -18,17 +19,16 @@ from shallower.units import Unit
 def milp(scores: Mapping[Unit, float], budget: Budget) -> Iterator[frozenset[Unit]]:
     """Minimise the sum of scores of what is removed, subject to every budget at once, by integer programming.
 
-    A block is not removed together with its sublayers.
+    Units that have a sublayer in common, such as a block and its attention, are not removed together.
     """
     units = sorted(scores)
     least = 1e-9 + 1e-6 * max(map(abs, scores.values()))  # of equal sums the smaller set; never more than was asked for
     constraints = [
         LinearConstraint(np.array([limit.cost[unit] for unit in units]), lb=limit.least) for limit in budget.limits
     ]
-    for block in (unit for unit in units if unit.kind == "block"):
-        for part in (unit for unit in units if unit.kind != "block" and unit.index == block.index):
-            pair = np.array([float(unit in (block, part)) for unit in units])
-            constraints.append(LinearConstraint(pair, ub=1.0))
+    for one, other in itertools.combinations(units, 2):
+        if one.overlaps(other):
+            constraints.append(LinearConstraint(np.array([float(unit in (one, other)) for unit in units]), ub=1.0))
     found = solve(
         np.array([max(scores[unit], 0.0) for unit in units]) + least / len(units),
         constraints=constraints,
@@ -37,4 +37,10 @@ def milp(scores: Mapping[Unit, float], budget: Budget) -> Iterator[frozenset[Uni
     )
     if found.x is None:
         raise BudgetError(f"no set of the {len(units)} units that may go removes {budget} ({found.message}).")
-    yield frozenset(unit for unit, chosen in zip(units, found.x, strict=True) if chosen > 0.5)
+    removed = frozenset(unit for unit, chosen in zip(units, found.x, strict=True) if chosen > 0.5)
+    for unit in sorted(
+        removed, key=scores.__getitem__, reverse=True
+    ):  # the solver's tolerance lets worthless units pass
+        if budget.met(removed - {unit}):
+            removed -= {unit}
+    yield removed

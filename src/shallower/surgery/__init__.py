@@ -1,19 +1,22 @@
-"""Cut units out of a model in memory, and write what is left as an ordinary checkpoint."""
+"""Cut units out of a model in memory, and write what is left as a checkpoint."""
 
 from shallower.surgery.config import cut_config
-from shallower.surgery.cut import cut, leftovers, skipping
+from shallower.surgery.cut import cut, leftovers, require_whole, skipping
 from shallower.surgery.pairing import Layer, re_pair
-from shallower.surgery.save import require_free, require_ordinary, save
+from shallower.surgery.save import Export, ordinary, require_free, require_ordinary, save
 from shallower.surgery.verify import verify_saved
 
 __all__ = [
+    "Export",
     "Layer",
     "cut",
     "cut_config",
     "leftovers",
+    "ordinary",
     "re_pair",
     "require_free",
     "require_ordinary",
+    "require_whole",
     "save",
     "skipping",
     "verify_saved",

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from shallower.forms import FORMS, Form
 from shallower.plan import PruningPlan
 from shallower.version import __version__
 
-_LOADING = """```python
-from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-"""
-
-
-def model_card(model: PreTrainedModel, plan: PruningPlan | None, measured: str | None) -> str:
+def model_card(
+    model: PreTrainedModel,
+    plan: PruningPlan | None,
+    measured: str | None,
+    *,
+    form: Form = FORMS["ordinary"],
+    notes: Sequence[str] = (),
+) -> str:
     """README.md of a checkpoint: where it comes from, what is missing, how to load it.
 
     Args:
         model: The cut model.
         plan: What was removed and how it was chosen.
         measured: Markdown that ends the card.
+        form: In which it is stored.
+        notes: What else a user of this form should know, one sentence each.
     """
     name = plan.model.name if plan is not None else str(model.config._name_or_path)
     if os.path.isabs(name) or os.path.exists(name):
@@ -36,27 +40,30 @@ def model_card(model: PreTrainedModel, plan: PruningPlan | None, measured: str |
         lines += [f"base_model: {name}", "base_model_relation: finetune"]
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- shallower", "- depth-pruning"]
     lines += ["---", "", f"# {name or model.config.model_type}, made shallower", ""]
-    lines += [_what(model, plan), ""]
+    lines += [_what(model, plan, form), ""]
     if plan is not None:
         lines += _how(plan)
-    lines += ["## Loading it", "", "It is an ordinary checkpoint; nothing but `transformers` is needed.", "", _LOADING]
+    code = form.loading.format(folder="path/to/this/folder").replace("'", '"')
+    lines += ["## Loading it", "", " ".join([form.meaning, *notes]), "", "```python", code, "```", ""]
     if measured:
         lines += [measured.strip(), ""]
     lines += [f"Made with shallower {__version__}.", ""]
     return "\n".join(lines)
 
 
-def _what(model: PreTrainedModel, plan: PruningPlan | None) -> str:
-    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form) -> str:
+    blocks = model.config.get_text_config().num_hidden_layers
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{blocks} blocks and {parameters:,} parameters"
     if plan is None:
         return f"A language model of {size}."
     removed = ", ".join(f"`{unit}`" for unit in plan.remove)
-    return (
-        f"{size} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. The weights that are left "
-        "were not changed by the removal."
-    )
+    changed = "The weights that are left were not changed by the removal."
+    if form.name == "padded":
+        changed = (
+            "Of the sublayers that are still there the output projections are zero; no other weights were changed."
+        )
+    return f"{size} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. {changed}"
 
 
 def _how(plan: PruningPlan) -> list[str]:

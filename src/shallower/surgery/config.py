@@ -74,8 +74,8 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int], *, mlp: Sequence[i
         ModelError: the family's config cannot describe these blocks, in one sentence that names the field.
     """
     new = copy.deepcopy(config)
-    dense_text = config.get_text_config(decoder=True)
-    text = new.get_text_config(decoder=True)
+    dense_text = config.get_text_config()
+    text = new.get_text_config()
     cut = _Cut(dense_text, text, tuple(kept), tuple(kept if mlp is None else mlp))
     blocks = cut.blocks
     if not cut.attn or list(cut.attn) != sorted(set(cut.attn)) or cut.attn[0] < 0 or cut.attn[-1] >= blocks:

@@ -1,6 +1,8 @@
 """Cut units out of a model in memory.
 
 The cut model has its own modules and config and shares the dense model's tensors; the dense model is not changed.
+Where sublayers are missing that do not pair up to whole blocks, it is of the class that a packaged checkpoint has
+(`shallower.packaged`), whose KV cache holds only the attentions that are left.
 Nothing is believed: the new config must describe every block that is kept (`skeleton`), and on a few tokens the cut
 model must give the logits of the dense model that runs with the units skipped, in one pass and token by token with its
 cache.
@@ -9,18 +11,20 @@ cache.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from shallower.anatomy.dissect import Absent, Anatomy, Block, pack, probe_ids, substitutes
+from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, substitutes
 from shallower.errors import BudgetError, ModelError
+from shallower.packaged import FORMAT, Absent, LeavesOut, entries, shallow_class
 from shallower.surgery.config import cut_config
-from shallower.surgery.pairing import Layer, in_place, mlp_side, re_pair
+from shallower.surgery.pairing import Layer, in_place, mlp_side, re_pair, serving
+from shallower.surgery.silence import output_projections, silence
 from shallower.surgery.skeleton import (
     index_attributes,
     plain_attributes,
@@ -35,35 +39,41 @@ _STATES = {"linear_attention", "conv", "mamba", "dummy"}
 """Kinds of cache slot that do not count tokens."""
 
 
-def cut(anatomy: Anatomy, units: Collection[Unit]) -> PreTrainedModel:
+def cut(anatomy: Anatomy, units: Collection[Unit], *, padded: bool = False) -> PreTrainedModel:
     """The model without `units`, sharing weight tensors with the dense one.
 
-    Sublayers are re-paired to whole blocks where that is exact (`pairing`); those left over are replaced by an
-    `Absent`, so that the model runs and generates but has no stock checkpoint.
+    Sublayers are re-paired to whole blocks where that is exact (`pairing`). Those left over are replaced by an
+    `Absent`: their weights and their part of the KV cache are gone.
 
     Args:
         anatomy: Of the dense model.
         units: Blocks and sublayers to remove. None removed gives a copy.
+        padded: Keep the sublayers left over, but let them add nothing, by zeros in their output projections: a model of
+            the stock class that computes the same and saves nothing by it.
 
     Raises:
         BudgetError: A unit does not exist, is named twice, or nothing would be left.
         ModelError: The family cannot lose these units: its config cannot say what is left, or its forward or its cache
             go wrong.
     """
+    require_whole(anatomy.model)
     removed = _checked(anatomy, units)
-    attempts = [
+    layouts = [
         re_pair(anatomy, removed)[0],
         in_place(anatomy, removed, keep_empty=False),
         in_place(anatomy, removed, keep_empty=True),
     ]
+    layouts = [layers for number, layers in enumerate(layouts) if layers and layers not in layouts[:number]]
     ids = probe_ids(anatomy.model)
     expected: Tensor | None = None
     problem: ModelError | None = None
-    for number, layers in enumerate(attempts):
-        if not layers or layers in attempts[:number]:
-            continue
+    # What served a removed sublayer goes with it, unless its block needs it for something that cannot be observed; of a
+    # padded sublayer the output projection is enough, unless something follows it.
+    for layers, thorough in product(layouts, (not padded, padded)):
+        if thorough is padded and not any(layer.leftover for layer in layers):
+            continue  # the same again
         try:
-            model = _assemble(anatomy, layers)
+            model = _assemble(anatomy, layers, padded=padded, thorough=thorough)
             expected = _expected(anatomy, removed, ids) if expected is None else expected
             _require_equal(anatomy, model, ids, expected)
         except ModelError as error:
@@ -72,6 +82,15 @@ def cut(anatomy: Anatomy, units: Collection[Unit]) -> PreTrainedModel:
             return model
     assert problem is not None
     raise problem
+
+
+def require_whole(model: PreTrainedModel) -> None:
+    """Raise ModelError when sublayers are missing already."""
+    if isinstance(model, LeavesOut):
+        raise ModelError(
+            "this model lacks sublayers already, and nothing more can be cut out of it: prune the original, with a "
+            "plan that removes all of it."
+        )
 
 
 @contextmanager
@@ -121,7 +140,7 @@ def _checked(anatomy: Anatomy, units: Collection[Unit]) -> frozenset[Unit]:
     return frozenset(units)
 
 
-def _assemble(anatomy: Anatomy, layers: Sequence[Layer]) -> PreTrainedModel:
+def _assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thorough: bool) -> PreTrainedModel:
     """A model whose blocks are `layers`. Raises ModelError when the family's config cannot describe them."""
     dense = anatomy.model
     homes = [layer.home for layer in layers]
@@ -130,35 +149,89 @@ def _assemble(anatomy: Anatomy, layers: Sequence[Layer]) -> PreTrainedModel:
     dense_blocks = nn.ModuleList(block.module for block in anatomy.blocks)
     indices = index_attributes(dense_blocks)
     model = _copy(dense, lambda config: cut_config(config, homes, mlp=mlps))
-    _restate(model, dense.config.get_text_config(decoder=True), model.config.get_text_config(decoder=True))
+    _restate(model, dense.config.get_text_config(), model.config.get_text_config())
     copied = model.get_submodule(anatomy.path)
     assert isinstance(copied, nn.ModuleList)
     built = copied if whole else skeleton_blocks(dense, model.config, anatomy.path)
     if not whole:
         require_place_free_buffers(dense_blocks, indices)
     sides = mlp_side(anatomy) if homes != mlps else []
+    leftover = [missed for layer in layers for missed in layer.leftover]
+    served = serving(anatomy) if leftover and thorough else {}
+    outputs = output_projections(anatomy, leftover) if padded else {}
     blocks = []
     for layer, home, mlp, described in zip(layers, homes, mlps, built, strict=True):
         block = copied[home]
         if mlp != home:
             _join(block, copied[mlp], sides[home], sides[mlp], described)
         what = f"block {home}" if mlp == home else f"attn.{home} with mlp.{mlp}"
-        missing = {
-            name: (unit, module)
-            for unit in layer.leftover
-            for name, module in substitutes(anatomy.blocks[home], unit.kind).items()
-        }
+        missing: dict[str, nn.Module] = {}
+        for unit in layer.leftover:
+            if padded:
+                part = anatomy.blocks[home].part(unit.kind)
+                names = (*part.names, *served.get(unit, ())) if thorough and part is not None else outputs[unit]
+                silence(block, names)
+                continue
+            for name, module in substitutes(anatomy.blocks[home], unit.kind).items():
+                if isinstance(module, Absent):
+                    module.unit = unit
+                missing[name] = module
+            missing |= {name: nn.Identity() for name in served.get(unit, ())}
         if not whole:
             require_same(described, block, what, indices, tuple(missing))
-        for name, (unit, module) in missing.items():
-            if isinstance(module, Absent):
-                module.unit = unit
-            block._modules[name] = module
+        block._modules.update(missing)
         blocks.append(block)
     parent, _, name = anatomy.path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(blocks))
-    _renumber(anatomy, model, layers, blocks, indices)
+    if leftover and not padded:
+        _become_shallow(anatomy, model, layers, served)
+    _renumber(anatomy, model, layers, blocks, indices, padded=padded)
     return model
+
+
+def _become_shallow(
+    anatomy: Anatomy, model: PreTrainedModel, layers: Sequence[Layer], served: Mapping[Unit, tuple[str, ...]]
+) -> None:
+    """Make `model` of the class that leaves sublayers out, and its configs say which."""
+    text = model.config.get_text_config()
+    if text is not model.config:
+        raise ModelError(
+            f"{model.config.model_type} keeps the config of its text part inside another, and no form is known that "
+            "leaves single sublayers out of it: remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
+        )
+    if getattr(text, "per_layer_config", None) is not None and vars(text).get("_heterogeneity_spec") is not None:
+        raise ModelError(
+            f"{text.model_type} has a per_layer_config, and no form is known that leaves single sublayers out of it: "
+            "remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
+        )
+    _require_counting_attention(text, layers)
+    described = []
+    for layer in layers:
+        entry: dict[str, dict[str, Any]] = {}
+        for half, kind, source in (("attention", "attn", layer.attn), ("ffn", "mlp", layer.mlp)):
+            block = anatomy.blocks[layer.home if source is None else source]
+            part = block.part(kind)  # type: ignore[arg-type]
+            entry[half] = {"no_op": source is None}
+            if part is None or (source is not None and kind == "mlp"):
+                continue
+            stand_ins = substitutes(block, kind)  # type: ignore[arg-type]
+            arities = dict(zip(part.names, part.arities, strict=True))
+            entry[half]["modules"] = {n: arities[n] for n, module in stand_ins.items() if isinstance(module, Absent)}
+            if source is None:
+                passing = [name for name, module in stand_ins.items() if not isinstance(module, Absent)]
+                unit = Unit(layer.home, kind)  # type: ignore[arg-type]
+                entry[half]["serving"] = [*served.get(unit, ()), *passing]
+        described.append(entry)
+    packaged = {"format": FORMAT, "stock_class": type(model).__name__, "blocks_at": anatomy.path}
+    stock = type(text)
+    model.__class__ = shallow_class(type(model))
+    # Weights keep the names that they have in memory, as transformers knows no other names for this class.
+    model._weight_conversions = None
+    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    for config in configs.values():  # some modules keep a copy of their own
+        if type(config) is stock and config.num_hidden_layers == len(layers):
+            config.block_configs, config.packaged = entries(described), packaged
+            config.__class__ = type(model).config_class
 
 
 def _copy(dense: PreTrainedModel, new_config: Callable[[PretrainedConfig], PretrainedConfig]) -> PreTrainedModel:
@@ -169,14 +242,14 @@ def _copy(dense: PreTrainedModel, new_config: Callable[[PretrainedConfig], Pretr
             "device."
         )
     memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
-    blocks = dense.config.get_text_config(decoder=True).num_hidden_layers
+    blocks = dense.config.get_text_config().num_hidden_layers
     _map_config(dense.config, new_config(dense.config), memo)
     for module in dense.modules():
         config = vars(module).get("config")
         # Some modules keep a copy of their own.
         if not isinstance(config, PretrainedConfig) or id(config) in memo:
             continue
-        if getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) == blocks:
+        if getattr(config.get_text_config(), "num_hidden_layers", None) == blocks:
             _map_config(config, new_config(config), memo)
     return copy.deepcopy(dense, memo)
 
@@ -219,14 +292,17 @@ def _renumber(
     layers: Sequence[Layer],
     blocks: Sequence[nn.Module],
     indices: frozenset[str],
+    *,
+    padded: bool,
 ) -> None:
-    """Number blocks by their new place, and attentions by the cache slot they use."""
-    slots = _cache_slots(model.config.get_text_config(decoder=True), layers, blocks)
+    """Number blocks by their new place, and attentions by the layer of the cache that they use."""
+    slot = 0
     for place, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
         _set(block, indices, place)
         part = None if layer.attn is None else anatomy.blocks[layer.attn].attn
         for name in () if part is None else part.names:
-            _set(block.get_submodule(name), indices, slots[place])
+            _set(block.get_submodule(name), indices, slot)
+        slot += padded or layer.attn is not None
 
 
 def _set(module: nn.Module, names: frozenset[str], value: int) -> None:
@@ -235,36 +311,14 @@ def _set(module: nn.Module, names: frozenset[str], value: int) -> None:
             setattr(inner, name, value)
 
 
-def _cache_slots(text: PretrainedConfig, layers: Sequence[Layer], blocks: Sequence[nn.Module]) -> dict[int, int]:
-    """The cache slot of every block that has attention.
-
-    The cache is made from the config, one slot a block, of the kind in `layer_types`; positions are read from its first
-    slot, masks from the first of a kind. So the attentions of each kind take the first slots of that kind. Where the
-    very first slot would stay empty, blocks without attention, whose kind means nothing, are given the kind of the
-    first attention.
-    """
-    holders = [place for place, layer in enumerate(layers) if layer.attn is not None]
-    types = getattr(text, "layer_types", None)
-    kinds = list(types) if types is not None else ["all"] * len(layers)
-    counting = [place for place in holders if kinds[place] not in _STATES]
-    first = next((kind for kind in kinds if kind not in _STATES), None)
-    if not counting:
+def _require_counting_attention(text: PretrainedConfig, layers: Sequence[Layer]) -> None:
+    """Raise ModelError unless an attention is left whose cache counts tokens."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * len(layers)
+    if not any(layer.attn is not None and kind not in _STATES for layer, kind in zip(layers, kinds, strict=True)):
         raise ModelError(
             f"{text.model_type} without these units would have no attention with a KV cache, by which it tells "
             "positions: keep at least one."
         )
-    if first not in {kinds[place] for place in counting}:
-        for place in set(range(len(layers))) - set(holders):
-            kinds[place] = kinds[counting[0]]
-            if hasattr(blocks[place], "attention_type"):
-                setattr(blocks[place], "attention_type", kinds[place])  # noqa: B010, some blocks choose their mask by it
-        text.layer_types = kinds
-    slots: dict[int, int] = {}
-    for kind in set(kinds):
-        own = [place for place in holders if kinds[place] == kind]
-        free = [place for place in range(len(kinds)) if kinds[place] == kind]
-        slots.update(zip(own, free, strict=False))
-    return slots
 
 
 def _expected(anatomy: Anatomy, units: Collection[Unit], ids: Tensor) -> Tensor:

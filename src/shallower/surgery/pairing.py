@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shallower.anatomy.dissect import Anatomy, Block, probe_ids, unpack
+from shallower.anatomy.dissect import Anatomy, Block, Part, probe_ids, unpack
 from shallower.units import Unit
 
 
@@ -85,13 +85,38 @@ def in_place(anatomy: Anatomy, units: Collection[Unit], *, keep_empty: bool) -> 
 
 def mlp_side(anatomy: Anatomy) -> list[frozenset[str]]:
     """Of each block, the children that belong to its MLP half: called after the attention, not on its output alone."""
-    calls: list[list[tuple[str, Tensor | None, Tensor]]] = [[] for _ in anatomy.blocks]
+    return [_after_attention(block, calls) for block, calls in zip(anatomy.blocks, _watch(anatomy), strict=True)]
+
+
+def serving(anatomy: Anatomy) -> dict[Unit, tuple[str, ...]]:
+    """For each sublayer the children of its block that only serve it: norms of what it reads and of what it gives."""
+    found: dict[Unit, tuple[str, ...]] = {}
+    for block, calls in zip(anatomy.blocks, _watch(anatomy), strict=True):
+        for kind in ("attn", "mlp"):
+            part = block.part(kind)
+            if part is not None and not part.adds_residual:
+                found[Unit(block.index, kind)] = _servants(block, part, calls)
+    return found
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A child that was called, on what, and what it gave; the tensors stay alive, so that their addresses differ."""
+
+    name: str
+    given: Tensor | None
+    output: Tensor
+
+
+def _watch(anatomy: Anatomy) -> list[list[_Call]]:
+    """Of each block, the calls of its children on a few tokens, in order."""
+    calls: list[list[_Call]] = [[] for _ in anatomy.blocks]
     handles = []
 
     def watch(block: Block, name: str, child: nn.Module) -> None:
         def remember(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            calls[block.index].append((name, given, unpack(output)))
+            calls[block.index].append(_Call(name, given, unpack(output)))
 
         handles.append(child.register_forward_hook(remember, with_kwargs=True))
 
@@ -104,19 +129,41 @@ def mlp_side(anatomy: Anatomy) -> list[frozenset[str]]:
     finally:
         for handle in handles:
             handle.remove()
-    return [_after_attention(block, order) for block, order in zip(anatomy.blocks, calls, strict=True)]
+    return calls
 
 
-def _after_attention(block: Block, calls: list[tuple[str, Tensor | None, Tensor]]) -> frozenset[str]:
+def _after_attention(block: Block, calls: list[_Call]) -> frozenset[str]:
     names: set[str] = set()
-    update: Tensor | None = None  # what the attention half gives back so far; tensors are alive, so addresses differ
-    for name, given, output in calls:
-        if block.attn is not None and name in block.attn.names:
-            update = output
+    update: Tensor | None = None  # what the attention half gives back so far
+    for call in calls:
+        if block.attn is not None and call.name in block.attn.names:
+            update = call.output
         elif update is not None and block.attn is not None:
-            on_update = given is not None and given.data_ptr() == update.data_ptr()
+            on_update = call.given is not None and call.given.data_ptr() == update.data_ptr()
             if on_update and not block.attn.adds_residual:  # else the output is the stream (Bloom)
-                update = output  # a norm on the attention's output (Gemma 2, OLMo 2)
+                update = call.output  # a norm on the attention's output (Gemma 2, OLMo 2)
             else:
-                names.add(name)
+                names.add(call.name)
     return frozenset(names)
+
+
+def _servants(block: Block, part: Part, calls: list[_Call]) -> tuple[str, ...]:
+    """Norms whose only reader is the part, and those whose only source it is."""
+    own = [call for call in calls if call.name in part.names]
+    others = [call for call in calls if call.name not in part.names]
+    names = []
+    for call in others:
+        norm = block.module.get_submodule(call.name)
+        if not any(True for _ in norm.parameters()) or any(p.dim() > 1 for p in norm.parameters()):
+            continue
+        readers = [
+            other.name for other in calls if other is not call and _address(other.given) == _address(call.output)
+        ]
+        reads = {_address(one.output) for one in own}
+        if (readers and set(readers) <= set(part.names)) or _address(call.given) in reads:
+            names.append(call.name)
+    return tuple(names)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

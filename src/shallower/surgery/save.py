@@ -1,4 +1,4 @@
-"""Write a cut model as an ordinary Hugging Face checkpoint: whole, verified, or not at all."""
+"""Write a cut model as a Hugging Face checkpoint: whole, verified, or not at all."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,18 +23,42 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from shallower import progress
 from shallower.anatomy.dissect import probe_ids
 from shallower.errors import ModelError, OutputError
+from shallower.forms import FORMS, Form
+from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
 from shallower.strict_json import write_json, write_text
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
-from shallower.surgery.verify import quiet, verify_saved
+from shallower.surgery.verify import Loader, load_stock, quiet, verify_saved
 
 _BESIDES_WEIGHTS = 64 * 2**20
 """Room for tokenizer, report and directory entries."""
 
 
+@dataclass(frozen=True, eq=False)
+class Export:
+    """A model in the form in which it is stored.
+
+    files: text files that come with it, by name. fields: what config.json says besides, or instead. load: how the
+    folder is loaded again to be compared. notes: sentences for the model card and the user.
+    """
+
+    form: Form
+    model: PreTrainedModel = field(repr=False)
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    load: Loader = load_stock
+    notes: tuple[str, ...] = ()
+
+
+def ordinary(model: PreTrainedModel) -> Export:
+    """The model as a checkpoint that any software loads. Raises ModelError when sublayers are missing."""
+    require_ordinary(model)
+    return Export(FORMS["ordinary"], model)
+
+
 def save(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Export,
     folder: str | os.PathLike[str],
     *,
     plan: PruningPlan | None,
@@ -48,7 +74,7 @@ def save(
     Whatever goes wrong, also Ctrl-C, `folder` is as it was before and nothing else is left behind.
 
     Args:
-        model: A cut model. Its weights and config are not changed.
+        model: A cut model, or the form of one. Its weights and config are not changed.
         folder: Must not exist, or be a checkpoint that `force` may replace.
         plan: Goes into plan.json and the model card.
         tokenizer: Saved with its chat template.
@@ -66,7 +92,8 @@ def save(
         OutputError: The place is taken, too small, or cannot be written.
         VerificationError: What was written does not load as the same model.
     """
-    require_ordinary(model)
+    export = model if isinstance(model, Export) else ordinary(model)
+    model = export.model
     target = Path(os.path.abspath(folder))
     require_free(target, force=force)
     for source in (model.config._name_or_path, None if plan is None else plan.model.name):
@@ -81,16 +108,21 @@ def save(
             _require_room(target, needed)
             temporary = _temporary_beside(target)
             _write(model, temporary, max_shard_size)
+            if export.fields:
+                config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+                write_json(temporary / "config.json", {**config, **export.fields})
+            for name, text in export.files.items():
+                write_text(temporary / name, text)
             step()
             if tokenizer is not None:
                 _write_tokenizer(tokenizer, temporary)
             if plan is not None:
                 plan.save(temporary / "plan.json")
-            for name, text in {"README.md": model_card(model, plan, card), **(pages or {})}.items():
+            for name, text in {"README.md": _card(export, plan, card), **(pages or {})}.items():
                 write_text(temporary / name, text)
             step()
             ids = probe_ids(model) if verify_ids is None else verify_ids
-            verify_saved(temporary, model, ids)
+            verify_saved(temporary, model, ids, load=export.load)
             step()
             _open_up(temporary)
             for path in (*temporary.rglob("*"), temporary):
@@ -106,11 +138,16 @@ def save(
 
 def require_ordinary(model: PreTrainedModel) -> None:
     """Raise ModelError when sublayers are missing that no ordinary checkpoint can leave out."""
-    if missing := leftovers(model):
+    if isinstance(model, LeavesOut):
+        missing = ", ".join(map(str, leftovers(model))) or "some sublayers"
         raise ModelError(
-            f"no ordinary checkpoint can leave out {', '.join(map(str, missing))}: this family's blocks always have "
-            "both sublayers. Remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
+            f"no ordinary checkpoint can leave out {missing}: this family's blocks always have both sublayers. Remove "
+            "whole blocks, or sublayers that pair up (mlp.3 with attn.4), or save it packaged or padded (--stock)."
         )
+
+
+def _card(export: Export, plan: PruningPlan | None, measured: str | None) -> str:
+    return model_card(export.model, plan, measured, form=export.form, notes=export.notes)
 
 
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:

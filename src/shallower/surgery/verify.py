@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,13 +59,39 @@ def tolerance(model: PreTrainedModel, logits: Tensor) -> float:
     return _TOLERANCE.get(model.dtype, 5e-2) * max(float(logits.abs().max()), 1e-3)
 
 
-def verify_saved(folder: str | os.PathLike[str], model: PreTrainedModel, ids: Tensor) -> float:
-    """Load a checkpoint with stock transformers and compare it with the model that was saved.
+Loader = Callable[[Path, PreTrainedModel], tuple[PreTrainedModel, Mapping[str, Any]]]
+"""Loads a folder in the type and attention implementation of a model in memory; the second value says which weights
+were missing or left over.
+"""
+
+
+def load_stock(folder: Path, like: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Load a folder as any user of transformers does.
+
+    Raises VerificationError when another class comes of it than that of `like`.
+    """
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        local_files_only=True,
+        dtype=like.dtype,
+        attn_implementation=like.config._attn_implementation,
+        output_loading_info=True,
+    )
+    if type(loaded) is not type(like):
+        raise VerificationError(f"the checkpoint loads as {type(loaded).__name__}, not as {type(like).__name__}.")
+    return loaded, info
+
+
+def verify_saved(
+    folder: str | os.PathLike[str], model: PreTrainedModel, ids: Tensor, *, load: Loader = load_stock
+) -> float:
+    """Load a checkpoint again and compare it with the model that was saved.
 
     Args:
-        folder: An ordinary checkpoint.
+        folder: The checkpoint.
         model: The model in memory.
         ids: int64 [sequences, tokens], at least two tokens; the last few are also decoded one by one.
+        load: Loads it; stock transformers by default.
 
     Returns:
         The largest absolute difference of logits in one pass.
@@ -74,21 +101,15 @@ def verify_saved(folder: str | os.PathLike[str], model: PreTrainedModel, ids: Te
     """
     with quiet():
         try:
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                Path(folder),
-                local_files_only=True,
-                dtype=model.dtype,
-                attn_implementation=model.config._attn_implementation,
-                output_loading_info=True,
-            )
-        except Exception as error:  # whatever stock code cannot load is a failed verification
+            loaded, info = load(Path(folder), model)
+        except VerificationError:
+            raise
+        except Exception as error:  # whatever cannot be loaded is a failed verification
             raise VerificationError(f"the checkpoint that was written does not load again: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info.get(kind):
             names = ", ".join(sorted(map(str, keys))[:3])
             raise VerificationError(f"the checkpoint that was written has {kind.replace('_', ' ')}: {names}.")
-    if type(loaded) is not type(model):
-        raise VerificationError(f"the checkpoint loads as {type(loaded).__name__}, not as {type(model).__name__}.")
     loaded.to(model.device)
     wanted = full_logits(model, ids)
     allowed = tolerance(model, wanted)

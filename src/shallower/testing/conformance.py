@@ -19,6 +19,7 @@ from shallower.anatomy.dissect import dissect, substitutes
 from shallower.corpus.answers import Answers
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
+from shallower.engine import reads_stream, reads_weights
 from shallower.registry import metric as metrics
 from shallower.scores import Scores
 from shallower.units import Unit
@@ -89,8 +90,8 @@ def check_identity_is_lowest(name: str, model: PreTrainedModel, index: int = 2) 
 
 
 def static_metrics() -> list[str]:
-    """Registered metrics that read the stream."""
-    return [method.name for method in metrics if "before" in method.parameters]
+    """Registered metrics that read the stream, weights or gradients of the dense model, and never run another."""
+    return [method.name for method in metrics if reads_stream(method) or reads_weights(method)]
 
 
 def _scores(name: str, model: PreTrainedModel, text: CalibrationSet) -> Scores:

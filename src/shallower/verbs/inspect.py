@@ -8,17 +8,25 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from shallower.anatomy import Anatomy
 from shallower.anatomy.weigh import Weights
 from shallower.engine import prove
-from shallower.errors import BudgetError
+from shallower.errors import BudgetError, ModelError
+from shallower.exporters import packaged
+from shallower.exporters.native import skip_words
+from shallower.packaged import LeavesOut
 from shallower.plan import ModelIdentity
+from shallower.surgery import cut
 from shallower.units import Unit, parse_units
 from shallower.verbs.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's anatomy with weights; `removed` are the units whose removal was asked about."""
+    """A model's anatomy with weights; `removed` are the units whose removal was asked about.
+
+    exports: by form (`shallower.forms`), what of this model can be stored in it, or why nothing can.
+    """
 
     identity: ModelIdentity
     family: str
@@ -26,6 +34,7 @@ class Inspection:
     parts: dict[str, tuple[str, ...]]
     weights: Weights
     removed: tuple[Unit, ...]
+    exports: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         weights = self.weights
@@ -37,6 +46,7 @@ class Inspection:
             "units": {str(unit): asdict(weight) for unit, weight in weights.units.items()},
             "all_blocks": asdict(weights.blocks),
             "whole_model": asdict(weights.model),
+            "exports": self.exports,
             "removed": {"units": [str(unit) for unit in self.removed], **asdict(weights.of(self.removed))},
         }
 
@@ -69,4 +79,39 @@ def inspect(
             names = [] if part is None else [type(block.module.get_submodule(name)).__name__ for name in part.names]
             parts[kind] = tuple(dict.fromkeys([*parts.get(kind, ()), *names]))
     anatomy = subject.anatomy
-    return Inspection(subject.identity, anatomy.family, anatomy.path, parts, subject.weights, removed)
+    exports = _exports(anatomy)
+    return Inspection(subject.identity, anatomy.family, anatomy.path, parts, subject.weights, removed, exports)
+
+
+def _exports(anatomy: Anatomy) -> dict[str, str]:
+    """Try on one pair and on one lone sublayer what can be stored how."""
+    if isinstance(anatomy.model, LeavesOut):
+        return {"packaged": "as it is; nothing more can be removed"}
+    middle = len(anatomy.blocks) // 2
+    found = {"ordinary": "whole blocks"}
+    if isinstance(_without(anatomy, Unit(middle - 1, "mlp"), Unit(middle, "attn")), PreTrainedModel):
+        found["ordinary"] += ", and sublayers that pair up (mlp.3 with attn.4)"
+    lone: PreTrainedModel | str = "no sublayers that can be told apart"
+    for unit in (Unit(middle, "attn"), Unit(middle, "mlp")):
+        if unit in anatomy.units:
+            lone = _without(anatomy, unit, whole=False)
+            break
+    words = skip_words(anatomy.model)
+    obeyed = " and ".join({"attn": "attentions", "mlp": "MLPs"}[kind] for kind in words)
+    found["native"] = f"lone {obeyed}" if words else "nothing: this transformers has no class that leaves sublayers out"
+    if isinstance(lone, str):
+        return {**found, "packaged": lone, "padded": lone}
+    try:
+        found["packaged"] = " ".join(["lone sublayers.", *packaged(anatomy, (), lone).notes])
+    except ModelError as error:
+        found["packaged"] = f"nothing: {error}"
+    return {**found, "padded": "lone sublayers, at no gain"}
+
+
+def _without(anatomy: Anatomy, *units: Unit, whole: bool = True) -> PreTrainedModel | str:
+    """The model without `units`, or why there is none; `whole`: only one of whole blocks will do."""
+    try:
+        model = cut(anatomy, units)
+    except (BudgetError, ModelError) as error:
+        return f"nothing: {error}"
+    return "nothing: they do not pair up" if whole and isinstance(model, LeavesOut) else model

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import dissect
-from shallower.bench.speed import Speed, compare_speed
 from shallower.checkpoint.load import LoadedModel
 from shallower.checkpoint.locate import stored_dtype
 from shallower.corpus import CalibrationSet, overlap
@@ -25,6 +24,8 @@ from shallower.engine import stream_scores
 from shallower.errors import CorpusError, UserError
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.text import read_evaluation_text
+from shallower.exporters import export
+from shallower.forms import require_form
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import ReportData, Side
@@ -32,7 +33,8 @@ from shallower.reporting.page import render
 from shallower.reporting.wording import plural
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
-from shallower.surgery import cut, require_free, require_ordinary, save
+from shallower.surgery import Export, cut, require_free, require_whole, save
+from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
 from shallower.verbs.evaluate import text_name, text_perplexity
 from shallower.verbs.score import stream_statistic
@@ -66,6 +68,7 @@ def prune(
     metric: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     units: str = "block",
+    ordinary: bool = False,
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = 32,
@@ -76,6 +79,7 @@ def prune(
     window: int = 1024,
     max_windows: int | None = 12,
     speed: bool = True,
+    form: str = "auto",
     seed: int = 0,
     force: bool = False,
     memory: int | str | None = None,
@@ -87,11 +91,11 @@ def prune(
     """Choose what to remove (or take a plan), cut it out, measure before and after, and write a checkpoint with its
     report.
 
-    remove, search, objective, metric, units, protect, settings, exact, memory, workers: as for `search`.
+    remove, search, objective, metric, units, ordinary, protect, settings, exact, memory, workers: as for `search`.
     plan: apply this plan and search nothing.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. speed: also time prefill and
-    decoding.
+    decoding. form: how sublayers that are missing alone are stored, `auto`, `packaged` or `padded` (`shallower.forms`).
 
     Raises UserError (BudgetError, PlanError, OutputError, …) before anything is written, and VerificationError when the
     written checkpoint does not reproduce the pruned model.
@@ -101,8 +105,9 @@ def prune(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
     if remove is not None:
-        require_possible(remove, search, objective, metric, settings)
+        require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
     memory, workers = parse_memory(memory), parse_workers(workers)
+    require_form(form)
     if out is not None:
         require_free(out, force=force)
     clock = _Clock()
@@ -110,10 +115,11 @@ def prune(
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     with clock("loading"):
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        require_whole(subject.model)
         if given is not None:
             given.require_for(subject.identity)
         if remove is not None:
-            resolve(subject, remove, search, units=units, protect=protect)
+            resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     with clock("calibration text"):
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
         contents = contents or _held_out(calibration)
@@ -130,6 +136,7 @@ def prune(
                 metric=metric,
                 scores=spans if search == "contiguous" and metric in (None, DISTANCE) and units == "block" else None,
                 units=units,
+                ordinary=ordinary,
                 protect=protect,
                 calibration=text,
                 settings=settings,
@@ -138,14 +145,12 @@ def prune(
                 memory=memory,
                 workers=workers,
             )
-    smaller = _cut(subject, given.removed)
-    if out is not None:
-        require_ordinary(smaller.model)
+    smaller, stored = _cut(subject, given.removed, form)
     with clock("perplexity"):
         before, after = _perplexities((subject, smaller), contents, window, max_windows)
     with clock("speed"):
         speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
-    notes = tuple(_notes(subject, text, contents, window, max_windows))
+    notes = (*_notes(subject, text, contents, window, max_windows), *stored.notes)
     data = ReportData(
         plan=given,
         influence=(influence,),
@@ -156,6 +161,7 @@ def prune(
         seconds=clock.seconds,
         notes=notes,
         machine=_machine(),
+        form=stored.form.name,
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
     )
@@ -163,7 +169,7 @@ def prune(
         return Pruned(smaller.model, given, data, None)
     with clock("writing and verifying"):
         folder = save(
-            _as_stored(subject, smaller, given.removed),
+            _as_stored(subject, stored, given.removed, form),
             out,
             plan=given,
             tokenizer=subject.loaded.tokenizer,
@@ -188,22 +194,27 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 2)
 
 
-def _cut(subject: Subject, removed: frozenset[Unit]) -> Subject:
+def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject, Export]:
+    """What will be stored, to be measured, and how."""
     loaded = subject.loaded
     with progress.task("cutting"):
-        smaller = cut(subject.anatomy, removed)
-        return Subject(LoadedModel(smaller, loaded.tokenizer, loaded.name, loaded.revision, None), dissect(smaller))
+        found = export(subject.anatomy, removed, cut(subject.anatomy, removed), form)
+        smaller = found.model
+        return Subject(
+            LoadedModel(smaller, loaded.tokenizer, loaded.name, loaded.revision, None), dissect(smaller)
+        ), found
 
 
-def _as_stored(subject: Subject, smaller: Subject, removed: frozenset[Unit]) -> PreTrainedModel:
+def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], form: str) -> Export:
     """The cut model in the precision that the dense checkpoint is stored in, whatever it was measured in."""
     folder = subject.loaded.path
     if folder is None:
-        return smaller.model
+        return measured
     stored = stored_dtype(folder)
-    if stored in (None, str(smaller.model.dtype).removeprefix("torch.")):
-        return smaller.model
-    return cut(open_subject(folder, device="cpu", dtype=stored).anatomy, removed)
+    if stored in (None, str(measured.model.dtype).removeprefix("torch.")):
+        return measured
+    anatomy = open_subject(folder, device="cpu", dtype=stored).anatomy
+    return export(anatomy, removed, cut(anatomy, removed), form)
 
 
 def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:

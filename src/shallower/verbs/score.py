@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -10,18 +11,30 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower.corpus import CalibrationSet
-from shallower.engine import StreamStatistic, stream_scores
+from shallower.engine import (
+    Ablator,
+    StreamStatistic,
+    WeightStatistic,
+    needs_backward,
+    reads_stream,
+    reads_weights,
+    stream_scores,
+    weight_scores,
+)
 from shallower.errors import UserError
 from shallower.plan import MadeBy
 from shallower.registry import Method, share_options
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
-from shallower.scores import Score, Scores
+from shallower.scores import Score, Scores, ScoreSheet
+from shallower.units import Unit
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
 
 Positions = Literal["auto", "all", "last"]
+ALL = "all"
+ADAPTIVE = frozenset({"units", "losses", "differences", "rng"})
 
 
 def score(
@@ -55,38 +68,144 @@ def score(
     Raises UnknownName for an unknown metric or option, ModelError and CorpusError for a model or text that cannot be
     used.
     """
-    method = metrics.get(metric)
-    adaptive = bool({"losses", "differences"} & set(method.parameters))
-    methods = [method, *([objectives.get(objective)] if adaptive else [])]
-    what = " or ".join(f"{asked.kind} {asked.name!r}" for asked in methods)
-    options, *judged = share_options(what, methods, settings or {})
-    memory, workers = parse_memory(memory), parse_workers(workers)
-    subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    wanted = units_of(subject, units)
-    text = calibrate(
-        subject,
-        calibration,
+    [only] = score_many(
+        model,
+        [metric],
+        tokenizer=tokenizer,
+        units=units,
+        spans=spans,
+        positions=positions,
+        objective=objective,
+        calibration=calibration,
         sequences=sequences,
         length=length,
+        settings=settings,
         seed=seed,
-        objective=objective if adaptive else "nll",
-    )
+        memory=memory,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    ).scores
+    return only
+
+
+def score_many(
+    model: str | Path | PreTrainedModel | Subject,
+    names: str | Sequence[str] = ALL,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    units: str = "block",
+    spans: bool | None = None,
+    positions: Positions = "auto",
+    objective: str = "nll",
+    calibration: str | Path | CalibrationSet | None = None,
+    sequences: int = 32,
+    length: int = 128,
+    settings: Mapping[str, str] | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> ScoreSheet:
+    """Score the units of a model by several metrics, which share their passes over the text.
+
+    names: metrics, as a sequence or as in `cosine,taylor`; `all` is every static metric, and `loss`. An option of
+    `settings` goes to every metric that has it; `spans` and `positions` to the metrics of the stream. The rest is as
+    for `score`.
+
+    Raises what `score` raises.
+    """
+    methods = chosen_metrics(names)
+    adaptive = [method for method in methods if _is_adaptive(method)]
+    judges = [objectives.get(objective)] if adaptive else []
+    what = " or ".join(f"{asked.kind} {asked.name!r}" for asked in (*methods, *judges))
+    shared = share_options(what, [*methods, *judges], settings or {})
+    judged = shared.pop() if judges else {}
+    given = dict(zip([method.name for method in methods], shared, strict=True))
+    memory, workers = parse_memory(memory), parse_workers(workers)
+    stream = [method for method in methods if reads_stream(method)]
+    if spans and not stream:
+        raise UserError(
+            f"metric {methods[0].name!r} has no span scores; use a metric of the stream, such as angular or cosine."
+        )
+    subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    wanted = units_of(subject, units)
+    text = None
+    if adaptive or stream or any(needs_backward(method) for method in methods):
+        asked = objective if adaptive else "nll"
+        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=asked)
+    rows: dict[str, tuple[Score, ...]] = {}
+    if stream:
+        assert text is not None
+        statistics = [
+            stream_statistic(method, given[method.name], spans=spans, positions=positions) for method in stream
+        ]
+        for statistic, found in zip(statistics, stream_scores(subject.anatomy, text, statistics, wanted), strict=True):
+            rows[statistic.metric.name] = found
+            given[statistic.metric.name] = {**statistic.options, "positions": statistic.positions}
+    weighing = [WeightStatistic(method, given[method.name]) for method in methods if reads_weights(method)]
+    if weighing:
+        for weight, found in zip(weighing, weight_scores(subject.anatomy, text, weighing, wanted), strict=True):
+            rows[weight.metric.name] = found
     if adaptive:
-        if spans:
-            raise UserError(
-                f"metric {metric!r} has no span scores; use a metric of the stream, such as angular or cosine."
-            )
-        with closing(make_ablator(subject, text, objective, *judged, memory=memory, workers=workers)) as ablator:
-            supply = {"units": wanted, "losses": ablator.losses, "differences": ablator.differences}
-            found = method.function(**{name: supply[name] for name in method.parameters}, **options)
-        rows = tuple(Score(unit, *found[unit]) for unit in wanted)
-        options = {**judged[0], **options}
-    else:
-        statistic = stream_statistic(method, options, spans=spans, positions=positions)
-        [rows] = stream_scores(subject.anatomy, text, [statistic], wanted)
-        options = {**options, "positions": statistic.positions}
-    made_by = MadeBy(None, objective if adaptive else None, metric, options, seed, text.identity, __version__)
-    return Scores(subject.identity, metric, rows, made_by)
+        assert text is not None
+        with closing(make_ablator(subject, text, objective, judged, memory=memory, workers=workers)) as ablator:
+            for method in adaptive:
+                rows[method.name] = _measured(method, given[method.name], ablator, wanted, seed)
+                given[method.name] = {**judged, **given[method.name]}
+    made = {
+        method.name: MadeBy(
+            None,
+            objective if method in adaptive else None,
+            method.name,
+            given[method.name],
+            seed,
+            text.identity if text is not None and _reads_text(method) else None,
+            __version__,
+        )
+        for method in methods
+    }
+    return ScoreSheet(tuple(Scores(subject.identity, name, rows[name], made[name]) for name in made))
+
+
+def chosen_metrics(names: str | Sequence[str]) -> list[Method]:
+    """The metrics of `cosine,taylor` or `all`.
+
+    Raises UnknownName for one that does not exist, and UserError when none is named or one is named twice.
+    """
+    given = names.split(",") if isinstance(names, str) else names
+    listed = [name.strip() for name in given if name.strip()]
+    if listed == [ALL]:
+        return [method for method in metrics if not _is_adaptive(method) or method.traits.get("in_all")]
+    methods = [metrics.get(name) for name in listed]
+    if not methods or len(set(listed)) < len(listed):
+        raise UserError(f"--metric {','.join(listed)!r} must name metrics, each once, as in cosine,taylor, or be all.")
+    return methods
+
+
+def _is_adaptive(method: Method) -> bool:
+    return not ADAPTIVE.isdisjoint(method.parameters)
+
+
+def _reads_text(method: Method) -> bool:
+    return _is_adaptive(method) or reads_stream(method) or needs_backward(method)
+
+
+def _measured(
+    method: Method, options: Mapping[str, Any], ablator: Ablator, units: Sequence[Unit], seed: int
+) -> tuple[Score, ...]:
+    """Scores by a metric that asks for losses of the model without units."""
+    supply = {
+        "units": units,
+        "losses": ablator.losses,
+        "differences": ablator.differences,
+        "rng": random.Random(seed),
+    }
+    found = method.function(**{name: supply[name] for name in method.parameters}, **options)
+    return tuple(Score(unit, *found[unit]) for unit in units)
 
 
 def stream_statistic(

@@ -15,18 +15,22 @@ from shallower import progress
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing
-from shallower.errors import BudgetError, UserError
+from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import Method, share_options
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
-from shallower.scores import Scores
-from shallower.units import Unit, require_distinct
+from shallower.scores import Scores, ScoreSheet
+from shallower.surgery import cut, leftovers
+from shallower.units import Unit, plain, require_distinct
 from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
+
+PAIRING = ("sublayer", "all")
+"""Values of --units among which sublayers can pair up."""
 
 Trail = Sequence[frozenset[Unit]]
 Stage = tuple[Method, Mapping[str, Any]]  # a search and its options
@@ -39,9 +43,10 @@ def search(
     search: str = "greedy",
     objective: str = "nll",
     metric: str | None = None,
-    scores: Scores | str | Path | None = None,
+    scores: Scores | ScoreSheet | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     units: str = "block",
+    ordinary: bool = False,
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = 32,
@@ -60,7 +65,10 @@ def search(
     remove: a number of units (`6`), a share of the parameters in blocks (`20%`), of another quantity (`33%:kv_bytes`),
     several of these, or the units themselves (`block.13-18`), for which nothing is searched. protect: blocks that stay,
     such as `first:4,last:2`.
-    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead.
+    ordinary: only plans whose sublayers pair up, so that what is left is an ordinary model: whole blocks, and an MLP
+    with the attention after it. Each counts as one unit; a plan lists the sublayers of a pair one after the other.
+    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead; where they
+    are by several metrics, `metric` names the one.
     settings: options of the search and of the objective as text. search: one, or several that improve on each other
     (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
     after a part of it.
@@ -69,11 +77,11 @@ def search(
 
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says.
     """
-    require_possible(remove, search, objective, metric, settings)
+    require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
     memory, workers = parse_memory(memory), parse_workers(workers)
     stages, judged = _stages(search, objective, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    request = resolve(subject, remove, search, units=units, protect=protect)
+    request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
     racing = None if exact else Racing()
     name, ranked_by = None, None
@@ -86,13 +94,24 @@ def search(
             name = search
             known = objectives.get(objective).options
             asked = {key: value for key, value in (settings or {}).items() if key in known}
-            ranking = _ranking(subject, stages, metric, scores, units, objective, asked, text, seed, memory, workers)
+            scored = "sublayer" if ordinary else units
+            ranking = _ranking(subject, stages, metric, scores, scored, objective, asked, text, seed, memory, workers)
             ranked_by = ranking.metric if ranking else None
-            order = removal_order(run_search(stages, request.units, request.budget, ablator, ranking, seed), ablator)
+            trail = run_search(stages, request.units, request.budget, ablator, ranking, seed)
+            if ordinary:
+                _require_ordinary(subject, plain(trail[-1]))
+            order = removal_order(trail, ablator)
         measured = ablator.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
         progress.note(_cost(ablator))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
-    options |= {**judged, "remove": str(remove), "units": units, "protect": protect, "exact": exact}
+    options |= {
+        **judged,
+        "remove": str(remove),
+        "units": units,
+        "ordinary": ordinary,
+        "protect": protect,
+        "exact": exact,
+    }
     made_by = MadeBy(name, objective, ranked_by, options, seed, text.identity, __version__)
     return PruningPlan(
         subject.identity, tuple(sorted(order)), tuple(zip(order, measured[1:], strict=True)), measured[0], made_by
@@ -105,15 +124,26 @@ def require_possible(
     objective: str = "nll",
     metric: str | None = None,
     settings: Mapping[str, str] | None = None,
+    *,
+    units: str = "block",
+    ordinary: bool = False,
 ) -> None:
     """Refuse what is wrong with any model, before one is loaded.
 
-    Raises UnknownName for an unknown method or option, and BudgetError when `remove` cannot be read.
+    Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
+    `ordinary` would restrict nothing.
     """
     _stages(search, objective, settings or {})
     if metric is not None:
         metrics.get(metric)
-    parse_remove(str(remove))
+    asked = parse_remove(str(remove))
+    if ordinary and isinstance(asked[0], Unit):
+        raise UserError(f"--ordinary restricts a search, but --remove {remove} names the units; drop one of the two.")
+    if ordinary and units not in PAIRING:
+        raise UserError(
+            f"--ordinary needs --units {' or '.join(PAIRING)}, not {units}: whole blocks are ordinary anyway, and no "
+            "plan of attention or MLP alone is."
+        )
 
 
 @dataclass(frozen=True)
@@ -125,11 +155,18 @@ class Request:
 
 
 def resolve(
-    subject: Subject, remove: str | int, search: str = "greedy", *, units: str = "block", protect: str = ""
+    subject: Subject,
+    remove: str | int,
+    search: str = "greedy",
+    *,
+    units: str = "block",
+    ordinary: bool = False,
+    protect: str = "",
 ) -> Request:
     """Refuse what is wrong with this model, before anything is measured.
 
-    Raises BudgetError for units that it has not, that are protected, or an amount that it cannot give.
+    Raises BudgetError for units that it has not, that are protected, or an amount that it cannot give, and ModelError
+    for `ordinary` with a family whose sublayers do not pair up.
     """
     asked = parse_remove(str(remove))
     protected = parse_protect(protect, len(subject.anatomy.blocks))
@@ -139,7 +176,7 @@ def resolve(
     methods = _methods(search)
     if any(method.traits.get("keeps_last_block") for method in methods):
         protected |= {len(subject.anatomy.blocks) - 1}
-    removable = _removable(subject, units, protected, methods)
+    removable = _removable(subject, units, protected, methods, ordinary)
     return Request(removable, budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable))
 
 
@@ -179,25 +216,44 @@ def run_search(
     A search that finds nothing better than what it started from leaves the trail of the one before.
     Raises BudgetError when it ends without meeting the budget.
     """
-    removable = set(units)
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        return ablator.losses([frozenset(plain(removed)) for removed in candidates], keep)
+
     trail: list[frozenset[Unit]] = []
     for method, options in stages:
         supply: dict[str, object] = {
             "units": units,
             "budget": budget,
-            "losses": ablator.losses,
+            "losses": losses,
             "start": trail[-1] if trail else frozenset(),
             "rng": random.Random(seed),
-            "scores": {unit: value for unit, value in scores.units.items() if unit in removable} if scores else {},
+            "scores": _importance(scores, units) if scores else {},
             "spans": scores.spans if scores else {},
         }
         trail = list(method.function(**{name: supply[name] for name in method.parameters}, **options)) or trail
         if not trail or not budget.met(trail[-1]):
-            raise BudgetError(
-                f"search {method.name!r} could not remove {budget} from the {len(units)} units that may go."
-            )
+            what = f"search {method.name!r} could not remove {budget} from the {len(units)} units that may go"
+            if any(unit.kind == "pair" for unit in units):
+                what += ", as single sublayers were left between pairs; remove less, or use --search exhaustive"
+            raise BudgetError(f"{what}.")
     require_distinct(trail[-1])
     return trail
+
+
+def _importance(scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
+    """The scores of the units that may go. Among pairs, each unit counts the sum of its two sublayers' scores: scores
+    of blocks and of sublayers cannot be compared.
+
+    Raises UserError when a sublayer was not scored.
+    """
+    values = scores.units
+    if not any(unit.kind == "pair" for unit in units):
+        return {unit: values[unit] for unit in units if unit in values}
+    missing = sorted({part for unit in units for part in unit.sublayers} - values.keys())
+    if missing:
+        raise UserError(f"--ordinary ranks by sublayers, but {missing[0]} has no score; score with --units sublayer.")
+    return {unit: sum(values[part] for part in unit.sublayers) for unit in units}
 
 
 def _cost(ablator: Ablator) -> str:
@@ -211,7 +267,7 @@ def _cost(ablator: Ablator) -> str:
 
 
 def removal_order(trail: Trail, ablator: Ablator) -> list[Unit]:
-    """The units of the trail's last set in removal order.
+    """The units of the trail's last set in removal order, each pair as its two sublayers.
 
     That is the trail's own order when each of its sets adds one unit to the one before. Otherwise each unit in turn is
     the one that costs least, measured.
@@ -225,14 +281,14 @@ def removal_order(trail: Trail, ablator: Ablator) -> list[Unit]:
         order += added
         before = removed
     else:
-        return order
+        return plain(order)
     left, order = set(trail[-1]), []
     while left:
         candidates = sorted(left)
-        losses = ablator.losses([frozenset([*order, unit]) for unit in candidates])
+        losses = ablator.losses([frozenset(plain([*order, unit])) for unit in candidates])
         order.append(candidates[min(range(len(candidates)), key=losses.__getitem__)])
         left.remove(order[-1])
-    return order
+    return plain(order)
 
 
 def budget_for(subject: Subject, amounts: Sequence[Amount], units: Sequence[Unit]) -> Budget:
@@ -246,7 +302,8 @@ def _limit(subject: Subject, amount: Amount, units: Sequence[Unit]) -> Limit:
         everything = subject.anatomy.of_kind(*({"block"} if "block" in kinds else kinds))
         return make_limit(amount, dict.fromkeys(units, 1.0), float(len(everything)))
     weights = subject.weights
-    cost = {unit: float(getattr(weights.units[unit], amount.quantity)) for unit in units}
+    known = {**weights.units, **subject.pairs} if any(unit.kind == "pair" for unit in units) else weights.units
+    cost = {unit: float(getattr(known[unit], amount.quantity)) for unit in units}
     return make_limit(amount, cost, float(getattr(weights.blocks, amount.quantity)))
 
 
@@ -268,8 +325,10 @@ def _explicit(
     return units
 
 
-def _removable(subject: Subject, units: str, protected: frozenset[int], methods: Sequence[Method]) -> tuple[Unit, ...]:
-    removable = units_of(subject, units, protected)
+def _removable(
+    subject: Subject, units: str, protected: frozenset[int], methods: Sequence[Method], ordinary: bool
+) -> tuple[Unit, ...]:
+    removable = _whole(subject, protected) if ordinary else units_of(subject, units, protected)
     for method in methods:
         kinds = method.traits.get("kinds")
         if kinds is not None and any(unit.kind not in kinds for unit in removable):
@@ -277,11 +336,37 @@ def _removable(subject: Subject, units: str, protected: frozenset[int], methods:
     return removable
 
 
+def _whole(subject: Subject, protected: frozenset[int]) -> tuple[Unit, ...]:
+    """Blocks and pairs: what can go one after another and always leave an ordinary model.
+
+    Raises ModelError when the family's sublayers do not pair up.
+    """
+    blocks = units_of(subject, "block", protected)
+    pairs = [pair for pair in subject.pairs if not {pair.index, pair.index + 1} & protected]
+    if not subject.pairs:
+        raise ModelError(
+            f"sublayers of this {subject.anatomy.family} model do not pair up to ordinary blocks (an MLP and the "
+            "attention after it cannot go together exactly): drop --ordinary, and use --units block for an ordinary "
+            "checkpoint."
+        )
+    return tuple(sorted([*blocks, *pairs]))
+
+
+def _require_ordinary(subject: Subject, chosen: Sequence[Unit]) -> None:
+    """Raise ModelError when the family's config cannot describe what is left, though its sublayers pair up."""
+    if over := leftovers(cut(subject.anatomy, chosen)):
+        raise ModelError(
+            f"without {', '.join(map(str, sorted(chosen)))} a config of this {subject.anatomy.family} model cannot "
+            f"describe what is left as ordinary blocks ({', '.join(map(str, over))} would be missing); use --units "
+            "block."
+        )
+
+
 def _ranking(
     subject: Subject,
     stages: Sequence[Stage],
     metric: str | None,
-    scores: Scores | str | Path | None,
+    scores: Scores | ScoreSheet | str | Path | None,
     units: str,
     objective: str,
     settings: Mapping[str, str],
@@ -315,7 +400,7 @@ def _ranking(
             memory=memory,
             workers=workers,
         )
-    given = scores if isinstance(scores, Scores) else Scores.load(scores)
+    given = _given(scores, metric)
     if metric is not None and metric != given.metric:
         raise UserError(
             f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
@@ -327,3 +412,11 @@ def _ranking(
     if needs_spans and not given.spans:
         raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")
     return given
+
+
+def _given(scores: Scores | ScoreSheet | str | Path, metric: str | None) -> Scores:
+    """Scores measured before: of a sheet of several metrics the one that is named."""
+    if isinstance(scores, Scores):
+        return scores
+    sheet, where = (scores, "the sheet") if isinstance(scores, ScoreSheet) else (ScoreSheet.load(scores), str(scores))
+    return sheet.scores[0] if len(sheet.scores) == 1 else sheet.pick(metric, where)

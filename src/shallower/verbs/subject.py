@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower.anatomy.dissect import Anatomy, dissect
-from shallower.anatomy.weigh import Weights, weigh
+from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
@@ -24,6 +24,7 @@ from shallower.errors import BudgetError, CorpusError
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
+from shallower.surgery.ordinary import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
 
 DEFAULT_CALIBRATION = "python"  # the one text that every machine has; better: text like what the model will read
@@ -48,6 +49,11 @@ class Subject:
     @cached_property
     def weights(self) -> Weights:
         return weigh(self.anatomy)
+
+    @cached_property
+    def pairs(self) -> dict[Unit, UnitWeight]:
+        """Pairs of sublayers without which an ordinary model is left, and what each weighs."""
+        return weigh_pairs(self.anatomy, self.weights, exact_pairs(self.anatomy))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

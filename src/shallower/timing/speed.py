@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from shallower import progress
 from shallower.errors import ModelError, UserError
 from shallower.evaluation.perplexity import context_limit, evaluating
+from shallower.timing.memory import peak_above
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,19 +35,29 @@ class Spread:
     least: float
     most: float
 
+    def overlaps(self, other: Spread) -> bool:
+        """Whether the ranges have anything in common, so that the difference of the medians is not significant."""
+        return self.least <= other.most and other.least <= self.most
+
+    def faster_than(self, other: Spread) -> float:
+        """How many percent more is done in a second than by `other`; negative for less."""
+        return 100 * (other.median / self.median - 1)
+
 
 @dataclass(frozen=True)
 class Speed:
     """Seconds are for a whole run of `prompt` (prefill) or `generate` (decode) tokens in each of `batch` sequences.
 
     kv_cache_bytes: every tensor of the cache after the run, for all `batch` sequences. parameter_bytes: tied weights
-    once.
+    once. working_bytes: what a run holds at its most above the weights (activations and cache), from one more run that
+    is not timed; None where it was not asked for or the machine cannot tell.
     """
 
     prefill_s: Spread
     decode_s: Spread
     kv_cache_bytes: int
     parameter_bytes: int
+    working_bytes: int | None
     prompt: int
     generate: int
     batch: int
@@ -57,6 +69,11 @@ class Speed:
     @property
     def decode_tokens_per_s(self) -> float:
         return self.generate * self.batch / self.decode_s.median
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights and what a run holds above them."""
+        return None if self.working_bytes is None else self.parameter_bytes + self.working_bytes
 
 
 def measure_speed(
@@ -85,6 +102,7 @@ def compare_speed(
     warmup: int = 1,
     repeats: int = 3,
     seed: int = 0,
+    memory: bool = False,
 ) -> dict[str, Speed]:
     """Time models in turns (A B A B …); all get the same random tokens where their vocabularies allow.
 
@@ -96,19 +114,57 @@ def compare_speed(
         warmup: Runs of each model that are not counted.
         repeats: Runs that are.
         seed: Of the random token ids.
+        memory: Run each model once more, untimed, to see what it holds at its most.
 
     Raises:
         UserError: A count is out of range, or prompt and generated tokens do not fit a model's positions.
         ModelError: A model has no KV cache.
     """
-    if not models:
-        raise UserError("there is no model to time: name at least one.")
+    require_counts(prompt=prompt, generate=generate, batch=batch, warmup=warmup, repeats=repeats)
+    require_fits(models, prompt, generate)
+    ids = {name: _random_ids(model, (batch, prompt), seed) for name, model in models.items()}
+    runs: dict[str, list[_Run]] = {name: [] for name in models}
+    working: dict[str, int | None] = dict.fromkeys(models)
+    total = (warmup + repeats + memory) * len(models)
+    with progress.task(f"timing prompt {prompt}, generate {generate}, batch {batch}", total) as step:
+        for turn in range(warmup + repeats):
+            for name, model in models.items():
+                run = _run(model, ids[name], generate)
+                if turn >= warmup:
+                    runs[name].append(run)
+                step()
+        for name, model in models.items() if memory else ():
+            working[name] = peak_above(model.device, partial(_run, model, ids[name], generate))
+            step()
+    return {
+        name: Speed(
+            _spread([run.prefill_s for run in runs[name]]),
+            _spread([run.decode_s for run in runs[name]]),
+            runs[name][-1].cache_bytes,
+            sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+            working[name],
+            prompt,
+            generate,
+            batch,
+        )
+        for name, model in models.items()
+    }
+
+
+def require_counts(*, prompt: int, generate: int, batch: int, warmup: int, repeats: int) -> None:
+    """Raise UserError for a count that is out of range."""
     counts = {"prompt": prompt, "generate": generate, "batch": batch, "repeats": repeats}
     for name, value in {**counts, "warmup": warmup + 1}.items():
         if value < 1:
             raise UserError(
                 f"{name}={counts.get(name, warmup)} is too small: it must be at least {int(name != 'warmup')}."
             )
+
+
+def require_fits(models: Mapping[str, PreTrainedModel], prompt: int, generate: int) -> None:
+    """Raise UserError when there is no model, or one that has not as many positions."""
+    if not models:
+        raise UserError("there is no model to time: name at least one.")
     for name, model in models.items():
         limit = context_limit(model)
         if limit is not None and prompt + generate > limit:
@@ -116,27 +172,6 @@ def compare_speed(
                 f"prompt={prompt} and generate={generate} need {prompt + generate} positions, but the model {name} "
                 f"has {limit}: use fewer."
             )
-    ids = {name: _random_ids(model, (batch, prompt), seed) for name, model in models.items()}
-    runs: dict[str, list[_Run]] = {name: [] for name in models}
-    with progress.task("speed", total=(warmup + repeats) * len(models)) as step:
-        for turn in range(warmup + repeats):
-            for name, model in models.items():
-                run = _run(model, ids[name], generate)
-                if turn >= warmup:
-                    runs[name].append(run)
-                step()
-    return {
-        name: Speed(
-            _spread([run.prefill_s for run in runs[name]]),
-            _spread([run.decode_s for run in runs[name]]),
-            runs[name][-1].cache_bytes,
-            sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-            prompt,
-            generate,
-            batch,
-        )
-        for name, model in models.items()
-    }
 
 
 def cache_bytes(cache: object) -> int:

@@ -1,0 +1,118 @@
+"""Models whose blocks may lack attention or MLP: the two files that a packaged checkpoint carries, and the same code
+joined to any stock class, for use without remote code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import secrets
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from shallower.errors import ModelError
+from shallower.packaged.configuration_shallow import LacksSublayers, entries
+from shallower.packaged.modeling_shallow import Absent, LeavesOut
+
+__all__ = [
+    "FORMAT",
+    "Absent",
+    "LeavesOut",
+    "code",
+    "entries",
+    "has_maps",
+    "is_packaged",
+    "load_files",
+    "shallow_class",
+    "stock_class",
+]
+
+FORMAT = "shallower.packaged/1"
+_FILES = ("configuration_shallow", "modeling_shallow")
+_classes: dict[Any, Any] = {}
+
+
+def shallow_class(stock: type[PreTrainedModel]) -> Any:
+    """The class of models that are `stock` but for missing sublayers; its `config_class` holds `block_configs`."""
+    if stock in _classes:
+        return _classes[stock]
+    config: Any = stock.config_class
+    family = config.model_type
+    its_config = type(
+        f"Shallow{config.__name__}",
+        (LacksSublayers, config),
+        {"__module__": __name__, "__init__": LacksSublayers.__init__, "model_type": f"shallow_{family}"},
+    )
+    parents: Any = (LeavesOut, stock)
+    _classes[stock] = type(f"Shallow{stock.__name__}", parents, {"__module__": __name__, "config_class": its_config})
+    return _classes[stock]
+
+
+def is_packaged(config: dict[str, Any]) -> bool:
+    """Whether a parsed config.json is of a packaged checkpoint."""
+    return "packaged" in config and "block_configs" in config
+
+
+def stock_class(config: dict[str, Any], name: str) -> type[PreTrainedModel]:
+    """The stock class that a packaged checkpoint builds on.
+
+    config: the parsed config.json. name: of the checkpoint, for messages.
+
+    Raises ModelError for a format or class that is not known here.
+    """
+    packaged = config["packaged"]
+    if not isinstance(packaged, dict) or packaged.get("format") != FORMAT:
+        seen = packaged.get("format") if isinstance(packaged, dict) else packaged
+        raise ModelError(
+            f"{name} is packaged as {seen!r}, and this version of shallower reads {FORMAT!r}: update shallower, or "
+            "load it with transformers and trust_remote_code=True if you trust the code in the folder."
+        )
+    found = getattr(transformers, str(packaged.get("stock_class")), None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise ModelError(
+            f"{name} builds on {packaged.get('stock_class')!r}, which this version of transformers does not have; "
+            "update it with `pip install -U transformers`."
+        )
+    return found
+
+
+def has_maps(config: PretrainedConfig) -> bool:
+    """Whether small maps stand where sublayers were removed."""
+    return any(entry[half].get("map") for entry in config.block_configs for half in ("attention", "ffn"))
+
+
+def code(stock: type[PreTrainedModel], *, model_type: str, class_name: str) -> dict[str, str]:
+    """The two files that let transformers load a packaged checkpoint of `stock` without shallower, by file name."""
+    config: Any = stock.config_class
+    changes = {
+        r"LlamaConfig as StockConfig": f"{config.__name__} as StockConfig",
+        r"LlamaForCausalLM as StockModel": f"{stock.__name__} as StockModel",
+        r'model_type = "nemotron-nas"': f'model_type = "{model_type}"',
+        r"\bShallowForCausalLM\b": class_name,
+    }
+    texts = {}
+    for file in _FILES:
+        text = Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8")
+        for pattern, replacement in changes.items():
+            text = re.sub(pattern, replacement, text)
+        texts[f"{file}.py"] = text
+    return texts
+
+
+def load_files(folder: Path, class_name: str) -> type[PreTrainedModel]:
+    """The model class in the files that were just written to `folder`. Runs them: never for a folder from elsewhere."""
+    package = f"{__name__}.written_{secrets.token_hex(4)}"
+    home = types.ModuleType(package)
+    home.__path__ = [str(folder)]
+    sys.modules[package] = home
+    try:
+        found: type[PreTrainedModel] = getattr(importlib.import_module(f"{package}.{_FILES[1]}"), class_name)
+    finally:
+        for name in (package, *(f"{package}.{file}" for file in _FILES)):
+            sys.modules.pop(name, None)
+    return found
