@@ -23,6 +23,7 @@ from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
+from shallower.searches import Losses
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain, require_distinct
 from shallower.verbs.score import score
@@ -79,7 +80,7 @@ def search(
     """
     require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
     memory, workers = parse_memory(memory), parse_workers(workers)
-    stages, judged = _stages(search, objective, settings or {})
+    stages, judged = search_stages(search, objective, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
@@ -97,7 +98,7 @@ def search(
             scored = "sublayer" if ordinary else units
             ranking = _ranking(subject, stages, metric, scores, scored, objective, asked, text, seed, memory, workers)
             ranked_by = ranking.metric if ranking else None
-            trail = run_search(stages, request.units, request.budget, ablator, ranking, seed)
+            trail = run_search(stages, request.units, request.budget, ablator.losses, ranking, seed)
             if ordinary:
                 _require_ordinary(subject, plain(trail[-1]))
             order = removal_order(trail, ablator)
@@ -133,7 +134,7 @@ def require_possible(
     Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
     `ordinary` would restrict nothing.
     """
-    _stages(search, objective, settings or {})
+    search_stages(search, objective, settings or {})
     if metric is not None:
         metrics.get(metric)
     asked = parse_remove(str(remove))
@@ -192,7 +193,7 @@ def _methods(names: str) -> list[Method]:
     return methods
 
 
-def _stages(names: str, objective: str, settings: Mapping[str, str]) -> tuple[list[Stage], dict[str, Any]]:
+def search_stages(names: str, objective: str, settings: Mapping[str, str]) -> tuple[list[Stage], dict[str, Any]]:
     """The searches with their options, and the options of the objective.
 
     Raises UnknownName for a method, or an option that none of them has.
@@ -207,25 +208,26 @@ def run_search(
     stages: Sequence[Stage],
     units: Sequence[Unit],
     budget: Budget,
-    ablator: Ablator,
+    losses: Losses,
     scores: Scores | None,
     seed: int,
 ) -> Trail:
     """Run registered searches one after another, each with what its signature asks for; returns the last one's trail.
 
+    losses: the question that they may ask, of sets of plain units.
     A search that finds nothing better than what it started from leaves the trail of the one before.
     Raises BudgetError when it ends without meeting the budget.
     """
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
-        return ablator.losses([frozenset(plain(removed)) for removed in candidates], keep)
+    def of_plain(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        return losses([frozenset(plain(removed)) for removed in candidates], keep)
 
     trail: list[frozenset[Unit]] = []
     for method, options in stages:
         supply: dict[str, object] = {
             "units": units,
             "budget": budget,
-            "losses": losses,
+            "losses": of_plain,
             "start": trail[-1] if trail else frozenset(),
             "rng": random.Random(seed),
             "scores": _importance(scores, units) if scores else {},
