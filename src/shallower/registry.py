@@ -1,4 +1,5 @@
-"""Names of methods. A module of `metrics/`, `objectives/` or `searches/` registers one function; others may, too.
+"""Names of methods. A module of `metrics/`, `objectives/`, `searches/` or `corpus/quality/` registers one function;
+others may, too.
 
 A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
 package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options
@@ -172,4 +173,5 @@ def _options(function: Callable[..., Any]) -> dict[str, Option]:
 metric = Registry("metric", "shallower.metrics")
 objective = Registry("objective", "shallower.objectives")
 search = Registry("search", "shallower.searches")
-REGISTRIES = (metric, objective, search)
+quality = Registry("quality", "shallower.corpus.quality")
+REGISTRIES = (metric, objective, search, quality)

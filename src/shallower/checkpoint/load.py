@@ -97,6 +97,18 @@ def _shallow_class(folder: Path, name: str) -> type[PreTrainedModel] | None:
     return found
 
 
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer of MODEL and the model's name, without reading weights.
+
+    Raises ModelError when MODEL cannot be found or has no tokenizer.
+    """
+    folder, name, _ = _folder(locate(model), trust_remote_code=trust_remote_code)
+    tokenizer = stock.load_tokenizer(folder, name, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ModelError(f"{name} has no tokenizer, so text cannot become its tokens: name another model.")
+    return tokenizer, name
+
+
 def _with_revision(location: Location, revision: str | None) -> Location:
     if revision is None or revision == location.revision:
         return location

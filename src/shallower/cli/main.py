@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 import typer.main
 
-from shallower.cli import bench, demo, eval, inspect, methods, plan, prune, report, score, search, study
+from shallower.cli import bench, corpus, demo, eval, inspect, methods, plan, prune, report, score, search, study
 from shallower.errors import ShallowerError
 from shallower.version import __version__
 
@@ -47,6 +47,7 @@ app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.command("demo")(demo.demo)
 app.add_typer(plan.app, name="plan")
+app.add_typer(corpus.app, name="corpus")
 
 
 def _show_version(wanted: bool) -> None:

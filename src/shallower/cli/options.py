@@ -85,12 +85,16 @@ Calibration = Annotated[
     Option(
         "--calibration",
         metavar="TEXT",
-        help="Text to measure on: a .txt or .jsonl file, a folder, hf:owner/name, python:docs; for the objective "
-        "task, a .jsonl file of questions. Default: python.",
+        help="Text to measure on: a .txt, .jsonl or .parquet file, a folder, hf:owner/name, python:docs, a domain such "
+        "as wiki, a mixture (a.jsonl*0.7+b.jsonl*0.3), a .yaml specification, a set of 'shallower corpus build', or "
+        "self (the model's own); for the objective task, a .jsonl file of questions. Default: python.",
     ),
 ]
 Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
 Length = Annotated[int, Option("--length", metavar="N", min=2, help="Tokens in each sequence.")]
+Quality = Annotated[
+    str, Option("--quality", metavar="NAME", help=f"What scores quality: {_shipped('corpus/quality')}.")
+]
 Settings = Annotated[
     list[str] | None,
     Option(

@@ -2,12 +2,14 @@
 
 from shallower.corpus.answers import Answers
 from shallower.corpus.bos import Bos, adds_bos, resolve_bos
-from shallower.corpus.build import build_calibration
-from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord
+from shallower.corpus.build import build_calibration, text_of
+from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved
 from shallower.corpus.choices import ChoiceSet, build_choices
-from shallower.corpus.overlap import Overlap, overlap
+from shallower.corpus.clean import Cleaning, Cluster, clean
+from shallower.corpus.overlap import EvaluationRuns, Overlap, SharedRows, overlap
 from shallower.corpus.sources import Document, Source, open_source
 from shallower.corpus.specification import Part
+from shallower.corpus.supply import Supply
 
 __all__ = [
     "Answers",
@@ -15,15 +17,23 @@ __all__ = [
     "Bos",
     "CalibrationSet",
     "ChoiceSet",
+    "Cleaning",
+    "Cluster",
     "Document",
+    "EvaluationRuns",
     "Overlap",
     "Part",
+    "SharedRows",
     "Source",
     "SourceRecord",
+    "Supply",
     "adds_bos",
     "build_calibration",
     "build_choices",
+    "clean",
+    "is_saved",
     "open_source",
     "overlap",
     "resolve_bos",
+    "text_of",
 ]

@@ -1,10 +1,12 @@
-"""From a text specification to a CalibrationSet: split, shuffle, tokenise, join, cut.
+"""From a text specification to a CalibrationSet: split, clean, format, shuffle, tokenise, join, cut, mix.
 
 - Documents are put in an order decided by `seed` alone. Of a long document the first `max_chars` characters are read;
   packing cuts them into excerpts (8,000 characters, more for long sequences) that are shuffled separately, so no single
-  book fills the set.
+  book fills the set. `position` takes one excerpt of each document instead: its start, its end, or one at random.
 - Packing joins documents with EOS (if the tokenizer has one) and cuts the stream into sequences without regard to
-  documents. Without packing a sequence is the beginning of one document, padded at the end and masked.
+  documents. Without packing a sequence is a part of one document (its beginning, unless `position` says otherwise),
+  padded at the end and masked.
+- A mixture gives each source its share of the sequences (largest remainders); a sequence holds text of one source.
 - Documents are tokenised without special tokens, in batches, only until there are enough.
 - The order comes from hashes, not from a random generator, so the same specification gives the same bytes on any
   machine.
@@ -14,20 +16,34 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from shallower import progress
 from shallower.corpus.bos import Bos, resolve_bos
-from shallower.corpus.calibration import CalibrationSet, SourceRecord, is_saved
+from shallower.corpus.calibration import CalibrationSet, SourceRecord, is_saved, tokens_digest
+from shallower.corpus.clean import Dropped, worth_reading
+from shallower.corpus.formats import Format, Formatted, formatted
+from shallower.corpus.quality import scorer
 from shallower.corpus.sources import PIECE, Document, Source, open_source, pieces
-from shallower.corpus.specification import Part, check_options, in_part, parse_specification, written_out
-from shallower.errors import CorpusError
+from shallower.corpus.specification import (
+    Part,
+    Term,
+    check_options,
+    in_part,
+    joined,
+    parse_specification,
+    raise_all,
+    written_out,
+)
+from shallower.corpus.supply import NOTHING, Supply
+from shallower.errors import CorpusError, UserError
 from shallower.registry import Option
 
 if TYPE_CHECKING:
@@ -39,9 +55,12 @@ _STREAM_BUFFER_DOCUMENTS = 1_000
 _TOKENISED_AT_ONCE = 100_000  # characters
 
 
+Position = Literal["auto", "start", "random", "end"]
+
+
 @dataclass(frozen=True)
 class BuildOptions:
-    """What may stand after the `?` of a specification."""
+    """What may stand after the `?` of a specification, or in a YAML file; `build_calibration` explains them."""
 
     sequences: int = 32
     length: int = 512
@@ -50,14 +69,24 @@ class BuildOptions:
     bos: Bos = "auto"
     part: Part = "all"
     max_chars: int = 100_000
+    position: Position = "auto"
+    format: Format = "text"
+    shots: int = 5
+    dedup: float = 0.0
+    min_quality: float = 0.0
+    quality: str = "rules"
 
     def __post_init__(self) -> None:
-        check_options(self, _OPTIONS, {"sequences": 1, "length": 2, "seed": 0, "max_chars": 1})
+        least = {"sequences": 1, "length": 2, "seed": 0, "max_chars": 1, "shots": 1}
+        shares = dict.fromkeys(("dedup", "min_quality"), (0.0, 1.0))
+        check_options(self, _OPTIONS, {name: (smallest, math.inf) for name, smallest in least.items()} | shares)
 
 
 _OPTIONS: Mapping[str, Option] = {
     name: Option(name, kind, getattr(BuildOptions, name)) for name, kind in typing.get_type_hints(BuildOptions).items()
 }
+# What a written-out specification does not repeat where it does nothing
+_LATER = ("position", "format", "shots", "dedup", "min_quality", "quality")
 
 
 def build_calibration(
@@ -71,59 +100,165 @@ def build_calibration(
     bos: Bos = "auto",
     part: Part = "all",
     max_chars: int = 100_000,
+    position: Position = "auto",
+    format: Format = "text",
+    shots: int = 5,
+    dedup: float = 0.0,
+    min_quality: float = 0.0,
+    quality: str = "rules",
+    supply: Supply = NOTHING,
 ) -> CalibrationSet:
     """Build the set that `spec` describes, or load it when `spec` is a folder written by CalibrationSet.save.
 
     Args:
-        spec: A source (see `shallower.corpus.sources`) and options after `?`, which win over the arguments below. The
-        set's
-            own `spec` has all of them written out.
+        spec: Sources with weights (see `shallower.corpus.sources`) and options after `?`, or a YAML file of the same
+            (see `shallower.corpus.specification`). Options win over the arguments below. The set's own `spec` has them
+            written out.
         tokenizer: The model's tokenizer.
         sequences: How many sequences.
         length: Tokens in each, BOS and EOS included.
         seed: Decides which documents come first.
         pack: Join documents and cut; otherwise one document a sequence.
         bos: `each-sequence`, `each-document`, `none`, or `auto`: each sequence if the tokenizer itself adds a BOS, else
-        none. part: `held-out` is a tenth of the documents, by a hash of their text, `train` the rest, `all` both.
+            none.
+        part: `held-out` is a tenth of the documents, by a hash of their text, `train` the rest, `all` both.
         max_chars: How many characters of one document are read.
+        position: Which part of a document: `start`, `end`, `random`, or `auto`: all of it when packing, else the start.
+        format: `text`; `chat` puts rows of messages, instruction and output, or question and answer into the model's
+            chat template; `few-shot` joins questions with their answers into prompts. Other rows stay text.
+        shots: Solved questions before the last one of a few-shot prompt.
+        dedup: Leave out a document whose five-word runs have at least this Jaccard similarity to those of an earlier
+            one, and exact duplicates. 0 keeps all.
+        min_quality: Leave out documents of lower quality. 0 keeps all.
+        quality: The registered scorer that says so.
+        supply: What the sources `self` and `demo:` need, from later layers.
 
     Raises:
         CorpusError: Text is missing, not text, or too short, or an option is out of range.
-        UnknownName: An option after `?` does not exist.
+        UnknownName: An option after `?`, a domain or a scorer does not exist.
     """
     parsed = parse_specification(spec, _OPTIONS)
     if is_saved(Path(parsed.source).expanduser()):
         return _saved(Path(parsed.source).expanduser(), parsed.options, tokenizer)
-    given: dict[str, Any] = {name: _OPTIONS[name].parse(text) for name, text in parsed.options.items()}
-    options = replace(BuildOptions(sequences, length, seed, pack, bos, part, max_chars), **given)
-    source = open_source(parsed.source)
-    ledger = _Ledger()
-    documents = ledger.recorded(source.read())
-    excerpts = _shuffled(_excerpts(documents, options), source, options.seed)
+    arguments = BuildOptions(
+        sequences, length, seed, pack, bos, part, max_chars, position, format, shots, dedup, min_quality, quality
+    )
+    options = replace(arguments, **{name: _OPTIONS[name].parse(text) for name, text in parsed.options.items()})
+    scorer(options.quality)  # refused before anything is read
+    sources = _open(parsed.terms, replace(supply, tokens=options.length, seed=options.seed))
+    shares = _shares(parsed.terms, options.sequences)
+    rows: list[tuple[int, list[int]]] = []
+    records: list[SourceRecord] = []
+    as_asked = False
+    for number, (term, source, share) in enumerate(zip(parsed.terms, sources, shares, strict=True)):
+        ledger = _Ledger(share / options.sequences)
+        made = _term_rows(term, source, tokenizer, replace(options, sequences=share), ledger)
+        rows += [(number, row) for row in made]
+        records += ledger.records()
+        as_asked = as_asked or ledger.as_asked
+    if not as_asked:
+        raise CorpusError(
+            f"{joined(parsed.terms)} holds no row for format={options.format}: chat takes messages, instruction and "
+            "output, or question and answer; few-shot takes questions with choices and gold, or an answer. Use "
+            "format=text."
+        )
+    if len(sources) > 1:
+        rows = _interleaved(rows, options.seed)
+    ids = torch.tensor([row + [pad_id(tokenizer)] * (options.length - len(row)) for _, row in rows], dtype=torch.int64)
+    lengths = torch.tensor([len(row) for _, row in rows])
+    mask = (torch.arange(options.length)[None, :] < lengths[:, None]).to(torch.int64)
+    found = [
+        replace(term, source=source.spec or term.source) for term, source in zip(parsed.terms, sources, strict=True)
+    ]
+    spec = written_out(joined(found), options, _LATER)
+    return CalibrationSet(spec, ids, mask, tuple(records), tokens_digest(tokenizer, ids))
+
+
+def text_of(spec: str) -> str:
+    """The sources of a specification without its options: what stands before the `?`, or is listed in its file.
+
+    Raises CorpusError or UnknownName when it cannot be read.
+    """
+    source = spec if Path(spec).exists() or "?" not in spec else spec.rpartition("?")[0]
+    return joined(parse_specification(source, _OPTIONS).terms)
+
+
+def _open(terms: Sequence[Term], supply: Supply) -> list[Source]:
+    """The sources of a mixture; what is wrong with any is told together."""
+    sources, faults = [], []
+    for term in terms:
+        try:
+            sources.append(open_source(term.source, supply))
+        except UserError as fault:
+            faults.append(fault)
+    raise_all(faults)
+    return sources
+
+
+def _shares(terms: Sequence[Term], sequences: int) -> list[int]:
+    """Sequences of each source: what is left after rounding down goes to the largest remainders, first ones first."""
+    total = sum(term.weight for term in terms)
+    exact = [term.weight / total * sequences for term in terms]
+    shares = [math.floor(amount + 1e-9) for amount in exact]
+    by_remainder = sorted(range(len(terms)), key=lambda place: (shares[place] - exact[place], place))
+    for place in by_remainder[: sequences - sum(shares)]:
+        shares[place] += 1
+    for term, share in zip(terms, shares, strict=True):
+        if not share:
+            raise CorpusError(
+                f"{term.source} is {term.weight / total:.2%} of {sequences} sequences, which is none: ask for more "
+                "sequences, give it a greater weight, or leave it out."
+            )
+    return shares
+
+
+def _interleaved(rows: Sequence[tuple[int, list[int]]], seed: int) -> list[tuple[int, list[int]]]:
+    """Sequences of several sources in an order decided by the seed, so that any first part is a mixture, too."""
+    order = [hashlib.sha256(f"{seed} {source} {place}".encode()).digest() for place, (source, _) in enumerate(rows)]
+    return [rows[place] for place in sorted(range(len(rows)), key=order.__getitem__)]
+
+
+def _term_rows(
+    term: Term, source: Source, tokenizer: PreTrainedTokenizerBase, options: BuildOptions, ledger: _Ledger
+) -> list[list[int]]:
+    documents: Iterable[Document] = ledger.recorded(source.read())
+    # the whole text decides the part, so that sets with another max_chars split alike
+    documents = (document for document in documents if document.text.strip() and in_part(document.text, options.part))
+    documents = worth_reading(
+        documents,
+        dedup=options.dedup,
+        min_quality=options.min_quality,
+        quality=options.quality,
+        dropped=ledger.dropped,
+    )
+    texts = ledger.noticed(formatted(documents, options.format, options.shots, tokenizer))
+    excerpts = _shuffled(_excerpts(texts, options), source, options.seed)
     with progress.task(f"tokens of {source.name}", total=options.sequences) as step:
         rows = _rows(excerpts, tokenizer, options, ledger, step)
-    _require_enough(rows, parsed.source, options)
-    ids = torch.tensor([row + [pad_id(tokenizer)] * (options.length - len(row)) for row in rows], dtype=torch.int64)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(options.length)[None, :] < lengths[:, None]).to(torch.int64)
-    return CalibrationSet(written_out(parsed.source, options), ids, mask, ledger.records())
+    _require_enough(rows, term.source, options, ledger)
+    return rows
 
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """Text that is tokenised as one."""
+    """Text that is tokenised as one, and the rows that it is of."""
 
     text: str
     id: str
-    document: Document
+    rows: tuple[Document, ...]
 
 
 class _Ledger:
-    """What was read from each source and which of its documents were used."""
+    """What was read of each file or data set of a source, and what of it was used."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float) -> None:
+        self.dropped = Dropped()
+        self.as_asked = False
+        self._weight = weight
         self._hashes: dict[str, Any] = {}
+        self._read: dict[str, int] = {}
         self._used: dict[str, set[str]] = {}
+        self._tokens: dict[str, int] = {}
 
     def recorded(self, documents: Iterable[Document]) -> Iterator[Document]:
         for document in documents:
@@ -131,34 +266,82 @@ class _Ledger:
             total = self._hashes.setdefault(document.source, hashlib.sha256())
             total.update(len(data).to_bytes(8, "little"))
             total.update(data)
+            self._read[document.source] = self._read.get(document.source, 0) + 1
             yield document
 
-    def use(self, document: Document) -> None:
-        self._used.setdefault(document.source, set()).add(document.id)
+    def noticed(self, texts: Iterable[Formatted]) -> Iterator[Formatted]:
+        for text in texts:
+            self.as_asked = self.as_asked or text.as_asked
+            yield text
+
+    def use(self, excerpt: _Excerpt, tokens: int) -> None:
+        for document in excerpt.rows:
+            self._used.setdefault(document.source, set()).add(document.id)
+        name = excerpt.rows[0].source
+        self._tokens[name] = self._tokens.get(name, 0) + tokens
 
     def records(self) -> tuple[SourceRecord, ...]:
-        return tuple(
-            SourceRecord(name, f"sha256:{total.hexdigest()}", len(self._used.get(name, ())))
-            for name, total in sorted(self._hashes.items())
-        )
+        names = sorted(self._hashes)
+        records = [
+            SourceRecord(
+                name,
+                f"sha256:{self._hashes[name].hexdigest()}",
+                len(self._used.get(name, ())),
+                self._read[name],
+                self._tokens.get(name, 0),
+                self._weight,
+            )
+            for name in names
+        ]
+        if records and self.dropped.total:
+            # counted for the source as a whole: they stand with its first file
+            dropped = self.dropped
+            records[0] = replace(
+                records[0],
+                exact_duplicates=dropped.exact,
+                near_duplicates=dropped.near,
+                low_quality=dropped.low_quality,
+            )
+        return tuple(records)
 
 
-def _excerpts(documents: Iterable[Document], options: BuildOptions) -> Iterator[_Excerpt]:
+def _excerpts(texts: Iterable[Formatted], options: BuildOptions) -> Iterator[_Excerpt]:
     limit = max(PIECE, 8 * options.length)
-    for document in documents:
-        # the whole text decides the part, so that sets with another max_chars split alike
-        if not document.text.strip() or not in_part(document.text, options.part):
-            continue
-        text = document.text[: options.max_chars]
+    for found in texts:
+        document, rows = found.document, found.rows
+        text = _part_of(document.text, options.max_chars, document.id, options)
         if len(text) <= limit or not options.pack:
-            yield _Excerpt(text, document.id, document)
-            continue
-        for number, piece in enumerate(pieces(text.splitlines(keepends=True), limit)):
-            yield _Excerpt(piece, f"{document.id}:{number}", document)
+            yield _Excerpt(text, document.id, rows)
+        elif options.position != "auto":
+            yield _Excerpt(_part_of(text, limit, document.id, options), document.id, rows)
+        else:
+            for number, piece in enumerate(pieces(text.splitlines(keepends=True), limit)):
+                yield _Excerpt(piece, f"{document.id}:{number}", rows)
+
+
+def _part_of(text: str, width: int, id: str, options: BuildOptions) -> str:
+    """At most `width` characters from where `position` says, from the start of a word on."""
+    start = _offset(len(text) - width, id, options)
+    if not start:
+        return text[:width]
+    found = text[start : start + width]
+    return found if text[start - 1].isspace() else found.partition(" ")[2] or found
+
+
+def _offset(room: int, id: str, options: BuildOptions) -> int:
+    """Where a part begins that may begin at 0 to `room`."""
+    if room <= 0 or options.position in ("auto", "start"):
+        return 0
+    if options.position == "end":
+        return room
+    return int.from_bytes(hashlib.sha256(f"{options.seed} {id} position".encode()).digest()[:8], "big") % (room + 1)
 
 
 def _shuffled(excerpts: Iterable[_Excerpt], source: Source, seed: int) -> Iterator[_Excerpt]:
     """Excerpts by the hash of seed and id; those of a source that outgrows the buffer leave it as others come in."""
+    if source.endless:
+        yield from excerpts
+        return
     most = _STREAM_BUFFER_DOCUMENTS if source.streamed else None
     heap: list[tuple[bytes, int, _Excerpt]] = []
     held = 0
@@ -188,8 +371,9 @@ def _rows(
     rows: list[list[int]] = []
     if not options.pack:
         for excerpt, ids in tokenised:
-            rows.append((first + ids)[: options.length])
-            ledger.use(excerpt.document)
+            start = _offset(len(ids) - (options.length - len(first)), excerpt.id, options)
+            rows.append((first + ids[start:])[: options.length])
+            ledger.use(excerpt, len(rows[-1]))
             step()
             if len(rows) == options.sequences:
                 break
@@ -198,10 +382,11 @@ def _rows(
     joint = ([] if eos is None else [eos]) + (first if where == "each-document" else [])
     row, pending = list(opening), first if where == "each-document" else []
     for excerpt, ids in tokenised:
-        ledger.use(excerpt.document)
+        ledger.use(excerpt, 0)
         pending = pending + ids
         while pending:
             room = options.length - len(row)
+            ledger.use(excerpt, min(room, len(pending)))
             row, pending = row + pending[:room], pending[room:]
             if len(row) < options.length:
                 break
@@ -237,11 +422,13 @@ def _with_ids(excerpts: list[_Excerpt], tokenizer: PreTrainedTokenizerBase) -> I
     yield from ((excerpt, ids) for excerpt, ids in zip(excerpts, encoded, strict=True) if ids)
 
 
-def _require_enough(rows: list[list[int]], source: str, options: BuildOptions) -> None:
+def _require_enough(rows: list[list[int]], source: str, options: BuildOptions, ledger: _Ledger) -> None:
     whole = sum(len(row) == options.length for row in rows) if options.pack else len(rows)
     if whole == options.sequences:
         return
     what = f"the {options.part} part of {source}" if options.part != "all" else source
+    if ledger.dropped.total:
+        what += f", without {ledger.dropped.total} documents that dedup and min_quality leave out,"
     if not options.pack:
         raise CorpusError(
             f"{what} holds {len(rows)} documents, but sequences={options.sequences} was asked for without packing: "
@@ -275,10 +462,15 @@ def _saved(folder: Path, options: Mapping[str, str], tokenizer: PreTrainedTokeni
 
 
 def require_vocabulary(loaded: CalibrationSet, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises CorpusError when a set loaded from `folder` has ids that the tokenizer does not have."""
+    """Raises CorpusError when ids of a set loaded from `folder` are unknown to the tokenizer or mean something else."""
     highest = int(loaded.input_ids.max())
     if highest >= len(tokenizer):
         raise CorpusError(
             f"{folder} has the token id {highest}, but this model's tokenizer ends at {len(tokenizer) - 1}: the "
             f"set was made for another model. Build it again from {loaded.spec!r}."
+        )
+    if loaded.tokenizer is not None and loaded.tokenizer != tokens_digest(tokenizer, loaded.input_ids):
+        raise CorpusError(
+            f"the token ids of {folder} stand for other tokens in this model's tokenizer: the set was made for another "
+            f"model. Build it again from {loaded.spec!r}."
         )

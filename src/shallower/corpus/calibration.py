@@ -11,10 +11,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,9 @@ from shallower.errors import CorpusError, OutputError
 from shallower.plan import CalibrationIdentity
 from shallower.strict_json import key_faults, write_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MANIFEST = "manifest.json"
 TENSORS = "calibration.safetensors"
 
@@ -35,11 +38,27 @@ Set = TypeVar("Set", bound="CalibrationSet")
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """What was read. `sha256` is of all text read from the source, `documents` counts those that entered the set."""
+    """What was read. `sha256` is of all text read from the source, `documents` counts those that entered the set.
+
+    Unknown (None) in sets of questions and of older versions: `read` documents in all; `tokens` of the set; `weight`,
+    the source's share of it; and how many documents were left out as exact and near duplicates and for their quality.
+    """
 
     name: str
     sha256: str
     documents: int
+    read: int | None = None
+    tokens: int | None = None
+    weight: float | None = None
+    exact_duplicates: int | None = None
+    near_duplicates: int | None = None
+    low_quality: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+_RECORD = tuple(SourceRecord.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -59,14 +78,16 @@ class CalibrationSet:
     """Sequences of one length, on the CPU.
 
     input_ids: int64 [sequences, length]. attention_mask: the same shape and type, 1 for real tokens, all 0s at the end
-    of a row; None says all are real, and a mask of only 1s becomes None. Raises CorpusError when shapes or types differ
-    from this.
+    of a row; None says all are real, and a mask of only 1s becomes None. tokenizer: `sha256:…` of the ids that occur
+    and the tokens they stand for (`tokens_digest`), None where that is not known. Raises CorpusError when shapes or
+    types differ from this.
     """
 
     spec: str
     input_ids: Tensor
     attention_mask: Tensor | None
     sources: tuple[SourceRecord, ...] = ()
+    tokenizer: str | None = None
 
     format: ClassVar[str] = "shallower.calibration/1"
 
@@ -144,7 +165,8 @@ class CalibrationSet:
             "length": self.length,
             "tokens": self.tokens,
             "digest": self.digest,
-            "sources": [asdict(source) for source in self.sources],
+            **({} if self.tokenizer is None else {"tokenizer": self.tokenizer}),
+            "sources": [source.to_json() for source in self.sources],
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -186,6 +208,13 @@ class CalibrationSet:
         return cls(spec, tensors["input_ids"], tensors.get("attention_mask"), sources)
 
 
+def tokens_digest(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """`sha256:…` of each id that occurs with its token: equal for tokenizers that read these ids alike."""
+    known = sorted(set(ids.flatten().tolist()))
+    tokens = tokenizer.convert_ids_to_tokens(known)
+    return f"sha256:{hashlib.sha256(json.dumps(list(zip(known, tokens, strict=True))).encode()).hexdigest()}"
+
+
 def is_saved(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` is what CalibrationSet.save writes."""
     return (Path(folder) / MANIFEST).is_file() and (Path(folder) / TENSORS).is_file()
@@ -193,17 +222,19 @@ def is_saved(folder: str | os.PathLike[str]) -> bool:
 
 def _from_files(kind: type[Set], folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Set:
     where = str(folder / MANIFEST)
-    faults = key_faults(where, manifest, ("format", "spec", "sequences", "length", "tokens", "digest", "sources"))
+    faults = key_faults(
+        where, manifest, ("format", "spec", "sequences", "length", "tokens", "digest", "sources"), ("tokenizer",)
+    )
     if manifest.get("format") != kind.format:
         faults.insert(0, f"{where} has format {manifest.get('format')!r}, not {kind.format!r}")
     for number, source in enumerate(manifest.get("sources", ())):
-        faults += key_faults(f"{where}, source {number}", source, ("name", "sha256", "documents"))
+        faults += key_faults(f"{where}, source {number}", source, _RECORD[:3], _RECORD[3:])
     if "input_ids" not in tensors:
         faults.append(f"{folder / TENSORS} has no 'input_ids'")
     if faults:
         raise CorpusError("; ".join(faults) + ".")
     sources = tuple(SourceRecord(**source) for source in manifest["sources"])
-    loaded = kind._made(manifest["spec"], tensors, sources)
+    loaded = replace(kind._made(manifest["spec"], tensors, sources), tokenizer=manifest.get("tokenizer"))
     if loaded.digest != manifest["digest"]:
         raise CorpusError(
             f"{folder} was changed after it was saved: its digest is {loaded.digest}, the manifest says "

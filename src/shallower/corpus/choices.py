@@ -8,6 +8,7 @@ documents are.
 from __future__ import annotations
 
 import hashlib
+import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,7 @@ class ChoiceOptions:
     part: Part = "all"
 
     def __post_init__(self) -> None:
-        check_options(self, _OPTIONS, {"questions": 1, "length": 2, "seed": 0})
+        check_options(self, _OPTIONS, {"questions": (1, math.inf), "length": (2, math.inf), "seed": (0, math.inf)})
 
 
 _OPTIONS: Mapping[str, Option] = {

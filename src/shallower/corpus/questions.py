@@ -51,6 +51,24 @@ def read_questions(path: Path) -> Iterator[tuple[int, Question]]:
         raise CorpusError(f"{path} is empty: it holds no question. Write one a line, as in {EXAMPLE}.")
 
 
+def is_question(record: Mapping[str, Any]) -> bool:
+    """Whether a row has the fields of a question with its answer."""
+    choices = "choices" in record or "endings" in record
+    return any(name in record for name in ASKING) and (choices or isinstance(record.get("answer"), (bool, str)))
+
+
+def solved(record: Mapping[str, Any], where: str) -> str:
+    """The question with its right answer, as an example to learn from.
+
+    Raises CorpusError for a row that is not a question.
+    """
+    if isinstance(record.get("answer"), str) and not ("choices" in record or "endings" in record):
+        asked, answer = (_text(record.get(name), name, where) for name in ("question", "answer"))
+        return f"Question: {asked}\nAnswer: {answer}"
+    question = _question(record, where)
+    return "".join(question.prompts[question.gold])
+
+
 def _question(record: Mapping[str, Any], where: str) -> Question:
     field = next((name for name in ASKING if name in record), None)
     if field is None:

@@ -3,73 +3,114 @@
     notes.txt                   a text file, cut at paragraph ends into documents of at most 8,000 characters
     c4.jsonl                    an object a line: `text`, or instruction + input + output, or question + answer
     c4.jsonl#body               … or the field `body`
-    folder                      every .txt and .jsonl below it, in sorted order
+    c4.jsonl.gz, notes.txt.zst  the same, compressed
+    c4.parquet                  a row a document, fields as above
+    folder                      every such file below it, in sorted order
     hf:owner/name:config:split  a Hub data set, streamed; config may be left out, and split (then `train`)
     owner/name                  the same, when no local path has that name
     arrow:PATH#field            an Arrow data set folder or file; repeated texts are read once
     python:docs                 this Python's own language reference and docstrings: English prose, always there
     python:source               this Python's standard library, as code
     python                      both
+    web, wiki, books, …         a domain: see `shallower.corpus.domains` (`domain:books` where a path has that name)
+    self                        text sampled from the model itself, from its BOS or a random first token
+    self:bos, self:token        … from the one or the other
 
-`#field` may follow any source that has records.
+`#field` may follow any source that has records. Files are read as they are needed, never as a whole.
 """
 
 from __future__ import annotations
 
 import difflib
+import gzip
 import inspect
+import io
 import json
 import platform
 import re
 import sys
 import sysconfig
+import typing
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import field as attribute
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from shallower.errors import CorpusError
+from shallower import progress
+from shallower.corpus.domains import DOMAINS, resolve
+from shallower.corpus.supply import NOTHING, START, Supply
+from shallower.errors import CorpusError, UnknownName
 
-EXTENSIONS = (".txt", ".jsonl")
+EXTENSIONS = (".txt", ".jsonl", ".parquet")
+COMPRESSED = (".gz", ".zst")
 PIECE = 8_000
-_JOINED_FIELDS = (("text",), ("instruction", "input", "output"), ("question", "answer"))
+_JOINED_FIELDS = (
+    ("text",),
+    ("instruction", "input", "output"),
+    ("question", "answer"),
+    *((name,) for name in ("sentence", "ctx", "context", "goal")),
+)
+_AT_ONCE = 1_000  # rows of a parquet file
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 _SPLITS = ("train", "validation", "test")
-_KINDS = "a .txt or .jsonl file, a folder of them, hf:owner/name, arrow:PATH, python:docs or python:source"
+_KINDS = (
+    f"a {', '.join(EXTENSIONS)} file (the first two also with {' or '.join(COMPRESSED)}), a folder of them, "
+    f"hf:owner/name, arrow:PATH, python:docs, python:source, self, or a domain: {', '.join(DOMAINS)}"
+)
 _TABLES = ("encodings", "pydoc_data")  # of the library's modules, those that are data and not code
 _STANDALONE_STRING = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `source` is the file or data set it came from; `id` is unique within the specification's source."""
+    """One text. `source` is the file or data set it came from; `id` is unique within the specification's source.
+
+    record: the row it was read from, where there are rows.
+    """
 
     text: str
     id: str
     source: str
+    record: Mapping[str, Any] | None = attribute(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Source:
     """Documents behind a specification. `read()` starts from the beginning each time, lazily.
 
-    streamed: too long to be read to its end (a Hub data set).
+    streamed: too long to be read to its end (a Hub data set). endless: in random order already (the model's own text).
+    spec: names the same source on any day, where the text given depends on what can be reached.
     """
 
     name: str
     read: Callable[[], Iterator[Document]]
     streamed: bool = False
+    endless: bool = False
+    spec: str | None = None
 
 
-def open_source(text: str) -> Source:
+def open_source(text: str, supply: Supply = NOTHING) -> Source:
     """Find the source that `text` names (see the module's docstring); nothing is read yet but the file listing.
+
+    supply: what later layers have: the model's own text, and texts fetched from the package index.
 
     Raises CorpusError when there is none. Reading raises CorpusError for files that are empty, not text, or lack the
     field.
     """
     name, _, field_name = text.partition("#") if not Path(text).exists() else (text, "", "")
     field = field_name or None
+    if name in DOMAINS or name.startswith("domain:"):
+        if not Path(name).exists():
+            found = resolve(name.removeprefix("domain:"), supply)
+            return replace(open_source(found + (f"#{field}" if field else ""), supply), spec=found)
+        progress.note(f"{name} is read from the path of that name; write domain:{name} for the domain.")
+    if name.split(":")[0] == "self":
+        return _self(name, field, supply)
+    if name.startswith("demo:"):
+        return _demo(name, field, supply)
     if name.split(":")[0] == "python":
         return _python(name, field)
     if name.startswith("hf:"):
@@ -81,8 +122,11 @@ def open_source(text: str) -> Source:
         return _folder(path, field)
     if path.exists():
         return Source(path.name, partial(_read_file, path, path.name, field))
-    if _HUB_NAME.fullmatch(name) and path.suffix not in EXTENSIONS:
+    if _HUB_NAME.fullmatch(name) and path.suffix not in (*EXTENSIONS, *COMPRESSED):
         return _hub(name, field)
+    near = difflib.get_close_matches(name, DOMAINS, n=1)
+    if near and "/" not in name and not path.suffix:
+        raise UnknownName("text or domain", name, DOMAINS, f"Text is also {_KINDS.partition(', self')[0]}.")
     raise CorpusError(f"no text at {name!r}: there is no such file. Text is {_KINDS}.")
 
 
@@ -125,34 +169,80 @@ def _folder(path: Path, field: str | None) -> Source:
         file
         for file in sorted(path.rglob("*"))
         if file.is_file()
-        and file.suffix in EXTENSIONS
+        and _kind(file) is not None
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not files:
         hint = f" It has Arrow files: write arrow:{path}#FIELD." if any(path.glob("*.arrow")) else ""
-        raise CorpusError(f"the folder {path} holds no {' or '.join(EXTENSIONS)} file.{hint}")
+        raise CorpusError(f"the folder {path} holds no {', '.join(EXTENSIONS)} file.{hint}")
 
     def read() -> Iterator[Document]:
         for file in files:
-            fields = field if file.suffix == ".jsonl" else None
+            fields = None if _kind(file) == ".txt" else field
             yield from _read_file(file, file.relative_to(path).as_posix(), fields)
 
     return Source(path.name, read)
 
 
+def _kind(path: Path) -> str | None:
+    """`.txt`, `.jsonl` or `.parquet`, compressed or not; None for a file that is not read."""
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    return suffix if suffix in EXTENSIONS and not (suffix == ".parquet" != path.suffix) else None
+
+
 def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
-    if path.suffix not in EXTENSIONS:
+    kind = _kind(path)
+    if kind is None:
         raise CorpusError(
-            f"{path} has the extension {path.suffix!r}; text files end in {' or '.join(EXTENSIONS)}: convert it."
+            f"{path} has the extension {path.suffix!r}; text files end in {', '.join(EXTENSIONS)}, the first two also "
+            f"with {' or '.join(COMPRESSED)}: convert it."
         )
-    if path.suffix == ".txt":
+    rows: Iterable[tuple[str, Mapping[str, Any] | None]]
+    if kind == ".txt":
         if field is not None:
             raise CorpusError(f"{path} is plain text and has no field {field!r}: leave #{field} out.")
-        texts = pieces((line for _, line in text_lines(path)), PIECE)
+        rows = ((text, None) for text in pieces((line for _, line in text_lines(path)), PIECE))
     else:
-        texts = (_text_of(record, field, f"{path}, line {number}") for number, record in json_records(path))
-    documents = (Document(text, f"{name}:{number}", name) for number, text in enumerate(texts))
+        records = json_records(path) if kind == ".jsonl" else _parquet_records(path, field)
+        unit = "line" if kind == ".jsonl" else "row"
+        rows = ((_text_of(record, field, f"{path}, {unit} {number}"), record) for number, record in records)
+    documents = (Document(text, f"{name}:{number}", name, record) for number, (text, record) in enumerate(rows))
     return _not_empty(documents, str(path))
+
+
+def _parquet_records(path: Path, field: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a parquet file, numbered from 1, some at a time; with `field`, that column alone."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise CorpusError(
+            f"{path} needs the package `pyarrow`, which is not installed: pip install 'shallower[data]'."
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [field] if field in file.schema_arrow.names else None
+            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{path} cannot be read as parquet: {str(error).rstrip('.')}.") from None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return typing.cast(IO[bytes], gzip.open(path, "rb"))
+    if path.suffix != ".zst":
+        return path.open("rb")
+    try:
+        import pyarrow
+    except ImportError:
+        raise CorpusError(
+            f"{path} needs the package `pyarrow`, which is not installed: pip install 'shallower[data]'."
+        ) from None
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd"))
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -161,7 +251,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises CorpusError when the file cannot be opened, has NUL bytes or is not UTF-8.
     """
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             for number, raw in enumerate(file, 1):
                 if b"\0" in raw:
                     raise CorpusError(f"{path} is not text: line {number} has a NUL byte. Text must be UTF-8.")
@@ -172,8 +262,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise CorpusError(
             f"{path} is not text: line {number} has the byte 0x{byte:02x}, which is not UTF-8. Convert it with iconv."
         ) from None
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -198,6 +288,8 @@ def json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _text_of(record: Mapping[str, Any], field: str | None, where: str) -> str:
+    if field is None and isinstance(record.get("messages"), list) and "text" not in record:
+        return "\n\n".join(str(turn["content"]) for turn in record["messages"] if isinstance(turn, dict))
     if field is None:
         fields = next((names for names in _JOINED_FIELDS if names[0] in record), ())
         if not fields:
@@ -211,7 +303,8 @@ def _text_of(record: Mapping[str, Any], field: str | None, where: str) -> str:
         near = difflib.get_close_matches(field, record, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise CorpusError(f"{where} has no field {field!r}, only {', '.join(record)}{hint}")
-    values = [record[name] for name in fields if record.get(name) is not None]
+    # a question that is answered by true or false says nothing as text
+    values = [record[name] for name in fields if record.get(name) is not None and not isinstance(record[name], bool)]
     for name, value in zip(fields, values, strict=False):
         if not isinstance(value, str):
             raise CorpusError(f"{where}: field {name!r} holds {_shown(json.dumps(value, default=str))}, not text.")
@@ -240,7 +333,7 @@ def _hub(name: str, field: str | None) -> Source:
         number = -1
         try:
             for number, record in enumerate(load_dataset(repository, name=config, split=split, streaming=True)):
-                yield Document(_text_of(record, field, f"{full}, row {number}"), f"{full}:{number}", full)
+                yield Document(_text_of(record, field, f"{full}, row {number}"), f"{full}:{number}", full, record)
         except CorpusError:
             raise
         # whatever the network, the Hub client or a format's reader raises, the user needs the same sentence
@@ -261,7 +354,7 @@ def _arrow(path: Path, field: str | None) -> Source:
     if not files or not files[0].is_file():
         raise CorpusError(f"no Arrow data at {str(path)!r}: name a .arrow file or a folder that holds one.")
 
-    def texts() -> Iterator[str]:
+    def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             import pyarrow
         except ImportError:
@@ -272,21 +365,55 @@ def _arrow(path: Path, field: str | None) -> Source:
         for file in files:
             try:
                 with pyarrow.memory_map(str(file)) as mapped:
-                    for number, record in enumerate(pyarrow.ipc.open_stream(mapped).read_all().to_pylist()):
+                    records = (row for batch in pyarrow.ipc.open_stream(mapped) for row in batch.to_pylist())
+                    for number, record in enumerate(records):
                         text = _text_of(record, field, f"{file}, row {number}")
                         if text not in seen:
                             seen.add(text)
-                            yield text
+                            yield text, record
             except (pyarrow.ArrowException, OSError) as error:
                 raise CorpusError(f"{file} cannot be read as an Arrow stream: {error}.") from None
 
     name = "/".join(path.parts[-3:])  # as in boolq/none/validation
 
     def read() -> Iterator[Document]:
-        documents = (Document(text, f"{name}:{number}", name) for number, text in enumerate(texts()))
+        documents = (Document(text, f"{name}:{number}", name, record) for number, (text, record) in enumerate(rows()))
         return _not_empty(documents, str(path))
 
     return Source(name, read)
+
+
+def _demo(name: str, field: str | None, supply: Supply) -> Source:
+    """A text of the package index, which a later layer fetches."""
+    text = name.removeprefix("demo:")
+    if text not in supply.texts:
+        raise UnknownName("demo text", text, supply.texts, "The command line and the verbs know wiki and science.")
+
+    def read() -> Iterator[Document]:
+        path = supply.texts[text]()
+        return _read_file(path, name, field)
+
+    return Source(name, read)
+
+
+def _self(name: str, field: str | None, supply: Supply) -> Source:
+    """The model's own text."""
+    start = name.partition(":")[2] or "auto"
+    if start not in START or field is not None:
+        known = ", ".join("self" if word == "auto" else f"self:{word}" for word in START)
+        raise CorpusError(f"{name + ('#' + field if field else '')!r} is not a source: write {known}.")
+    sample = supply.sample
+    if sample is None:
+        raise CorpusError(
+            f"{name} is text sampled from the model itself, and there is no model here: use it for --calibration of a "
+            "model, or with `shallower corpus build`."
+        )
+
+    def read() -> Iterator[Document]:
+        for number, text in enumerate(sample(start, tokens=supply.tokens, seed=supply.seed)):
+            yield Document(text, f"{name}:{number}", name)
+
+    return Source(name, read, streamed=True, endless=True)
 
 
 def _python(name: str, field: str | None) -> Source:

@@ -1,71 +1,126 @@
-"""A text specification: a source and, after `?`, options, as in `c4.jsonl?sequences=64&length=256&part=train`."""
+"""A calibration specification: sources with weights, and options, as one string or as a YAML file.
+
+    c4.jsonl?sequences=64&length=256&part=train
+    c4.jsonl*0.7+books.jsonl*0.3?sequences=64&dedup=0.8
+    spec.yaml?seed=1                                     options after `?` win over those of the file
+
+The same as YAML. Paths are relative to the file's own folder, and may hold `+` and `*` here:
+
+    sources:
+      - c4.jsonl*0.7
+      - {source: books.jsonl, weight: 0.3}
+    sequences: 64
+    dedup: 0.8
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from shallower.errors import CorpusError, UnknownName
+from shallower.errors import CorpusError, UnknownName, UserError
 from shallower.registry import Option
 
 Part = Literal["all", "train", "held-out"]
 
+YAML = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One source of a mixture. `source` is for open_source; weights are relative to the sum of all."""
+
+    source: str
+    weight: float = 1.0
+
 
 @dataclass(frozen=True)
 class Specification:
-    """`source` is for open_source; `options` are the texts after `?`, not yet parsed."""
+    """`source` names it; `terms` are what it is mixed of; `options` are texts, checked but not yet parsed."""
 
     source: str
     options: dict[str, str]
+    terms: tuple[Term, ...]
 
 
 def parse_specification(text: str, known: Iterable[str]) -> Specification:
-    """Split `source?name=value&name=value`. A path that exists under the whole text has no options.
+    """Read `source*weight+source*weight?name=value&name=value`, or the YAML file before the `?`.
 
-    Raises CorpusError for an option without a value or named twice, UnknownName for one that is not in `known`.
+    known: the options that may be named; a mapping to Option says which values fit, too. A path that exists under the
+    whole text has no options, one that exists under all before the `?` is one source.
+
+    Raises CorpusError or UnknownName for one fault; CorpusError that tells all of them for several.
     """
     source, _, tail = (text, "", "") if Path(text).exists() else text.rpartition("?") if "?" in text else (text, "", "")
     if not source.strip():
         raise CorpusError(f"{text!r} names no text: write a path, hf:owner/name or python:docs before the '?'.")
-    known = tuple(known)
+    allowed: Mapping[str, Option | None] = known if isinstance(known, Mapping) else dict.fromkeys(known)
+    faults: list[UserError] = []
     options: dict[str, str] = {}
+    path = Path(source).expanduser()
+    if path.suffix in YAML and path.is_file():
+        terms, options, found = _read_yaml(path, allowed)
+    else:
+        terms, found = _terms(source)
+    faults += found
+    given: dict[str, str] = {}
     for item in filter(None, tail.split("&")):
         name, equals, value = item.partition("=")
-        name = name.strip().replace("-", "_")
-        if name not in known:
-            raise UnknownName(f"option of {source}", name, known)
-        if not equals or not value.strip():
-            raise CorpusError(f"option {name!r} of {source} has no value: write {name}=… .")
-        if name in options:
-            raise CorpusError(
-                f"option {name!r} of {source} is given twice ({options[name]} and {value}); give it once."
+        name, value = name.strip().replace("-", "_"), value.strip()
+        if not equals or not value:
+            missing = CorpusError(f"option {name!r} of {source} has no value: write {name}=… .")
+            faults.append(missing if name in allowed else UnknownName(f"option of {source}", name, allowed))
+        elif name in given:
+            faults.append(
+                CorpusError(f"option {name!r} of {source} is given twice ({given[name]} and {value}); give it once.")
             )
-        options[name] = value.strip()
-    return Specification(source, options)
+        else:
+            faults += _option_faults(source, name, value, allowed)
+            given[name] = value
+    raise_all(faults)
+    return Specification(source, options | given, terms)
 
 
-def check_options(options: Any, known: Mapping[str, Option], least: Mapping[str, int]) -> None:
-    """Raises CorpusError when an option is below its least value, or is not one of its choices."""
-    for name, smallest in least.items():
+def raise_all(faults: Sequence[UserError]) -> None:
+    """Raise the only fault as it is, or one CorpusError that tells all of them."""
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise CorpusError(" ".join(f"({number}) {fault}" for number, fault in enumerate(faults, 1)))
+
+
+def check_options(options: Any, known: Mapping[str, Option], ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises CorpusError, for all options together, when one is out of its range or is not one of its choices."""
+    faults: list[UserError] = []
+    for name, (least, most) in ranges.items():
         value = getattr(options, name)
-        if value < smallest:
-            raise CorpusError(f"{name}={value} is too small: it must be at least {smallest}.")
+        if not least <= value <= most:
+            small = f"too small: it must be at least {least}" if most == math.inf else f"not from {least} to {most}"
+            faults.append(CorpusError(f"{name}={value} is {small}."))
     for name, option in known.items():
-        allowed = get_args(option.annotation) if get_origin(option.annotation) is Literal else ()
-        if allowed and getattr(options, name) not in allowed:
-            raise CorpusError(f"{name}={getattr(options, name)!r} is not one of {', '.join(allowed)}.")
+        choices = get_args(option.annotation) if get_origin(option.annotation) is Literal else ()
+        if choices and getattr(options, name) not in choices:
+            faults.append(CorpusError(f"{name}={getattr(options, name)!r} is not one of {', '.join(choices)}."))
+    raise_all(faults)
 
 
-def written_out(source: str, options: Any) -> str:
-    """The specification with every option, those that were not given, too."""
+def written_out(source: str, options: Any, unless_default: Iterable[str] = ()) -> str:
+    """The specification with every option, those that were not given, too; some only where they say anything."""
+    silent = {name for name in unless_default if getattr(options, name) == getattr(type(options), name)}
+    told = (f"{name}={_text(value)}" for name, value in vars(options).items() if name not in silent)
+    return f"{source}?" + "&".join(told)
 
-    def text(value: object) -> str:
-        return str(value).lower() if isinstance(value, bool) else str(value)
 
-    return f"{source}?" + "&".join(f"{name}={text(value)}" for name, value in vars(options).items())
+def joined(terms: Sequence[Term]) -> str:
+    """The mixture as it stands before the `?`; of one source, its name."""
+    if len(terms) == 1:
+        return terms[0].source
+    return "+".join(f"{term.source}*{term.weight:g}" for term in terms)
 
 
 def in_part(text: str, part: Part) -> bool:
@@ -74,3 +129,123 @@ def in_part(text: str, part: Part) -> bool:
         return True
     held_out = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0
     return held_out == (part == "held-out")
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _option_faults(where: str, name: str, value: str, allowed: Mapping[str, Option | None]) -> list[UserError]:
+    if name not in allowed:
+        return [UnknownName(f"option of {where}", name, allowed)]
+    option = allowed[name]
+    if option is not None:
+        try:
+            option.parse(value)
+        except UserError as fault:
+            return [fault]
+    return []
+
+
+def _terms(text: str) -> tuple[tuple[Term, ...], list[UserError]]:
+    """The sources of a mixture with their weights, and what is wrong with them."""
+    if Path(text).expanduser().exists():
+        return (Term(text),), []
+    terms, faults = [], []
+    for item in text.split("+"):
+        try:
+            terms.append(_term(item, text))
+        except CorpusError as fault:
+            faults.append(fault)
+    return _weighed(terms, text, faults)
+
+
+def _term(item: str, where: str) -> Term:
+    name, star, weight = item.strip().rpartition("*")
+    if not star or Path(item.strip()).expanduser().exists():
+        name, weight = item.strip(), "1"
+    if not name.strip():
+        raise CorpusError(
+            f"a source of the mixture {where!r} has no name: write SOURCE*WEIGHT+SOURCE*WEIGHT, and list paths that "
+            "hold a + in a .yaml file."
+        )
+    return Term(name.strip(), _weight(weight, name.strip()))
+
+
+def _weight(given: object, source: str) -> float:
+    try:
+        weight = math.nan if isinstance(given, bool) else float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight) or weight < 0:
+        raise CorpusError(f"the weight {given!r} of {source} is not a number from 0 up: write {source}*0.5.")
+    return weight
+
+
+def _weighed(
+    terms: Sequence[Term], where: str, faults: Sequence[UserError]
+) -> tuple[tuple[Term, ...], list[UserError]]:
+    """Sources of weight 0 are left out."""
+    kept = tuple(term for term in terms if term.weight > 0)
+    if not kept and not faults:
+        return kept, [CorpusError(f"the weights of {where} sum to zero: give at least one source a weight above 0.")]
+    return kept, list(faults)
+
+
+def _read_yaml(
+    path: Path, allowed: Mapping[str, Option | None]
+) -> tuple[tuple[Term, ...], dict[str, str], list[UserError]]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CorpusError(f"{path} cannot be read as YAML: {reason}.") from None
+    if not isinstance(content, dict):
+        raise CorpusError(f"{path} holds no specification: write `sources:` with a list, and options below it.")
+    faults: list[UserError] = []
+    options: dict[str, str] = {}
+    listed = content.pop("sources", None)
+    if listed is None:
+        faults.append(CorpusError(f"{path} lacks 'sources', a list of texts."))
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in allowed:
+            faults.append(UnknownName(f"key of {path}", name, ["sources", *allowed]))
+        elif not isinstance(value, (bool, int, float, str)):
+            faults.append(CorpusError(f"{name!r} of {path} holds {value!r}, which is neither a number nor a word."))
+        else:
+            faults += _option_faults(str(path), name, _text(value), allowed)
+            options[name] = _text(value)
+    terms = []
+    for number, item in enumerate(listed if isinstance(listed, list) else [listed] if listed is not None else [], 1):
+        try:
+            terms.append(_yaml_term(item, path, f"source {number} of {path}"))
+        except CorpusError as fault:
+            faults.append(fault)
+    if listed is not None:
+        kept, faults = _weighed(terms, str(path), faults)
+        return kept, options, faults
+    return (), options, faults
+
+
+def _yaml_term(item: object, path: Path, where: str) -> Term:
+    if isinstance(item, str):
+        term = _term(item, where)
+    elif isinstance(item, dict):
+        wrong = []
+        for key in item:
+            if key not in ("source", "weight"):
+                near = difflib.get_close_matches(str(key), ("source", "weight"), n=1)
+                wrong.append(f"{where} has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        if not isinstance(item.get("source"), str):
+            wrong.append(f"{where} lacks 'source', the name of a text.")
+        if wrong:
+            raise CorpusError(" ".join(wrong))
+        term = Term(item["source"].strip(), _weight(item.get("weight", 1), item["source"]))
+    else:
+        raise CorpusError(f"{where} is {item!r}: write a text, or source: and weight:.")
+    name = term.source.partition("#")[0]
+    beside = path.parent / name
+    return Term(str(path.parent / term.source), term.weight) if beside.exists() else term

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shallower.corpus.sources import open_source, text_lines
 from shallower.corpus.specification import Part, in_part, parse_specification
+from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError
 from shallower.registry import Option
 
@@ -13,7 +14,7 @@ _PART = Option("part", Part, "all")
 _STREAMED_CHARACTERS = 4_000_000
 
 
-def read_evaluation_text(spec: str) -> str:
+def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     """Read the text of a specification; `?part=held-out` takes the documents that `part=train` leaves out of
     calibration.
 
@@ -21,7 +22,9 @@ def read_evaluation_text(spec: str) -> str:
     - WikiText (a `.txt` file or Hub data set with `wikitext` in its name) takes the form of published results: a row a
       line, blank rows emptied, the others keeping their line end, joined with two line ends.
     - Documents of anything else are joined with an empty line between them; of a Hub data set the first 4,000,000
-      characters.
+      characters. Of a mixture, those of all its sources, without regard to weights.
+
+    supply: what the sources `demo:` need.
 
     Raises CorpusError when the text is missing, empty, or not text.
     """
@@ -34,16 +37,17 @@ def read_evaluation_text(spec: str) -> str:
             lines = [line if line.strip() else "" for line in lines]
             return _not_blank("\n\n".join(lines), spec)
         return _not_blank("".join(lines), spec)
-    source = open_source(parsed.source)
-    keep_blank = source.streamed and "wikitext" in source.name.lower()
     texts: list[str] = []
-    size = 0
-    for document in source.read():
-        if (keep_blank or document.text.strip()) and in_part(document.text, part):
-            texts.append(document.text)
-            size += len(document.text)
-        if source.streamed and size > _STREAMED_CHARACTERS:
-            break
+    for term in parsed.terms:
+        source = open_source(term.source, supply)
+        keep_blank = source.streamed and "wikitext" in source.name.lower()
+        size = 0
+        for document in source.read():
+            if (keep_blank or document.text.strip()) and in_part(document.text, part):
+                texts.append(document.text)
+                size += len(document.text)
+            if source.streamed and size > _STREAMED_CHARACTERS:
+                break
     return _not_blank("\n\n".join(texts), spec)
 
 

@@ -23,7 +23,6 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def render(data: ReportData) -> str:
     """The page as a string. Text from outside (names of models, texts, methods, notes) is escaped."""
-    style = (files("shallower.reporting") / "page.css").read_text(encoding="utf-8")
     sections = (
         _section("comparison", "Before and after", _comparison(data)),
         _section("removed", "What was removed", _removed(data)),
@@ -32,21 +31,27 @@ def render(data: ReportData) -> str:
         _section("provenance", "How it was made", _provenance(data)),
         _section("notes", "Notes", _notes(data)),
     )
+    return whole_page(f"{data.base_model}, made shallower", headline(data), sections, _warning(data))
+
+
+def whole_page(title: str, told: str, sections: Iterable[str], warning: str = "") -> str:
+    """A page of sections (HTML) under a title and what it tells in one sentence (text)."""
+    style = (files("shallower.reporting") / "page.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(data.base_model)}, made shallower</title>
+<title>{escape(title)}</title>
 <style>
 {style}</style>
 </head>
 <body>
 <header>
-<p class="model">{escape(data.base_model)}, made shallower</p>
-<h1>{_glued(headline(data))}</h1>
-{_warning(data)}</header>
+<p class="model">{escape(title)}</p>
+<h1>{_glued(told)}</h1>
+{warning}</header>
 <main>
 {"".join(filter(None, sections))}</main>
 </body>

@@ -13,6 +13,7 @@ from shallower.errors import UserError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.supply import supply
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def evaluate(
     """
     if not models or not texts:
         raise UserError("nothing to evaluate: name at least one model and one --text.")
-    contents = {text: read_evaluation_text(text) for text in texts}
+    contents = {text: read_evaluation_text(text, supply()) for text in texts}
     found = []
     for model in models:
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -19,7 +19,7 @@ from shallower import progress
 from shallower.anatomy import dissect
 from shallower.checkpoint.load import LoadedModel
 from shallower.checkpoint.locate import stored_dtype
-from shallower.corpus import CalibrationSet, overlap
+from shallower.corpus import CalibrationSet, overlap, text_of
 from shallower.engine import stream_scores
 from shallower.errors import CorpusError, UserError
 from shallower.evaluation.perplexity import Perplexity
@@ -41,6 +41,7 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, calibrate, open_subject, units_of
+from shallower.verbs.supply import supply
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -111,7 +112,7 @@ def prune(
     if out is not None:
         require_free(out, force=force)
     clock = _Clock()
-    contents = {text: read_evaluation_text(text) for text in texts}
+    contents = {text: read_evaluation_text(text, supply()) for text in texts}
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     with clock("loading"):
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -233,10 +234,9 @@ def _held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]
     """Documents of the calibration source that were left out of calibration; nothing for a ready-made set of ids."""
     if isinstance(calibration, CalibrationSet):
         return {}
-    source = str(calibration or DEFAULT_CALIBRATION).partition("?")[0]
-    spec = f"{source}?part=held-out"
     try:
-        return {spec: read_evaluation_text(spec)}
+        spec = f"{text_of(str(calibration or DEFAULT_CALIBRATION))}?part=held-out"
+        return {spec: read_evaluation_text(spec, supply())}
     except CorpusError:
         return {}  # too few documents to leave any out: the report then shows no perplexity
 

@@ -26,6 +26,7 @@ from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
 from shallower.surgery.ordinary import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
+from shallower.verbs.supply import supply
 
 DEFAULT_CALIBRATION = "python"  # the one text that every machine has; better: text like what the model will read
 
@@ -131,7 +132,15 @@ def calibrate(
             str(calibration), subject.tokenizer, questions=sequences, length=length, seed=seed, part="train"
         )
     spec = DEFAULT_CALIBRATION if calibration is None else str(calibration)
-    return build_calibration(spec, subject.tokenizer, sequences=sequences, length=length, seed=seed, part="train")
+    return build_calibration(
+        spec,
+        subject.tokenizer,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        part="train",
+        supply=supply(subject.model, subject.tokenizer),
+    )
 
 
 def make_ablator(

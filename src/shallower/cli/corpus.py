@@ -1,0 +1,200 @@
+"""`shallower corpus`: build calibration sets, look at them, and clean text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option, Typer
+
+from shallower.cli import options
+from shallower.cli.output import print_written, require_free
+from shallower.cli.verb import Answer, verb
+from shallower.errors import OutputError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shallower.corpus import CalibrationSet
+
+app = Typer(help="Build a calibration set, look at one, or clean text of duplicates.", rich_markup_mode=None)
+
+_SHOWN_TEXTS = 3
+
+Model = Annotated[
+    str, Option("--model", metavar="MODEL", help="Whose tokenizer makes the tokens: as MODEL of 'shallower score'.")
+]
+
+
+@app.command("build")
+@verb
+def build(
+    spec: Annotated[
+        str,
+        Argument(metavar="SPEC", help="Text, a mixture (a.jsonl*0.7+b.jsonl*0.3?dedup=0.8), or a .yaml specification."),
+    ],
+    model: Model,
+    out: Annotated[
+        Path | None,
+        Option("--out", metavar="FOLDER", help="Write the set here, for --calibration. Default: only show it."),
+    ] = None,
+    sequences: options.Sequences = 32,
+    length: options.Length = 128,
+    force: options.Force = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
+) -> Answer:
+    """Build the calibration set that a specification describes, and save it to be used again byte for byte."""
+    _require_free_folder(out, force=force)
+    from shallower.verbs.corpus import beginnings
+    from shallower.verbs.corpus import build as run
+
+    made, tokenizer = run(
+        spec,
+        model,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is not None:
+        made.save(out)
+    first = beginnings(made, tokenizer, _SHOWN_TEXTS)
+
+    def show(console: Console) -> None:
+        _show_set(console, made, first)
+        print_written(console, out, "the set", f"shallower search {model} --remove 25% --calibration {out}")
+
+    return Answer(made.to_json() | {"beginnings": first}, show)
+
+
+@app.command("show")
+@verb
+def show(
+    spec: Annotated[str, Argument(metavar="SET", help="A folder of 'shallower corpus build', or a specification.")],
+    model: Annotated[
+        str | None,
+        Option("--model", metavar="MODEL", help="Whose tokenizer reads the tokens. Default: show no texts of a set."),
+    ] = None,
+    texts: Annotated[int, Option("--texts", metavar="N", min=0, help="How many sequences to show.")] = _SHOWN_TEXTS,
+    sequences: options.Sequences = 32,
+    length: options.Length = 128,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
+) -> Answer:
+    """Show where the tokens of a set come from, and its first texts. A set of other than text shows no texts."""
+    from shallower.corpus import CalibrationSet, is_saved
+
+    if model is None:
+        if not is_saved(Path(spec).expanduser()):
+            raise UserError(f"{spec} is no saved set, and building it takes a tokenizer: add --model MODEL.")
+        made, first = CalibrationSet.load(Path(spec).expanduser()), list[str]()
+    else:
+        from shallower.verbs.corpus import beginnings
+        from shallower.verbs.corpus import build as run
+
+        made, tokenizer = run(
+            spec,
+            model,
+            sequences=sequences,
+            length=length,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        first = beginnings(made, tokenizer, texts)
+    return Answer(made.to_json() | {"beginnings": first}, lambda console: _show_set(console, made, first))
+
+
+@app.command("clean")
+@verb
+def clean(
+    text: Annotated[str, Argument(metavar="TEXT", help="A .txt, .jsonl or .parquet file, a folder, or a data set.")],
+    out: Annotated[
+        Path | None,
+        Option(
+            "--out", metavar="FILE", help="Write what stays here, as JSON lines. Default: only show what was found."
+        ),
+    ] = None,
+    dedup: Annotated[
+        float,
+        Option(
+            "--dedup",
+            metavar="SIMILARITY",
+            min=0,
+            max=1,
+            help="Documents whose five-word runs have this Jaccard similarity say the same; 0 keeps duplicates.",
+        ),
+    ] = 0.8,
+    min_quality: Annotated[
+        float, Option("--min-quality", metavar="SCORE", min=0, max=1, help="Documents of lower quality leave.")
+    ] = 0.0,
+    quality: options.Quality = "rules",
+    against: Annotated[
+        list[str] | None,
+        Option(
+            "--against",
+            metavar="FILE",
+            help="An evaluation set to look for in what stays, by runs of 13 words; repeatable. Default: none.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        Option("--report", metavar="FOLDER", help="Write a page, a figure and all clusters here. Default: do not."),
+    ] = None,
+    force: options.Force = False,
+) -> Answer:
+    """Leave out duplicates, near-duplicates and text of low quality."""
+    require_free(out, force=force)
+    _require_free_folder(report, force=force, name="--report")
+    from shallower.verbs.corpus import PAGE
+    from shallower.verbs.corpus import clean as run
+
+    found = run(
+        text,
+        out,
+        dedup=dedup or None,
+        min_quality=min_quality,
+        quality=quality,
+        against=against or (),
+        report=report,
+    )
+
+    def show(console: Console) -> None:
+        from shallower.reporting.corpus import OVERLAP_HEAD, clean_table, overlap_rows, summary
+
+        console.print(clean_table(summary(found.cleaning)))
+        if found.overlaps:
+            console.print(clean_table(overlap_rows(found.overlaps), OVERLAP_HEAD))
+        if report is not None:
+            console.print(f"\nThe page is {report / PAGE}", soft_wrap=True)
+        print_written(console, out, "what stays", f"shallower search MODEL --remove 25% --calibration {out}")
+
+    return Answer(found.to_json(), show)
+
+
+def _show_set(console: Console, made: CalibrationSet, first: list[str]) -> None:
+    from shallower.reporting.corpus import source_table
+
+    console.print(f"{made.sequences} sequences of {made.length}, {made.tokens:,} tokens, {made.digest}", soft_wrap=True)
+    console.print(f"Specification: {made.spec}", soft_wrap=True)
+    console.print(source_table(made))
+    for number, text in enumerate(first):
+        console.print(f"[{number}] {text}", soft_wrap=True)
+
+
+def _require_free_folder(folder: Path | None, *, force: bool, name: str = "--out") -> None:
+    """Refuse a folder before any work is done. Raises OutputError when it is a file, or not empty without `force`."""
+    if folder is None:
+        return
+    if folder.is_file():
+        raise OutputError(f"{name} {folder} is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise OutputError(f"{name} {folder} holds files; name another folder, or add --force to write into it.")

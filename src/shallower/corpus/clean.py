@@ -1,0 +1,225 @@
+"""Which documents of a text are worth reading once: duplicates, near-duplicates and quality.
+
+A pass over the source judges every document and finds clusters; its texts are not kept. The best of a cluster stays:
+the one of highest quality, of those the longest, of those the first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shallower import progress
+from shallower.corpus.duplicates import Duplicates, words_of
+from shallower.corpus.quality import Signals, scorer, signals
+from shallower.corpus.sources import Document, Source
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A document without its text. id: the row's own `id`, else its place. place: counted from 0 in the source."""
+
+    place: int
+    id: str
+    characters: int
+    signals: Signals
+    quality: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """One document of a cluster. alike: its Jaccard similarity to the member that brought it in; of the first one 1."""
+
+    document: Judged
+    alike: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Documents that say the same, in reading order; `kept` is the place of the one that stays."""
+
+    members: tuple[Member, ...]
+    kept: int
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What a pass found. clusters: of two documents and more, the largest first. blank: documents without text."""
+
+    source: str
+    threshold: float | None
+    min_quality: float
+    scorer: str
+    documents: tuple[Judged, ...]
+    clusters: tuple[Cluster, ...]
+    blank: int
+
+    @property
+    def duplicates(self) -> frozenset[int]:
+        """Places of documents that leave because a better one of their cluster stays."""
+        return frozenset(
+            member.document.place
+            for cluster in self.clusters
+            for member in cluster.members
+            if member.document.place != cluster.kept
+        )
+
+    @property
+    def poor(self) -> frozenset[int]:
+        """Places of documents that are no duplicates and leave for their quality."""
+        below = {judged.place for judged in self.documents if judged.quality < self.min_quality}
+        return frozenset(below - self.duplicates)
+
+    @property
+    def kept(self) -> frozenset[int]:
+        return frozenset(judged.place for judged in self.documents) - self.duplicates - self.poor
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """How many clusters have which size; documents that are alone have size 1."""
+        found = Counter(len(cluster.members) for cluster in self.clusters)
+        alone = len(self.documents) - sum(size * times for size, times in found.items())
+        return dict(sorted((found + Counter({1: alone})).items()))
+
+    def to_json(self) -> dict[str, Any]:
+        exact = sum(member.exact for cluster in self.clusters for member in cluster.members)
+        return {
+            "source": self.source,
+            "dedup": self.threshold,
+            "min_quality": self.min_quality,
+            "quality": self.scorer,
+            "documents": len(self.documents) + self.blank,
+            "blank": self.blank,
+            "kept": len(self.kept),
+            "duplicates": len(self.duplicates),
+            "exact_duplicates": exact,
+            "low_quality": len(self.poor),
+            "cluster_sizes": {str(size): times for size, times in self.sizes.items()},
+        }
+
+
+def clean(source: Source, *, dedup: float | None = 0.8, min_quality: float = 0.0, quality: str = "rules") -> Cleaning:
+    """Judge every document of a source and find what says the same.
+
+    dedup: Jaccard similarity of five-word runs from which two documents say the same; a cluster is whatever such pairs
+    connect. None looks for no duplicates. min_quality: scores below it leave. quality: a registered scorer.
+
+    Raises UnknownName for a scorer that does not exist, CorpusError for a threshold out of range or unreadable text.
+    """
+    judge = scorer(quality)
+    seen = None if dedup is None else Duplicates(dedup)
+    connected = _Connected()
+    documents: list[Judged] = []
+    at: dict[int, int] = {}
+    alike: dict[int, tuple[float, bool]] = {}
+    blank = 0
+    with progress.task(f"cleaning {source.name}") as step:
+        for place, document in enumerate(source.read()):
+            step()
+            if not document.text.strip():
+                blank += 1
+                continue
+            found = signals(document.text)
+            own = (document.record or {}).get("id", document.id)
+            judged = Judged(place, str(own), len(document.text), found, judge(document.text, found))
+            at[place] = len(documents)
+            documents.append(judged)
+            if seen is not None:
+                _connect(seen, place, document.text, connected, alike)
+    clusters = [
+        _cluster([documents[at[place]] for place in places], alike) for places in connected.groups() if len(places) > 1
+    ]
+    clusters.sort(key=lambda cluster: (-len(cluster.members), cluster.members[0].document.place))
+    return Cleaning(source.name, dedup, min_quality, quality, tuple(documents), tuple(clusters), blank)
+
+
+@dataclass
+class Dropped:
+    """How many documents `worth_reading` left out."""
+
+    exact: int = 0
+    near: int = 0
+    low_quality: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.exact + self.near + self.low_quality
+
+
+def worth_reading(
+    documents: Iterable[Document], *, dedup: float, min_quality: float, quality: str, dropped: Dropped
+) -> Iterator[Document]:
+    """The documents without those below `min_quality` and without those that say what one before them says.
+
+    In contrast to `clean` this does not wait for the end: of duplicates the first stays. dedup 0: no duplicates are
+    looked for.
+    """
+    seen = Duplicates(dedup) if dedup else None
+    judge = scorer(quality) if min_quality else None
+    for number, document in enumerate(documents):
+        if judge is not None and judge(document.text, signals(document.text)) < min_quality:
+            dropped.low_quality += 1
+            continue
+        if seen is not None:
+            words = words_of(document.text)
+            if seen.exact(number, words, document.text) is not None:
+                dropped.exact += 1
+                continue
+            if next(seen.near(words), None) is not None:
+                dropped.near += 1
+                continue
+            seen.add(number)
+        yield document
+
+
+def _connect(
+    seen: Duplicates, place: int, text: str, connected: _Connected, alike: dict[int, tuple[float, bool]]
+) -> None:
+    connected.add(place)
+    words = words_of(text)
+    first = seen.exact(place, words, text)
+    if first is not None:
+        connected.join(first, place)
+        alike[place] = (1.0, True)
+        return
+    # one comparison for each cluster is enough: a thousand copies of a template cost a thousand, not a million
+    for other, similarity in seen.near(words, skip=lambda other: connected.root(other) == connected.root(place)):
+        connected.join(other, place)
+        alike.setdefault(place, (similarity, False))
+    seen.add(place)
+
+
+def _cluster(members: Sequence[Judged], alike: dict[int, tuple[float, bool]]) -> Cluster:
+    best = max(members, key=lambda judged: (judged.quality, judged.characters, -judged.place))
+    return Cluster(tuple(Member(judged, *alike.get(judged.place, (1.0, False))) for judged in members), best.place)
+
+
+class _Connected:
+    """Union-find with path halving; the smallest place is the root."""
+
+    def __init__(self) -> None:
+        self._parent: dict[int, int] = {}
+
+    def add(self, place: int) -> None:
+        self._parent[place] = place
+
+    def root(self, place: int) -> int:
+        parent = self._parent
+        while parent[place] != place:
+            parent[place] = parent[parent[place]]
+            place = parent[place]
+        return place
+
+    def join(self, one: int, two: int) -> None:
+        small, large = sorted((self.root(one), self.root(two)))
+        self._parent[large] = small
+
+    def groups(self) -> Iterator[list[int]]:
+        """Places in order, by their roots."""
+        found: dict[int, list[int]] = {}
+        for place in self._parent:
+            found.setdefault(self.root(place), []).append(place)
+        yield from found.values()

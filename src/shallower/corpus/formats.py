@@ -1,0 +1,108 @@
+"""What becomes of rows that are more than text: chats in the model's own template, and few-shot prompts of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from shallower.corpus.bos import adds_bos
+from shallower.corpus.questions import is_question, solved
+from shallower.corpus.sources import Document
+from shallower.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Format = Literal["text", "chat", "few-shot"]
+
+
+@dataclass(frozen=True)
+class Formatted:
+    """A text with the rows it is made of. as_asked: it is a chat, or a prompt; else it is the row's plain text."""
+
+    document: Document
+    rows: tuple[Document, ...]
+    as_asked: bool
+
+
+def formatted(
+    documents: Iterable[Document], form: Format, shots: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Formatted]:
+    """Documents as `form` wants them; see `_chats` and `_few_shot`."""
+    if form == "chat":
+        return _chats(documents, tokenizer)
+    if form == "few-shot":
+        return _few_shot(documents, shots)
+    return (Formatted(document, (document,), True) for document in documents)
+
+
+def _chats(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Formatted]:
+    """Rows of `messages`, of instruction and output, or of question and answer, in the chat template; others as text.
+
+    A BOS that the template writes is left out: where BOS goes is the set's own matter.
+
+    Raises CorpusError when the tokenizer has no chat template, or refuses a row.
+    """
+    if not tokenizer.chat_template:
+        raise CorpusError("format=chat needs a chat template, and this model's tokenizer has none: use format=text.")
+    for document in documents:
+        turns = _turns(document.record or {})
+        if not turns:
+            yield Formatted(document, (document,), False)
+            continue
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        # a template is a program of the model's author and raises what it likes
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise CorpusError(f"{document.id} does not fit this model's chat template: {reason}.") from None
+        if adds_bos(tokenizer):  # else what looks like one, <|im_start|> for instance, belongs to the template
+            text = text.removeprefix(str(tokenizer.bos_token))
+        yield Formatted(replace(document, text=text), (document,), True)
+
+
+def _few_shot(documents: Iterable[Document], shots: int) -> Iterator[Formatted]:
+    """Prompts of `shots` solved questions and one more, of rows that follow each other; other rows as text.
+
+    So the questions of one subject stand together if they do in the file. Questions at the end that are too few for a
+    prompt are left out.
+
+    Raises CorpusError for a question that lacks its choices or answer, and at the end when there are too few for one
+    prompt.
+    """
+    waiting: list[tuple[Document, str]] = []
+    prompts, questions, name = 0, 0, ""
+    for document in documents:
+        if document.record is None or not is_question(document.record):
+            yield Formatted(document, (document,), False)
+            continue
+        name = document.source
+        questions += 1
+        waiting.append((document, solved(document.record, document.id)))
+        if len(waiting) > shots:
+            prompts += 1
+            rows = tuple(row for row, _ in waiting)
+            yield Formatted(replace(rows[0], text="\n\n".join(text for _, text in waiting)), rows, True)
+            waiting = []
+    if questions and not prompts:
+        raise CorpusError(
+            f"{name} holds {questions} questions, but a prompt of {shots} shots needs {shots + 1}: use fewer shots, "
+            "another file, or format=text."
+        )
+
+
+def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    messages = record.get("messages")
+    if isinstance(messages, list) and messages:
+        return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
+    if record.get("instruction") and isinstance(record.get("output"), str):
+        asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        return _exchange(asked, record["output"])
+    if record.get("question") and isinstance(record.get("answer"), str):
+        return _exchange(record["question"], record["answer"])
+    return []
+
+
+def _exchange(asked: str, answered: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]

@@ -1,0 +1,280 @@
+"""What cleaning a text found: its tables, two figures and a page; and the tables of a calibration set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from shallower.corpus import CalibrationSet, Cleaning, Cluster, SharedRows
+from shallower.reporting.figures import _WIDTH, _settings, _svg
+from shallower.reporting.page import _figure, _glued, _section, _table, whole_page
+from shallower.reporting.wording import percent, plural
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_KEPT, _DUPLICATE, _POOR = "#0072B2", "#D55E00", "#CC79A7"  # Okabe-Ito
+_BINS = 20
+SHOWN_CLUSTERS = 8
+SHOWN_MEMBERS = 3
+_SHOWN_CHARACTERS = 280
+
+
+@dataclass(frozen=True)
+class CleanReport:
+    """What the page shows. texts: beginnings of documents of the largest clusters, by place (`shown_places`)."""
+
+    cleaning: Cleaning
+    overlaps: tuple[SharedRows, ...]
+    texts: Mapping[int, str]
+
+
+def shown_places(cleaning: Cleaning) -> frozenset[int]:
+    """Documents whose texts the page quotes: the first members of the largest clusters, and those that stay."""
+    return frozenset(
+        member.document.place for cluster in cleaning.clusters[:SHOWN_CLUSTERS] for member in _shown_members(cluster)
+    )
+
+
+def summary(cleaning: Cleaning) -> list[tuple[str, str]]:
+    """What was read, what leaves and why, for a table of two columns."""
+    total = len(cleaning.documents) + cleaning.blank
+    told = cleaning.to_json()
+    near = told["duplicates"] - told["exact_duplicates"]
+    rows = [("Documents read", f"{total:,}")]
+    if cleaning.blank:
+        rows.append(("Without text", _of(cleaning.blank, total)))
+    if cleaning.threshold is not None:
+        rows.append(("Copies (same words)", _of(told["exact_duplicates"], total)))
+        rows.append((f"Near-duplicates (Jaccard from {cleaning.threshold:g})", _of(near, total)))
+        rows.append(("Clusters of two and more", f"{len(cleaning.clusters):,}"))
+    if cleaning.min_quality:
+        rows.append((f"Quality below {cleaning.min_quality:g}, by {cleaning.scorer}", _of(told["low_quality"], total)))
+    return [*rows, ("Documents kept", _of(told["kept"], total))]
+
+
+def overlap_rows(overlaps: Sequence[SharedRows]) -> list[tuple[str, ...]]:
+    """A line for each evaluation set: name, rows, those that are long enough, those found, documents."""
+    return [
+        (shared.name, f"{shared.rows:,}", f"{shared.long_enough:,}", f"{shared.shared:,}", f"{shared.documents:,}")
+        for shared in overlaps
+    ]
+
+
+OVERLAP_HEAD = ("Evaluation set", "Rows", "Long enough", "In the text", "In documents")
+
+
+def headline(cleaning: Cleaning) -> str:
+    """What stays of the text, in one sentence."""
+    total = len(cleaning.documents) + cleaning.blank
+    reasons = []
+    if cleaning.threshold is not None:
+        reasons.append(f"{plural(len(cleaning.duplicates), 'document')} that say what another says")
+    if cleaning.min_quality:
+        reasons.append(f"{len(cleaning.poor):,} of low quality")
+    left = f", without {' and '.join(reasons)}" if reasons else ""
+    return f"{len(cleaning.kept):,} of {total:,} documents of {cleaning.source} stay{left}."
+
+
+def render(report: CleanReport) -> str:
+    """The page as a string; texts and names are escaped."""
+    cleaning = report.cleaning
+    figures = _figure(
+        cluster_sizes(cleaning),
+        "Cluster sizes",
+        "How many clusters have how many documents that say the same; both axes are logarithmic. Size 1: documents "
+        "that are like no other.",
+        _table(
+            ("Size", "Clusters", "Documents"),
+            [(f"{size:,}", f"{times:,}", f"{size * times:,}") for size, times in cleaning.sizes.items() if times],
+            "Cluster sizes",
+        ),
+    )
+    figures += _figure(
+        quality_bars(cleaning),
+        f"Quality by {cleaning.scorer}",
+        "0 is worst, 1 best; the number of documents is on a "
+        "logarithmic axis."
+        + (f" The line is where documents leave: {cleaning.min_quality:g}." if cleaning.min_quality else ""),
+    )
+    sections = (
+        _section("summary", "What stays", _table((), summary(cleaning), "What stays", style="facts")),
+        _section("figures", "Figures", figures),
+        _section("clusters", "The largest clusters", _examples(report)),
+        _section("overlap", "Overlap with evaluation sets", _overlaps(report.overlaps)),
+    )
+    return whole_page(f"{cleaning.source}, cleaned", headline(cleaning), filter(None, sections))
+
+
+def cluster_sizes(cleaning: Cleaning) -> str | None:
+    """Number of clusters by size on two logarithmic axes, as an inline SVG; None when no duplicates were looked for."""
+    figure = cluster_figure(cleaning)
+    if figure is None:
+        return None
+    told = ", ".join(f"{times} of size {size}" for size, times in list(cleaning.sizes.items())[:8])
+    with _settings():
+        return _svg(figure, "Cluster sizes", f"Clusters by size: {told}.")
+
+
+def cluster_figure(cleaning: Cleaning) -> Figure | None:
+    """The same as a figure, to be written as a file of its own."""
+    sizes = {size: times for size, times in cleaning.sizes.items() if times}
+    if cleaning.threshold is None or not sizes:
+        return None
+    with _settings():
+        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+        axes: Axes = figure.subplots()
+        axes.vlines(list(sizes), 0.5, list(sizes.values()), color=_KEPT, linewidth=1, alpha=0.35)
+        axes.scatter(list(sizes), list(sizes.values()), s=26, color=_KEPT, zorder=3)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.6)
+        axes.set_xlim(0.85, max(10, max(sizes)) * 1.25)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.set_minor_formatter(NullFormatter())
+        if max(sizes) <= 30:
+            axes.set_xticks(sorted({1, 2, 3, 5, 10, 20, max(sizes)} & set(range(1, 31))))
+        axes.grid(axis="y")
+        axes.set_xlabel("documents in the cluster")
+        axes.set_ylabel("clusters")
+        return figure
+
+
+def quality_bars(cleaning: Cleaning) -> str | None:
+    """Number of documents by quality: those that stay, those that leave as duplicates, those that leave for it."""
+    if not cleaning.documents:
+        return None
+    groups = (
+        ("kept", _KEPT, cleaning.kept),
+        ("duplicates", _DUPLICATE, cleaning.duplicates),
+        ("low quality", _POOR, cleaning.poor),
+    )
+    counts = {name: [0] * _BINS for name, _, _ in groups}
+    for judged in cleaning.documents:
+        name = next(name for name, _, places in groups if judged.place in places)
+        counts[name][min(_BINS - 1, math.floor(judged.quality * _BINS))] += 1
+    with _settings():
+        figure = Figure(figsize=(_WIDTH, 3.0), layout="constrained")
+        axes: Axes = figure.subplots()
+        shown = [(name, colour) for name, colour, _ in groups if any(counts[name])]
+        width = 0.9 / _BINS / len(shown)
+        for number, (name, colour) in enumerate(shown):
+            left = [(place + 0.05) / _BINS + number * width for place in range(_BINS)]
+            axes.bar(left, counts[name], width, align="edge", color=colour, label=name)
+        if cleaning.min_quality:
+            axes.axvline(cleaning.min_quality, color="#334155", linewidth=1, linestyle="--")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.6)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.set_xlim(0, 1)
+        axes.grid(axis="y")
+        axes.set_xlabel(f"quality by {cleaning.scorer}")
+        axes.set_ylabel("documents")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
+        return _svg(figure, f"Quality by {cleaning.scorer}", "Bar chart of documents by quality from 0 to 1.")
+
+
+def source_table(text: CalibrationSet) -> Table:
+    """Where the tokens of a set come from, for the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Source", overflow="fold")
+    for name in ("Share", "Tokens", "Read", "Used", "Copies", "Near", "Poor"):
+        table.add_column(name, justify="right")
+    for record in text.sources:
+        numbers = (record.tokens, record.read, record.documents)
+        left_out = (record.exact_duplicates, record.near_duplicates, record.low_quality)
+        share = "–" if record.weight is None else f"{record.weight:.1%}"
+        table.add_row(record.name, share, *(_count(value) for value in (*numbers, *left_out)))
+    return table
+
+
+def clean_table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> Table:
+    """Rows whose first column is a name and whose others are numbers, for the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=bool(head))
+    for place in range(len(rows[0])):
+        table.add_column(head[place] if head else "", justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def clusters_json(cleaning: Cleaning) -> list[dict[str, Any]]:
+    """Every cluster of two and more with its members, for a file."""
+    return [
+        {
+            "size": len(cluster.members),
+            "kept": next(member.document.id for member in cluster.members if member.document.place == cluster.kept),
+            "members": [
+                {
+                    "id": member.document.id,
+                    "place": member.document.place,
+                    "quality": round(member.document.quality, 4),
+                    "jaccard": round(member.alike, 4),
+                    "exact": member.exact,
+                    "words": member.document.signals.words,
+                }
+                for member in cluster.members
+            ],
+        }
+        for cluster in cleaning.clusters
+    ]
+
+
+def _shown_members(cluster: Cluster) -> list[Any]:
+    kept = [member for member in cluster.members if member.document.place == cluster.kept]
+    return (kept + [member for member in cluster.members if member not in kept])[:SHOWN_MEMBERS]
+
+
+def _examples(report: CleanReport) -> str:
+    parts = []
+    for cluster in report.cleaning.clusters[:SHOWN_CLUSTERS]:
+        parts.append(f"<h3>{plural(len(cluster.members), 'document')}</h3>\n")
+        for member in _shown_members(cluster):
+            document = member.document
+            how = (
+                "stays"
+                if document.place == cluster.kept
+                else "a copy"
+                if member.exact
+                else f"Jaccard {member.alike:.2f}"
+            )
+            told = f"{document.id}: {how}; quality {document.quality:.2f}, {plural(document.signals.words, 'word')}"
+            text = report.texts.get(document.place, "")
+            quoted = " ".join(text[:_SHOWN_CHARACTERS].split()) + ("…" if len(text) > _SHOWN_CHARACTERS else "")
+            parts.append(f'<p class="quiet">{_glued(told)}</p>\n<blockquote><p>{escape(quoted)}</p></blockquote>\n')
+    return "".join(parts)
+
+
+def _overlaps(overlaps: Sequence[SharedRows]) -> str:
+    if not overlaps:
+        return ""
+    told = (
+        f"Rows of an evaluation set of which a run of {overlaps[0].n} words stands in a document that stays. Shorter "
+        "rows cannot be found."
+    )
+    body = _table(OVERLAP_HEAD, overlap_rows(overlaps), "Overlap with evaluation sets")
+    body += f'<p class="quiet">{_glued(told)}</p>\n'
+    examples = [(shared.name, example) for shared in overlaps for example in shared.examples]
+    return body + (_table((), examples, "Shared runs", style="facts") if examples else "")
+
+
+def _of(part: int, total: int) -> str:
+    return f"{part:,} ({percent(part, total)})" if total else f"{part:,}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"

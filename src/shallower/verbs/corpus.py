@@ -1,0 +1,168 @@
+"""`shallower corpus`: build calibration sets, look at them, and clean text."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from shallower.checkpoint.load import load_tokenizer
+from shallower.corpus import (
+    CalibrationSet,
+    Cleaning,
+    EvaluationRuns,
+    SharedRows,
+    build_calibration,
+    is_saved,
+    open_source,
+    text_of,
+)
+from shallower.corpus import clean as find
+from shallower.errors import CorpusError, OutputError
+from shallower.progress import task
+from shallower.reporting.corpus import CleanReport, cluster_figure, clusters_json, render, shown_places
+from shallower.strict_json import write_json, write_text
+from shallower.verbs.subject import open_subject
+from shallower.verbs.supply import supply
+
+PAGE, FIGURE, CLUSTERS = "report.html", "clusters.png", "clusters.json"
+
+
+def build(
+    spec: str | Path,
+    model: str,
+    *,
+    sequences: int = 32,
+    length: int = 128,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[CalibrationSet, PreTrainedTokenizerBase]:
+    """The calibration set that a specification describes, and the tokenizer that made it.
+
+    The model's weights are read only when the specification asks for `self`, the model's own text.
+
+    Raises CorpusError and UnknownName as `build_calibration` does, ModelError when MODEL cannot be used.
+    """
+    spec = str(spec)
+    own = not is_saved(Path(spec).expanduser()) and any(
+        term.partition("*")[0].partition(":")[0].strip() == "self" for term in text_of(spec).split("+")
+    )
+    if own:
+        subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer, given = subject.tokenizer, supply(subject.model, subject.tokenizer)
+    else:
+        tokenizer, given = load_tokenizer(model, trust_remote_code=trust_remote_code)[0], supply()
+    made = build_calibration(spec, tokenizer, sequences=sequences, length=length, seed=seed, supply=given)
+    return made, tokenizer
+
+
+def beginnings(text: CalibrationSet, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int = 60) -> list[str]:
+    """The first `tokens` tokens of the first `count` sequences as text, on one line each."""
+    return [" ".join(tokenizer.decode(row[:tokens]).split()) for row in text.input_ids[:count].tolist()]
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What `clean` found and wrote. overlaps: what remains in the cleaned text of evaluation sets."""
+
+    cleaning: Cleaning
+    overlaps: tuple[SharedRows, ...]
+    out: Path | None
+    report: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        return self.cleaning.to_json() | {"overlap": [asdict(shared) for shared in self.overlaps]}
+
+
+def clean(
+    text: str | Path,
+    out: str | Path | None = None,
+    *,
+    dedup: float | None = 0.8,
+    min_quality: float = 0.0,
+    quality: str = "rules",
+    against: tuple[str, ...] | list[str] = (),
+    report: str | Path | None = None,
+) -> Cleaned:
+    """Leave out duplicates and what is of low quality, and write the rest as JSON lines, rows as they were.
+
+    text: a file, folder or data set. dedup: Jaccard similarity of five-word runs from which documents say the same;
+    None keeps duplicates. min_quality: documents of lower quality leave. quality: the scorer. against: evaluation sets
+    to be looked for in what stays, by runs of 13 words. report: a folder for `report.html`, `clusters.png` and
+    `clusters.json`.
+
+    Raises CorpusError when the text or an evaluation set cannot be read or nothing stays, UnknownName for a scorer that
+    does not exist, OutputError when the result cannot be written.
+    """
+    source = open_source(str(text), supply())
+    if source.streamed:
+        raise CorpusError(
+            f"{source.name} is streamed, and cleaning reads a text twice: save it as a .jsonl file first, or use "
+            "dedup=… and min_quality=… in a calibration specification, which work as the text comes in."
+        )
+    sets = [EvaluationRuns(name) for name in against]
+    found = find(source, dedup=dedup, min_quality=min_quality, quality=quality)
+    kept = found.kept
+    if not kept:
+        raise CorpusError(
+            f"no document of {source.name} stays: all have a quality below {min_quality:g} by {quality!r}. Lower "
+            "--min-quality."
+        )
+    quoted = shown_places(found)
+    texts: dict[int, str] = {}
+    with (
+        task(f"writing {len(kept):,} documents", total=len(found.documents) + found.blank) as step,
+        _lines(out) as write,
+    ):
+        for place, document in enumerate(source.read()):
+            step()
+            if place in quoted:
+                texts[place] = document.text[:1000]
+            if place in kept:
+                write(dict(document.record or {"id": document.id, "text": document.text}))
+                for runs in sets:
+                    runs.look(document.text)
+    overlaps = tuple(runs.found() for runs in sets)
+    if report is not None:
+        _write_report(Path(report), CleanReport(found, overlaps, texts))
+    return Cleaned(found, overlaps, None if out is None else Path(out), None if report is None else Path(report))
+
+
+@contextmanager
+def _lines(out: str | Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yields a writer of JSON lines; the file gets its name when all of them are there. None: nothing is written."""
+    if out is None:
+        yield lambda record: None
+        return
+    out = Path(out)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            yield lambda record: print(json.dumps(record, ensure_ascii=False, default=str), file=file)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}. Free some room or choose another place.") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write_report(folder: Path, report: CleanReport) -> None:
+    data = {"format": "shallower.clusters/1", **report.cleaning.to_json(), "clusters": clusters_json(report.cleaning)}
+    write_json(folder / CLUSTERS, data)
+    write_text(folder / PAGE, render(report))
+    figure = cluster_figure(report.cleaning)
+    if figure is not None:
+        temporary = folder / f".{FIGURE}"
+        figure.savefig(temporary, format="png", dpi=144, metadata={"Software": None})
+        os.replace(temporary, folder / FIGURE)
