@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -48,12 +49,14 @@ def jaccard(first: Collection[Unit], second: Collection[Unit]) -> float:
 
 
 def order_agreement(first: Sequence[Unit], second: Sequence[Unit]) -> float:
-    """Kendall's tau-b of the places that two orders give to the units that either removes."""
+    """Kendall's tau-b of the places that two orders give to the units that either removes; nan for a single unit."""
     units = sorted({*first, *second})
 
     def places(order: Sequence[Unit]) -> list[int]:
         return [order.index(unit) if unit in order else len(order) for unit in units]
 
+    if len(units) < 2:
+        return math.nan  # one place is no order
     return float(kendalltau(places(first), places(second)).statistic)
 
 
