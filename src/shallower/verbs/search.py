@@ -26,6 +26,7 @@ from shallower.scores import Scores, ScoreSheet
 from shallower.searches import Losses
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain, require_distinct
+from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
@@ -50,6 +51,7 @@ def search(
     ordinary: bool = False,
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
+    target: str | Path | None = None,
     sequences: int = 32,
     length: int = 128,
     settings: Mapping[str, str] | None = None,
@@ -73,17 +75,33 @@ def search(
     settings: options of the search and of the objective as text. search: one, or several that improve on each other
     (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
     after a part of it.
+    target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
     many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
 
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says.
     """
     require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
+    require_target(calibration, target)
     memory, workers = parse_memory(memory), parse_workers(workers)
     stages, judged = search_stages(search, objective, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
-    text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+    if target is None:
+        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+    else:
+        shape = {"sequences": sequences, "length": length, "seed": seed}
+        removable = units_of(subject, units, parse_protect(protect, len(subject.anatomy.blocks)))
+        text = advise(
+            subject,
+            str(calibration),
+            target,
+            removable,
+            objective=objective,
+            memory=memory,
+            workers=workers,
+            **shape,
+        ).text
     racing = None if exact else Racing()
     name, ranked_by = None, None
     with closing(
@@ -117,6 +135,17 @@ def search(
     return PruningPlan(
         subject.identity, tuple(sorted(order)), tuple(zip(order, measured[1:], strict=True)), measured[0], made_by
     )
+
+
+def require_target(calibration: object, target: object) -> None:
+    """Raise UserError unless a target is given exactly where a calibration text is to be chosen for it."""
+    if is_auto(calibration) and target is None:
+        raise UserError("--calibration auto chooses text for what the model will read: name that with --for TEXT.")
+    if target is not None and not is_auto(calibration):
+        raise UserError(
+            f"--for {target} is for --calibration auto, which chooses by it; here the text is "
+            f"{calibration or 'the default'}."
+        )
 
 
 def require_possible(
