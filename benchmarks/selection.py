@@ -215,7 +215,7 @@ def _ours(task: Task, subject: Subject, units: Sequence[Unit], budget: Budget, a
     if method.traits.get("starts"):
         stages.insert(0, (searches.get(method.traits["starts"]), {}))
     no_scores: Scores | None = None
-    return run_search(stages, units, budget, ablator, no_scores, 0)[-1]
+    return run_search(stages, units, budget, ablator.losses, no_scores, 0)[-1]
 
 
 def _budget(units: Sequence[Unit], count: int) -> Budget:

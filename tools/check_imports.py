@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     errors version progress
     units strict_json registry resources reduction
     plan budget forms
-    scores exchange
+    scores exchange recipes
     packaged
     anatomy checkpoint
     corpus

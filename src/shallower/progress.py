@@ -34,6 +34,17 @@ def listening(listener: Listener, reader: Reader | None = None) -> Iterator[None
         _reader.reset(tokens[1])
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Tell nobody of what is done inside the `with`: for many small pieces of one work that reports as a whole."""
+    tokens = _listener.set(None), _reader.set(None)
+    try:
+        yield
+    finally:
+        _listener.reset(tokens[0])
+        _reader.reset(tokens[1])
+
+
 def note(sentence: str) -> None:
     """Tell whoever listens something about the work that is not in its result, such as what it cost."""
     reader = _reader.get()

@@ -20,7 +20,8 @@ from typing import Annotated
 import typer
 import typer.main
 
-from shallower.cli import bench, corpus, demo, eval, inspect, methods, plan, prune, report, score, search
+from shallower.cli import bench, corpus, demo, eval, inspect, methods, plan, prune, report, score, search, study
+from shallower.cli import run as run_verb
 from shallower.errors import ShallowerError
 from shallower.version import __version__
 
@@ -42,6 +43,8 @@ app.command("search")(search.search)
 app.command("prune")(prune.prune)
 app.command("eval")(eval.evaluate)
 app.command("bench")(bench.bench)
+app.command("study")(study.study)
+app.command("run")(run_verb.run)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.command("demo")(demo.demo)

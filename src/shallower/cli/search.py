@@ -29,6 +29,15 @@ def search(
     ordinary: options.Ordinary = False,
     protect: options.Protect = "",
     calibration: options.Calibration = None,
+    target: Annotated[
+        str | None,
+        Option(
+            "--for",
+            metavar="TEXT",
+            help="With --calibration auto: the text, or .jsonl of questions, that the smaller model is for. The text "
+            "that ranks units most as this does is taken.",
+        ),
+    ] = None,
     sequences: options.Sequences = 32,
     length: options.Length = 128,
     settings: options.Settings = None,
@@ -47,11 +56,12 @@ def search(
     """Choose what to remove, and show what each removal costs. Cuts nothing."""
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
-    from shallower.verbs.search import require_possible
+    from shallower.verbs.search import require_possible, require_target
     from shallower.verbs.search import search as run
     from shallower.verbs.subject import open_subject
 
     require_possible(remove, search, objective, metric, chosen, units=units, ordinary=ordinary)
+    require_target(calibration, target)
     parse_memory(memory)
     parse_workers(workers)
     subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -66,6 +76,7 @@ def search(
         ordinary=ordinary,
         protect=protect,
         calibration=calibration,
+        target=target,
         sequences=sequences,
         length=length,
         settings=chosen,

@@ -6,12 +6,14 @@ from shallower.corpus.build import build_calibration, text_of
 from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved
 from shallower.corpus.choices import ChoiceSet, build_choices
 from shallower.corpus.clean import Cleaning, Cluster, clean
+from shallower.corpus.domains import DOMAINS
 from shallower.corpus.overlap import EvaluationRuns, Overlap, SharedRows, overlap
 from shallower.corpus.sources import Document, Source, open_source
 from shallower.corpus.specification import Part
 from shallower.corpus.supply import Supply
 
 __all__ = [
+    "DOMAINS",
     "Answers",
     "Batch",
     "Bos",

@@ -23,8 +23,10 @@ from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
+from shallower.searches import Losses
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain, require_distinct
+from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
@@ -49,6 +51,7 @@ def search(
     ordinary: bool = False,
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
+    target: str | Path | None = None,
     sequences: int = 32,
     length: int = 128,
     settings: Mapping[str, str] | None = None,
@@ -72,17 +75,33 @@ def search(
     settings: options of the search and of the objective as text. search: one, or several that improve on each other
     (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
     after a part of it.
+    target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
     many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
 
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says.
     """
     require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
+    require_target(calibration, target)
     memory, workers = parse_memory(memory), parse_workers(workers)
-    stages, judged = _stages(search, objective, settings or {})
+    stages, judged = search_stages(search, objective, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
-    text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+    if target is None:
+        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+    else:
+        shape = {"sequences": sequences, "length": length, "seed": seed}
+        removable = units_of(subject, units, parse_protect(protect, len(subject.anatomy.blocks)))
+        text = advise(
+            subject,
+            str(calibration),
+            target,
+            removable,
+            objective=objective,
+            memory=memory,
+            workers=workers,
+            **shape,
+        ).text
     racing = None if exact else Racing()
     name, ranked_by = None, None
     with closing(
@@ -97,7 +116,7 @@ def search(
             scored = "sublayer" if ordinary else units
             ranking = _ranking(subject, stages, metric, scores, scored, objective, asked, text, seed, memory, workers)
             ranked_by = ranking.metric if ranking else None
-            trail = run_search(stages, request.units, request.budget, ablator, ranking, seed)
+            trail = run_search(stages, request.units, request.budget, ablator.losses, ranking, seed)
             if ordinary:
                 _require_ordinary(subject, plain(trail[-1]))
             order = removal_order(trail, ablator)
@@ -118,6 +137,17 @@ def search(
     )
 
 
+def require_target(calibration: object, target: object) -> None:
+    """Raise UserError unless a target is given exactly where a calibration text is to be chosen for it."""
+    if is_auto(calibration) and target is None:
+        raise UserError("--calibration auto chooses text for what the model will read: name that with --for TEXT.")
+    if target is not None and not is_auto(calibration):
+        raise UserError(
+            f"--for {target} is for --calibration auto, which chooses by it; here the text is "
+            f"{calibration or 'the default'}."
+        )
+
+
 def require_possible(
     remove: str | int,
     search: str = "greedy",
@@ -133,7 +163,7 @@ def require_possible(
     Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
     `ordinary` would restrict nothing.
     """
-    _stages(search, objective, settings or {})
+    search_stages(search, objective, settings or {})
     if metric is not None:
         metrics.get(metric)
     asked = parse_remove(str(remove))
@@ -192,7 +222,7 @@ def _methods(names: str) -> list[Method]:
     return methods
 
 
-def _stages(names: str, objective: str, settings: Mapping[str, str]) -> tuple[list[Stage], dict[str, Any]]:
+def search_stages(names: str, objective: str, settings: Mapping[str, str]) -> tuple[list[Stage], dict[str, Any]]:
     """The searches with their options, and the options of the objective.
 
     Raises UnknownName for a method, or an option that none of them has.
@@ -207,25 +237,26 @@ def run_search(
     stages: Sequence[Stage],
     units: Sequence[Unit],
     budget: Budget,
-    ablator: Ablator,
+    losses: Losses,
     scores: Scores | None,
     seed: int,
 ) -> Trail:
     """Run registered searches one after another, each with what its signature asks for; returns the last one's trail.
 
+    losses: the question that they may ask, of sets of plain units.
     A search that finds nothing better than what it started from leaves the trail of the one before.
     Raises BudgetError when it ends without meeting the budget.
     """
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
-        return ablator.losses([frozenset(plain(removed)) for removed in candidates], keep)
+    def of_plain(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        return losses([frozenset(plain(removed)) for removed in candidates], keep)
 
     trail: list[frozenset[Unit]] = []
     for method, options in stages:
         supply: dict[str, object] = {
             "units": units,
             "budget": budget,
-            "losses": losses,
+            "losses": of_plain,
             "start": trail[-1] if trail else frozenset(),
             "rng": random.Random(seed),
             "scores": _importance(scores, units) if scores else {},

@@ -1,0 +1,108 @@
+"""`shallower run`: a recipe, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from shallower.cli import options
+from shallower.cli.output import print_json, screen
+from shallower.errors import UserError
+from shallower.recipes import read_recipe, shipped
+from shallower.strict_json import write_json
+
+DONE = "steps.json"
+
+
+def run(
+    recipe: Annotated[
+        str, Argument(metavar="RECIPE", help=f"One of {', '.join(shipped())}, or a .yaml file of your own.")
+    ],
+    out: Annotated[
+        Path | None,
+        Option(
+            "--out",
+            metavar="FOLDER",
+            help="Everything goes here; a run that was interrupted goes on. Default: RECIPE-SIZE.",
+        ),
+    ] = None,
+    size: Annotated[str, Option("--size", metavar="NAME", help="demo, or paper: the settings of the paper.")] = "demo",
+    settings: Annotated[
+        list[str] | None,
+        Option(
+            "--set", metavar="NAME=VALUE", help="A value of the recipe, such as model=…; repeatable. Default: none."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the command lines, and run none. Default: run them.")
+    ] = False,
+    as_json: Annotated[
+        bool, Option("--json", help="Print one JSON document and nothing else. Default: tables.")
+    ] = False,
+    quiet: Annotated[bool, Option("--quiet", help="Show no progress. Default: progress on stderr.")] = False,
+) -> None:
+    """Repeat what a paper did, on a small model or at its size.
+
+    A recipe is a list of commands of this program. Those that are done are not run again.
+    """
+    chosen = read_recipe(recipe)
+    folder = Path(f"{Path(recipe).stem}-{size}") if out is None else out
+    commands = chosen.commands(size, folder, options.parse_settings(settings))
+    told: dict[str, Any] = {"title": chosen.title, "source": chosen.source, "size": size, "out": str(folder)}
+    console = screen()
+    if not as_json:
+        console.print(f"{chosen.title} ({chosen.source})\n{chosen.about}\n", soft_wrap=True, highlight=False)
+    if dry_run:
+        if as_json:
+            print_json({**told, "steps": commands})
+        else:
+            console.print("\n".join(f"shallower {command}" for command in commands), soft_wrap=True, highlight=False)
+        return
+    ledger = folder / DONE
+    done = _done(ledger)
+    found: list[Any] = []
+    for number, command in enumerate(commands, 1):
+        label = f"[{number}/{len(commands)}] shallower {command}"
+        if command in done:
+            if not as_json:
+                console.print(f"{label}\nis done already.\n", soft_wrap=True, markup=False, highlight=False)
+            continue
+        if not as_json:
+            console.print(label, soft_wrap=True, markup=False, highlight=False)
+        answer = _step(command, as_json=as_json, quiet=quiet)
+        found.append({"command": command, "answer": answer})
+        done.append(command)
+        write_json(ledger, {"steps": done})
+    if as_json:
+        print_json({**told, "steps": found})
+
+
+def _step(command: str, *, as_json: bool, quiet: bool) -> Any:
+    """Run one command line; with `as_json` what it prints is read, not shown. Raises Exit when it fails."""
+    from shallower.cli import main
+
+    words = shlex.split(command) + (["--json"] if as_json else []) + (["--quiet"] if quiet else [])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed) if as_json else contextlib.nullcontext():
+        code = main.run(words)
+    if code:
+        raise typer.Exit(code)
+    return json.loads(printed.getvalue()) if as_json else None
+
+
+def _done(ledger: Path) -> list[str]:
+    """Command lines that were run to their end before."""
+    try:
+        steps = json.loads(ledger.read_text(encoding="utf-8"))["steps"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{ledger} cannot be read ({error!r}); move it away to begin anew.") from None
+    return [str(step) for step in steps]

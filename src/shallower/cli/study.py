@@ -1,0 +1,87 @@
+"""`shallower study`: what decides which blocks go, calibration or search?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from shallower.cli import options
+from shallower.cli.verb import Answer, verb
+from shallower.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@verb
+def study(
+    file: Annotated[Path, Argument(metavar="STUDY", help="A YAML file that says what to vary; see docs/study.md.")],
+    out: Annotated[
+        Path | None,
+        Option(
+            "--out",
+            metavar="FOLDER",
+            help="Results and page go here; a study that was interrupted goes on. Default: STUDY without .yaml.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Say what it would cost, and measure nothing. Default: run it.")
+    ] = False,
+    memory: options.Memory = None,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
+) -> Answer:
+    """Compare calibration sets, objectives and searches on a grid.
+
+    Each cell gives a plan, its loss, held-out perplexities and task accuracies; the page says what they depend on.
+    """
+    folder = file.with_suffix("") if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder.")
+    from shallower.verbs.study import estimate
+    from shallower.verbs.study import study as run
+
+    if dry_run:
+        cost = estimate(file, folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+        def tell(console: Console) -> None:
+            ratio = f", {cost.alone / cost.seconds:.1f} times less than cell by cell" if cost.seconds else ""
+            console.print(
+                f"{cost.cells:,} cells, {cost.done:,} of them done. What is left asks for {cost.candidates:,} "
+                f"candidate sets: about {_spoken(cost.seconds)} if no race ends early{ratio}. Held-out texts come on "
+                "top.",
+                soft_wrap=True,
+            )
+
+        return Answer(vars(cost), tell)
+    finished = run(
+        file,
+        folder,
+        memory=memory,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    from shallower.reporting.study import agreements_table, shares_table, write_pages
+
+    pages = write_pages(finished.folder, finished.results, finished.findings)
+
+    def show(console: Console) -> None:
+        console.print(agreements_table(finished.findings))
+        console.print(shares_table(finished.findings))
+        console.print(finished.findings.answer, soft_wrap=True)
+        console.print(f"\nPage:    {pages[0]}\nNumbers: {pages[1]}", soft_wrap=True)
+
+    return Answer({"folder": str(finished.folder), **finished.findings.to_json()}, show)
+
+
+def _spoken(seconds: float) -> str:
+    """`40 seconds`, `12 minutes`, `2.5 hours`."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,292 @@
+"""What a study found: tables for the terminal, a page with figures, and the same as Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from shallower.reporting.figures import _WIDTH, _svg, styled
+from shallower.reporting.page import _section, _table, whole_page
+from shallower.strict_json import write_json, write_text
+from shallower.study.findings import Decomposition, Findings, outcomes
+from shallower.study.overlap import Interval
+from shallower.study.result import FACTORS, Result, grouped
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PAGE, NUMBERS, TABLES = "study.html", "findings.json", "study.md"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#F0E442")
+_SMALLEST_SHARE = 0.01  # smaller ones are in the JSON file only
+
+Rows = list[tuple[str, ...]]
+
+
+def write_pages(folder: Path, results: Sequence[Result], findings: Findings) -> tuple[Path, Path, Path]:
+    """Write page, numbers and Markdown tables into `folder`. Raises OutputError when it cannot be written."""
+    page, numbers, tables = folder / PAGE, folder / NUMBERS, folder / TABLES
+    # JSON has no word for nan
+    write_json(numbers, json.loads(json.dumps(findings.to_json()), parse_constant=lambda word: None))
+    write_text(page, render(results, findings))
+    write_text(tables, markdown(results, findings))
+    return page, numbers, tables
+
+
+def agreements_table(findings: Findings) -> Table:
+    """How alike plans are that differ in one thing only."""
+    return _terminal(_AGREEMENT_HEAD, agreement_rows(findings), "Plans that differ in one thing only.")
+
+
+def shares_table(findings: Findings) -> Table:
+    """What the variance of each outcome is due to."""
+    return _terminal(share_head(findings), share_rows(findings), "Share of the variance; means over ratios and models.")
+
+
+def _terminal(head: Sequence[str], rows: Rows, caption: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", caption_style="dim", pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+_AGREEMENT_HEAD = ("Differing in", "Shared units (Jaccard)", "Same order (Kendall)", "Pairs of cells")
+
+
+def agreement_rows(findings: Findings) -> Rows:
+    """A line a factor, the one that changes plans most first."""
+    ordered = sorted(findings.agreements, key=lambda item: item.jaccard.value)
+    return [(item.factor, _interval(item.jaccard), _interval(item.order), f"{item.pairs:,}") for item in ordered]
+
+
+def share_head(findings: Findings) -> tuple[str, ...]:
+    """The outcomes that were analysed."""
+    return ("Due to", *dict.fromkeys(item.outcome for item in findings.decompositions))
+
+
+def share_rows(findings: Findings) -> Rows:
+    """A line a term with its share of each outcome, the largest of the plan first."""
+    head = share_head(findings)[1:]
+    table: dict[str, dict[str, list[Interval]]] = {}
+    for item in findings.decompositions:
+        for share in item.shares:
+            table.setdefault(share.term, {}).setdefault(item.outcome, []).append(share.share)
+    means = {term: {outcome: _mean(values) for outcome, values in found.items()} for term, found in table.items()}
+    shown = [term for term in means if max(item.value for item in means[term].values()) >= _SMALLEST_SHARE]
+    shown.sort(key=lambda term: -means[term].get("plan", Interval(0, 0, 0)).value)
+    return [(term, *(_percents(means[term][name]) if name in means[term] else "–" for name in head)) for term in shown]
+
+
+def _mean(items: Sequence[Interval]) -> Interval:
+    return Interval(*(float(np.mean([getattr(item, name) for item in items])) for name in ("value", "low", "high")))
+
+
+_RANK_HEAD = ("Removed", "Text", "Task", "Rank correlation")
+
+
+def rank_rows(findings: Findings) -> Rows:
+    """Whether perplexity ranks cells as accuracy does."""
+    return [(item.remove, item.text, item.task, _interval(item.correlation)) for item in findings.ranks]
+
+
+_STABILITY_HEAD = ("Calibration tokens", "Shared units of two seeds", "Held-out perplexity", "Cells")
+
+
+def stability_rows(findings: Findings) -> Rows:
+    """How many tokens are enough."""
+    return [
+        (f"{item.tokens:,}", _interval(item.jaccard), _number(item.perplexity), str(item.cells))
+        for item in findings.stability
+    ]
+
+
+_BEST_HEAD = ("Removed", "Varied", "Level", "Held-out perplexity", "Task accuracy")
+
+
+def level_rows(results: Sequence[Result]) -> Rows:
+    """Mean outcomes at each level of each factor: the geometric mean of perplexities, the mean of accuracies."""
+    rows: Rows = []
+    for stratum in grouped(results, lambda result: result.cell.stratum).values():
+        for factor in FACTORS:
+            levels = grouped(stratum, lambda result, factor=factor: result.cell.level(factor))  # type: ignore[misc]
+            if len(levels) < 2:
+                continue
+            for level, group in levels.items():
+                rows.append(
+                    (
+                        group[0].cell.remove,
+                        factor,
+                        str(level),
+                        _number(_geometric([value for result in group for value in result.held_out.values()])),
+                        _percent([value for result in group for value in result.tasks.values()]),
+                    )
+                )
+    return rows
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else float("nan")
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.1%}" if values else "–"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _interval(interval: Interval) -> str:
+    if math.isnan(interval.value):
+        return "–"
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _percents(interval: Interval) -> str:
+    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def _tables(results: Sequence[Result], findings: Findings) -> list[tuple[str, str, Sequence[str], Rows]]:
+    """Name, title, head and rows of every table that has rows."""
+    found: list[tuple[str, str, Sequence[str], Rows]] = [
+        ("agreement", "Plans that differ in one thing only", _AGREEMENT_HEAD, agreement_rows(findings)),
+        ("shares", "What the variance is due to", share_head(findings), share_rows(findings)),
+        ("levels", "What each choice brings on average", _BEST_HEAD, level_rows(results)),
+        ("ranks", "Does perplexity rank as tasks do?", _RANK_HEAD, rank_rows(findings)),
+        ("stability", "How many tokens are enough?", _STABILITY_HEAD, stability_rows(findings)),
+    ]
+    return [item for item in found if item[3]]
+
+
+HOW = (
+    "In brackets: 95 % intervals. Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
+    "type II sums of squares of main effects and interactions of two factors, within one model and ratio, with redrawn "
+    "residuals; of a plan, summed over units. Correlation: bootstrap over cells."
+)
+
+
+def render(results: Sequence[Result], findings: Findings) -> str:
+    """The page as a string; it needs nothing from elsewhere."""
+    figures = {"agreement": agreement_bars(findings), "shares": share_bars(findings), "levels": spread(results)}
+    sections = [_section("answer", "The answer", f"<p>{escape(findings.answer)}</p>\n")]
+    for name, title, head, rows in _tables(results, findings):
+        drawn = figures.get(name)
+        body = (f"<figure>{drawn}</figure>\n" if drawn else "") + _table(head, rows, title)
+        sections.append(_section(name, title, body))
+    sections.append(_section("how", "How this was computed", f'<p class="quiet">{escape(HOW)}</p>\n'))
+    names = ", ".join(dict.fromkeys(Path(result.cell.model).name for result in results))
+    return whole_page(f"Study of {names}", f"{findings.cells:,} ways to choose what to remove", sections)
+
+
+def markdown(results: Sequence[Result], findings: Findings) -> str:
+    """The answer and the tables."""
+    parts = [findings.answer, ""]
+    for _, title, head, rows in _tables(results, findings):
+        parts += [f"## {title}", "", _line(head), _line(["---", *(["---:"] * (len(head) - 1))])]
+        parts += [*map(_line, rows), ""]
+    return "\n".join([*parts, HOW, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def agreement_bars(findings: Findings) -> str | None:
+    """A bar a factor: how much of their units plans share that differ in this factor only."""
+    items = sorted(findings.agreements, key=lambda item: -item.jaccard.value)
+    if not items:
+        return None
+    with styled():
+        figure = Figure(figsize=(_WIDTH, 0.7 + 0.32 * len(items)), layout="constrained")
+        axes: Axes = figure.subplots()
+        values = [item.jaccard.value for item in items]
+        errors = [
+            [max(0.0, item.jaccard.value - item.jaccard.low) for item in items],
+            [max(0.0, item.jaccard.high - item.jaccard.value) for item in items],
+        ]
+        colours = ["#D55E00" if item.factor == "search" else "#0072B2" for item in items]
+        axes.barh([item.factor for item in items], values, xerr=errors, color=colours, height=0.62, ecolor="#334155")
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("shared units of plans that differ in this only (Jaccard)")
+        axes.grid(axis="x")
+        told = ", ".join(f"{item.factor} {item.jaccard.value:.2f}" for item in items)
+        return _svg(figure, "How alike plans are", f"Bars with intervals: {told}.")
+
+
+def share_bars(findings: Findings) -> str | None:
+    """One stacked bar an outcome: main effects, all interactions together, and the rest."""
+    outcomes_ = share_head(findings)[1:]
+    if not outcomes_:
+        return None
+    parts: dict[str, list[float]] = {}
+    for name in outcomes_:
+        own = [item for item in findings.decompositions if item.outcome == name]
+        for label, value in _stack(own).items():
+            parts.setdefault(label, [0.0] * len(outcomes_))[outcomes_.index(name)] = value
+    with styled():
+        figure = Figure(figsize=(_WIDTH, 1.1 + 0.36 * len(outcomes_)), layout="constrained")
+        axes: Axes = figure.subplots()
+        left = np.zeros(len(outcomes_))
+        for (label, values), colour in zip(parts.items(), _COLOURS * 2, strict=False):
+            shade = {"rest": "#E2E8F0", "interactions": "#94A3B8"}.get(label, colour)
+            axes.barh(outcomes_, values, left=left, color=shade, height=0.62, label=label)
+            left += np.array(values)
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(1.0, float(left.max())))
+        axes.set_xlabel("share of the variance")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(6, len(parts)), borderaxespad=0.2)
+        return _svg(figure, "What the variance is due to", "Stacked bars, one an outcome; the table has the numbers.")
+
+
+def _stack(items: Sequence[Decomposition]) -> Mapping[str, float]:
+    """Mean shares by label; interactions are added up."""
+    sums: dict[str, float] = {}
+    for item in items:
+        for share in item.shares:
+            label = "interactions" if " × " in share.term else share.term
+            sums[label] = sums.get(label, 0.0) + share.share.value / len(items)
+    last = ("interactions", "rest")
+    return {
+        label: sums[label] for label in [*(key for key in sums if key not in last), *(k for k in last if k in sums)]
+    }
+
+
+def spread(results: Sequence[Result]) -> str | None:
+    """Held-out perplexity of every cell: a panel a text, a column a search at a ratio, a colour a calibration text."""
+    texts = [name for name in outcomes(results) if name in results[0].held_out]
+    if not texts:
+        return None
+    columns = list(dict.fromkeys((result.cell.remove, result.cell.search) for result in results))
+    sources = list(dict.fromkeys(result.cell.text for result in results))
+    with styled():
+        figure = Figure(figsize=(_WIDTH, 0.9 + 2.1 * len(texts)), layout="constrained")
+        panels: list[Axes] = list(figure.subplots(len(texts), 1, sharex=True, squeeze=False)[:, 0])
+        for axes, text in zip(panels, texts, strict=True):
+            for number, source in enumerate(sources):
+                own = [result for result in results if result.cell.text == source]
+                shift = (number - (len(sources) - 1) / 2) * 0.16
+                places = [columns.index((result.cell.remove, result.cell.search)) + shift for result in own]
+                values = [result.held_out[text] for result in own]
+                colour = _COLOURS[number % len(_COLOURS)]
+                axes.plot(places, values, "o", color=colour, alpha=0.55, markersize=3.5, label=source)
+            axes.set_yscale("log")
+            axes.set_ylabel(f"perplexity, {text}")
+            axes.grid(axis="y")
+        panels[-1].set_xticks(range(len(columns)), [f"{search}\n{remove}" for remove, search in columns])
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sources), borderaxespad=0.2)
+        return _svg(
+            figure, "Held-out perplexity of every cell", "Dots by search and ratio, coloured by calibration text."
+        )

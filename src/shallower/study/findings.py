@@ -1,0 +1,199 @@
+"""Everything that a study's results say, as numbers and in one plain paragraph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from shallower.study.overlap import RESAMPLES, Agreement, Interval, agreement, mean_interval, percentiles
+from shallower.study.result import CALIBRATION, FACTORS, Result, grouped
+from shallower.study.variance import RESIDUAL, Share, decompose
+
+FEWEST_CELLS = 4  # below this a correlation or a share says nothing
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Shares of the variance of one outcome in one stratum. outcome: `plan`, `loss`, or a text or task."""
+
+    model: str
+    remove: str
+    outcome: str
+    shares: tuple[Share, ...]
+
+    def share(self, factors: Sequence[str]) -> float:
+        """What main effects of these factors, and interactions among them alone, explain together."""
+        return sum(item.share.value for item in self.shares if set(item.term.split(" × ")) <= set(factors))
+
+
+@dataclass(frozen=True)
+class RankAgreement:
+    """Spearman's rank correlation over cells between perplexity on a text (low is good) and accuracy on a task."""
+
+    model: str
+    remove: str
+    text: str
+    task: str
+    correlation: Interval
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Plans of calibration sets of one size that differ in their seed only: how alike, and how good they are.
+
+    tokens: sequences × length. perplexity: geometric mean over cells and held-out texts; nan without any.
+    """
+
+    tokens: int
+    jaccard: Interval
+    perplexity: float
+    cells: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study found; `answer` says it in words."""
+
+    cells: int
+    agreements: tuple[Agreement, ...]
+    decompositions: tuple[Decomposition, ...]
+    ranks: tuple[RankAgreement, ...]
+    stability: tuple[Stability, ...]
+    answer: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find(results: Sequence[Result], seed: int = 0) -> Findings:
+    """Run every statistic that the results allow. seed: of the resampling."""
+    agreements = tuple(agreement(results, seed=seed))
+    decompositions = tuple(_decompositions(results, seed))
+    ranks = tuple(_ranks(results, seed))
+    stability = tuple(_stability(results, seed))
+    words = _answer(results, agreements, decompositions, ranks, stability)
+    return Findings(len(results), agreements, decompositions, ranks, stability, words)
+
+
+def _strata(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    return {group[0].cell.stratum: group for group in grouped(results, lambda result: result.cell.stratum).values()}
+
+
+def outcomes(results: Sequence[Result]) -> dict[str, Callable[[Result], float]]:
+    """Numbers that all of the results have: loss, log perplexities, accuracies."""
+    found: dict[str, Callable[[Result], float]] = {"loss": lambda result: result.loss}
+    for text in results[0].held_out:
+        found[text] = lambda result, text=text: math.log(result.held_out[text])  # type: ignore[misc]
+    for task in results[0].tasks:
+        found[task] = lambda result, task=task: result.tasks[task]  # type: ignore[misc]
+    return found
+
+
+def _decompositions(results: Sequence[Result], seed: int) -> list[Decomposition]:
+    found = []
+    for (model, remove), group in _strata(results).items():
+        levels = {factor: [result.cell.level(factor) for result in group] for factor in FACTORS}
+        if len(group) < FEWEST_CELLS:
+            continue
+        units = sorted({unit for result in group for unit in result.removed})
+        plans = np.array([[float(unit in result.removed) for unit in units] for result in group])
+        found.append(Decomposition(model, remove, "plan", tuple(decompose(plans, levels, seed))))
+        for name, value in outcomes(group).items():
+            if name == "loss" and len(set(levels["objective"])) > 1:
+                continue  # losses of different objectives cannot be compared
+            values = np.array([value(result) for result in group])
+            if np.isfinite(values).all():
+                found.append(Decomposition(model, remove, name, tuple(decompose(values, levels, seed))))
+    return found
+
+
+def _ranks(results: Sequence[Result], seed: int) -> list[RankAgreement]:
+    found = []
+    for (model, remove), group in _strata(results).items():
+        for text in group[0].held_out:
+            for task in group[0].tasks:
+                perplexities = np.array([result.held_out[text] for result in group])
+                accuracies = np.array([result.tasks[task] for result in group])
+                if len(group) >= FEWEST_CELLS and len(set(perplexities)) > 1 and len(set(accuracies)) > 1:
+                    found.append(RankAgreement(model, remove, text, task, _spearman(-perplexities, accuracies, seed)))
+    return found
+
+
+def _spearman(first: Any, second: Any, seed: int) -> Interval:
+    drawn = np.random.default_rng(seed).integers(len(first), size=(RESAMPLES, len(first)))
+    values = [
+        float(spearmanr(first[rows], second[rows]).statistic)
+        for rows in drawn
+        if len(set(first[rows])) > 1 and len(set(second[rows])) > 1
+    ]
+    return Interval(float(spearmanr(first, second).statistic), *percentiles(np.array(values)))
+
+
+def _stability(results: Sequence[Result], seed: int) -> list[Stability]:
+    found = []
+    sizes = grouped(results, lambda result: result.cell.sequences * result.cell.length)
+    for tokens, group in sorted(sizes.items(), key=lambda item: str(item[0]).zfill(12)):
+        across = [item for item in agreement(group, ["seed"], seed) if item.factor == "seed"]
+        if not across:
+            continue
+        logs = [math.log(value) for result in group for value in result.held_out.values()]
+        typical = math.exp(sum(logs) / len(logs)) if logs else float("nan")
+        found.append(Stability(int(str(tokens)), across[0].jaccard, typical, len(group)))
+    return found
+
+
+def _answer(
+    results: Sequence[Result],
+    agreements: Sequence[Agreement],
+    decompositions: Sequence[Decomposition],
+    ranks: Sequence[RankAgreement],
+    stability: Sequence[Stability],
+) -> str:
+    """One paragraph: which matters more, how sure that is, whether perplexity predicts tasks, how many tokens do."""
+    sentences = [f"{len(results)} cells were measured."]
+    by_factor = {item.factor: item for item in agreements}
+    calibration = [by_factor[name] for name in CALIBRATION if name in by_factor]
+    if calibration and "search" in by_factor:
+        least = min(calibration, key=lambda item: item.jaccard.value)
+        search = by_factor["search"]
+        sentences.append(
+            f"Plans that differ only in the search share {_within(search.jaccard)} of their units (Jaccard); plans "
+            f"that differ only in the calibration {least.factor} share {_within(least.jaccard)}."
+        )
+        if least.jaccard.high < search.jaccard.low:
+            sentences.append("So here calibration changes the plan more than the search does.")
+        elif search.jaccard.high < least.jaccard.low:
+            sentences.append("So here the search changes the plan more than calibration does.")
+        else:
+            sentences.append("The intervals overlap, so these cells do not say which of the two changes plans more.")
+    for outcome in dict.fromkeys(item.outcome for item in decompositions):
+        own = [item for item in decompositions if item.outcome == outcome]
+        due = [
+            mean_interval([np.array([item.share(names) for item in own])]).value
+            for names in (CALIBRATION, ("objective",), ("search",), (RESIDUAL,))
+        ]
+        sentences.append(
+            f"Of the variance of {'plans' if outcome == 'plan' else outcome}, {due[0]:.0%} is due to calibration, "
+            f"{due[1]:.0%} to the objective, {due[2]:.0%} to the search, {max(0.0, 1 - sum(due)):.0%} to two of these "
+            f"together, and {due[3]:.0%} is left over."
+        )
+    if ranks:
+        typical = float(np.mean([item.correlation.value for item in ranks]))
+        sure = sum(item.correlation.low > 0 for item in ranks)
+        sentences.append(
+            f"Perplexity ranks the cells as task accuracy does with a rank correlation of {typical:.2f} on average; it "
+            f"is above zero beyond doubt in {sure} of {len(ranks)} pairs of a text and a task."
+        )
+    if len(stability) > 1:
+        parts = [f"{item.tokens:,} tokens {item.jaccard.value:.2f}" for item in stability]
+        sentences.append(f"Two seeds of the same calibration agree, by its size: {', '.join(parts)} (Jaccard).")
+    return " ".join(sentences)
+
+
+def _within(interval: Interval) -> str:
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"

@@ -1,0 +1,105 @@
+"""How alike plans are when only one thing about them differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import kendalltau
+
+from shallower.study.result import FACTORS, Result, grouped
+from shallower.units import Unit
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike the plans of cells are that differ in `factor` and in nothing else.
+
+    jaccard: shared units / all units of both. order: Kendall's tau-b of the removal order (units that stay come last,
+    tied); nan where a plan has no order to speak of. pairs: of cells. groups: sets of cells that such pairs come from.
+    """
+
+    factor: str
+    jaccard: Interval
+    order: Interval
+    pairs: int
+    groups: int
+
+
+def jaccard(first: Collection[Unit], second: Collection[Unit]) -> float:
+    """Units in both / units in either; 1 for two empty sets."""
+    first, second = set(first), set(second)
+    return len(first & second) / len(first | second) if first | second else 1.0
+
+
+def order_agreement(first: Sequence[Unit], second: Sequence[Unit]) -> float:
+    """Kendall's tau-b of the places that two orders give to the units that either removes; nan for a single unit."""
+    units = sorted({*first, *second})
+
+    def places(order: Sequence[Unit]) -> list[int]:
+        return [order.index(unit) if unit in order else len(order) for unit in units]
+
+    if len(units) < 2:
+        return math.nan  # one place is no order
+    return float(kendalltau(places(first), places(second)).statistic)
+
+
+def agreement(results: Sequence[Result], factors: Sequence[str] = FACTORS, seed: int = 0) -> list[Agreement]:
+    """For each factor that takes several levels, how alike plans are across its levels with all else equal.
+
+    The interval is a bootstrap over groups: cells of one group share everything but the factor, and their pairs are not
+    independent of each other.
+    """
+    return [found for factor in factors if (found := _across(results, factor, seed)) is not None]
+
+
+def _across(results: Sequence[Result], factor: str, seed: int) -> Agreement | None:
+    others = [name for name in FACTORS if name != factor]
+    groups = grouped(results, lambda result: (result.cell.stratum, *(result.cell.level(name) for name in others)))
+    pairs = [list(combinations(group, 2)) for group in groups.values() if len(group) > 1]
+    if not pairs:
+        return None
+
+    def over(measure: Callable[[Result, Result], float]) -> Interval:
+        return mean_interval([np.array([measure(*pair) for pair in group]) for group in pairs], seed)
+
+    return Agreement(
+        factor,
+        over(lambda first, second: jaccard(first.removed, second.removed)),
+        over(lambda first, second: order_agreement(first.order, second.order)),
+        sum(map(len, pairs)),
+        len(pairs),
+    )
+
+
+def mean_interval(groups: Sequence[NDArray[np.float64]], seed: int = 0) -> Interval:
+    """Mean of all values, with a bootstrap interval that draws whole groups. Values that are nan do not count."""
+    sums = np.array([np.nansum(group) for group in groups])
+    counts = np.array([np.count_nonzero(~np.isnan(group)) for group in groups])
+    if not counts.sum():
+        return Interval(float("nan"), float("nan"), float("nan"))
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
+    means = sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1)
+    return Interval(float(sums.sum() / counts.sum()), *percentiles(means))
+
+
+def percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The bounds between which the middle `CONFIDENCE` of resampled values lie."""
+    low, high = np.nanquantile(values, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return float(low), float(high)

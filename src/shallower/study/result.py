@@ -1,0 +1,87 @@
+"""One cell of a study, and what was found there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from shallower.errors import UserError
+from shallower.strict_json import record_faults
+from shallower.units import Unit
+
+FACTORS = ("text", "format", "sequences", "length", "seed", "objective", "search")
+"""What a cell varies, within a stratum: everything of the calibration set, then how the plan is chosen."""
+
+CALIBRATION = FACTORS[:5]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the grid. text: name of a calibration text in the study. remove: as `--remove` takes it."""
+
+    model: str
+    text: str
+    format: str
+    sequences: int
+    length: int
+    seed: int
+    objective: str
+    search: str
+    remove: str
+
+    @property
+    def stratum(self) -> tuple[str, str]:
+        """Cells are compared within one model and one ratio: between ratios everything differs, and says nothing."""
+        return self.model, self.remove
+
+    def level(self, factor: str) -> Hashable:
+        value: Hashable = getattr(self, factor)
+        return value
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell gave.
+
+    order: the removed units in removal order. loss: the objective on the calibration text; dense: without removing.
+    held_out: perplexity by text. tasks: accuracy by task. seconds: of the search.
+    """
+
+    cell: Cell
+    order: tuple[Unit, ...]
+    loss: float
+    dense: float
+    seconds: float
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> frozenset[Unit]:
+        return frozenset(self.order)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "order": [str(unit) for unit in self.order]}
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> Result:
+        """Raises UserError that lists all faults of the line."""
+        faults = (
+            record_faults(f"'cell' of {where}", data.get("cell"), Cell) if isinstance(data, dict) else ["no object"]
+        )
+        if faults:
+            raise UserError(f"{where} cannot be read as a result of a study: {'; '.join(faults)}.")
+        try:
+            units = tuple(Unit.parse(text) for text in data["order"])
+            rest = {name: data[name] for name in ("loss", "dense", "seconds", "held_out", "tasks")}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where} cannot be read as a result of a study: {error!r}.") from None
+        return cls(Cell(**data["cell"]), units, **rest)
+
+
+def grouped(results: Iterable[Result], key: Callable[[Result], Hashable]) -> dict[Hashable, list[Result]]:
+    """Results by `key`, in the order in which the keys first appear."""
+    groups: dict[Hashable, list[Result]] = {}
+    for result in results:
+        groups.setdefault(key(result), []).append(result)
+    return groups

@@ -1,0 +1,119 @@
+"""`--calibration auto --for TEXT`: which text, of those at hand, tells best what a model needs for the user's own?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+from shallower import progress
+from shallower.corpus import DOMAINS, CalibrationSet
+from shallower.errors import CorpusError
+from shallower.units import Unit
+from shallower.verbs.subject import Subject, calibrate, make_ablator
+
+AUTO = "auto"
+TASK = "task"  # the objective for a target that is questions
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A source and how it ranks units: Spearman's correlation with the ranking by the target."""
+
+    source: str
+    correlation: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Candidates, the best first, and why, in one sentence. text: the best one's calibration set."""
+
+    candidates: tuple[Candidate, ...]
+    text: CalibrationSet
+    why: str
+
+
+def is_auto(calibration: object) -> bool:
+    """Whether a calibration text is to be chosen: `auto`, or `auto:` and the sources to choose from."""
+    return isinstance(calibration, str) and (calibration == AUTO or calibration.startswith(f"{AUTO}:"))
+
+
+def advise(
+    subject: Subject,
+    calibration: str,
+    target: str | Path,
+    units: Sequence[Unit],
+    *,
+    sequences: int = 32,
+    length: int = 128,
+    objective: str = "nll",
+    seed: int = 0,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
+) -> Advice:
+    """Choose the source whose text ranks `units` most as the target does, by the loss without each (leave-one-out).
+
+    The target stays out of the calibration set, so that it can be evaluated on. What is compared is what a search
+    reads, not how the texts look: two texts that differ in every word may need the same blocks.
+
+    calibration: `auto` for every domain that can be had here, or `auto:a.jsonl,b.jsonl` for these. target: a text, or a
+    .jsonl file of multiple-choice questions, on which the objective is then the margin of the right choice.
+
+    Raises CorpusError when no source, or not the target, can be read.
+    """
+    sources = [item.strip() for item in calibration.partition(":")[2].split(",") if item.strip()] or list(DOMAINS)
+
+    def ranking(text: CalibrationSet, judged: str) -> list[float]:
+        with closing(make_ablator(subject, text, judged, memory=memory, workers=workers)) as ablator:
+            return [value for value, _ in ablator.differences([frozenset({unit}) for unit in units])]
+
+    built: dict[str, CalibrationSet] = {}
+    failed: list[str] = []
+    for source in sources:
+        try:
+            built[source] = calibrate(
+                subject, source, sequences=sequences, length=length, seed=seed, objective=objective
+            )
+        except CorpusError as error:
+            if calibration != AUTO:
+                raise
+            failed.append(f"{source}: {error}")
+    if not built:
+        raise CorpusError(
+            f"--calibration auto finds no text here ({failed[0]}) Name some: --calibration auto:web.jsonl,books.jsonl."
+        )
+    judged = TASK if _asks(target) else objective
+    with progress.task(f"comparing {len(built)} sources with {target}", len(built) + 1) as step:
+        goal = calibrate(subject, target, sequences=sequences, length=length, seed=seed, objective=judged)
+        wanted = ranking(goal, judged)
+        step()
+        found = []
+        for source, text in built.items():
+            found.append(Candidate(source, float(spearmanr(wanted, ranking(text, objective)).statistic)))
+            step()
+    found.sort(key=lambda item: -item.correlation)
+    told = ", ".join(f"{item.source} {item.correlation:.2f}" for item in found)
+    why = (
+        f"Calibration: {found[0].source}, which ranks {len(units)} units most as {Path(target).name} does (rank "
+        f"correlation of the loss without each: {told})."
+    )
+    progress.note(why)
+    return Advice(tuple(found), built[found[0].source], why)
+
+
+def _asks(target: str | Path) -> bool:
+    """Whether the first line of a file is a question with choices."""
+    import json
+
+    path = Path(str(target).partition("?")[0])
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8") as file:
+        try:
+            row = json.loads(file.readline())
+        except ValueError:
+            return False
+    return isinstance(row, dict) and bool({"choices", "endings"} & set(row) or {"passage", "question"} <= set(row))

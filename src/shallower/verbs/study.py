@@ -1,0 +1,365 @@
+"""`shallower study`: a grid of calibration sets, objectives, searches and ratios, measured cell by cell, and what it
+says.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+
+from shallower import progress
+from shallower.corpus import CalibrationSet, build_calibration, build_choices
+from shallower.engine import Ablator, reads_choices
+from shallower.engine.memo import context_key
+from shallower.errors import CorpusError, UserError
+from shallower.plan import MadeBy, PruningPlan
+from shallower.registry import metric as metrics
+from shallower.registry import objective as objectives
+from shallower.scores import Score, Scores
+from shallower.study.findings import Findings, find
+from shallower.study.grid import Study, read_study
+from shallower.study.ledger import Ledger
+from shallower.study.result import Cell, Result
+from shallower.units import Span, Unit, plain
+from shallower.verbs.search import require_possible, resolve, run_search, search, search_stages
+from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
+from shallower.version import __version__
+
+CELLS = "cells.jsonl"
+_QUESTION_TOKENS = 256
+_TIMED_TOKENS = 1024
+
+Context = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A study that was run: every cell of its grid, what they say together, and where they are."""
+
+    study: Study
+    results: tuple[Result, ...]
+    findings: Findings
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study would cost.
+
+    cells: of the grid; done: those that are on disk. candidates: sets to be measured if no race ends early. seconds:
+    for all of them, from the time that a few took here; alone: the same with every cell measured by itself.
+    """
+
+    cells: int
+    done: int
+    candidates: int
+    seconds: float
+    alone: float
+
+
+def study(
+    file: str | os.PathLike[str] | Study,
+    out: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Finished:
+    """Measure every cell of a grid, and analyse them.
+
+    A cell is a plan with its loss, held-out perplexities and task accuracies. What is done is on disk in `out`, so that
+    the same call goes on where it was interrupted, and cells share what the engine remembers.
+
+    file: STUDY.yaml, see `shallower.study.grid`. memory, workers, device, dtype: as for `search`.
+
+    Raises UserError for a study that cannot be read or run, before anything is measured.
+    """
+    given = file if isinstance(file, Study) else read_study(file)
+    require_runnable(given)
+    folder = Path(out)
+    ledger = Ledger(folder / CELLS)
+    results: list[Result] = []
+    opened = partial(open_subject, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with progress.task(f"study of {len(given.cells)} cells", len(given.cells)) as step:
+        for model in given.models:
+            subject = opened(model)
+            _require_sound(subject, given)
+            with ExitStack() as stack:
+                judges = _judges(subject, given, stack, memory, workers)
+                for context, cells in _contexts(given, model).items():
+                    runner = _Runner(subject, given, ledger, judges, memory, workers)
+                    results += runner.run(context, cells, step)
+    findings = find(results)
+    return Finished(given, tuple(results), findings, folder)
+
+
+def require_runnable(given: Study) -> None:
+    """Refuse what is wrong with any model. Raises UserError."""
+    for objective in given.objectives:
+        for name in given.searches:
+            for remove in given.remove:
+                require_possible(remove, name, objective, None, _settings(given, name, objective), units=given.units)
+    unknown = [key for key in given.settings if not any(key in _options(given, *pair) for pair in _pairs(given))]
+    if unknown:
+        raise UserError(f"none of the study's searches and objectives has an option {unknown[0]!r}; drop it.")
+
+
+def estimate(
+    file: str | os.PathLike[str] | Study,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Estimate:
+    """What a study would cost, without running it.
+
+    Every search is run on made-up losses to count the sets that it asks for, and a few real sets are timed. Raises
+    UserError as `study` does.
+    """
+    given = file if isinstance(file, Study) else read_study(file)
+    require_runnable(given)
+    ledger = Ledger(Path(out) / CELLS)
+    done = candidates = 0
+    seconds = alone = 0.0
+    for model in given.models:
+        subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        _require_sound(subject, given)
+        a_token = _seconds_a_token(subject, given, model)
+        runner = _Runner(subject, given, ledger, {}, None, None)
+        for context, cells in _contexts(given, model).items():
+            text = runner.calibration(context, given.objectives[0])
+            for objective in given.objectives:
+                asked: set[frozenset[Unit]] = set()
+                for cell in (cell for cell in cells if cell.objective == objective):
+                    if ledger.get(runner.key(cell, text)) is not None:
+                        done += 1
+                        continue
+                    own = _simulated(subject, given, cell)
+                    alone += len(own) * text.tokens * a_token
+                    asked |= own
+                candidates += len(asked)
+                seconds += len(asked) * text.tokens * a_token
+    return Estimate(len(given.cells), done, candidates, seconds, alone)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs the cells of one calibration set on one model."""
+
+    subject: Subject
+    study: Study
+    ledger: Ledger
+    judges: Mapping[str, Callable[[Sequence[frozenset[Unit]]], list[float]]]
+    memory: int | str | None
+    workers: int | str | None
+
+    def run(self, context: Context, cells: Sequence[Cell], step: progress.Step) -> list[Result]:
+        results: list[Result] = []
+        for objective in self.study.objectives:
+            own = [cell for cell in cells if cell.objective == objective]
+            with progress.silent():
+                found = self._measured(own, self.calibration(context, objective))
+            results += found
+            step(len(own))
+            _tell(found)
+        return results
+
+    def _measured(self, cells: Sequence[Cell], text: CalibrationSet) -> list[Result]:
+        """Results of the cells; those that are not on disk are searched one by one, and judged together."""
+        found: dict[Cell, Result] = {}
+        for cell in cells:
+            known = self.ledger.get(self.key(cell, text))
+            found[cell] = self._searched(cell, text) if known is None else replace(known, cell=cell)
+        fresh = [cell for cell in cells if self.ledger.get(self.key(cell, text)) is None]
+        judged = {name: judge([found[cell].removed for cell in fresh]) for name, judge in self.judges.items()}
+        for number, cell in enumerate(fresh):
+            values = {name: judged[name][number] for name in judged}
+            found[cell] = replace(
+                found[cell],
+                held_out={name: math.exp(values[name]) for name in self.study.held_out},
+                tasks={name: 1 - values[name] for name in self.study.tasks},
+            )
+            self.ledger.add(self.key(cell, text), found[cell])
+        return list(found.values())
+
+    def calibration(self, context: Context, objective: str) -> CalibrationSet:
+        _, name, form, sequences, length, seed = context
+        spec = self.study.texts[name]
+        if form and not reads_choices(objectives.get(objective)):
+            spec += f"{'&' if '?' in spec else '?'}format={form}"
+        return calibrate(self.subject, spec, sequences=sequences, length=length, seed=seed, objective=objective)
+
+    def key(self, cell: Cell, text: CalibrationSet) -> str:
+        """Digest of all that a cell's result depends on; the names of texts do not count, what is in them does."""
+        study = self.study
+        return context_key(
+            {
+                "model": self.subject.identity.fingerprint,
+                "calibration": text.digest,
+                "cell": [cell.seed, cell.objective, cell.search, cell.remove],
+                "how": [study.units, study.protect, sorted(study.settings.items()), study.exact],
+                "held_out": [sorted(study.held_out.items()), study.held_out_sequences, study.held_out_length],
+                "tasks": [sorted(study.tasks.items()), study.questions],
+                "dtype": str(self.subject.model.dtype),
+            }
+        )
+
+    def _searched(self, cell: Cell, text: CalibrationSet) -> Result:
+        start = time.perf_counter()
+        plan = self._plan(cell, text)
+        order = tuple(unit for unit, _ in plan.order)
+        last = plan.order[-1][1]
+        return Result(
+            cell,
+            order,
+            math.inf if last is None else last,
+            math.inf if plan.dense is None else plan.dense,
+            round(time.perf_counter() - start, 2),
+        )
+
+    def _plan(self, cell: Cell, text: CalibrationSet) -> PruningPlan:
+        return search(
+            self.subject,
+            cell.remove,
+            search=cell.search,
+            objective=cell.objective,
+            units=self.study.units,
+            protect=self.study.protect,
+            calibration=text,
+            settings=_settings(self.study, cell.search, cell.objective),
+            exact=self.study.exact,
+            seed=cell.seed,
+            memory=self.memory,
+            workers=self.workers,
+        )
+
+
+def _contexts(given: Study, model: str) -> dict[Context, list[Cell]]:
+    contexts: dict[Context, list[Cell]] = {}
+    for cell in given.cells:
+        if cell.model == model:
+            context = (cell.model, cell.text, cell.format, cell.sequences, cell.length, cell.seed)
+            contexts.setdefault(context, []).append(cell)
+    return contexts
+
+
+def _judges(
+    subject: Subject, given: Study, stack: ExitStack, memory: int | str | None, workers: int | str | None
+) -> dict[str, Callable[[Sequence[frozenset[Unit]]], list[float]]]:
+    """For each held-out text its mean loss, for each task the share of wrong answers, of many sets at once."""
+
+    def judge(text: CalibrationSet, objective: str, options: Mapping[str, str]) -> Ablator:
+        return stack.enter_context(
+            closing(make_ablator(subject, text, objective, options, memory=memory, workers=workers))
+        )
+
+    found: dict[str, Callable[[Sequence[frozenset[Unit]]], list[float]]] = {}
+    for name, spec in given.held_out.items():
+        shared = spec.partition("?")[0] in {other.partition("?")[0] for other in given.texts.values()}
+        text = build_calibration(
+            spec,
+            subject.tokenizer,
+            sequences=given.held_out_sequences,
+            length=given.held_out_length,
+            part="held-out" if shared else "all",
+        )
+        found[name] = judge(text, "nll", {}).losses
+    for name, spec in given.tasks.items():
+        questions = build_choices(
+            spec, subject.tokenizer, questions=given.questions, length=_QUESTION_TOKENS, seed=0, part="all"
+        )
+        found[name] = judge(questions, "task", {"of": "accuracy"}).losses
+    return found
+
+
+def _require_sound(subject: Subject, given: Study) -> None:
+    """Refuse, before an hour has gone, what this model cannot do. Raises UserError."""
+    both = set(given.held_out) & set(given.tasks)
+    if both:
+        raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
+    for name in given.searches:
+        for remove in given.remove:
+            resolve(subject, remove, name, units=given.units, protect=given.protect)
+    for name, spec in {**given.held_out, **given.tasks}.items():
+        if not Path(spec.partition("?")[0]).exists() and name in given.tasks:
+            raise CorpusError(f"task {name!r} reads {spec}, which does not exist.")
+
+
+def _pairs(given: Study) -> Iterator[tuple[str, str]]:
+    return ((name, objective) for name in given.searches for objective in given.objectives)
+
+
+def _options(given: Study, name: str, objective: str) -> set[str]:
+    methods = [method for method, _ in search_stages(name, objective, {})[0]] + [objectives.get(objective)]
+    return {option for method in methods for option in method.options}
+
+
+def _settings(given: Study, name: str, objective: str) -> dict[str, str]:
+    """Of the study's settings those that this search or objective knows."""
+    known = _options(given, name, objective)
+    return {key: value for key, value in given.settings.items() if key in known}
+
+
+def _tell(results: Sequence[Result]) -> None:
+    """A line a calibration set and objective, with the loss that each search reached at each ratio."""
+    cell = results[0].cell
+    parts = [f"{result.cell.search} {result.cell.remove}: {result.loss:.4f}" for result in results]
+    form = f" {cell.format}" if cell.format else ""
+    progress.note(
+        f"{cell.text}{form} {cell.sequences}×{cell.length} seed {cell.seed} {cell.objective:<6} {'  '.join(parts)}"
+    )
+
+
+def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit]]:
+    """The sets that a search asks for when losses are made up: they add up over units, nearly."""
+    request = resolve(subject, cell.remove, cell.search, units=given.units, protect=given.protect)
+    asked: set[frozenset[Unit]] = set()
+    rng = Random(cell.seed)
+    worth = {unit: rng.random() for unit in request.units}
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        asked.update(frozenset(plain(candidate)) for candidate in candidates)
+        return [sum(worth.get(unit, 0.5) for unit in candidate) + 0.01 * rng.random() for candidate in candidates]
+
+    stages, _ = search_stages(cell.search, cell.objective, _settings(given, cell.search, cell.objective))
+    if request.budget is None:
+        return {frozenset(request.units)}
+    blocks = len(subject.anatomy.blocks)
+    spans = [Span(first, last) for first in range(blocks) for last in range(first + 1, blocks + 1)]
+    rows = [Score(unit, value, None) for unit, value in worth.items()]
+    rows += [Score(span, rng.random(), None) for span in spans]
+    made_by = MadeBy(cell.search, cell.objective, None, {}, cell.seed, None, __version__)
+    scores = Scores(subject.identity, "made up", tuple(rows), made_by)
+    for method, _ in stages:
+        ranked = method.traits.get("metric")
+        if "scores" in method.parameters and ranked and "units" in metrics.get(str(ranked)).parameters:
+            losses([frozenset({unit}) for unit in request.units])
+    trail = run_search(stages, request.units, request.budget, losses, scores, cell.seed)
+    losses([frozenset(trail[-1])])
+    return asked
+
+
+def _seconds_a_token(subject: Subject, given: Study, model: str) -> float:
+    """Seconds that one calibration token of one candidate takes here, from single removals spread over the depth."""
+    context = next(iter(_contexts(given, model)))
+    runner = _Runner(subject, given, Ledger(Path(os.devnull)), {}, None, None)
+    text = runner.calibration(context, given.objectives[0])
+    few = max(1, min(text.sequences, _TIMED_TOKENS // text.length))
+    if not reads_choices(objectives.get(given.objectives[0])):
+        text = CalibrationSet(text.spec, text.input_ids[:few], None)
+    blocks = subject.anatomy.of_kind("block")
+    with closing(Ablator(subject.anatomy, text, given.objectives[0])) as ablator:
+        ablator.losses([frozenset()])
+        start = time.perf_counter()
+        ablator.losses([frozenset({unit}) for unit in blocks[:: max(1, len(blocks) // 8)]])
+        return (time.perf_counter() - start) / max(1, ablator.spent.tokens - text.tokens)

@@ -1,0 +1,80 @@
+"""Recipes: what ships can be run, and a run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from shallower.cli import main
+from shallower.errors import UnknownName, UserError
+from shallower.recipes import read_recipe, shipped
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_step_of_what_ships_is_a_command_line_of_ours(name: str, tmp_path: Path) -> None:
+    recipe = read_recipe(name)
+    assert {"demo", "paper"} <= set(recipe.sizes)
+    assert recipe.source.startswith("arXiv:")
+    verbs = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
+    for size in recipe.sizes:
+        for command in recipe.commands(size, tmp_path, {}):
+            verb, *words = shlex.split(command)
+            verbs[verb].make_context(verb, words)  # raises on an option or a value that there is not
+
+
+def written(folder: Path, **changes: object) -> Path:
+    """A recipe of two steps on a tiny model."""
+    from shallower.testing.families import tiny_model, tiny_tokenizer
+
+    tiny_model("llama", blocks=4).save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
+    (folder / "text.txt").write_text("\n\n".join(f"{n} and {n} make {2 * n}, {n + 1} does not." for n in range(200)))
+    data = {
+        "title": "Two steps",
+        "source": "arXiv:0000.00000",
+        "about": "Rank and plan.",
+        "steps": [
+            "score {model} --calibration {text} --sequences 2 --length 16 --out {out}/scores.json",
+            "search {model} --remove {remove} --search one-shot --scores {out}/scores.json --calibration {text} "
+            "--sequences 2 --length 16 --out {out}/plan.json",
+        ],
+        "sizes": {"demo": {"model": str(folder / "tiny"), "text": str(folder / "text.txt"), "remove": "9"}},
+        **changes,
+    }
+    path = folder / "two.yaml"
+    path.write_text(json.dumps(data))  # JSON is YAML
+    return path
+
+
+def test_a_run_goes_on_after_the_step_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = written(tmp_path), tmp_path / "out"
+    assert main.run(["run", str(recipe), "--out", str(out), "--quiet"]) == 2  # 9 of 4 blocks
+    assert "9" in capsys.readouterr().err
+    scores = (out / "scores.json").read_bytes()
+    assert main.run(["run", str(recipe), "--out", str(out), "--set", "remove=1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [step["command"].split()[0] for step in told["steps"]] == ["search"]  # the first was done
+    assert (out / "scores.json").read_bytes() == scores
+    assert len(json.loads((out / "plan.json").read_text())["remove"]) == 1
+
+
+def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, sizes={"demo": {"model": "m", "txt": "t"}}, stpes=[])
+    with pytest.raises(UserError) as caught:
+        read_recipe(str(path))
+    for part in ("'stpes' (did you mean 'steps'?)", "no value for 'remove'", "no value for 'text'", "has 'txt'"):
+        assert part in str(caught.value)
+
+
+def test_names_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="deeper-layers"):
+        read_recipe("deeper-layer")
+    recipe = read_recipe(str(written(tmp_path)))
+    with pytest.raises(UnknownName, match="demo"):
+        recipe.commands("demos", tmp_path, {})
+    with pytest.raises(UnknownName, match="remove"):
+        recipe.commands("demo", tmp_path, {"remov": "1"})

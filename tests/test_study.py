@@ -1,0 +1,271 @@
+"""Studies: the grid, its statistics against other calculations, and a small study from file to page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import statsmodels.api
+import statsmodels.formula.api
+
+from shallower.cli import main
+from shallower.errors import UserError
+from shallower.study.findings import find
+from shallower.study.grid import Study, parse_study
+from shallower.study.overlap import agreement, jaccard, mean_interval, order_agreement
+from shallower.study.result import Cell, Result
+from shallower.study.variance import RESIDUAL, decompose
+from shallower.units import Unit
+
+
+def block(*indices: int) -> tuple[Unit, ...]:
+    return tuple(Unit(index, "block") for index in indices)
+
+
+def result(order: tuple[Unit, ...], **of: Any) -> Result:
+    axes = {"model": "m", "text": "a", "format": "", "sequences": 8, "length": 16, "seed": 0, "objective": "nll"}
+    cell = Cell(
+        **{**axes, "search": "greedy", "remove": "2", **{key: of[key] for key in of if key in Cell.__annotations__}}
+    )
+    return Result(cell, order, of.get("loss", 1.0), 0.5, 0.1, of.get("held_out", {}), of.get("tasks", {}))
+
+
+# Statistics
+
+
+def test_jaccard_counts_shared_units() -> None:
+    assert jaccard(block(1, 2, 3), block(2, 3, 4, 5)) == 2 / 5
+    assert jaccard((), ()) == 1.0
+
+
+def test_order_agreement_of_the_same_and_the_reversed_order() -> None:
+    assert order_agreement(block(1, 2, 3), block(1, 2, 3)) == pytest.approx(1)
+    assert order_agreement(block(1, 2, 3), block(3, 2, 1)) == pytest.approx(-1)
+
+
+def test_only_cells_that_differ_in_one_factor_are_compared() -> None:
+    results = [
+        result(block(1, 2), search="greedy", seed=0),
+        result(block(1, 3), search="swap", seed=0),  # differs from the first in the search alone: 1/3
+        result(block(1, 2), search="greedy", seed=1),  # from the first in the seed alone: 1
+        result(block(7, 8), search="swap", seed=1, remove="3"),  # another ratio is never compared
+    ]
+    found = {item.factor: item for item in agreement(results)}
+    assert {name: (item.jaccard.value, item.pairs) for name, item in found.items()} == {
+        "search": (pytest.approx(1 / 3), 1),
+        "seed": (1.0, 1),
+    }
+
+
+def test_the_interval_of_a_mean_draws_whole_groups() -> None:
+    alike = [np.full(5, value) for value in (0.0, 1.0)]
+    interval = mean_interval(alike)
+    assert (interval.low, interval.value, interval.high) == (0.0, 0.5, 1.0)  # values one by one would be narrower
+
+
+def test_shares_of_variance_equal_those_of_statsmodels() -> None:
+    rng = np.random.default_rng(0)
+    rows = [point for point in itertools.product("wxyz", "pq", "mno") for _ in range(2)]
+    table = pandas.DataFrame(rows, columns=["A", "B", "D"])
+    table["y"] = rng.normal(size=len(table)) + (table.A == "w") * 2 + (table.B == "p") * (table.D == "m")
+    table = table.drop([3, 17, 20])  # an unbalanced grid, as one that is not finished
+    formula = "y ~ (C(A) + C(B) + C(D)) ** 2"
+    reference = statsmodels.api.stats.anova_lm(statsmodels.formula.api.ols(formula, table).fit(), typ=2).sum_sq
+    total = ((table.y - table.y.mean()) ** 2).sum()
+    names = {"C(A)": "A", "C(B)": "B", "C(D)": "D", "C(A):C(B)": "A × B", "C(A):C(D)": "A × D", "C(B):C(D)": "B × D"}
+    names["Residual"] = RESIDUAL
+    found = decompose(table.y.to_numpy(), {key: list(table[key]) for key in "ABD"})
+    assert {item.term: item.share.value for item in found} == pytest.approx(
+        {names[term]: value / total for term, value in reference.items()}
+    )
+
+
+def test_a_balanced_grid_adds_up_and_finds_what_decides() -> None:
+    points = list(itertools.product("abc", (0, 1), (0, 1)))
+    levels = {name: [point[number] for point in points] for number, name in enumerate(("text", "seed", "search"))}
+    plans = np.array([[point[0] == "a", point[0] != "a", point[2] == 1] for point in points], dtype=float)
+    shares = {item.term: item.share.value for item in decompose(plans, levels)}
+    assert sum(shares.values()) == pytest.approx(1)
+    text, search = 2 * (4 * 8 / 12), 12 / 4  # sums of squares of two and of one column of zeros and ones
+    assert shares["text"] == pytest.approx(text / (text + search))
+    assert shares["search"] == pytest.approx(search / (text + search))
+    assert shares["seed"] == pytest.approx(0, abs=1e-12)
+
+
+def test_an_outcome_that_never_varies_has_no_shares() -> None:
+    found = decompose(np.ones(4), {"text": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1]})
+    assert [item.share.value for item in found] == [0.0] * len(found)
+
+
+def made_up(decisive: str) -> list[Result]:
+    """A grid where one factor alone decides."""
+    results = []
+    for text, seed, search in itertools.product("ab", (0, 1), ("greedy", "swap")):
+        level = {"text": text == "b", "search": search == "swap"}[decisive]
+        numbers = {"held_out": {"wiki": 30.0 + 10 * level}, "tasks": {"quiz": 0.5 - 0.1 * level}}
+        order = block(1, 2) if level else block(8, 9)
+        results.append(result(order, text=text, seed=seed, search=search, **numbers))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("decisive", "said"), [("text", "calibration changes the plan"), ("search", "the search changes")]
+)
+def test_the_answer_names_what_decides(decisive: str, said: str) -> None:
+    findings = find(made_up(decisive))
+    assert said in findings.answer
+    of_plan = next(item for item in findings.decompositions if item.outcome == "plan")
+    assert of_plan.share([decisive]) == pytest.approx(1)
+    [rank] = findings.ranks
+    assert rank.correlation.value == pytest.approx(1)  # lower perplexity goes with higher accuracy
+
+
+# The file
+
+
+def test_all_faults_of_a_study_are_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_study({"models": "demo", "texts": {}, "sequence": 8, "seeds": [0, 0], "remove": [], "exact": 1}, "s.yaml")
+    told = str(caught.value)
+    for part in (
+        "'sequence' (did you mean 'sequences'?)",
+        "'texts'",
+        "twice",
+        "'remove' of s.yaml is empty",
+        "'exact'",
+    ):
+        assert part in told
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    study = Study(("m",), {"a": "a.txt", "b": "b.txt"}, ("1", "2"), sequences=(4, 8), seeds=(0, 1), searches=("x", "y"))
+    assert len(study.cells) == len(set(study.cells)) == 2 * 2 * 2 * 2 * 2
+
+
+# A study from file to page
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, two texts, questions, and STUDY.yaml."""
+    from shallower.testing.families import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("study")
+    tiny_model("llama", blocks=5).save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
+    for name, word in (("a", "times"), ("b", "plus"), ("other", "minus")):
+        lines = [f"{n} {word} {n} is what {n + 3} {word} {n} would be." for n in range(300)]
+        (folder / f"{name}.txt").write_text("\n\n".join(" ".join(lines[at : at + 10]) for at in range(0, 300, 10)))
+    rows = [{"question": f"What is {n} and 1?", "choices": [str(n + 1), str(n)], "gold": n % 2} for n in range(12)]
+    (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "grid.yaml").write_text(
+        "models: tiny\ntexts: {a: a.txt, b: b.txt}\nsequences: 4\nlength: 24\nseeds: [0, 1]\nobjectives: nll\n"
+        "searches: [one-shot, greedy]\nremove: [1, 2]\nheld_out: {other: other.txt}\nheld_out_sequences: 2\n"
+        "held_out_length: 32\ntasks: {quiz: quiz.jsonl}\nquestions: 8\n"
+    )
+    return folder
+
+
+def run(*words: object) -> int:
+    return main.run([*map(str, words), "--quiet", "--dtype", "float32"])
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+
+
+def test_a_study_measures_every_cell_and_writes_its_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("study", place / "grid.yaml", "--out", place / "out") == 0
+    rows = lines_of(place / "out")
+    assert len(rows) == 16
+    assert all(set(row["held_out"]) == {"other"} and 0 <= row["tasks"]["quiz"] <= 1 for row in rows)
+    page = (place / "out" / "study.html").read_text()
+    assert "The answer" in page
+    assert "<svg" in page
+    told = json.loads((place / "out" / "findings.json").read_text())
+    assert told["cells"] == 16
+    assert told["answer"] in " ".join(capsys.readouterr().out.split())
+    # perplexity and plan are those that the verbs give
+    import torch
+
+    from shallower.corpus import build_calibration
+    from shallower.engine import Ablator
+    from shallower.verbs.search import search
+    from shallower.verbs.subject import open_subject
+
+    subject = open_subject(str(place / "tiny"), dtype="float32")
+    row = next(row for row in rows if row["cell"]["search"] == "greedy" and row["cell"]["remove"] == "2")
+    spec = str(place / f"{row['cell']['text']}.txt")
+    plan = search(subject, "2", calibration=spec, sequences=4, length=24, seed=row["cell"]["seed"])
+    assert [str(unit) for unit, _ in plan.order] == row["order"]
+    text = build_calibration(str(place / "other.txt"), subject.tokenizer, sequences=2, length=32)
+    loss = Ablator(subject.anatomy, text).losses([plan.removed])[0]
+    assert row["held_out"]["other"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert torch.is_grad_enabled()
+
+
+def test_a_study_that_was_killed_goes_on(place: Path) -> None:
+    assert run("study", place / "grid.yaml", "--out", place / "whole") == 0
+    out = place / "killed"
+    program = "import sys; from shallower.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    words = ["study", place / "grid.yaml", "--out", out, "--quiet", "--dtype", "float32"]
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, words)], env=os.environ)
+    while not (out / "cells.jsonl").exists() or not (out / "cells.jsonl").stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with (out / "cells.jsonl").open("a") as file:
+        file.write('{"key": "cut sho')  # what a kill in the middle of a write leaves
+    before = (out / "cells.jsonl").read_text().splitlines()[:-1]
+    assert run("study", place / "grid.yaml", "--out", out) == 0
+    after = (out / "cells.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before  # nothing was measured again
+    assert len(after) == 16
+    plans = [{row["key"]: row["order"] for row in lines_of(place / name)} for name in ("whole", "killed")]
+    assert plans[0] == plans[1]
+
+
+def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("study", place / "grid.yaml", "--out", place / "none", "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert not (place / "none").exists()
+    assert (told["cells"], told["done"]) == (16, 0)
+    # 4 calibration sets: 5 single removals, then 4 pairs; one-shot adds at most a pair of its own
+    assert 4 * 9 <= told["candidates"] <= 4 * 10
+    assert told["alone"] > told["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("searches: greedi", "greedy"),
+        ("remove: 9", "9"),
+        ("settings: {width: 2}", "width"),
+        ("held_out: {quiz: other.txt}", "quiz"),
+        ("tasks: {quiz: nowhere.jsonl}", "nowhere.jsonl"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    key = line.partition(":")[0]
+    kept = [old for old in (place / "grid.yaml").read_text().splitlines() if not old.startswith(f"{key}:")]
+    file = place / f"wrong-{key}-{len(line)}.yaml"
+    file.write_text("\n".join([*kept, line]))
+    assert run("study", file, "--out", tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
