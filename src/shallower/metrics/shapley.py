@@ -28,8 +28,8 @@ def shapley(
     losses: Losses,
     rng: Random,
     *,
-    samples: int = 24,
-    max_removed: int = 6,
+    samples: int = 16,
+    max_removed: int = 4,
     stable: float = 0.95,
 ) -> dict[Unit, tuple[float, float | None]]:
     """How much the objective rises when a unit goes, averaged over what went before it.
