@@ -183,6 +183,8 @@ def _assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thorou
         blocks.append(block)
     parent, _, name = anatomy.path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(blocks))
+    if not padded:
+        _require_counting_attention(model.config.get_text_config(), layers)
     if leftover and not padded:
         _become_shallow(anatomy, model, layers, served)
     _renumber(anatomy, model, layers, blocks, indices, padded=padded)
@@ -204,7 +206,6 @@ def _become_shallow(
             f"{text.model_type} has a per_layer_config, and no form is known that leaves single sublayers out of it: "
             "remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
         )
-    _require_counting_attention(text, layers)
     described = []
     for layer in layers:
         entry: dict[str, dict[str, Any]] = {}
