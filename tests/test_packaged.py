@@ -360,6 +360,17 @@ def test_the_files_are_short_and_build_on_the_stock_class(tmp_path: Path) -> Non
     assert "from transformers import Gemma2Config as StockConfig" in (out / "configuration_shallow.py").read_text()
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_was_loaded_is_saved_again(family: str, tmp_path: Path) -> None:
+    first = save(cut(dense(family)[0], units(MIXED)), tmp_path / "first", plan=None)
+    second = save(load(first), tmp_path / "second", plan=None)
+    assert sorted(file.name for file in first.iterdir()) == sorted(file.name for file in second.iterdir())
+    one, two = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
+    assert one == two
+    stored = load_file(second / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in load_file(first / "model.safetensors").items())
+
+
 # What cannot be.
 
 

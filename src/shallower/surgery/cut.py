@@ -201,7 +201,7 @@ def _become_shallow(
             f"{model.config.model_type} keeps the config of its text part inside another, and no form is known that "
             "leaves single sublayers out of it: remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
         )
-    if getattr(text, "per_layer_config", None) is not None and vars(text).get("_heterogeneity_spec") is not None:
+    if vars(text).get("_heterogeneity_spec") is not None:
         raise ModelError(
             f"{text.model_type} has a per_layer_config, and no form is known that leaves single sublayers out of it: "
             "remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
