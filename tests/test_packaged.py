@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from shallower.bench.speed import cache_bytes
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 import shallower
 from shallower.anatomy import dissect
 from shallower.anatomy.weigh import weigh
+from shallower.cli import main
 from shallower.errors import ModelError, UnknownName, VerificationError
 from shallower.exporters import export, save
 from shallower.exporters.native import skip_words
@@ -38,7 +38,7 @@ from shallower.surgery import cut, leftovers, require_ordinary, verify_saved
 from shallower.surgery import save as write
 from shallower.surgery.mapping import put_map
 from shallower.testing.families import tiny_config, tiny_model, tiny_tokenizer
-from shallower.units import Unit, parse_units
+from shallower.units import Unit
 from test_surgery import IDS, close, decoded, dense, logits, passed_over, units
 
 MIXED = "block.1,attn.2,mlp.4"  # of six blocks; five are left, of which one has no attention and one no MLP
@@ -359,6 +359,17 @@ def test_the_files_are_short_and_build_on_the_stock_class(tmp_path: Path) -> Non
     assert "from transformers import Gemma2Config as StockConfig" in (out / "configuration_shallow.py").read_text()
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_was_loaded_is_saved_again(family: str, tmp_path: Path) -> None:
+    first = save(cut(dense(family)[0], units(MIXED)), tmp_path / "first", plan=None)
+    second = save(load(first), tmp_path / "second", plan=None)
+    assert sorted(file.name for file in first.iterdir()) == sorted(file.name for file in second.iterdir())
+    one, two = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
+    assert one == two
+    stored = load_file(second / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in load_file(first / "model.safetensors").items())
+
+
 # What cannot be.
 
 
@@ -573,13 +584,37 @@ def test_prune_says_in_which_form(form: str, code: bool, tmp_path: Path) -> None
     assert (done.report.pruned.kv_bytes < done.report.dense.kv_bytes) is code
     page = (tmp_path / "out" / "report.html").read_text()
     assert ("trust_remote_code" in page) is code
-    assert done.plan.remove == parse_units("attn.2,mlp.4") or set(done.plan.remove) == units("attn.2,mlp.4")
+    assert done.plan.removed == units("attn.2,mlp.4")
     again = shallower.inspect(tmp_path / "out", device="cpu", dtype="float32")
     assert again.identity.blocks == 6
     if code:
         assert again.exports == {"packaged": "as it is; nothing more can be removed"}
         with pytest.raises(ModelError, match="prune the original"):
             shallower.prune(tmp_path / "out", 1)
+
+
+def test_the_command_line_knows_the_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"{n} times {n} is {n * n}, and not {n * n + 1}." * 9 for n in range(99))
+    )
+    asked = ["prune", tmp_path / "tiny", "--remove", "attn.3", "--out", tmp_path / "out", "--no-speed"]
+    asked += ["--calibration", tmp_path / "text.txt", "--sequences", 2, "--length", 32, "--window", 32, "--windows", 1]
+    for wrong, says in (
+        (["--form", "package"], "did you mean 'packaged'"),
+        (["--form", "packaged", "--stock"], "drop one of the two"),
+    ):
+        assert main.run([str(word) for word in asked + wrong]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for asked_for, says in ((["--stock", "--json"], '"form": "padded"'), (["--force"], "trust_remote_code=True")):
+        assert main.run([str(word) for word in asked + asked_for]) == 0
+        assert says in capsys.readouterr().out
+    assert main.run(["eval", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), "--window", "32"]) == 0
+    assert main.run(["score", str(tmp_path / "out"), *map(str, asked[-10:-4]), "--quiet"]) == 0
+    assert main.run(["prune", str(tmp_path / "out"), "--remove", "1", "--out", str(tmp_path / "twice")]) == 2
+    assert "prune the original" in capsys.readouterr().err
 
 
 def test_inspect_says_what_can_be_exported() -> None:

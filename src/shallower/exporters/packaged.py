@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from shallower.anatomy import Anatomy
@@ -27,8 +28,6 @@ def packaged(anatomy: Anatomy | None, units: Collection[Unit], model: PreTrained
 
     Raises ModelError when its stock class is not one that transformers exports.
     """
-    import transformers
-
     stock = next(base for base in type(model).__mro__[1:] if base.__name__ == model.config.packaged["stock_class"])
     if getattr(transformers, stock.__name__, None) is not stock:
         raise ModelError(

@@ -183,6 +183,8 @@ def _assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thorou
         blocks.append(block)
     parent, _, name = anatomy.path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(blocks))
+    if not padded:
+        _require_counting_attention(model.config.get_text_config(), layers)
     if leftover and not padded:
         _become_shallow(anatomy, model, layers, served)
     _renumber(anatomy, model, layers, blocks, indices, padded=padded)
@@ -199,12 +201,11 @@ def _become_shallow(
             f"{model.config.model_type} keeps the config of its text part inside another, and no form is known that "
             "leaves single sublayers out of it: remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
         )
-    if getattr(text, "per_layer_config", None) is not None and vars(text).get("_heterogeneity_spec") is not None:
+    if vars(text).get("_heterogeneity_spec") is not None:
         raise ModelError(
             f"{text.model_type} has a per_layer_config, and no form is known that leaves single sublayers out of it: "
             "remove whole blocks, or sublayers that pair up (mlp.3 with attn.4)."
         )
-    _require_counting_attention(text, layers)
     described = []
     for layer in layers:
         entry: dict[str, dict[str, Any]] = {}
