@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,23 @@ def overlap(calibration: CalibrationSet | Tensor, evaluation: Tensor, *, n: int 
     ours = names[first:][valid[first:]]
     theirs = names[:first][valid[:first]]
     return Overlap(int(np.isin(ours, theirs).sum()), len(ours), n)
+
+
+def rows_in(calibration: CalibrationSet | Tensor, rows: Sequence[Sequence[int]], *, n: int = 13) -> list[int]:
+    """Which rows of token ids (such as the questions of a task) share a run of n tokens with `calibration`."""
+    known = _flat(calibration)
+    joined = [np.asarray([*row, -1], dtype=np.int64) for row in rows]
+    if not joined:
+        return []
+    ids = np.concatenate([known, [-1], *joined])
+    valid = _runs_without_gap(ids, n)
+    if len(ids) < n:
+        return []
+    names = _run_names(ids, n)
+    first = len(known) + 1
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in joined])[: len(names) - first]
+    inside = valid[first:] & np.isin(names[first:], names[:first][valid[:first]])
+    return [int(row) for row in np.unique(owner[inside])]
 
 
 def _flat(ids: CalibrationSet | Tensor) -> _Ids:

@@ -86,6 +86,6 @@ class Answered:
             yield
         except (OSError, sqlite3.OperationalError) as error:
             raise OutputError(
-                f"cannot keep answers in {self.path}: {error}. Free some room there, or set SHALLOWER_CACHE to a folder "
-                "on another disk."
+                f"cannot keep answers in {self.path}: {error}. Free some room there, or set SHALLOWER_CACHE to a "
+                "folder on another disk."
             ) from error

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shallower.checkpoint.stock import quiet
 from shallower.errors import UnknownName, UserError
 
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]  # a task's configuration → the one to use
@@ -35,7 +36,7 @@ def require_harness() -> None:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence lm-eval's log and the progress bars of lm-eval and datasets, and restore them."""
+    """Silence the logs and the progress bars of lm-eval, datasets and transformers, and restore them."""
     import datasets
     import lm_eval.api.task
 
@@ -48,7 +49,8 @@ def quiet_harness() -> Iterator[None]:
             logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         lm_eval.api.task.tqdm = lambda items, **_: items
-        yield
+        with quiet():
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -89,15 +91,14 @@ def _manager(names: Sequence[str], index: Mapping[str, frozenset[str]]) -> Any:
 
     folders: set[str] = set()
     wanted = set(names)
-    while True:
-        missing = {folder for name in wanted for folder in index.get(name, ())} - folders
-        if not missing:
-            return manager
+    manager: Any = None
+    while missing := {folder for name in wanted for folder in index.get(name, ())} - folders:
         folders |= missing
         # a later path takes precedence, but among the files of one path the first does
         manager = TaskManager(include_defaults=False, include_path=sorted(folders, reverse=True))
         for name in list(wanted):
             wanted |= _members(manager.task_index, name)
+    return manager
 
 
 def _members(entries: Mapping[str, Any], name: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""A model that answers lm-eval's requests: lm-eval's own `HFLM`, which remembers its answers and survives a full memory.
+"""A model that answers lm-eval's requests: its own `HFLM`, which remembers answers and survives a full memory.
 
 Every form of a model answers through its own forward and `generate`, as stock software would run it: what lm-eval does
 with `--model hf` on the same checkpoint gives the same scores.
@@ -19,6 +19,7 @@ from shallower.checkpoint.fingerprint import fingerprint
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import ModelError, UserError
 from shallower.evaluation.answered import Answered, digest
+from shallower.evaluation.harness import quiet_harness
 from shallower.evaluation.perplexity import evaluating
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Respondent(HFLM):  # type: ignore[misc]
         context from the left, as lm-eval does, instead of refusing them. label: what progress calls the model.
         """
         own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
-        with evaluating(model):
+        with quiet_harness(), evaluating(model):
             super().__init__(pretrained=model, tokenizer=own, batch_size=batch or 1)
         self.batch = batch
         self.answered = answered
@@ -97,15 +98,14 @@ class Respondent(HFLM):  # type: ignore[misc]
         while todo:
             longest = next(iter(todo.values()))
             rows = self._rows(len(longest[1]) + len(longest[2]))
-            keys = list(todo)[: ROUND * rows]
+            part = {key: todo.pop(key) for key in list(todo)[: ROUND * rows]}
 
-            def answer(size: int, keys: list[str] = keys) -> list[Answer]:
+            def answer(size: int, part: dict[str, Encoded] = part) -> list[Answer]:
                 self.batch_size_per_gpu = size
-                # named: within a class that defines it, super() in a nested function needs its arguments
-                return list(HFLM._loglikelihood_tokens(self, [todo[key] for key in keys], disable_tqdm=True))
+                # named, as a nested function has no super() of its own
+                return list(HFLM._loglikelihood_tokens(self, list(part.values()), disable_tqdm=True))
 
-            yield dict(zip(keys, self._within_memory(answer, rows), strict=True))
-            todo = {key: request for key, request in todo.items() if key not in set(keys)}
+            yield dict(zip(part, self._within_memory(answer, rows), strict=True))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         found: dict[int, str] = {}

@@ -30,9 +30,7 @@ SUITES: Mapping[str, Suite] = {
     ),
     "knowledge": Suite(("mmlu", "boolq"), "arXiv:2403.17887", {"mmlu": 5}),
     "reasoning": Suite(("gsm8k", "arc_challenge"), ""),
-    "quick": Suite(
-        ("arc_easy", "boolq", "hellaswag", "piqa", "winogrande"), "", limit=QUICK_ITEMS, generation=True
-    ),
+    "quick": Suite(("arc_easy", "boolq", "hellaswag", "piqa", "winogrande"), "", limit=QUICK_ITEMS, generation=True),
 }
 
 

@@ -147,7 +147,21 @@ class TaskData:
             )
 
         changed["custom_dataset"] = read
+        if callable(changed.get("process_docs")):
+            changed["process_docs"] = _once(changed["process_docs"])
         return changed
+
+
+def _once(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """lm-eval processes a split whenever it looks at it, and counts on a cache on disk, which data in memory lack."""
+    done: dict[int, tuple[Any, Any]] = {}
+
+    def processed(split: Any) -> Any:
+        if id(split) not in done:
+            done[id(split)] = split, process(split)  # the split is kept, so that its id stays its own
+        return done[id(split)][1]
+
+    return processed
 
 
 def _evaluated(configuration: Mapping[str, Any]) -> str:
@@ -213,4 +227,3 @@ def hub_unreachable() -> str | None:
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-

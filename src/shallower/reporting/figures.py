@@ -81,7 +81,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
     kinds = [kind for kind in KINDS if any(unit.kind == kind for unit, _ in rows)]
     whole = {unit.index for unit in removed if unit.kind == "block"}
     gone = {unit for unit, _ in rows if unit in removed or unit.index in whole}
-    with _settings():
+    with settings():
         figure = Figure(figsize=(_WIDTH, 2.9 if len(kinds) == 1 else 1.0 + 1.9 * len(kinds)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
         for axes, kind in zip(panels, kinds, strict=True):
@@ -95,7 +95,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
             handles.append(Patch(facecolor=_REMOVED, edgecolor="#F7D7C2", linewidth=2.5, label="removed"))
         _legend(panels[0], handles)
         told = ", ".join(map(str, sorted(gone))) or "none of these"
-        return _svg(
+        return svg(
             figure,
             f"Importance of each unit by {scores.metric}",
             f"Bar chart over blocks 0 to {blocks - 1}. Removed: {told}.",
@@ -124,7 +124,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
         rescaled[row] = (distance[row] - low) / spread if spread > 0 else distance[row] * 0
     highest = lengths[-1] + 1
     chosen = runs(removed, "block") if all(unit.kind == "block" for unit in removed) else ()
-    with _settings():
+    with settings():
         figure = Figure(figsize=(_WIDTH, 4.3), layout="constrained")
         plane, profile = figure.subplots(1, 2, sharey=True, width_ratios=(3.6, 1))
         image = plane.imshow(
@@ -162,7 +162,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
             handles.append(Patch(fill=False, edgecolor=_REMOVED, linewidth=1.8, label=label))
         plane.legend(handles=handles, loc="upper right")  # the triangle above the diagonal is empty
         told = f"Least of length {lengths[0] + 1} starts at block {starts[0]}; of length {highest}, at {starts[-1]}."
-        return _svg(figure, f"Distance ({spans.metric}) between the ends of every span of blocks", told)
+        return svg(figure, f"Distance ({spans.metric}) between the ends of every span of blocks", told)
 
 
 def loss_curve(plan: PruningPlan) -> str | None:
@@ -177,7 +177,7 @@ def loss_curve(plan: PruningPlan) -> str | None:
         return None
     objective = plan.made_by.objective or "objective"
     total = len(plan.order)
-    with _settings():
+    with settings():
         figure, axes = _canvas(3.1)
         places, losses = [place for place, _, _ in steps], [loss for _, _, loss in steps]
         axes.plot(places, losses, color="#94A3B8", linewidth=1.3, zorder=2)
@@ -209,7 +209,7 @@ def loss_curve(plan: PruningPlan) -> str | None:
         if kinds != ["block"]:
             _legend(axes, [_dot(_COLOURS[kind], KIND_NAMES[kind], marker=_MARKERS[kind]) for kind in kinds])
         told = f"From {score(losses[0])} at {places[0]} removals to {score(losses[-1])} at {places[-1]}."
-        return _svg(figure, f"{objective} on the calibration text after each removal", told)
+        return svg(figure, f"{objective} on the calibration text after each removal", told)
 
 
 _WIDTH = 9.2  # inches, at 72 units each; the page scales it
@@ -221,7 +221,8 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
+    """The project's look, inside the `with` only."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
@@ -317,7 +318,7 @@ def _legend(axes: Axes, handles: Sequence[Patch | Line2D]) -> None:
     axes.legend(handles=list(handles), loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), borderaxespad=0.2)
 
 
-def _svg(figure: Figure, title: str, description: str) -> str:
+def svg(figure: Figure, title: str, description: str) -> str:
     """The figure as an element to stand inside HTML: titled, scalable, without identifiers that could clash."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
