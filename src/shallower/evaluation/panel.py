@@ -37,6 +37,8 @@ class Member(Respondent):
         self._ahead: dict[str, Answer] = {}
 
     def _answers(self, todo: dict[str, Encoded]) -> Iterator[dict[str, Answer]]:
+        if not todo:
+            return
         keys = list(todo)
         asked = []
         for _, context, continuation in todo.values():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Answer = tuple[float, bool]  # the log-likelihood, and whether the model would have said just that
 Encoded = tuple[Any, list[int], list[int]]  # as lm-eval passes them: what was asked, context and continuation in ids
 
-ROUND = 8  # batches from one writing down to the next
+WRITTEN_TOGETHER = 8  # texts
 MOST_BATCH = 64
 LOGIT_BYTES = 512 << 20  # on a processor: beyond it a larger batch is not faster
 COPIES = 10  # bytes a logit takes: in the model's precision, its log-softmax and a copy
@@ -62,6 +63,8 @@ class Respondent(HFLM):  # type: ignore[misc]
         self.label = label
         self.cut = 0
         self._asked: Sequence[Any] = ()
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keep: int | None = None
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Answer]:
         self._asked = requests
@@ -98,14 +101,32 @@ class Respondent(HFLM):  # type: ignore[misc]
         while todo:
             longest = next(iter(todo.values()))
             rows = self._rows(len(longest[1]) + len(longest[2]))
-            part = {key: todo.pop(key) for key in list(todo)[: ROUND * rows]}
+            part: dict[str, Encoded] = {}
+            distinct: set[tuple[int, ...]] = set()  # lm-eval runs what differs in the last token only once
+            for key, (_, context, continuation) in todo.items():
+                distinct.add(tuple(context + continuation[:-1]))
+                if len(distinct) > rows:
+                    break
+                part[key] = todo[key]
+            for key in part:
+                del todo[key]
 
             def answer(size: int, part: dict[str, Encoded] = part) -> list[Answer]:
                 self.batch_size_per_gpu = size
+                self._keep = _positions(part.values())
                 # named, as a nested function has no super() of its own
                 return list(HFLM._loglikelihood_tokens(self, list(part.values()), disable_tqdm=True))
 
             yield dict(zip(part, self._within_memory(answer, rows), strict=True))
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        """Logits of the last positions only, where the model can leave the others out: lm-eval counts from the end."""
+        if self._keep is None or not self._keeps or attn_mask is not None:
+            logits: torch.Tensor = super()._model_call(inps, attn_mask, labels)
+            return logits
+        with torch.no_grad():
+            logits = self.model(inps, logits_to_keep=min(self._keep, inps.shape[1])).logits
+        return logits
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         found: dict[int, str] = {}
@@ -126,7 +147,7 @@ class Respondent(HFLM):  # type: ignore[misc]
                 found[place] = str(known[key])
             else:
                 todo[place] = key
-        rows = self.batch or ROUND
+        rows = self.batch or WRITTEN_TOGETHER
         with progress.task(f"{self.label} writing".strip(), total=len(requests)) as step:
             step(len(found))
             places = list(todo)
@@ -198,6 +219,13 @@ class Respondent(HFLM):  # type: ignore[misc]
     def _remember(self, answers: dict[str, Any]) -> None:
         if self.answered is not None and answers:
             self.answered.write(self.context, answers)
+
+
+def _positions(requests: Iterable[Encoded]) -> int:
+    """How many positions, from the end of rows that are filled up at the right, predict a token of a continuation."""
+    read = [(len(context) + len(continuation) - 1, len(continuation)) for _, context, continuation in requests]
+    longest = max(length for length, _ in read)
+    return max(longest - length + scored for length, scored in read)
 
 
 def context_of(model: PreTrainedModel, *more: Any) -> str:

@@ -95,12 +95,16 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data, to be asked of any number of models. loaded: lm-eval's own dictionary."""
+    """Tasks with their data, to be asked of any number of models.
+
+    loaded: lm-eval's own dictionary. shots: examples before each question as the task says; of_suites: as a suite says.
+    """
 
     names: tuple[str, ...]
     loaded: Mapping[str, Any] = field(repr=False)
     records: Mapping[str, DataRecord] = field(repr=False)
-    shots: Mapping[str, int] = field(default_factory=dict)
+    shots: Mapping[str, int | None] = field(default_factory=dict)
+    of_suites: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def generating(self) -> tuple[str, ...]:
@@ -138,18 +142,20 @@ def open_tasks(
             raise
         # whatever the network, the Hub client or a task's own code raises, the user needs the same sentence
         except Exception as error:
+            name, record = next(reversed(source.records.items()), (every[0], None))
             reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
             raise CorpusError(
-                f"the data of {', '.join(every)} cannot be read: {type(error).__name__}: {reason}. lm-eval looked for "
-                "what is not in the wheel on the Hub: check the connection, or give a folder of TASK/SPLIT.jsonl by "
-                "--task-data."
+                f"the data of task {name} (from the {'Hub' if record is None else record.route}) cannot be read: "
+                f"{type(error).__name__}: {reason}. A right answer of its first item that is none of the choices does "
+                "this, rows that lack a field, and a Hub that fails: try another place with --task-data."
             ) from error
     with quiet_harness():
         for name, task in loaded["tasks"].items():
             _require_answers(name, task, limit)
     _note_splits(source.records)
-    shots = {task: count for one in chosen for task, count in one.shots.items()}
-    return LoadedTasks(every, loaded, source.records, shots)
+    of_suites = {task: count for one in chosen for task, count in one.shots.items()}
+    shots = {name: task.get_config("num_fewshot") for name, task in loaded["tasks"].items()}
+    return LoadedTasks(every, loaded, source.records, shots, of_suites)
 
 
 def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings) -> list[TaskResult]:
@@ -186,23 +192,21 @@ def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings
 def _set_shots(tasks: LoadedTasks, settings: TaskSettings) -> None:
     """As lm-eval does: what was asked for, else what the task says, else none; a task that says 0 stays at 0."""
     by_suite: dict[str, int] = {}
-    for name, count in tasks.shots.items():
+    for name, count in tasks.of_suites.items():
         group = tasks.loaded.get("groups", {}).get(name)
         members = [name] if group is None else [task.task_name for task in group.get_all_tasks()]
         by_suite |= dict.fromkeys(members, count)
     for name, task in tasks.loaded["tasks"].items():
-        own = task.get_config("num_fewshot")
+        own = tasks.shots[name]
         asked = settings.shots if settings.shots is not None else by_suite.get(name)
-        if asked is not None and own != 0:
-            task.set_config(key="num_fewshot", value=asked)
-        elif own is None:
-            task.set_config(key="num_fewshot", value=0)
+        shots = asked if asked is not None and own != 0 else own or 0
+        task.set_config(key="num_fewshot", value=shots)
         missing = tasks.records[name].missing if name in tasks.records else {}
         split = missing.get("fewshot_split") or missing.get("training_split")
         sampled = getattr(task.config.fewshot_config, "samples", None)
-        if task.get_config("num_fewshot") and split and not sampled and not task.config.fewshot_split:
+        if shots and split and not sampled and not task.config.fewshot_split:
             raise CorpusError(
-                f"task {name} takes its {task.get_config('num_fewshot')} examples from its split {split}, which the "
+                f"task {name} takes its {shots} examples from its split {split}, which the "
                 f"{tasks.records[name].route} does not have: add {split}.jsonl to a folder for --task-data, or ask "
                 "without examples (--fewshot 0)."
             )

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskResult
-from shallower.reporting.figures import settings, svg
+from shallower.reporting.figures import round_values, settings, svg
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#B59B00")
 _MARKERS = "osD^vPX*"
@@ -69,7 +69,9 @@ def ratio_figure(points: Sequence[Point], model: str) -> Figure | None:
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     blocks = [point.blocks for point in points]
     only_blocks = all(blocks[0] - count == place for count, place in zip(blocks, places, strict=True))
-    axes[-1].set_xlabel(f"{'blocks' if only_blocks else 'units'} removed, of {blocks[0]} blocks")
+    axes[-1].set_xlabel(
+        f"{'blocks' if only_blocks else 'units'} removed, of {blocks[0]}{'' if only_blocks else ' blocks'}"
+    )
     return figure
 
 
@@ -95,5 +97,6 @@ def _draw_texts(axes: Axes, places: Sequence[int], points: Sequence[Point], text
         axes.plot(places, finite, label=text, markersize=4, linewidth=1.3, **style)
     axes.set_yscale("log")
     axes.set_ylabel("perplexity (log scale)")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "235" else ""))
+    ticks = round_values(*axes.get_ylim())
+    axes.set_yticks(ticks, labels=[f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -291,13 +291,13 @@ def _perplexity_axis(axes: Axes) -> None:
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     right.set_ylim(low, high)
-    ticks = _round_values(*(math.exp(max(-300.0, min(loss, 300.0))) for loss in (low, high)))  # floats end at e^709
+    ticks = round_values(*(math.exp(max(-300.0, min(loss, 300.0))) for loss in (low, high)))  # floats end at e^709
     labels = [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]
     right.set_yticks([math.log(tick) for tick in ticks], labels=labels)
     right.set_ylabel("perplexity")
 
 
-def _round_values(low: float, high: float) -> list[float]:
+def round_values(low: float, high: float) -> list[float]:
     """Three to eight round numbers between two positive ones."""
     if high / low < 4:
         return [float(tick) for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high and tick > 0]

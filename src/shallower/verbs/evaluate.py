@@ -253,6 +253,42 @@ def model_tasks(subject: Subject, asked: Questions, answered: Answered | None, l
     return run_tasks(respondent, asked.tasks, settings)
 
 
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores before and after, by what a report calls them. notes: which differences could be chance."""
+
+    dense: Mapping[str, float] = field(default_factory=dict)
+    pruned: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def task_scores(dense: Subject, pruned: Subject, asked: Questions) -> TaskScores:
+    """Ask two loaded models the same items."""
+    sides = []
+    with ExitStack() as stack:
+        answered = _open_answered(stack)
+        for subject, label in ((dense, "dense"), (pruned, "pruned")):
+            results = model_tasks(subject, asked, answered, label)
+            sides.append(Evaluation(label, len(subject.anatomy.blocks), 0, tasks=tuple(results)))
+    both = Comparison(tuple(sides))
+    scores: tuple[dict[str, float], dict[str, float]] = {}, {}
+    notes = []
+    for before, after in zip(sides[0].tasks, sides[1].tasks, strict=True):
+        if before.within is not None:
+            continue
+        for one, other in zip(before.metrics, after.metrics, strict=True):
+            name = f"{before.task} {one.name} ({before.count:,} items)"
+            scores[0][name], scores[1][name] = one.value, other.value
+            difference = both.task_difference(sides[1], before.task, one.name)
+            if difference is not None and difference.error is not None:
+                sure = "" if difference.significant else ", which could be chance"
+                notes.append(
+                    f"{before.task} {one.name}: the difference is {difference.value:+.3f} with a paired standard error "
+                    f"of {difference.error:.3f} ({difference.test}: p = {difference.p:.2g}){sure}."
+                )
+    return TaskScores(*scores, tuple(notes))
+
+
 def text_perplexity(
     subject: Subject,
     content: str,
