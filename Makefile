@@ -60,7 +60,7 @@ $(VENV)/bin/pip:
 
 $(VENV)/.demo: pyproject.toml constraints-dev.txt | $(VENV)/bin/pip
 	@echo "Installing shallower into $(VENV): a few minutes the first time."
-	$(BIN)/python $(INSTALL) -c constraints-dev.txt -e '.[gguf,data]'
+	$(BIN)/python $(INSTALL) -c constraints-dev.txt -e '.[gguf,data,eval]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints-dev.txt | $(VENV)/bin/pip

@@ -378,7 +378,7 @@ def test_demo_ends_with_what_to_look_at(
         (["inspect", "{tiny}", "--remove", "block.6"], r"block\.6 does not exist"),
         (["inspect", "{tiny}", "--device", "tpu"], r"unknown device 'tpu'.*Known: auto"),
         (["inspect", "{tiny}", "--dtype", "floot32"], r"unknown dtype 'floot32'; did you mean 'float32'\?"),
-        (["eval", "{tiny}"], r"missing option '--text'"),
+        (["eval", "{tiny}"], r"nothing to evaluate: name at least one --text, some --tasks or a --suite"),
         (["eval", "{tiny}", "--text", "{place}/none.txt"], r"none\.txt"),
         (["score", "{tiny}", "--metric", "cosin"], r"unknown metric 'cosin'; did you mean 'cosine'\?"),
         (["score", "{tiny}", "--set", "beam"], r"--set 'beam' cannot be read: write name=value"),

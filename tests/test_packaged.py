@@ -38,6 +38,7 @@ from shallower.surgery import cut, leftovers, require_ordinary, verify_saved
 from shallower.surgery import save as write
 from shallower.surgery.mapping import put_map
 from shallower.testing.families import tiny_config, tiny_model, tiny_tokenizer
+from shallower.timing.speed import cache_bytes
 from shallower.units import Unit
 from test_surgery import IDS, close, decoded, dense, logits, passed_over, units
 

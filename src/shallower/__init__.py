@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shallower.verbs.evaluate import evaluate
     from shallower.verbs.inspect import inspect
     from shallower.verbs.prune import prune
+    from shallower.verbs.ratio_curve import ratio_curve
     from shallower.verbs.report import report
     from shallower.verbs.score import score, score_many
     from shallower.verbs.search import search
@@ -49,6 +50,7 @@ _LAZY = {
     "load": "checkpoint.load",
     "open_subject": "verbs.subject",
     "prune": "verbs.prune",
+    "ratio_curve": "verbs.ratio_curve",
     "report": "verbs.report",
     "save": "exporters",
     "score": "verbs.score",
@@ -79,6 +81,7 @@ __all__ = [
     "objective",
     "open_subject",
     "prune",
+    "ratio_curve",
     "report",
     "save",
     "score",

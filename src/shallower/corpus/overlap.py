@@ -6,7 +6,7 @@ stand in documents, before there are tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,23 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _texts(item)
+
+
+def rows_in(calibration: CalibrationSet | Tensor, rows: Sequence[Sequence[int]], *, n: int = 13) -> list[int]:
+    """Which rows of token ids (such as the questions of a task) share a run of n tokens with `calibration`."""
+    known = _flat(calibration)
+    joined = [np.asarray([*row, -1], dtype=np.int64) for row in rows]
+    if not joined:
+        return []
+    ids = np.concatenate([known, [-1], *joined])
+    valid = _runs_without_gap(ids, n)
+    if len(ids) < n:
+        return []
+    names = _run_names(ids, n)
+    first = len(known) + 1
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in joined])[: len(names) - first]
+    inside = valid[first:] & np.isin(names[first:], names[:first][valid[:first]])
+    return [int(row) for row in np.unique(owner[inside])]
 
 
 def _flat(ids: CalibrationSet | Tensor) -> _Ids:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +60,15 @@ class Measured:
     block_tokens: int
 
 
+class Scoring(Protocol):
+    """Makes numbers of streams that leave the last block, `together` at a time: float64 [items] of each."""
+
+    @property
+    def together(self) -> int: ...
+
+    def __call__(self, hiddens: Sequence[Tensor]) -> list[Tensor]: ...
+
+
 class Evaluator:
     """A model with the calibration batches. Not safe for two threads: each takes a `replica`."""
 
@@ -97,7 +106,7 @@ class Evaluator:
         own = copy.deepcopy(model, shared)
         layers = own.get_submodule(self.anatomy.path)
         blocks = tuple(replace(block, module=layers.get_submodule(str(block.index))) for block in self.anatomy.blocks)
-        return Evaluator(
+        return type(self)(
             Anatomy(own, self.anatomy.path, blocks),
             self.batches,
             self.objective,
@@ -117,8 +126,7 @@ class Evaluator:
             if needs_dense(self.objective):
                 [(_, dense)] = self._walk(job.number, replay, "", replay.entry, [whole])
                 self.states.keep(job.number, whole, dense)
-            copies = partial(self._trace, job.number)
-            scorer = Scorer(self.objective, self.options, self._head, copies, dense, self.memory // 2)
+            scorer = self._scorer(job.number, dense)
             sums = {}
             if self.order == "depth-first" or (self.order is None and self._at_once(replay) < FEWEST_AT_ONCE):
                 walk = self._walk(job.number, replay, "", replay.entry, list(job.routes))
@@ -130,6 +138,10 @@ class Evaluator:
                     tick()
             tokens = replay.batch.input_ids.numel() * len(sums)
             return Measured(job, sums, tokens, self._block_tokens)
+
+    def _scorer(self, number: int, dense: Tensor | None) -> Scoring:
+        copies = partial(self._trace, number)
+        return Scorer(self.objective, self.options, self._head, copies, dense, self.memory // 2)
 
     def _trace(self, number: int, times: int = 1) -> Trace:
         """The batch's trace, or that of `times` copies of the batch. Traces cost no block, but some memory each."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,7 +35,8 @@ class Perplexity:
     """Mean loss of a text.
 
     nll: nats a token. stderr: standard error of `nll`, from the spread between windows; None for one window.
-    tokens: scored tokens. bytes: UTF-8 bytes of their text (exact for text, close for token ids).
+    tokens: scored tokens. bytes: UTF-8 bytes of their text (exact for text, close for token ids). sums, counts: the
+    loss and the scored tokens of each window.
     """
 
     nll: float
@@ -43,6 +44,8 @@ class Perplexity:
     tokens: int
     windows: int
     bytes: int
+    sums: tuple[float, ...] = field(default=(), repr=False)
+    counts: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def perplexity(self) -> float:
@@ -53,9 +56,14 @@ class Perplexity:
         """Comparable between models with different tokenizers; nan when the scored tokens have no text."""
         return self.nll * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
+    def to_json(self) -> dict[str, Any]:
+        """Without the windows."""
+        names = ("nll", "stderr", "tokens", "windows", "bytes", "perplexity", "bits_per_byte")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Tokens [start, stop) of the text, of which [scored, stop) are scored."""
 
     start: int
@@ -93,6 +101,61 @@ def perplexity(
         UserError: A window the model cannot hold, or a stride that would leave text out.
         CorpusError: Less than two tokens of text, or ids the model does not have.
     """
+    text_windows = cut_windows(
+        model, tokenizer, text, window=window, stride=stride, batch_size=batch_size, bos=bos, max_windows=max_windows
+    )
+    windows = text_windows.windows
+    sums: list[float] = []
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        progress.task(f"perplexity {label}".rstrip(), total=len(windows)) as step,
+    ):
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            sums += _window_sums(model, text_windows.ids, batch, text_windows.bos)
+            step(len(batch))
+    return text_windows.summed_up(sums)
+
+
+@dataclass(frozen=True, eq=False)
+class TextWindows:
+    """A text, cut into windows. ids: int64 [tokens]. bos: what is put before each window. bytes: of what is scored."""
+
+    ids: Tensor
+    windows: tuple[Window, ...]
+    bos: int | None
+    bytes: int
+
+    @property
+    def asked(self) -> list[tuple[list[int], list[int]]]:
+        """For each window what the model reads, and what its last positions should predict."""
+        opening = [] if self.bos is None else [self.bos]
+        return [
+            (opening + self.ids[part.start : part.stop - 1].tolist(), self.ids[part.scored : part.stop].tolist())
+            for part in self.windows
+        ]
+
+    def summed_up(self, sums: Sequence[float]) -> Perplexity:
+        """sums: the loss of each window, in nats."""
+        counts = tuple(part.stop - part.scored for part in self.windows)
+        mean = math.fsum(sums) / sum(counts)
+        error = _standard_error(sums, counts, mean)
+        return Perplexity(mean, error, sum(counts), len(counts), self.bytes, tuple(sums), counts)
+
+
+def cut_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Tensor,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 1,
+    bos: WindowBos = "auto",
+    max_windows: int | None = None,
+) -> TextWindows:
+    """The windows that `perplexity` reads; takes and raises what it does."""
     _, bos_id = resolve_bos(tokenizer, bos)
     room = window - (bos_id is not None)
     _check(model, window, room, stride, batch_size, max_windows)
@@ -105,21 +168,8 @@ def perplexity(
             f"the text has the token id {int(ids.max())}, but the model ends at {embeddings.shape[0] - 1}: the "
             "tokenizer is another model's."
         )
-    windows = list(_windows(len(ids), room, min(stride or room, room)))[:max_windows]
-    sums: list[float] = []
-    with (
-        evaluating(model),
-        torch.inference_mode(),
-        progress.task(f"perplexity {label}".rstrip(), total=len(windows)) as step,
-    ):
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
-            sums += _window_sums(model, ids, batch, bos_id)
-            step(len(batch))
-    counts = [part.stop - part.scored for part in windows]
-    scored_bytes = _scored_bytes(tokenizer, ids, ends, windows)
-    mean = math.fsum(sums) / sum(counts)
-    return Perplexity(mean, _standard_error(sums, counts, mean), sum(counts), len(windows), scored_bytes)
+    windows = tuple(_windows(len(ids), room, min(stride or room, room)))[:max_windows]
+    return TextWindows(ids, windows, bos_id, _scored_bytes(tokenizer, ids, ends, windows))
 
 
 def context_limit(model: PreTrainedModel) -> int | None:
@@ -170,19 +220,19 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Tensor) -> tuple[Te
     return ids, [bytes_before[end] for _, end in encoded["offset_mapping"]]
 
 
-def _windows(tokens: int, room: int, stride: int) -> Iterator[_Window]:
+def _windows(tokens: int, room: int, stride: int) -> Iterator[Window]:
     reached = 1
     for start in range(0, tokens, stride):
         stop = min(start + room, tokens)
         scored = max(start + 1, reached)
         if scored < stop:
-            yield _Window(start, scored, stop)
+            yield Window(start, scored, stop)
         reached = stop
         if stop == tokens:
             return
 
 
-def _window_sums(model: PreTrainedModel, ids: Tensor, windows: Sequence[_Window], bos: int | None) -> list[float]:
+def _window_sums(model: PreTrainedModel, ids: Tensor, windows: Sequence[Window], bos: int | None) -> list[float]:
     """Sum of the loss over each window's scored tokens, in nats."""
     opening = [] if bos is None else [torch.tensor([bos])]
     rows = [torch.cat([*opening, ids[part.start : part.stop]]) for part in windows]
@@ -215,7 +265,7 @@ def _summed_nll(logits: Tensor, targets: Tensor) -> float:
 
 
 def _scored_bytes(
-    tokenizer: PreTrainedTokenizerBase, ids: Tensor, ends: Sequence[int] | None, windows: Sequence[_Window]
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, ends: Sequence[int] | None, windows: Sequence[Window]
 ) -> int:
     """Exact for text; ids are decoded, run by run of scored tokens, which may split a character at a run's ends."""
     if ends is not None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from shallower.corpus.sources import open_source, text_lines
 from shallower.corpus.specification import Part, in_part, parse_specification
 from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError
+from shallower.evaluation.task_data import hub_unreachable
 from shallower.registry import Option
+
+NAMED: Mapping[str, str] = {
+    "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test",
+    "c4": "hf:allenai/c4:en:validation",
+    "ptb": "hf:ptb-text-only/ptb_text_only:penn_treebank:test#sentence",
+}
+"""Texts that papers report perplexity on, and the data set of the Hub that each is."""
 
 _PART = Option("part", Part, "all")
 _STREAMED_CHARACTERS = 4_000_000
@@ -21,6 +30,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     - A `.txt` file is read as it is.
     - WikiText (a `.txt` file or Hub data set with `wikitext` in its name) takes the form of published results: a row a
       line, blank rows emptied, the others keeping their line end, joined with two line ends.
+    - `wikitext2`, `c4` and `ptb` are the Hub's copies, unless there is a file of that name.
     - Documents of anything else are joined with an empty line between them; of a Hub data set the first 4,000,000
       characters. Of a mixture, those of all its sources, without regard to weights.
 
@@ -29,6 +39,14 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     Raises CorpusError when the text is missing, empty, or not text.
     """
     parsed = parse_specification(spec, ("part",))
+    if parsed.source in NAMED and not Path(parsed.source).exists():
+        unreachable = hub_unreachable()
+        if unreachable is not None:
+            raise CorpusError(
+                f"the text {parsed.source} is {NAMED[parsed.source]}, and the Hub cannot be reached ({unreachable}): "
+                "connect, or name a file that holds it, such as wikitext2.test.txt or c4.jsonl."
+            )
+        parsed = parse_specification(spec.replace(parsed.source, NAMED[parsed.source], 1), ("part",))
     part: Part = _PART.parse(parsed.options.get("part", "all"))
     path = Path(parsed.source).expanduser()
     if path.suffix == ".txt" and path.is_file() and part == "all":

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shallower.corpus import CalibrationSet, Cleaning, Cluster, SharedRows
-from shallower.reporting.figures import _WIDTH, _svg, styled
+from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.page import _figure, _glued, _section, _table, whole_page
 from shallower.reporting.wording import percent, plural
 
@@ -121,7 +121,7 @@ def cluster_sizes(cleaning: Cleaning) -> str | None:
         return None
     told = ", ".join(f"{times} of size {size}" for size, times in list(cleaning.sizes.items())[:8])
     with styled():
-        return _svg(figure, "Cluster sizes", f"Clusters by size: {told}.")
+        return svg(figure, "Cluster sizes", f"Clusters by size: {told}.")
 
 
 def cluster_png(cleaning: Cleaning) -> bytes | None:
@@ -191,7 +191,7 @@ def quality_bars(cleaning: Cleaning) -> str | None:
         axes.set_xlabel(f"quality by {cleaning.scorer}")
         axes.set_ylabel("documents")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
-        return _svg(figure, f"Quality by {cleaning.scorer}", "Bar chart of documents by quality from 0 to 1.")
+        return svg(figure, f"Quality by {cleaning.scorer}", "Bar chart of documents by quality from 0 to 1.")
 
 
 def source_table(text: CalibrationSet) -> Table:

@@ -95,7 +95,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
             handles.append(Patch(facecolor=_REMOVED, edgecolor="#F7D7C2", linewidth=2.5, label="removed"))
         _legend(panels[0], handles)
         told = ", ".join(map(str, sorted(gone))) or "none of these"
-        return _svg(
+        return svg(
             figure,
             f"Importance of each unit by {scores.metric}",
             f"Bar chart over blocks 0 to {blocks - 1}. Removed: {told}.",
@@ -162,7 +162,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
             handles.append(Patch(fill=False, edgecolor=_REMOVED, linewidth=1.8, label=label))
         plane.legend(handles=handles, loc="upper right")  # the triangle above the diagonal is empty
         told = f"Least of length {lengths[0] + 1} starts at block {starts[0]}; of length {highest}, at {starts[-1]}."
-        return _svg(figure, f"Distance ({spans.metric}) between the ends of every span of blocks", told)
+        return svg(figure, f"Distance ({spans.metric}) between the ends of every span of blocks", told)
 
 
 def loss_curve(plan: PruningPlan) -> str | None:
@@ -209,7 +209,7 @@ def loss_curve(plan: PruningPlan) -> str | None:
         if kinds != ["block"]:
             _legend(axes, [_dot(_COLOURS[kind], KIND_NAMES[kind], marker=_MARKERS[kind]) for kind in kinds])
         told = f"From {score(losses[0])} at {places[0]} removals to {score(losses[-1])} at {places[-1]}."
-        return _svg(figure, f"{objective} on the calibration text after each removal", told)
+        return svg(figure, f"{objective} on the calibration text after each removal", told)
 
 
 _WIDTH = 9.2  # inches, at 72 units each; the page scales it
@@ -291,13 +291,13 @@ def _perplexity_axis(axes: Axes) -> None:
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     right.set_ylim(low, high)
-    ticks = _round_values(*(math.exp(max(-300.0, min(loss, 300.0))) for loss in (low, high)))  # floats end at e^709
+    ticks = round_values(*(math.exp(max(-300.0, min(loss, 300.0))) for loss in (low, high)))  # floats end at e^709
     labels = [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]
     right.set_yticks([math.log(tick) for tick in ticks], labels=labels)
     right.set_ylabel("perplexity")
 
 
-def _round_values(low: float, high: float) -> list[float]:
+def round_values(low: float, high: float) -> list[float]:
     """Three to eight round numbers between two positive ones."""
     if high / low < 4:
         return [float(tick) for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high and tick > 0]
@@ -318,7 +318,7 @@ def _legend(axes: Axes, handles: Sequence[Patch | Line2D]) -> None:
     axes.legend(handles=list(handles), loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), borderaxespad=0.2)
 
 
-def _svg(figure: Figure, title: str, description: str) -> str:
+def svg(figure: Figure, title: str, description: str) -> str:
     """The figure as an element to stand inside HTML: titled, scalable, without identifiers that could clash."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

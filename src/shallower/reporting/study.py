@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shallower.reporting.figures import _WIDTH, _svg, styled
+from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.page import _section, _table, whole_page
 from shallower.strict_json import write_json, write_text
 from shallower.study.findings import Decomposition, Findings, outcomes
@@ -223,7 +223,7 @@ def agreement_bars(findings: Findings) -> str | None:
         axes.set_xlabel("shared units of plans that differ in this only (Jaccard)")
         axes.grid(axis="x")
         told = ", ".join(f"{item.factor} {item.jaccard.value:.2f}" for item in items)
-        return _svg(figure, "How alike plans are", f"Bars with intervals: {told}.")
+        return svg(figure, "How alike plans are", f"Bars with intervals: {told}.")
 
 
 def share_bars(findings: Findings) -> str | None:
@@ -248,7 +248,7 @@ def share_bars(findings: Findings) -> str | None:
         axes.set_xlim(0, max(1.0, float(left.max())))
         axes.set_xlabel("share of the variance")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(6, len(parts)), borderaxespad=0.2)
-        return _svg(figure, "What the variance is due to", "Stacked bars, one an outcome; the table has the numbers.")
+        return svg(figure, "What the variance is due to", "Stacked bars, one an outcome; the table has the numbers.")
 
 
 def _stack(items: Sequence[Decomposition]) -> Mapping[str, float]:
@@ -287,6 +287,6 @@ def spread(results: Sequence[Result]) -> str | None:
             axes.grid(axis="y")
         panels[-1].set_xticks(range(len(columns)), [f"{search}\n{remove}" for remove, search in columns])
         panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sources), borderaxespad=0.2)
-        return _svg(
+        return svg(
             figure, "Held-out perplexity of every cell", "Dots by search and ratio, coloured by calibration text."
         )

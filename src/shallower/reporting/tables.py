@@ -23,17 +23,21 @@ if TYPE_CHECKING:
     from shallower.timing import Speed, Spread
 
 _COUNTED = "Blocks are counted from 0."
+CHANCE = " ~ could be chance (p ≥ 0.05)."
 _BAR = 24  # columns of the longest bar
 
 
 @dataclass(frozen=True)
 class PerplexityRow:
-    """One model of `perplexity_table`. perplexity: by name of the text."""
+    """One model of `perplexity_table`. perplexity: by name of the text. unclear: texts where the difference to the
+    first model could be chance.
+    """
 
     model: str
     blocks: int
     parameters: int
     perplexity: Mapping[str, float]
+    unclear: Collection[str] = ()
 
 
 def before_after_table(data: ReportData) -> Table:
@@ -118,6 +122,7 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
     """Several models, one a row; under each perplexity its difference to the first model's."""
     texts = list(dict.fromkeys(text for row in rows for text in row.perplexity))
     told = f"Perplexity, lower is better; in brackets relative to {rows[0].model}." if len(rows) > 1 else "Perplexity."
+    told += CHANCE if any(row.unclear for row in rows) else ""
     table = _table("Model", "Blocks", "Parameters", *texts, caption=told)
     for row in rows:
         cells = []
@@ -125,7 +130,7 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
             value, first = row.perplexity.get(text), rows[0].perplexity.get(text)
             cell = number(value)
             if row is not rows[0] and value is not None and first and math.isfinite(value) and math.isfinite(first):
-                cell += f"\n{signed(value - first)} ({value / first:.2f}×)"
+                cell += f"\n{signed(value - first)} ({value / first:.2f}×)" + (" ~" if text in row.unclear else "")
             cells.append(cell)
         _add(table, row.model, str(row.blocks), count(row.parameters), *cells)
     return table

@@ -92,18 +92,16 @@ def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:
 
 
 def distinct_names(names: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Short names; where two are the same, with as much of the given path before them as tells them apart, or else
-    with a number.
-    """
+    """Short names; where two are the same, with as much of the path before them as tells them apart."""
     labels = list(names)
     paths = [Path(full) for full in given]
     for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
         labels = [
-            label if labels.count(label) == 1 or not path.parts else str(Path(*path.parts[-depth:]))
+            label if labels.count(label) == 1 else str(Path(*path.parts[-depth:]))
             for label, path in zip(labels, paths, strict=True)
         ]
     return [
-        label if label not in labels[:place] else f"{label} #{labels[:place].count(label) + 1}"
+        label if labels.count(label) == 1 else f"{label} ({labels[: place + 1].count(label)})"
         for place, label in enumerate(labels)
     ]
 

