@@ -15,8 +15,9 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,12 +48,13 @@ def plain_forward(subject: Subject, text: CalibrationSet) -> None:
             subject.model(input_ids=batch.input_ids, use_cache=False)
 
 
-def seconds(work: object) -> float:
-    """How long a call takes."""
-    assert callable(work)
-    start = time.perf_counter()
+def timed(name: str, work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that pass during a call, and seconds of processor time that this process spends."""
+    start, spent = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    taken = time.perf_counter() - start, time.process_time() - spent
+    print(f"{name}: {taken[0]:.1f} s, {taken[1]:.1f} s of processor time", file=sys.stderr, flush=True)
+    return taken
 
 
 def largest_difference(subject: Subject, text: CalibrationSet) -> float:
@@ -127,14 +129,15 @@ def main() -> None:
     _peak_megabytes()
     loaded = _peak_megabytes()  # resident now: nothing ran since the line above
     score(subject, text.subset([0]), DISTANCES)  # warm-up
-    everything = seconds(lambda: score(subject, text, EVERYTHING))
+    everything = timed("with linear-residual", lambda: score(subject, text, EVERYTHING))
     peak = _peak_megabytes()  # before any plain forward, whose logits take more
     plain_forward(subject, text.subset([0]))
     plain_times, distance_times = [], []
     for _ in range(given.repeats):
-        plain_times.append(seconds(lambda: plain_forward(subject, text)))
-        distance_times.append(seconds(lambda: score(subject, text, DISTANCES)))
-    plain, distances = statistics.median(plain_times), statistics.median(distance_times)
+        plain_times.append(timed("plain forward", lambda: plain_forward(subject, text)))
+        distance_times.append(timed("distances", lambda: score(subject, text, DISTANCES)))
+    plain, plain_cpu = (statistics.median(column) for column in zip(*plain_times, strict=True))
+    distances, distances_cpu = (statistics.median(column) for column in zip(*distance_times, strict=True))
     result = {
         "model": given.model,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
@@ -145,20 +148,22 @@ def main() -> None:
         "plain_forward_s": round(plain, 2),
         "distances_s": round(distances, 2),
         "distances_in_plain_forwards": round(distances / plain, 3),
-        "with_linear_residual_s": round(everything, 2),
-        "with_linear_residual_in_plain_forwards": round(everything / plain, 3),
+        "distances_in_plain_forwards_processor_time": round(distances_cpu / plain_cpu, 3),
+        "with_linear_residual_s": round(everything[0], 2),
+        "with_linear_residual_in_plain_forwards": round(everything[0] / plain, 3),
+        "with_linear_residual_in_plain_forwards_processor_time": round(everything[1] / plain_cpu, 3),
         "loaded_mb": round(loaded),
         "peak_above_loaded_mb": round(peak - loaded),
         "largest_relative_difference": largest_difference(subject, text),
-        "all_plain_s": [round(value, 2) for value in plain_times],
-        "all_distances_s": [round(value, 2) for value in distance_times],
+        "all_plain_s": [round(value, 2) for value, _ in plain_times],
+        "all_distances_s": [round(value, 2) for value, _ in distance_times],
     }
     if given.json:
         print(json.dumps(result))
         return
     print(f"{', '.join(DISTANCES)} of {len(subject.anatomy.units)} units and all spans")
     for name, value in result.items():
-        print(f"{name:36} {value}")
+        print(f"{name:54} {value}")
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def test_magnitude_is_a_sum_over_the_weights_of_a_unit(llama: PreTrainedModel, p
 
 def test_reductions_are_over_outputs_and_then_over_matrices(llama: PreTrainedModel) -> None:
     mlp = dissect(llama).blocks[4].module.mlp
-    rows = [layer.weight.double().abs().sum(1) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    rows = [layer.weight.detach().double().abs().sum(1) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     expected = {
         ("mean", "sum"): sum(float(row.mean()) for row in rows),
         ("max", "mean"): sum(float(row.max()) for row in rows) / 3,
@@ -282,6 +282,8 @@ def test_reductions_are_over_outputs_and_then_over_matrices(llama: PreTrainedMod
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_taylor_of_both_orders(family: str) -> None:
     model = tiny_model(family)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)  # sure of itself and wrong: the second order shows
     text = sample_text(model, sequences=30)  # more than one batch
     gradients = gradients_of(model, loss_of(model, text))
     sums, counts = loss_of(model, text, sums=True), (text.attention_mask.sum(1) - 1)
@@ -312,8 +314,8 @@ def test_taylor_is_of_the_loss_over_tokens_not_of_a_mean_over_batches(llama: Pre
     halves = [gradients_of(llama, loss_of(llama, text.subset([row]))) for row in (0, 1)]
     found = score(llama, "taylor", calibration=text).units[Unit(3, "block")]
     weights = list(dissect(llama).blocks[3].module.parameters())
-    wrong = float(sum((w * (halves[0][w] + halves[1][w]) / 2).abs().sum() for w in weights))
-    assert found == pytest.approx(float(sum((w * right[w]).abs().sum() for w in weights)), rel=1e-4)
+    wrong = float(sum((w.detach() * (halves[0][w] + halves[1][w]) / 2).abs().sum() for w in weights))
+    assert found == pytest.approx(float(sum((w.detach() * right[w]).abs().sum() for w in weights)), rel=1e-4)
     assert abs(found - wrong) > 0.05 * found
 
 
@@ -462,7 +464,7 @@ def test_a_mean_over_tokens_is_not_a_mean_of_means(llama: PreTrainedModel) -> No
     assert found == pytest.approx(right, rel=1e-6)
     assert min(abs(found - wrong), abs(found - padded)) > 1e-3 * found
 
-    losses, counts = loss_of(llama, text, sums=True), torch.tensor([23, 2])
+    losses, counts = loss_of(llama, text, sums=True).detach(), torch.tensor([23, 2])
     from shallower.engine import Ablator
 
     dense = Ablator(dissect(llama), text).dense
