@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from shallower.cli import main
 from shallower.corpus import CalibrationSet, Supply, build_calibration, open_source
@@ -300,10 +299,10 @@ def test_duplicates_leave_before_there_are_tokens(tokenizer: Any, tmp_path: Path
 
 
 def test_the_model_s_own_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    generate = PreTrainedModel.generate
-    monkeypatch.setattr(PreTrainedModel, "generate", lambda *a, **k: asked.append(None) or generate(*a, **k))
     subject = open_subject(tiny_model("llama"), tokenizer)
+    asked = []
+    generate = subject.model.generate
+    monkeypatch.setattr(subject.model, "generate", lambda *a, **k: asked.append(None) or generate(*a, **k))
     made = calibrate(subject, "self", **SMALL, seed=0)
     assert made.input_ids.shape == (4, 16)
     assert made.spec.startswith("self?")

@@ -2,7 +2,8 @@
 
 - Documents are put in an order decided by `seed` alone. Of a long document the first `max_chars` characters are read;
   packing cuts them into excerpts (8,000 characters, more for long sequences) that are shuffled separately, so no single
-  book fills the set. `position` takes one excerpt of each document instead: its start, its end, or one at random.
+  book fills the set. `position` takes one excerpt of each document instead: its start, its end, or one at random, of
+  eight characters for each token of a sequence.
 - Packing joins documents with EOS (if the tokenizer has one) and cuts the stream into sequences without regard to
   documents. Without packing a sequence is a part of one document (its beginning, unless `position` says otherwise),
   padded at the end and masked.
@@ -308,7 +309,7 @@ class _Ledger:
 
 
 def _excerpts(texts: Iterable[Formatted], options: BuildOptions) -> Iterator[_Excerpt]:
-    limit = max(PIECE, 8 * options.length)
+    limit = max(PIECE, 8 * options.length) if options.position == "auto" else 8 * options.length
     for found in texts:
         document, rows = found.document, found.rows
         text = _part_of(document.text, options.max_chars, document.id, options)
