@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shallower.verbs.evaluate import evaluate
     from shallower.verbs.inspect import inspect
     from shallower.verbs.prune import prune
+    from shallower.verbs.recover import recover
     from shallower.verbs.report import report
     from shallower.verbs.score import score
     from shallower.verbs.search import search
@@ -45,6 +46,7 @@ _LAZY = {
     "inspect": "verbs.inspect",
     "open_subject": "verbs.subject",
     "prune": "verbs.prune",
+    "recover": "verbs.recover",
     "report": "verbs.report",
     "save": "surgery",
     "score": "verbs.score",
@@ -71,6 +73,7 @@ __all__ = [
     "objective",
     "open_subject",
     "prune",
+    "recover",
     "report",
     "save",
     "score",

@@ -1,4 +1,4 @@
-"""Names of methods. A module of `metrics/`, `objectives/` or `searches/` registers one function; others may, too.
+"""Names of methods. A module of `metrics/`, `objectives/`, `searches/` or `recovery/` registers one function.
 
 A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
 package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options
@@ -172,4 +172,5 @@ def _options(function: Callable[..., Any]) -> dict[str, Option]:
 metric = Registry("metric", "shallower.metrics")
 objective = Registry("objective", "shallower.objectives")
 search = Registry("search", "shallower.searches")
-REGISTRIES = (metric, objective, search)
+recovery = Registry("recovery", "shallower.recovery")
+REGISTRIES = (metric, objective, search, recovery)

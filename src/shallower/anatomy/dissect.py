@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from shallower.anatomy.patch import Patch
 from shallower.errors import ModelError
 from shallower.units import Kind, Unit
 
@@ -247,7 +248,8 @@ def _mlp_names(block: nn.Module) -> tuple[str, ...]:
 
 
 def _has_matrices(module: nn.Module) -> bool:
-    return any(parameter.dim() >= 2 for parameter in module.parameters())
+    patched = {id(weight) for part in module.modules() if isinstance(part, Patch) for weight in part.parameters()}
+    return any(parameter.dim() >= 2 and id(parameter) not in patched for parameter in module.parameters())
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 import typer.main
 
-from shallower.cli import demo, eval, inspect, methods, plan, prune, report, score, search
+from shallower.cli import demo, eval, inspect, methods, plan, prune, recover, report, score, search
 from shallower.errors import ShallowerError
 from shallower.version import __version__
 
@@ -40,6 +40,7 @@ app.command("inspect")(inspect.inspect)
 app.command("score")(score.score)
 app.command("search")(search.search)
 app.command("prune")(prune.prune)
+app.command("recover")(recover.recover)
 app.command("eval")(eval.evaluate)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)

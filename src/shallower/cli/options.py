@@ -20,6 +20,7 @@ def _shipped(package: str) -> str:
     return ", ".join(sorted(file.stem.replace("_", "-") for file in files))
 
 
+RECOVERIES = _shipped("recovery")
 ScoredBy = Annotated[str, Option("--metric", metavar="NAME", help=f"What to measure: {_shipped('metrics')}.")]
 Model = Annotated[
     str,
@@ -93,6 +94,22 @@ Exact = Annotated[
 ScoresFile = Annotated[
     Path | None,
     Option("--scores", metavar="FILE", help="Rank by this file of 'shallower score --out'. Default: score now."),
+]
+Recover = Annotated[
+    str,
+    Option(
+        "--recover",
+        metavar="NAME",
+        help=f"Repair the cut model, one after another: {RECOVERIES}. Default: no repair.",
+    ),
+]
+RepairBy = Annotated[
+    str,
+    Option(
+        "--repair",
+        metavar="NAME",
+        help="Judge every candidate behind this recovery (linear-fold), by its loss. Default: as it was cut.",
+    ),
 ]
 Texts = Annotated[
     list[str] | None,

@@ -44,6 +44,7 @@ def prune(
     length: options.Length = 128,
     settings: options.Settings = None,
     exact: options.Exact = False,
+    recover: options.Recover = "",
     text: options.Texts = None,
     window: options.Window = 1024,
     windows: Annotated[
@@ -70,7 +71,7 @@ def prune(
         "--metric": metric is not None,
         "--units": units != "block",
         "--protect": bool(protect),
-        "--set": bool(chosen),
+        "--set": bool(chosen) and not recover,
         "--exact": exact,
         "--memory": memory is not None,
         "--workers": workers is not None,
@@ -95,6 +96,7 @@ def prune(
         length=length,
         settings=chosen,
         exact=exact,
+        recover=recover,
         texts=text or (),
         window=window,
         max_windows=windows,
@@ -113,14 +115,16 @@ def prune(
 def pruned_answer(data: ReportData, folder: Path) -> Answer:
     """What was removed, what it cost, where it is and how to load it."""
     page = folder / "report.html"
-    told = ("plan", "dense", "pruned", "speed_setting", "seconds", "machine", "notes")
+    told = ("plan", "dense", "pruned", "speed_setting", "seconds", "machine", "notes", "recovery")
     everything = data.to_json()
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}
 
     def show(console: Console) -> None:
-        from shallower.reporting.tables import before_after_table
+        from shallower.reporting.tables import before_after_table, recovery_table
 
         console.print(before_after_table(data))
+        if data.recovery:
+            console.print(recovery_table(data.recovery))
         dense = data.dense.parameters
         print_removed(console, data.plan.remove, data.plan.model, (dense - data.pruned.parameters, dense))
         for note in data.notes:

@@ -25,6 +25,7 @@ from shallower.plan import PruningPlan
 from shallower.strict_json import write_json, write_text
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
+from shallower.surgery.patch import patches
 from shallower.surgery.verify import quiet, verify_saved
 
 _BESIDES_WEIGHTS = 64 * 2**20
@@ -105,7 +106,12 @@ def save(
 
 
 def require_ordinary(model: PreTrainedModel) -> None:
-    """Raise ModelError when sublayers are missing that no ordinary checkpoint can leave out."""
+    """Raise ModelError when sublayers are missing that no ordinary checkpoint can leave out, or maps stand at cuts."""
+    if found := [name for name, _ in patches(model)]:
+        raise ModelError(
+            f"no ordinary checkpoint can hold the {len(found)} maps at cuts that a recovery put into the model "
+            f"(the first is {found[0]}): recover with refit or linear-fold, which fold into weights."
+        )
     if missing := leftovers(model):
         raise ModelError(
             f"no ordinary checkpoint can leave out {', '.join(map(str, missing))}: this family's blocks always have "

@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shallower.errors import UserError
+from shallower.corpus import CalibrationSet
+from shallower.errors import CorpusError, UserError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.evaluation.text import read_evaluation_text
-from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, open_subject
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,18 @@ def text_perplexity(
         max_windows=max_windows,
         label=label,
     )
+
+
+def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
+    """Documents of the calibration source that were left out of calibration; nothing for a ready-made set of ids."""
+    if isinstance(calibration, CalibrationSet):
+        return {}
+    source = str(calibration or DEFAULT_CALIBRATION).partition("?")[0]
+    spec = f"{source}?part=held-out"
+    try:
+        return {spec: read_evaluation_text(spec)}
+    except CorpusError:
+        return {}  # too few documents to leave any out: the report then shows no perplexity
 
 
 def text_name(spec: str) -> str:

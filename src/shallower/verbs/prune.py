@@ -19,26 +19,27 @@ from shallower import progress
 from shallower.anatomy import dissect
 from shallower.bench.speed import Speed, compare_speed
 from shallower.checkpoint.load import LoadedModel
-from shallower.checkpoint.locate import stored_dtype
 from shallower.corpus import CalibrationSet, overlap
 from shallower.engine import stream_scores
-from shallower.errors import CorpusError, UserError
+from shallower.errors import UserError
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
-from shallower.reporting.data import ReportData, Side
+from shallower.reporting.data import RecoveryStage, ReportData, Side
 from shallower.reporting.page import render
 from shallower.reporting.wording import plural
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import cut, require_free, require_ordinary, save
+from shallower.surgery.adopt import adopt
 from shallower.units import Unit
-from shallower.verbs.evaluate import text_name, text_perplexity
+from shallower.verbs.evaluate import held_out, text_name, text_perplexity
+from shallower.verbs.recover import LENGTH, SEQUENCES, Stages, as_stored, parse_recoveries, perplexities, run_recoveries
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve
 from shallower.verbs.search import search as search_plan
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, calibrate, open_subject, units_of
+from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -72,6 +73,7 @@ def prune(
     length: int = 128,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
+    recover: str = "",
     texts: Sequence[str] = (),
     window: int = 1024,
     max_windows: int | None = 12,
@@ -88,7 +90,8 @@ def prune(
     report.
 
     remove, search, objective, metric, units, protect, settings, exact, memory, workers: as for `search`.
-    plan: apply this plan and search nothing.
+    plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit`); `settings` are
+    theirs, too. They read 128 × 256 tokens of the calibration text, or all of a ready-made set.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. speed: also time prefill and
     decoding.
@@ -100,6 +103,7 @@ def prune(
         raise UserError(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
+    steps, settings = _recoveries(recover, settings or {})
     if remove is not None:
         require_possible(remove, search, objective, metric, settings)
     memory, workers = parse_memory(memory), parse_workers(workers)
@@ -116,7 +120,7 @@ def prune(
             resolve(subject, remove, search, units=units, protect=protect)
     with clock("calibration text"):
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
-        contents = contents or _held_out(calibration)
+        contents = contents or held_out(calibration)
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, text, seed)
     with clock("search"):
@@ -139,13 +143,21 @@ def prune(
                 workers=workers,
             )
     smaller = _cut(subject, given.removed)
+    untouched = [*smaller.model.parameters()]
+    stages: tuple[RecoveryStage, ...] = ()
+    said: tuple[str, ...] = ()
+    if steps:
+        with clock("recovery"):
+            smaller, stages, said = _recovered(
+                smaller, subject, given.removed, steps, calibration, contents, window, max_windows, seed, memory
+            )
     if out is not None:
         require_ordinary(smaller.model)
     with clock("perplexity"):
         before, after = _perplexities((subject, smaller), contents, window, max_windows)
     with clock("speed"):
         speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
-    notes = tuple(_notes(subject, text, contents, window, max_windows))
+    notes = (*_notes(subject, text, contents, window, max_windows), *said)
     data = ReportData(
         plan=given,
         influence=(influence,),
@@ -158,12 +170,16 @@ def prune(
         machine=_machine(),
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
+        recovery=stages,
     )
     if out is None:
         return Pruned(smaller.model, given, data, None)
     with clock("writing and verifying"):
+        stored = as_stored(subject, smaller.model, given.removed)
+        if stored is not smaller.model:
+            adopt(stored, smaller.model, {id(parameter) for parameter in untouched})
         folder = save(
-            _as_stored(subject, smaller, given.removed),
+            stored,
             out,
             plan=given,
             tokenizer=subject.loaded.tokenizer,
@@ -195,15 +211,40 @@ def _cut(subject: Subject, removed: frozenset[Unit]) -> Subject:
         return Subject(LoadedModel(smaller, loaded.tokenizer, loaded.name, loaded.revision, None), dissect(smaller))
 
 
-def _as_stored(subject: Subject, smaller: Subject, removed: frozenset[Unit]) -> PreTrainedModel:
-    """The cut model in the precision that the dense checkpoint is stored in, whatever it was measured in."""
-    folder = subject.loaded.path
-    if folder is None:
-        return smaller.model
-    stored = stored_dtype(folder)
-    if stored in (None, str(smaller.model.dtype).removeprefix("torch.")):
-        return smaller.model
-    return cut(open_subject(folder, device="cpu", dtype=stored).anatomy, removed)
+def _recoveries(names: str, settings: Mapping[str, str]) -> tuple[Stages, dict[str, str]]:
+    """Recoveries with their options, and the options that are left for search and objective."""
+    if not names:
+        return [], dict(settings)
+    known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
+    theirs = {key: text for key, text in settings.items() if key in known}
+    return parse_recoveries(names, theirs), {key: text for key, text in settings.items() if key not in known}
+
+
+def _recovered(
+    smaller: Subject,
+    dense: Subject,
+    removed: frozenset[Unit],
+    steps: Stages,
+    calibration: str | Path | CalibrationSet | None,
+    contents: Mapping[str, str],
+    window: int,
+    max_windows: int | None,
+    seed: int,
+    memory: int | None,
+) -> tuple[Subject, tuple[RecoveryStage, ...], tuple[str, ...]]:
+    """The repaired model, what each step gave, and what was found on the way."""
+    text = calibrate(dense, calibration, sequences=SEQUENCES, length=LENGTH, seed=seed)
+    stages, notes = run_recoveries(
+        smaller,
+        dense,
+        removed,
+        steps,
+        text,
+        measure=lambda: perplexities(smaller, contents, window, max_windows),
+        seed=seed,
+        memory=memory,
+    )
+    return Subject(smaller.loaded, dissect(smaller.model)), stages, notes
 
 
 def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:
@@ -216,18 +257,6 @@ def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[
         made_by = MadeBy(None, None, statistic.metric.name, options, seed, text.identity, __version__)
         found.append(Scores(subject.identity, statistic.metric.name, scored, made_by))
     return found[0], found[1]
-
-
-def _held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
-    """Documents of the calibration source that were left out of calibration; nothing for a ready-made set of ids."""
-    if isinstance(calibration, CalibrationSet):
-        return {}
-    source = str(calibration or DEFAULT_CALIBRATION).partition("?")[0]
-    spec = f"{source}?part=held-out"
-    try:
-        return {spec: read_evaluation_text(spec)}
-    except CorpusError:
-        return {}  # too few documents to leave any out: the report then shows no perplexity
 
 
 def _perplexities(

@@ -24,11 +24,14 @@ from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.units import Unit, require_distinct
+from shallower.verbs.recover import parse_recoveries
+from shallower.verbs.repaired import RepairedLosses
 from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
 
 Trail = Sequence[frozenset[Unit]]
+Judge = Ablator | RepairedLosses
 Stage = tuple[Method, Mapping[str, Any]]  # a search and its options
 
 
@@ -48,6 +51,7 @@ def search(
     length: int = 128,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
+    repair: str = "",
     seed: int = 0,
     memory: int | str | None = None,
     workers: int | str | None = None,
@@ -63,7 +67,8 @@ def search(
     metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead.
     settings: options of the search and of the objective as text. search: one, or several that improve on each other
     (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
-    after a part of it.
+    after a part of it. repair: judge every candidate behind these recoveries (`linear-fold`), by its loss on the
+    quarter of the text that they were not fitted on.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
     many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
 
@@ -71,6 +76,12 @@ def search(
     """
     require_possible(remove, search, objective, metric, settings)
     memory, workers = parse_memory(memory), parse_workers(workers)
+    if repair:
+        parse_recoveries(repair, {})
+        if objective != "nll" or workers is not None:
+            raise UserError(
+                "--repair judges the repaired model by its loss in this process: drop --objective and --workers."
+            )
     stages, judged = _stages(search, objective, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, protect=protect)
@@ -80,6 +91,7 @@ def search(
     with closing(
         make_ablator(subject, text, objective, judged, racing=racing, memory=memory, workers=workers)
     ) as ablator:
+        judge: Judge = RepairedLosses(subject, text, repair) if repair else ablator
         if request.budget is None:
             order = list(request.units)
         else:
@@ -88,11 +100,13 @@ def search(
             asked = {key: value for key, value in (settings or {}).items() if key in known}
             ranking = _ranking(subject, stages, metric, scores, units, objective, asked, text, seed, memory, workers)
             ranked_by = ranking.metric if ranking else None
-            order = removal_order(run_search(stages, request.units, request.budget, ablator, ranking, seed), ablator)
-        measured = ablator.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
-        progress.note(_cost(ablator))
+            order = removal_order(run_search(stages, request.units, request.budget, judge, ranking, seed), judge)
+        measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+        progress.note(_cost(judge))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
     options |= {**judged, "remove": str(remove), "units": units, "protect": protect, "exact": exact}
+    if repair:
+        options["repair"] = repair
     made_by = MadeBy(name, objective, ranked_by, options, seed, text.identity, __version__)
     return PruningPlan(
         subject.identity, tuple(sorted(order)), tuple(zip(order, measured[1:], strict=True)), measured[0], made_by
@@ -170,7 +184,7 @@ def run_search(
     stages: Sequence[Stage],
     units: Sequence[Unit],
     budget: Budget,
-    ablator: Ablator,
+    ablator: Judge,
     scores: Scores | None,
     seed: int,
 ) -> Trail:
@@ -200,7 +214,7 @@ def run_search(
     return trail
 
 
-def _cost(ablator: Ablator) -> str:
+def _cost(ablator: Judge) -> str:
     spent = ablator.spent
     sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times candidate sets)"
     if spent.recalled:
@@ -210,7 +224,7 @@ def _cost(ablator: Ablator) -> str:
     return sentence + "."
 
 
-def removal_order(trail: Trail, ablator: Ablator) -> list[Unit]:
+def removal_order(trail: Trail, ablator: Judge) -> list[Unit]:
     """The units of the trail's last set in removal order.
 
     That is the trail's own order when each of its sets adds one unit to the one before. Otherwise each unit in turn is
