@@ -123,7 +123,19 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def test_help_names_every_verb(cli: Cli) -> None:
     ran = cli("--help")
     assert ran.code == 0
-    for verb in ("inspect", "score", "search", "prune", "eval", "bench", "report", "methods", "demo", "plan"):
+    for verb in (
+        "inspect",
+        "score",
+        "search",
+        "prune",
+        "recover",
+        "eval",
+        "bench",
+        "report",
+        "methods",
+        "demo",
+        "plan",
+    ):
         assert re.search(rf"^  {verb} +\w", ran.out, re.MULTILINE)
     assert "..." not in ran.out.split("Commands:")[1]
     assert cli() == ran

@@ -62,10 +62,11 @@ def recover(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Repair a cut model, and show held-out perplexity before and after each step.
+    """Repair a cut model, and show what each step gives.
 
-    In closed form (refit, linear-fold, …), in minutes; by training (full, lora, …), as long as --set minutes=30 says.
-    A training that was killed goes on when the same command is given again.
+    Held-out perplexity is measured before and behind each recovery. Recoveries work in closed form (refit, linear-fold,
+    …), in minutes, or by training (full, lora, …), as long as --set minutes=30 says. A training that was killed goes on
+    when the same command is given again.
     """
     chosen = options.parse_settings(settings)
     from shallower.verbs.recover import recover as run

@@ -9,7 +9,7 @@ the embedding; without it the numbers are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +46,8 @@ class Station:
 
     here: the place. before: the same place in the dense model. after: where the dense model has gone when the cut model
     runs its next sublayer. missing: the units between the two, in order; none where nothing was cut. writes: block and
-    sublayer that wrote to the stream last; None where it is still the embedding.
+    sublayer that wrote to the stream last; None where it is still the embedding. beside: missing units ran side by side
+    with what is left of their block, on the stream that entered it.
     """
 
     here: Point
@@ -54,20 +55,22 @@ class Station:
     after: Point
     missing: tuple[Unit, ...]
     writes: tuple[int, Kind] | None
+    beside: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
     """One batch at a station; real tokens only.
 
-    stream: the cut model's, float32 [tokens, hidden]. target: the dense model's behind the missing units. before: the
-    dense model's ahead of them. inputs: what the writer was fed with, float32 [tokens, inputs]; None where not asked
-    for. sequence: int64 [tokens], which sequence of the batch a token is of.
+    stream: the cut model's, float32 [tokens, hidden]. target: the dense model's behind the missing units. start: where
+    the missing units' update of the target begins: the dense model's stream ahead of them, or, where the target is made
+    from the cut model's stream, that; None where not asked for. inputs: what the writer was fed with, float32 [tokens,
+    inputs]; None where not asked for. sequence: int64 [tokens], which sequence of the batch a token is of.
     """
 
     stream: Tensor
     target: Tensor
-    before: Tensor
+    start: Tensor | None
     inputs: Tensor | None
     sequence: Tensor
 
@@ -97,22 +100,30 @@ class Twins:
         self._held = {key: held for key, held in self._held.items() if not key[1]}
 
     def read(
-        self, station: Station, writer: Writer | None = None, *, aim: Aim = "dense", label: str = ""
+        self,
+        station: Station,
+        writer: Writer | None = None,
+        *,
+        aim: Aim = "dense",
+        start: bool = False,
+        label: str = "",
     ) -> Iterator[Reading]:
         """Every batch at `station`.
 
         writer: whose inputs are wanted. aim: what `target` is: the dense model's own stream, or what the missing units
-        make of the cut model's.
+        make of the cut model's. start: whether the readings have it.
 
         Raises ModelError when the missing units cannot be run on the cut model's stream.
         """
         with progress.task(label or "reading both models", len(self.batches)) as step:
             for number, batch in enumerate(self.batches):
                 with torch.no_grad():
-                    yield self._reading(number, batch, station, writer, aim)
+                    yield self._reading(number, batch, station, writer, aim, start)
                 step()
 
-    def _reading(self, number: int, batch: Batch, station: Station, writer: Writer | None, aim: Aim) -> Reading:
+    def _reading(
+        self, number: int, batch: Batch, station: Station, writer: Writer | None, aim: Aim, start: bool
+    ) -> Reading:
         seen: list[Tensor] = []
         student = trace(self.student, batch)
         # The block in front of the station is run again next time: by then its writer may have changed.
@@ -127,20 +138,22 @@ class Twins:
             if handle is not None:
                 handle.remove()
         dense = trace(self.dense, batch)
-        before = self._stream(number, dense, False, station.before)
-        if station.after == station.before:
-            target = before
-        elif aim == "dense":
+        began = None
+        if aim == "dense" or not station.missing:
+            if start:
+                began = self._stream(number, dense, False, station.before)
             target = self._stream(number, dense, False, station.after)
         else:
-            target = self._pass_through(dense, station.missing, stream)
+            began = stream
+            target = self._pass_through(dense, station, stream)
         mask = batch.attention_mask
         real = torch.ones_like(batch.input_ids) if mask is None else mask
         chosen = real.bool().to(stream.device)
         sequence = torch.arange(len(real), device=stream.device)[:, None].expand_as(chosen)[chosen]
         shape = chosen.shape
         inputs = seen[-1].reshape(*shape, -1)[chosen].float() if seen else None
-        return Reading(stream[chosen].float(), target[chosen].float(), before[chosen].float(), inputs, sequence)
+        began = began[chosen].float() if start and began is not None else None
+        return Reading(stream[chosen].float(), target[chosen].float(), began, inputs, sequence)
 
     def _stream(self, number: int, replay: Trace, of_student: bool, point: Point, *, hold: bool = True) -> Tensor:
         """The stream of a batch at a point, from where it was held or from the embedding."""
@@ -158,11 +171,14 @@ class Twins:
             return replay.run(index, hidden, point.without)
         return hidden
 
-    def _pass_through(self, dense: Trace, units: Sequence[Unit], stream: Tensor) -> Tensor:
+    def _pass_through(self, dense: Trace, station: Station, stream: Tensor) -> Tensor:
         others: dict[Kind, tuple[Kind, ...]] = {"block": (), "attn": ("mlp",), "mlp": ("attn",)}
-        for unit in units:
-            if unit.kind != "block" and self.dense.blocks[unit.index].part(unit.kind) is None:
-                raise ModelError(f"{unit} cannot be run alone, so its update cannot be measured in the cut model.")
+        for unit in station.missing:
+            if station.beside and unit.kind != "block":
+                raise ModelError(
+                    f"{unit} runs side by side with what is left of its block, so its update cannot be measured behind "
+                    "it, in the cut model: measure in the dense model."
+                )
             stream = dense.run(unit.index, stream, others[unit.kind])
             self.tokens += stream.shape[0] * stream.shape[1]
         return stream

@@ -26,9 +26,9 @@ def emulated_update(
         weight = 0.0
         label = f"mean update of {station.missing[0]}"
         for reading, weights in repair.samples(
-            twins, station, None, sinks=sinks, relative=relative, aim=measured, label=label
+            twins, station, None, sinks=sinks, relative=relative, aim=measured, start=True, label=label
         ):
-            start = reading.before if measured == "dense" else reading.stream
-            total = total + ((reading.target - start) * weights[:, None]).sum(0, dtype=torch.float64)
+            assert reading.start is not None
+            total = total + ((reading.target - reading.start) * weights[:, None]).sum(0, dtype=torch.float64)
             weight += float(weights.sum(dtype=torch.float64))
         repair.add_constant(station, total / weight)

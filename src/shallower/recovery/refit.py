@@ -15,6 +15,7 @@ def refit(
     repair: Repair,
     *,
     ridge: float = 0.01,
+    spread: int = 0,
     reach: Literal["cuts", "rest"] = "rest",
     sublayers: Literal["both", "attn", "mlp"] = "both",
     bias: bool = False,
@@ -28,18 +29,19 @@ def refit(
     what it writes. One matrix after another, each on the stream that the ones before it left.
     ridge: penalty on the matrix's change, in units of the mean variance of what it is fed with. reach: only the matrix
     in front of each cut, or all from the first cut to the end. sublayers: which ones, besides those in front of a cut.
+    spread: so many blocks more, in front of the block before a cut, take over a part of what is missing.
     bias: fit a bias, too, where the family has or can have one. aim, sinks, relative: as for low-rank.
     """
     if not any(repair.writer(station) for station in repair.stations):
         repair.require_writer(repair.cuts[0])
     twins = repair.twins()
     started = False
-    for station in repair.stations:
+    for plain, station in zip(repair.stations, repair.spread(spread), strict=True):
+        moved = bool(station.missing) or station.after != plain.after
         started = started or bool(station.missing)
         writer = repair.writer(station)
-        if not started or writer is None:
-            continue
-        if not station.missing and (reach == "cuts" or sublayers not in ("both", writer.kind)):
+        follows = started and reach == "rest" and sublayers in ("both", writer.kind if writer else "both")
+        if writer is None or not (moved or follows):
             continue
         moments = repair.moments(writer.weight.shape[1], least=f"{writer.path} of block {writer.block.index}")
         for reading, weights in repair.samples(

@@ -57,7 +57,7 @@ def stations(
     found = []
     for (here, before, _, key, writes, leftover), after, next_key in zip(steps, ends, keys, strict=True):
         missing = [unit for unit in sorted(removed) if key < _key(unit) < _start(next_key, after)]
-        found.append(Station(here, before, after, (*leftover, *missing), writes))
+        found.append(Station(here, before, after, (*leftover, *missing), writes, beside=bool(leftover)))
     return tuple(found)
 
 
