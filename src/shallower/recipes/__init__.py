@@ -32,7 +32,10 @@ _NAME = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Recipe:
-    """See the module. steps: command lines with names in braces. here: the recipe's folder. sizes: values of these names, by size."""
+    """See the module.
+
+    steps: command lines with names in braces. here: the recipe's folder. sizes: values of these names, by size.
+    """
 
     title: str
     source: str
@@ -80,7 +83,8 @@ def read_recipe(name: str) -> Recipe:
     if faults:
         raise UserError("; ".join(faults) + ".")
     sizes = {size: {key: str(value) for key, value in values.items()} for size, values in data["sizes"].items()}
-    return Recipe(data["title"], str(data["source"]), str(data["about"]).strip(), tuple(data["steps"]), path.parent, sizes)
+    about = str(data["about"]).strip()
+    return Recipe(data["title"], str(data["source"]), about, tuple(data["steps"]), path.parent, sizes)
 
 
 def _faults(where: str, data: Mapping[str, Any]) -> list[str]:
