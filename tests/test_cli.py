@@ -143,7 +143,7 @@ def test_the_reference_is_that_of_the_program(root: Path) -> None:
 
 
 def test_the_help_names_every_method_that_ships() -> None:
-    shipped = {options._shipped(package) for package in ("metrics", "objectives", "searches")}
+    shipped = {options._shipped(package) for package in ("metrics", "objectives", "searches", "corpus/quality")}
     registered = {
         ", ".join(method.name for method in kind if method.function.__module__.startswith("shallower."))
         for kind in registry.REGISTRIES
@@ -299,7 +299,7 @@ def test_methods(cli: Cli) -> None:
     ran = cli("methods")
     assert ran.code == 0
     told = cli("methods", "--json").json["methods"]
-    assert {method["kind"] for method in told} == {"metric", "objective", "search"}
+    assert {method["kind"] for method in told} == {"metric", "objective", "quality", "search"}
     assert all(method["name"] in ran.out and method["summary"] for method in told)
     one = cli("methods", "angular").out
     assert "float32 [tokens, hidden]" in one
