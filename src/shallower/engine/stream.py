@@ -376,7 +376,7 @@ class _Moments:
             return stream
         directions = _directions(hidden, width).to(stream.device)
         few = TOKENS_TOGETHER.get(stream.device.type, TOKENS_TOGETHER_ELSEWHERE)
-        return torch.cat([part.float() @ directions for part in stream.split(few)])
+        return torch.cat([part.float() @ directions for part in torch.split(stream, few)])
 
     def scores(self, counts: NDArray[np.int64]) -> dict[Of, Score]:
         found = {}
