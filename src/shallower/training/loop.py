@@ -145,6 +145,8 @@ class _Loop:
                 shown = int(share * PARTS)
                 stopped = self._step(share) or self._after_step()
             bar(PARTS - shown)
+        if not stopped and self.state.curve[-1]["step"] != self.state.step:
+            self._measure()  # the time ran out after the last step was looked at
         return self._end(stopped)
 
     def _seconds(self) -> float:
