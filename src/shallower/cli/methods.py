@@ -21,6 +21,7 @@ ROLES = {
     "metric": "Metrics rank units; higher means keep (--metric)",
     "objective": "Objectives judge the whole model; lower is better (--objective)",
     "search": "Searches choose what goes (--search)",
+    "recovery": "Recoveries repair what a cut broke (--with, --recover)",
     "quality": "Scorers of text quality, from 0 to 1 (quality=… in a calibration specification)",
     "recovery": "Recoveries repair what a cut broke (--with, --recover)",
 }

@@ -148,7 +148,6 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
             console.print(f"Note: {note}", soft_wrap=True)
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)
         console.print(f"\nForm:  {form.name}. {form.meaning}", soft_wrap=True)
-        for code in (form.loading, form.tokenizer):
-            console.print(f"\n{code}".format(folder=str(folder)), soft_wrap=True)
+        console.print(f"\n{form.loading(str(folder))}", soft_wrap=True)
 
     return Answer(answer, show)

@@ -45,7 +45,10 @@ def score(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Score each block or sublayer by one metric or several; higher means keep."""
+    """Score each block or sublayer by one metric or several.
+
+    Higher means keep.
+    """
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
     from shallower.reporting.ranks import rank_correlations

@@ -170,7 +170,7 @@ def _read_points(tallies: Sequence[_Tally], pairs: _Pairs, points: Tensor, seque
     narrow = [tally for tally in tallies if not tally.whole]
     for readers, size in ((wide, len(points)), (narrow, few)):
         for start in range(0, len(points) if readers else 0, max(size, 1)):
-            chunk = _Chunk(points[start : start + size].float(), pairs)
+            chunk = _Chunk(points[start : start + size], pairs)
             for tally in readers:
                 tally.read(chunk, sequences[start : start + size])
 
@@ -255,10 +255,15 @@ class _View:
 class _Chunk:
     """The stream at several points for some tokens, and what metrics ask of pairs of points; worked out once."""
 
-    def __init__(self, points: Tensor, pairs: _Pairs) -> None:
-        """points: float32 [tokens, points, hidden]."""
-        self.points = points
+    def __init__(self, stream: Tensor, pairs: _Pairs) -> None:
+        """stream: [tokens, points, hidden] in any float type."""
+        self.stream = stream
         self.pairs = pairs
+
+    @cached_property
+    def points(self) -> Tensor:
+        """float32 [tokens, points, hidden]."""
+        return self.stream.float()
 
     def supply(self, name: str) -> Tensor:
         """float64 [tokens, pairs]."""
@@ -351,7 +356,7 @@ class _Moments:
         self.tokens: dict[_Pairs, int] = {}
 
     def read(self, chunk: _Chunk, sequences: Tensor) -> None:
-        points = self._project(chunk.points).double()
+        points = self._project(chunk.stream).double()
         tokens, count, width = points.shape
         flat = points.flatten(1)
         pairs = chunk.pairs
@@ -364,13 +369,14 @@ class _Moments:
         for point, total in enumerate(self.products[pairs]):
             total.addmm_(points[:, point].T, flat[:, point * width :])
 
-    def _project(self, points: Tensor) -> Tensor:
+    def _project(self, stream: Tensor) -> Tensor:
         """The stream in `width` directions that are orthogonal and drawn at random, always the same; all if 0."""
-        hidden, width = points.shape[-1], self.statistic.option("width") or 0
+        hidden, width = stream.shape[-1], self.statistic.option("width") or 0
         if not 0 < width < hidden:
-            return points
-        projected: Tensor = points @ _directions(hidden, width).to(points.device)
-        return projected
+            return stream
+        directions = _directions(hidden, width).to(stream.device)
+        few = TOKENS_TOGETHER.get(stream.device.type, TOKENS_TOGETHER_ELSEWHERE)
+        return torch.cat([part.float() @ directions for part in torch.split(stream, few)])
 
     def scores(self, counts: NDArray[np.int64]) -> dict[Of, Score]:
         found = {}

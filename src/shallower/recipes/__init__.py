@@ -10,8 +10,8 @@
       demo: {model: demo, remove: 20%}
       paper: {model: lmsys/vicuna-7b-v1.3, remove: 20%}
 
-A step is what stands after `shallower` on a command line. `{out}` is the folder of the run; every other name in braces
-has a value in each size, which `--set name=value` replaces.
+A step is what stands after `shallower` on a command line. `{out}` is the folder of the run, `{here}` that of the
+recipe; every other name in braces has a value in each size, which `--set name=value` replaces.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ _NAME = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Recipe:
-    """See the module. steps: command lines with names in braces. sizes: values of these names, by size."""
+    """See the module.
+
+    steps: command lines with names in braces. here: the recipe's folder. sizes: values of these names, by size.
+    """
 
     title: str
     source: str
     about: str
     steps: tuple[str, ...]
+    here: Path
     sizes: Mapping[str, Mapping[str, str]]
 
     def commands(self, size: str, out: str | os.PathLike[str], given: Mapping[str, str]) -> list[str]:
@@ -51,7 +55,7 @@ class Recipe:
         for name in given:
             if name not in values:
                 raise UnknownName(f"value of {self.title!r}", name, values)
-        values = {**values, **given, "out": os.fspath(out)}
+        values = {**values, **given, "out": os.fspath(out), "here": str(self.here)}
         return [_NAME.sub(lambda match: values[match[1]], step) for step in self.steps]
 
 
@@ -79,7 +83,8 @@ def read_recipe(name: str) -> Recipe:
     if faults:
         raise UserError("; ".join(faults) + ".")
     sizes = {size: {key: str(value) for key, value in values.items()} for size, values in data["sizes"].items()}
-    return Recipe(data["title"], str(data["source"]), str(data["about"]).strip(), tuple(data["steps"]), sizes)
+    about = str(data["about"]).strip()
+    return Recipe(data["title"], str(data["source"]), about, tuple(data["steps"]), path.parent, sizes)
 
 
 def _faults(where: str, data: Mapping[str, Any]) -> list[str]:
@@ -88,7 +93,7 @@ def _faults(where: str, data: Mapping[str, Any]) -> list[str]:
         return [f"'steps' of {where} is not a list of command lines"]
     if not isinstance(sizes, dict) or not sizes or not all(isinstance(values, dict) for values in sizes.values()):
         return [f"'sizes' of {where} is not a list of sizes with values each"]
-    wanted = {name for step in steps for name in _NAME.findall(step)} - {"out"}
+    wanted = {name for step in steps for name in _NAME.findall(step)} - {"out", "here"}
     if "steps" not in data or "sizes" not in data:
         return []
     faults = []

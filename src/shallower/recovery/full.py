@@ -30,5 +30,4 @@ def full(student: PreTrainedModel, task: Task, *, first: int = 0, embeddings: bo
         return index is None or index >= first
 
     formats = own_parameters(student, trained)
-    heal(student, task)
-    return finish(student, formats)
+    return finish(heal(student, task), formats)

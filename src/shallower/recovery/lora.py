@@ -28,6 +28,6 @@ def lora(
     require_packages("lora", "peft")
     own_parameters(student)
     adapt(student, projections(student, first), rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
-    heal(student, task)
+    student = heal(student, task)
     merge(student)
     return finish(student, {})

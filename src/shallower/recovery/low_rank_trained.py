@@ -29,8 +29,8 @@ def low_rank_trained(
     places = gaps(task.anatomy, task.removed)
     patches = attach(student, places, rank, task.seed)
     if by == "mse":
-        train(UnitObjective(task.anatomy, places, patches), student, task, None)
+        student = train(UnitObjective(task.anatomy, places, patches), student, task, None).student
     else:
         share = 1.0 if by == "kl" else 0.0
-        heal(student, dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, distill=share)))
+        student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, distill=share)))
     return finish(student, {})

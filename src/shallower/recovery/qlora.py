@@ -31,6 +31,6 @@ def qlora(
     names = projections(student, first)
     plain = quantise(student, names)
     adapt(student, names, rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
-    heal(student, task)
+    student = heal(student, task)
     merge(student, plain)
     return finish(student, {})

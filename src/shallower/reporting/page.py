@@ -125,7 +125,7 @@ def _recovery(data: ReportData) -> str:
 
 def _loading(data: ReportData) -> str:
     form = FORMS[data.form]
-    code = f"{form.loading}\n\n{form.tokenizer}".format(folder=data.folder)
+    code = form.loading(data.folder)
     return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{escape(form.meaning)}</p>\n'
 
 

@@ -19,6 +19,7 @@ def model_card(
     *,
     form: Form = FORMS["ordinary"],
     notes: Sequence[str] = (),
+    tokenizer: bool = True,
 ) -> str:
     """README.md of a checkpoint: where it comes from, what is missing, how to load it.
 
@@ -28,6 +29,7 @@ def model_card(
         measured: Markdown that ends the card.
         form: In which it is stored.
         notes: What else a user of this form should know, one sentence each.
+        tokenizer: Whether one is stored, too.
     """
     name = plan.model.name if plan is not None else str(model.config._name_or_path)
     if os.path.isabs(name) or os.path.exists(name):
@@ -43,7 +45,7 @@ def model_card(
     lines += [_what(model, plan, form), ""]
     if plan is not None:
         lines += _how(plan)
-    code = form.loading.format(folder="path/to/this/folder").replace("'", '"')
+    code = form.loading("path/to/this/folder", tokenizer=tokenizer).replace("'", '"')
     lines += ["## Loading it", "", " ".join([form.meaning, *notes]), "", "```python", code, "```", ""]
     if measured:
         lines += [measured.strip(), ""]

@@ -120,7 +120,7 @@ def save(
                 _write_tokenizer(tokenizer, temporary)
             if plan is not None:
                 plan.save(temporary / "plan.json")
-            for name, text in {"README.md": _card(export, plan, card), **(pages or {})}.items():
+            for name, text in {"README.md": _card(export, plan, card, tokenizer is not None), **(pages or {})}.items():
                 write_text(temporary / name, text)
             step()
             ids = probe_ids(model) if verify_ids is None else verify_ids
@@ -158,8 +158,8 @@ def require_no_maps(model: PreTrainedModel) -> None:
         )
 
 
-def _card(export: Export, plan: PruningPlan | None, measured: str | None) -> str:
-    return model_card(export.model, plan, measured, form=export.form, notes=export.notes)
+def _card(export: Export, plan: PruningPlan | None, measured: str | None, tokenizer: bool) -> str:
+    return model_card(export.model, plan, measured, form=export.form, notes=export.notes, tokenizer=tokenizer)
 
 
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:

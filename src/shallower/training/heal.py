@@ -14,7 +14,7 @@ from shallower.engine.head import find_head
 from shallower.errors import UserError
 from shallower.resources import parse_memory
 from shallower.training.feed import Feed
-from shallower.training.loop import Guiding, Outcome, number_format, train
+from shallower.training.loop import Guiding, number_format, train
 from shallower.training.objective import TextObjective, shared_blocks
 from shallower.training.recipe import Task
 from shallower.training.teacher import CachedTeacher, Teacher, open_cache, require_same_words
@@ -54,8 +54,9 @@ def block_of(student: PreTrainedModel) -> Callable[[str], int | None]:
     return number
 
 
-def heal(student: PreTrainedModel, task: Task) -> Outcome:
+def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
     """Train what of the student takes gradients on the task's text, with the dense model as teacher if so asked.
+    Returns the student (another object where its weights were spread over processes).
 
     Raises ModelError when teacher and student have other vocabularies, UserError when the teacher's cache has no place,
     and as `train` does.
@@ -81,7 +82,7 @@ def heal(student: PreTrainedModel, task: Task) -> Outcome:
         shared=shared,
     )
     try:
-        return train(objective, student, task, teacher)
+        return train(objective, student, task, teacher).student
     finally:
         if recipe.recompute:
             student.gradient_checkpointing_disable()

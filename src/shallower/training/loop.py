@@ -11,6 +11,7 @@ Notable features:
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -50,9 +52,13 @@ class Guiding(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training went. stopped: why it ended early, empty when it did not. kept: the step whose weights were best.
-    curve: as in State.
+    """How a training went.
+
+    student: the one that was given, or where its weights were spread over processes, one that holds them all, on the
+    CPU. stopped: why it ended early, empty when it did not. kept: the step whose weights were best. curve: as in State.
     """
+
+    student: PreTrainedModel
 
     steps: int
     tokens: int
@@ -75,6 +81,19 @@ def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: G
         return _Loop(objective, student, task, teacher).run()
 
 
+class _Whole(nn.Module):
+    """What accelerate wraps: all that is computed with the student goes through this one forward."""
+
+    def __init__(self, objective: nn.Module, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.objective = objective
+        self.student = student
+        self._no_split_modules = student._no_split_modules  # where FSDP cuts
+
+    def forward(self, portion: Portion | None, guide: Guide | None, measure: HeldOut | None = None) -> Any:
+        return self.objective(portion, guide) if measure is None else measure(self.student)
+
+
 class _Loop:
     def __init__(self, objective: nn.Module, student: PreTrainedModel, task: Task, teacher: Guiding | None) -> None:
         self.student, self.task, self.recipe, self.teacher = student, task, task.recipe, teacher
@@ -83,10 +102,11 @@ class _Loop:
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)
         self.store = Store(task.folder, task.settings())
-        names = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
+        whole = _Whole(objective, student)
+        names = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
         if not names:
             raise UserError("nothing of the model takes gradients, so there is nothing to train.")
-        trained = [objective.get_parameter(name) for name in names]
+        trained = [whole.get_parameter(name) for name in names]
         self.store.require_room(sum(parameter.numel() for parameter in trained))
         optimizer = torch.optim.AdamW(
             [
@@ -96,7 +116,8 @@ class _Loop:
             betas=BETAS,
             fused=True,
         )
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.plain = _unweighted(student) if self.accelerator.distributed_type == DistributedType.FSDP else None
+        self.objective, self.optimizer = self.accelerator.prepare(whole, optimizer)
         inner = self.accelerator.unwrap_model(self.objective)
         self.trained: dict[str, nn.Parameter] = {name: inner.get_parameter(name) for name in names}
         if teacher is not None and launched:
@@ -124,6 +145,8 @@ class _Loop:
                 shown = int(share * PARTS)
                 stopped = self._step(share) or self._after_step()
             bar(PARTS - shown)
+        if not stopped and self.state.curve[-1]["step"] != self.state.step:
+            self._measure()  # the time ran out after the last step was looked at
         return self._end(stopped)
 
     def _seconds(self) -> float:
@@ -219,16 +242,14 @@ class _Loop:
         self.accelerator.wait_for_everyone()
 
     def _held_out(self, measure: HeldOut) -> float:
-        sharded = self.objective if hasattr(self.objective, "unshard") else None
-        if sharded is not None:
-            sharded.unshard()
         device, compute = self.accelerator.device.type, number_format(self.recipe, self.student)
-        self.student.eval()
-        with torch.autocast(device, compute, enabled=compute != torch.float32):
-            value = self._agreed(measure(self.student))
-        if sharded is not None:
-            sharded.reshard()
-        return value
+        if hasattr(self.objective, "unshard") and not self.state.step:
+            # FSDP makes its buffers at the first pass, and those that inference mode makes take no gradients after
+            with torch.no_grad():
+                self.objective(self.feed.portion(self.feed.step(0)[:1]), None)
+        self.objective.eval()
+        with torch.no_grad(), torch.autocast(device, compute, enabled=compute != torch.float32):
+            return self._agreed(self.objective(None, None, measure))
 
     def _save(self) -> None:
         weights, moments = self._weights(), self._moments()
@@ -272,7 +293,8 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.store.finish(state, stopped)
-        return Outcome(state.step, state.tokens, state.seconds, stopped, state.kept, tuple(state.curve))
+        student = self.student if self.plain is None else _filled(self.plain, self.student)
+        return Outcome(student, state.step, state.tokens, state.seconds, stopped, state.kept, tuple(state.curve))
 
 
 def rate(share: float, warmup: float) -> float:
@@ -298,6 +320,24 @@ def number_format(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
         return DTYPES[recipe.compute]
     chosen = choose_dtype(model.device)
     return torch.float32 if chosen == torch.float16 else chosen
+
+
+def _unweighted(student: PreTrainedModel) -> PreTrainedModel:
+    """The student's modules without weights, before they are spread over processes."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in student.parameters()}
+    return copy.deepcopy(student, dict(empty))
+
+
+def _filled(plain: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
+    """`plain` with the weights of `student`; all processes take part, and each gets all of them."""
+    owners = dict(plain.named_modules())
+    filled: dict[int, nn.Parameter] = {}
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        owner, _, key = name.rpartition(".")
+        if id(parameter) not in filled:
+            filled[id(parameter)] = nn.Parameter(_whole(parameter.detach()).cpu(), requires_grad=False)
+        owners[owner]._parameters[key] = filled[id(parameter)]
+    return plain.cpu()
 
 
 def _whole(tensor: Tensor) -> Tensor:

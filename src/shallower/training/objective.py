@@ -1,4 +1,4 @@
-"""What training minimises, as one module, so that data-parallel and sharding wrappers see one forward."""
+"""What training on text minimises."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ class TextObjective(nn.Module):
         """
         super().__init__()
         self.student = student
-        self._no_split_modules = student._no_split_modules  # where FSDP cuts
         self.head = None if head is None else dataclasses.replace(head, output=nn.Identity())
         self.compute = compute
         self.distill, self.temperature, self.hidden = distill, temperature, hidden

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -234,12 +235,16 @@ def training_text(
 ) -> Training | None:
     """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
 
-    Raises UserError for instructions that nothing would read, CorpusError when there is too little text.
+    Raises UserError for instructions that nothing would read or several processes, CorpusError when there is too little text.
     """
     if not any(method.traits.get("trained") for method, _ in steps):
         if instructions is not None:
             raise UserError("--instructions is for recoveries that train, such as full or lora: name one, or drop it.")
         return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "this verb trains in one process: start it without 'accelerate launch', or call the recovery from Python."
+        )
     text: CalibrationSet
     if instructions is not None:
         text = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)

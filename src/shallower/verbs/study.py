@@ -30,6 +30,7 @@ from shallower.study.result import Cell, Result
 from shallower.units import Span, Unit, plain
 from shallower.verbs.search import require_possible, resolve, run_search, search, search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
+from shallower.verbs.supply import supply
 from shallower.version import __version__
 
 CELLS = "cells.jsonl"
@@ -272,6 +273,7 @@ def _judges(
             sequences=given.held_out_sequences,
             length=given.held_out_length,
             part="held-out" if shared else "all",
+            supply=supply(subject.model, subject.tokenizer),
         )
         found[name] = judge(text, "nll", {}).losses
     for name, spec in given.tasks.items():
