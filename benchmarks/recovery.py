@@ -36,7 +36,7 @@ from shallower.verbs.repaired import RepairedLosses
 from shallower.verbs.subject import Subject, open_subject
 
 PLANS = ("block.13-18", "block.4-5,block.12-18")
-RECOVERIES = ("emulated-update", "magnitude", "linear-fold", "low-rank", "refit:reach=cuts", "refit")
+RECOVERIES = ("emulated-update", "magnitude", "linear-fold", "low-rank", "refit", "refit:reach=rest")
 
 
 @dataclass(frozen=True)

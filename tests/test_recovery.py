@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from shallower.anatomy import dissect
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import CalibrationSet
-from shallower.engine import prove, statistics
+from shallower.engine import Ablator, prove, statistics
 from shallower.engine.statistics import Moments, Point
 from shallower.errors import CorpusError, ModelError, PlanError, UnknownName, UserError
 from shallower.plan import MadeBy, PruningPlan
@@ -34,6 +34,8 @@ from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
 from shallower.verbs.prune import prune
 from shallower.verbs.recover import recover
+from shallower.verbs.repaired import RepairedLosses
+from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
 
 EXACT = {"sinks": 0.0, "relative": False}
@@ -84,11 +86,11 @@ def test_refit_is_the_least_squares_matrix() -> None:
     _, stream = captured(repair.student.model, text, student[1])
     _, target = captured(model, text, dense[3])
     old = student[1].mlp.down_proj.weight.double()
-    recovery.get("refit").function(repair, ridge=0.0, reach="cuts", **EXACT)
+    recovery.get("refit").function(repair, ridge=0.0, **EXACT)
     expected = old + torch.linalg.lstsq(inputs, target - stream).solution.T
     assert torch.allclose(student[1].mlp.down_proj.weight.double(), expected, atol=1e-3)
     assert not torch.allclose(old, expected, atol=1e-2)
-    assert torch.equal(student[2].mlp.down_proj.weight, dense[4].mlp.down_proj.weight)  # reach=cuts
+    assert torch.equal(student[2].mlp.down_proj.weight, dense[4].mlp.down_proj.weight)
 
 
 def test_refit_goes_on_to_the_end_each_on_what_the_one_before_left() -> None:
@@ -96,7 +98,7 @@ def test_refit_goes_on_to_the_end_each_on_what_the_one_before_left() -> None:
     text = text_of(model)
     repair = repair_of(model, SPAN, text)
     student, dense = repair.student.model.model.layers, model.model.layers
-    recovery.get("refit").function(repair, ridge=0.0, bias=True, **EXACT)
+    recovery.get("refit").function(repair, ridge=0.0, bias=True, reach="rest", **EXACT)
     # the last matrix leaves nothing that its inputs could explain, on the stream as it is now
     inputs, _ = captured(repair.student.model, text, student[3].mlp.down_proj)
     _, stream = captured(repair.student.model, text, student[3])
@@ -306,7 +308,7 @@ def test_it_brings_logits_nearer_to_the_dense_ones(name: str, family: str, units
     expected = logits(model, text)
     repair = repair_of(model, removed, text)
     before = float((logits(repair.student.model, text) - expected).square().mean())
-    if (name, units) == ("linear-fold", "block.0"):  # nothing writes before the first block
+    if units == "block.0" and name in ("linear-fold", "refit"):  # nothing writes before the first block
         with pytest.raises(ModelError):
             recovery.get(name).function(repair)
         return
@@ -389,7 +391,7 @@ def test_a_linear_block_of_what_the_mlp_wrote_is_folded_exactly(name: str) -> No
     text = text_of(model)
     repair = repair_of(model, frozenset(parse_units("block.1")), text)
     assert not torch.allclose(logits(repair.student.model, text), logits(model, text), atol=1e-2)
-    recovery.get(name).function(repair, ridge=0.0, **({"reach": "cuts"} if name == "refit" else {}))
+    recovery.get(name).function(repair, ridge=0.0)
     assert torch.allclose(logits(repair.student.model, text), logits(model, text), atol=1e-3)
 
 
@@ -646,6 +648,25 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
     assert sorted(path.name for path in files.iterdir()) == before
 
 
+def test_a_search_judges_candidates_behind_their_repair() -> None:
+    """Block 3 is linear and large: as it is cut its loss is worst, behind a full-rank map it costs nothing."""
+    matrix = 0.6 * torch.randn(32, 32, generator=torch.Generator().manual_seed(3))
+    model = linear_block(tiny_model("llama"), 3, matrix)
+    text = text_of(model, 32)
+    judge = RepairedLosses(open_subject(model), text, "low-rank", {"rank": "0", "ridge": "0"})
+    dense, linear, other = judge.losses([frozenset(), parse_units("block.3"), parse_units("block.2")])
+    assert linear == pytest.approx(dense, abs=1e-3)
+    with closing(Ablator(dissect(model), judge.judged, "nll")) as ablator:
+        assert dense == pytest.approx(ablator.losses([frozenset()])[0], abs=1e-6)
+        assert abs(ablator.losses([parse_units("block.3")])[0] - dense) > 0.01
+    assert abs(other - dense) > 0.001
+    assert judge.fitted.sequences + judge.judged.sequences == 32
+    plan = search(model, 1, calibration=text, repair="low-rank")
+    assert (plan.made_by.options["repair"], len(plan.remove)) == ("low-rank", 1)
+    with pytest.raises(UserError, match="drop --objective"):
+        search(model, 1, calibration=text, repair="low-rank", objective="kl")
+
+
 def test_every_recovery_is_listed_with_what_it_does() -> None:
     found = {method.name: method for method in recovery}
     assert set(CLOSED) <= set(found)
@@ -669,5 +690,5 @@ def test_the_demo_model_gains() -> None:
             return float(repair.student.model(input_ids=held.input_ids, labels=held.input_ids).loss)
 
     before = loss()
-    recovery.get("refit").function(repair, reach="cuts")
+    recovery.get("refit").function(repair)
     assert loss() < before - 0.1

@@ -16,7 +16,7 @@ What can live in a stock checkpoint is folded into it (`surgery.fold`); the rest
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -26,7 +26,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import Halves, Writer, find_writers
 from shallower.corpus.calibration import CalibrationSet
-from shallower.engine.statistics import Aim, Moments, Point, Reading, Station, Twins, token_weights
+from shallower.engine.statistics import Aim, Moments, Reading, Station, Twins, token_weights
 from shallower.errors import CorpusError, ModelError
 from shallower.surgery.fold import fold_constant
 from shallower.surgery.patch import attach
@@ -66,28 +66,6 @@ class Repair:
         Raises PlanError when the student is not the dense model without the removed units.
         """
         return stations(self.student, self.dense, self.removed, find_writers(self.dense))
-
-    def spread(self, count: int) -> tuple[Station, ...]:
-        """The stations, with what is missing at each cut shared by the last blocks before it.
-
-        The dense stream that a kept block is brought to moves ahead in equal steps, over the `count` blocks in front of
-        the block before each cut and that block. So each of them takes over a part of what is missing.
-        """
-        found = list(self.stations)
-        for place, station in enumerate(found):
-            if not station.missing or station.here.without:
-                continue
-            ends = [place]
-            while ends[0] > 0 and len(ends) <= count:
-                before = next((i for i in range(ends[0] - 1, 0, -1) if not found[i].here.without), None)
-                if before is None or found[before].missing:
-                    break
-                ends.insert(0, before)
-            first = found[ends[0]].before.index - 1
-            for number, end in enumerate(ends[:-1], 1):
-                ahead = first + round(number * (station.after.index - first) / len(ends))
-                found[end] = replace(found[end], after=Point(max(ahead, found[end].after.index)))
-        return tuple(found)
 
     @property
     def cuts(self) -> tuple[Station, ...]:
