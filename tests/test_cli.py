@@ -128,6 +128,7 @@ def test_help_names_every_verb(cli: Cli) -> None:
         "score",
         "search",
         "prune",
+        "recover",
         "eval",
         "bench",
         "study",

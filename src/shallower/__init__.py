@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shallower.verbs.inspect import inspect
     from shallower.verbs.prune import prune
     from shallower.verbs.ratio_curve import ratio_curve
+    from shallower.verbs.recover import recover
     from shallower.verbs.report import report
     from shallower.verbs.score import score, score_many
     from shallower.verbs.search import search
@@ -51,6 +52,7 @@ _LAZY = {
     "open_subject": "verbs.subject",
     "prune": "verbs.prune",
     "ratio_curve": "verbs.ratio_curve",
+    "recover": "verbs.recover",
     "report": "verbs.report",
     "save": "exporters",
     "score": "verbs.score",
@@ -82,6 +84,7 @@ __all__ = [
     "open_subject",
     "prune",
     "ratio_curve",
+    "recover",
     "report",
     "save",
     "score",

@@ -1,5 +1,5 @@
-"""Names of methods. A module of `metrics/`, `objectives/`, `searches/` or `corpus/quality/` registers one function;
-others may, too.
+"""Names of methods. A module of `metrics/`, `objectives/`, `searches/`, `recovery/` or `corpus/quality/` registers one
+function; others may, too.
 
 A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
 package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from shallower.anatomy.patch import Patch
 from shallower.errors import ModelError
 from shallower.packaged import Absent
 from shallower.units import Kind, Unit
@@ -229,8 +230,13 @@ def _mlp_names(block: nn.Module) -> tuple[str, ...]:
 
 
 def _is_sublayer(module: nn.Module) -> bool:
-    """Whether it is what a sublayer consists of: something with matrices, that does not stand for what was removed."""
-    return not isinstance(module, Absent) and any(parameter.dim() >= 2 for parameter in module.parameters())
+    """Whether it is what a sublayer consists of: something with matrices, that does not stand for what was removed, and
+    is more than what a recovery put at a cut.
+    """
+    patched = {id(weight) for part in module.modules() if isinstance(part, Patch) for weight in part.parameters()}
+    return not isinstance(module, Absent) and any(
+        parameter.dim() >= 2 and id(parameter) not in patched for parameter in module.parameters()
+    )
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:

@@ -20,7 +20,21 @@ from typing import Annotated
 import typer
 import typer.main
 
-from shallower.cli import bench, corpus, demo, eval, inspect, methods, plan, prune, report, score, search, study
+from shallower.cli import (
+    bench,
+    corpus,
+    demo,
+    eval,
+    inspect,
+    methods,
+    plan,
+    prune,
+    recover,
+    report,
+    score,
+    search,
+    study,
+)
 from shallower.cli import run as run_verb
 from shallower.errors import ShallowerError
 from shallower.version import __version__
@@ -41,6 +55,7 @@ app.command("inspect")(inspect.inspect)
 app.command("score")(score.score)
 app.command("search")(search.search)
 app.command("prune")(prune.prune)
+app.command("recover")(recover.recover)
 app.command("eval")(eval.evaluate)
 app.command("bench")(bench.bench)
 app.command("study")(study.study)

@@ -1,4 +1,4 @@
-"""`shallower methods`: the registered metrics, objectives and searches, with papers and options."""
+"""`shallower methods`: the registered metrics, objectives, searches and recoveries, with papers and options."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ ROLES = {
     "search": "Searches choose what goes (--search)",
     "recovery": "Recoveries repair what a cut broke (--with, --recover)",
     "quality": "Scorers of text quality, from 0 to 1 (quality=… in a calibration specification)",
+    "recovery": "Recoveries repair what a cut broke (--with, --recover)",
 }
 
 
@@ -32,7 +33,7 @@ def methods(
         str | None, Argument(metavar="[NAME]", help="A method, to see its description and options. Default: list all.")
     ] = None,
 ) -> Answer:
-    """List metrics, objectives and searches, or describe one."""
+    """List metrics, objectives, searches and recoveries, or describe one."""
     everything = [method for kind in registry.REGISTRIES for method in kind]
     if name is None:
         return Answer(_as_data(everything), lambda console: _list(console, everything))

@@ -20,6 +20,7 @@ def _shipped(package: str) -> str:
     return ", ".join(sorted(file.stem.replace("_", "-") for file in files))
 
 
+RECOVERIES = _shipped("recovery")
 ScoredBy = Annotated[
     str,
     Option(
@@ -116,6 +117,39 @@ ScoresFile = Annotated[
         "--scores",
         metavar="FILE",
         help="Rank by this file of 'shallower score --out'; --metric picks one of several. Default: score now.",
+    ),
+]
+Recover = Annotated[
+    str,
+    Option(
+        "--recover",
+        metavar="NAME",
+        help=f"Repair the cut model, one after another: {RECOVERIES}. Default: no repair.",
+    ),
+]
+TrainSequences = Annotated[
+    int,
+    Option(
+        "--train-sequences",
+        metavar="N",
+        min=1,
+        help="Sequences of the calibration text for recoveries that train (full, lora, qlora, low-rank-trained).",
+    ),
+]
+Instructions = Annotated[
+    Path | None,
+    Option(
+        "--instructions",
+        metavar="FILE",
+        help="Train on the answers of this .jsonl file (instruction, input, output). Default: the calibration text.",
+    ),
+]
+RepairBy = Annotated[
+    str,
+    Option(
+        "--repair",
+        metavar="NAME",
+        help="Judge every candidate behind this recovery (linear-fold), by its loss. Default: as it was cut.",
     ),
 ]
 Texts = Annotated[

@@ -41,6 +41,9 @@ def prune(
     length: options.Length = 128,
     settings: options.Settings = None,
     exact: options.Exact = False,
+    recover: options.Recover = "",
+    train_sequences: options.TrainSequences = 4096,
+    instructions: options.Instructions = None,
     text: options.Texts = None,
     window: options.Window = 1024,
     windows: Annotated[
@@ -79,7 +82,7 @@ def prune(
         "--units": units != "block",
         "--ordinary": ordinary,
         "--protect": bool(protect),
-        "--set": bool(chosen),
+        "--set": bool(chosen) and not recover,
         "--exact": exact,
         "--memory": memory is not None,
         "--workers": workers is not None,
@@ -107,6 +110,9 @@ def prune(
         length=length,
         settings=chosen,
         exact=exact,
+        recover=recover,
+        train_sequences=train_sequences,
+        instructions=instructions,
         texts=text or (),
         window=window,
         max_windows=windows,
@@ -126,14 +132,16 @@ def prune(
 def pruned_answer(data: ReportData, folder: Path) -> Answer:
     """What was removed, what it cost, where it is and how to load it."""
     page, form = folder / "report.html", FORMS[data.form]
-    told = ("plan", "form", "dense", "pruned", "speed_setting", "seconds", "machine", "notes")
+    told = ("plan", "form", "dense", "pruned", "speed_setting", "seconds", "machine", "notes", "recovery")
     everything = data.to_json()
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}
 
     def show(console: Console) -> None:
-        from shallower.reporting.tables import before_after_table
+        from shallower.reporting.tables import before_after_table, recovery_table
 
         console.print(before_after_table(data))
+        if data.recovery:
+            console.print(recovery_table(data.recovery))
         dense = data.dense.parameters
         print_removed(console, data.plan.remove, data.plan.model, (dense - data.pruned.parameters, dense))
         for note in data.notes:

@@ -42,6 +42,7 @@ def search(
     length: options.Length = 128,
     settings: options.Settings = None,
     exact: options.Exact = False,
+    repair: options.RepairBy = "",
     out: Annotated[
         Path | None, Option("--out", metavar="FILE", help="Write the plan here, as JSON. Default: only show it.")
     ] = None,
@@ -81,6 +82,7 @@ def search(
         length=length,
         settings=chosen,
         exact=exact,
+        repair=repair,
         seed=seed,
         memory=memory,
         workers=workers,

@@ -1,7 +1,186 @@
-"""One recovery a file: a function that repairs a cut model, registered under the file's name.
+"""Repair a cut model. One recovery a file: a function, registered under the file's name.
 
-It asks by name for what it needs: `student` (a PreTrainedModel already cut, in memory), `anatomy` (of the dense model),
+It asks by name for what it needs. In closed form: `repair` (a `Repair`): the cut model with its dense teacher, the
+units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing.
+Trained (trait `trained`): `student` (a PreTrainedModel already cut, in memory), `anatomy` (of the dense model),
 `removed` (frozenset of units), `calibration` (a CalibrationSet), `held_out` (a function from a model to its perplexity
 on text that nothing is fitted on, or None), `folder` (where it may keep what it resumes from, or None) and `seed`. It
-returns the changed student.
+changes the student in place and returns it.
+
+The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
+another, each on what the one before left.
+
+What can live in a stock checkpoint is folded into it (`surgery.fold`); the rest becomes a `Patch` at the cut.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from shallower.anatomy.dissect import Anatomy
+from shallower.anatomy.patch import Patch
+from shallower.anatomy.writers import Halves, Writer, find_writers
+from shallower.corpus.calibration import CalibrationSet
+from shallower.engine.statistics import Aim, Moments, Point, Reading, Station, Twins, token_weights
+from shallower.errors import CorpusError, ModelError
+from shallower.surgery.fold import fold_constant
+from shallower.surgery.patch import attach
+from shallower.surgery.stations import stations
+from shallower.units import Unit
+
+
+@dataclass(eq=False)
+class Repair:
+    """What a recovery is given.
+
+    student: anatomy of the cut model, which is changed. dense: of the model that it was cut from, which is not.
+    removed: what is missing, by its place in the dense model. memory: bytes that may be used besides the models, None
+    for a quarter of what is free.
+    """
+
+    student: Anatomy
+    dense: Anatomy
+    removed: frozenset[Unit]
+    calibration: CalibrationSet
+    seed: int = 0
+    memory: int | None = None
+    notes: list[str] = field(default_factory=list)
+    """What was found on the way, a sentence each, for the person who asked."""
+    tokens: int = 0
+    """Calibration tokens read, counted once a pass."""
+
+    @cached_property
+    def halves(self) -> tuple[Halves, ...]:
+        """How the student's blocks write to the stream."""
+        return find_writers(self.student)
+
+    @cached_property
+    def stations(self) -> tuple[Station, ...]:
+        """Every place behind a kept sublayer, in order of depth.
+
+        Raises PlanError when the student is not the dense model without the removed units.
+        """
+        return stations(self.student, self.dense, self.removed, find_writers(self.dense))
+
+    def spread(self, count: int) -> tuple[Station, ...]:
+        """The stations, with what is missing at each cut shared by the last blocks before it.
+
+        The dense stream that a kept block is brought to moves ahead in equal steps, over the `count` blocks in front of
+        the block before each cut and that block. So each of them takes over a part of what is missing.
+        """
+        found = list(self.stations)
+        for place, station in enumerate(found):
+            if not station.missing or station.here.without:
+                continue
+            ends = [place]
+            while ends[0] > 0 and len(ends) <= count:
+                before = next((i for i in range(ends[0] - 1, 0, -1) if not found[i].here.without), None)
+                if before is None or found[before].missing:
+                    break
+                ends.insert(0, before)
+            first = found[ends[0]].before.index - 1
+            for number, end in enumerate(ends[:-1], 1):
+                ahead = first + round(number * (station.after.index - first) / len(ends))
+                found[end] = replace(found[end], after=Point(max(ahead, found[end].after.index)))
+        return tuple(found)
+
+    @property
+    def cuts(self) -> tuple[Station, ...]:
+        """The places where units are missing."""
+        return tuple(station for station in self.stations if station.missing)
+
+    def twins(self) -> Twins:
+        """Both models on the calibration text; for a run through stations in order of depth."""
+        return Twins(self.student, self.dense, self.calibration, memory=self.memory)
+
+    def writer(self, station: Station) -> Writer | None:
+        """The map that writes to the stream right before a station."""
+        if station.writes is None:
+            return None
+        place, kind = station.writes
+        return self.halves[place].writer(kind)
+
+    def require_writer(self, station: Station) -> Writer:
+        """Raise ModelError where nothing writes to the stream that a repair could be folded into."""
+        writer = self.writer(station)
+        if writer is None:
+            first = station.missing[0] if station.missing else "the block"
+            raise ModelError(
+                f"{self.student.family} has no matrix in front of {first} whose output is the stream's change (it is "
+                "the embedding, a norm, or several experts): use emulated-update or low-rank, which need none."
+            )
+        return writer
+
+    def samples(
+        self,
+        twins: Twins,
+        station: Station,
+        writer: Writer | None,
+        *,
+        sinks: float,
+        relative: bool,
+        aim: Aim,
+        label: str,
+        start: bool = False,
+    ) -> Iterator[tuple[Reading, Tensor]]:
+        """Batches at a station with the weight of each token.
+
+        Raises CorpusError after the last one when no token counts.
+        """
+        counted = 0
+        for reading in twins.read(station, writer, aim=aim, start=start, label=label):
+            weights = token_weights(reading, sinks, relative)
+            counted += int((weights > 0).sum())
+            self.tokens += len(weights)
+            yield reading, weights
+        if not counted:
+            raise CorpusError(f"no token of the calibration text is left with sinks={sinks}: use a larger value, or 0.")
+
+    def moments(self, inputs: int, *, least: str) -> Moments:
+        """Empty sums, for a fit with so many inputs. least: what is fitted, for the error.
+
+        Raises CorpusError when the text has fewer tokens than `inputs`.
+        """
+        if self.calibration.tokens <= inputs:
+            raise CorpusError(
+                f"{self.calibration.tokens:,} tokens of calibration text cannot fit {least}, which has {inputs:,} "
+                "inputs: read more (--sequences, --length), several times as many."
+            )
+        return Moments()
+
+    def add_constant(self, station: Station, constant: Tensor) -> None:
+        """Add `constant` [hidden] to the stream at a station: in a bias where the family has one, else as a patch."""
+        writer = self.writer(station)
+        if writer is not None:
+            try:
+                fold_constant(self.student, writer, constant)
+                return
+            except ModelError as error:
+                self.notes.append(f"{error} It stands at the cut as a patch.")
+        hidden = len(constant)
+        self.add_patch(station, constant.new_zeros(hidden, 0), constant.new_zeros(0, hidden), None, constant)
+
+    def add_patch(self, station: Station, down: Tensor, up: Tensor, mean: Tensor | None, bias: Tensor) -> None:
+        """Let the stream x at a station become x + (x − mean) down up + bias.
+
+        down: [hidden, rank]. up: [rank, hidden]. mean, bias: [hidden].
+
+        Raises ModelError when the family has no such place.
+        """
+        model = self.student.model
+        kind = {"device": model.device, "dtype": model.dtype}
+        mean = torch.zeros_like(bias) if mean is None else mean
+        patch = Patch(*(tensor.to(**kind) for tensor in (down, up, mean, bias)))
+        patch.requires_grad_(next(model.parameters()).requires_grad)
+        index = station.here.index
+        if station.here.without:
+            attach(self.student, index, "middle", patch, self.halves[index])
+        elif index == 0:
+            attach(self.student, 0, "entry", patch, self.halves[0])
+        else:
+            attach(self.student, index - 1, "exit", patch, self.halves[index - 1])

@@ -50,12 +50,36 @@ class Side:
 
 
 @dataclass(frozen=True)
+class RecoveryStage:
+    """The model behind one recovery, or, with the method `cut`, ahead of the first.
+
+    perplexity: by name of the text. parameters: that the model gained. tokens: of calibration text read, counted once a
+    pass.
+    """
+
+    method: str
+    perplexity: Mapping[str, float]
+    parameters: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: _plain(getattr(self, key)) for key in _STAGE}
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the stage") -> RecoveryStage:
+        """Build from parsed JSON. Raises UserError naming every fault."""
+        return cls(**_fields(data, where, _STAGE))
+
+
+@dataclass(frozen=True)
 class ReportData:
     """One removal, told whole.
 
     influence: scores of units, one entry a metric. spans: angular distance of every span [l, l + n).
     base_model: what the dense model is called. folder: what the pruned one is loaded from. form: how it is stored
-    there, a name of `shallower.forms`.
+    there, a name of `shallower.forms`. recovery: the cut model, and the model behind each recovery, in order; none
+    where nothing was repaired.
     speed_setting: how speed was measured, in one line. seconds: by stage. notes: what the reader must know.
     """
 
@@ -71,6 +95,7 @@ class ReportData:
     machine: str | None = None
     notes: tuple[str, ...] = ()
     form: str = "ordinary"
+    recovery: tuple[RecoveryStage, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -87,6 +112,7 @@ class ReportData:
             "machine": self.machine,
             "notes": list(self.notes),
             "form": self.form,
+            "recovery": [stage.to_json() for stage in self.recovery],
         }
 
     @classmethod
@@ -99,7 +125,7 @@ class ReportData:
                 f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
                 "Update shallower or prune again with `shallower prune`."
             )
-        fields = _fields(data, where, _REPORT)
+        fields = _fields({"recovery": [], **data}, where, _REPORT)  # reports from before there was recovery
         del fields["format"]
         return cls(**fields)
 
@@ -207,6 +233,13 @@ _SIDE: dict[str, _Reader] = {
     "decode_tokens_per_s": _or_none(_number),
     "tasks": _named(_number),
 }
+_STAGE: dict[str, _Reader] = {
+    "method": _text,
+    "perplexity": _named(_number),
+    "parameters": _integer,
+    "tokens": _integer,
+    "seconds": _number,
+}
 _REPORT: dict[str, _Reader] = {
     "format": _text,
     "base_model": _text,
@@ -221,4 +254,5 @@ _REPORT: dict[str, _Reader] = {
     "machine": _or_none(_text),
     "notes": _many(_text),
     "form": _form,
+    "recovery": _many(RecoveryStage.from_json),
 }

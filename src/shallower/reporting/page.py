@@ -14,7 +14,7 @@ from importlib.resources import files
 from shallower.forms import FORMS
 from shallower.reporting.data import ReportData
 from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap
-from shallower.reporting.wording import KIND_NAMES, comparison, duration, headline, plural, runs, score
+from shallower.reporting.wording import KIND_NAMES, comparison, duration, headline, plural, recovery_rows, runs, score
 from shallower.scores import Scores
 from shallower.units import KINDS, Unit
 
@@ -26,6 +26,7 @@ def render(data: ReportData) -> str:
     sections = (
         _section("comparison", "Before and after", _comparison(data)),
         _section("removed", "What was removed", _removed(data)),
+        _section("recovery", "Recovery", _recovery(data)),
         _section("load", "How to load it", _loading(data)),
         _section("figures", "Figures", _figures(data)),
         _section("provenance", "How it was made", _provenance(data)),
@@ -112,6 +113,14 @@ def _cell(index: int, removed: frozenset[Unit], sublayers: bool) -> str:
         said = '<span class="unseen"> removed</span>' if cut else ""
         parts += f'<small class="part{" gone" if cut else ""}">{kind}{said}</small>'
     return f'<li class="gone">{number}{parts}</li>' if gone else f"<li>{number}{parts}</li>"
+
+
+def _recovery(data: ReportData) -> str:
+    if not data.recovery:
+        return ""
+    head, rows = recovery_rows(data.recovery)
+    told = "Perplexity on held-out text of the cut model, and behind each recovery. Lower is better."
+    return f'{_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
 
 
 def _loading(data: ReportData) -> str:

@@ -12,9 +12,19 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from shallower.reporting.data import ReportData
+from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.ranks import RankCorrelation
-from shallower.reporting.wording import KIND_NAMES, comparison, count, number, plural, score, signed, size
+from shallower.reporting.wording import (
+    KIND_NAMES,
+    comparison,
+    count,
+    number,
+    plural,
+    recovery_rows,
+    score,
+    signed,
+    size,
+)
 from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import KINDS, Span, Unit
 
@@ -46,6 +56,15 @@ def before_after_table(data: ReportData) -> Table:
     table = _table("", "Dense", "Pruned", "Difference", caption=speed)
     for row in comparison(data):
         _add(table, row.label, row.dense, row.pruned, row.difference)
+    return table
+
+
+def recovery_table(stages: Sequence[RecoveryStage]) -> Table:
+    """The cut model, and what each recovery made of it."""
+    head, rows = recovery_rows(stages)
+    table = _table(*head, caption="")
+    for row in rows:
+        _add(table, *row)
     return table
 
 

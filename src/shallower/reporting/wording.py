@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shallower.reporting.data import ReportData
+from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.units import Kind, Span, Unit
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
@@ -78,6 +78,19 @@ def comparison(data: ReportData) -> tuple[Row, ...]:
         shown = ["–" if value is None else f"{value:.3f}" for value in (before, after)]
         rows.append(Row(name, shown[0], shown[1], change))
     return tuple(rows)
+
+
+def recovery_rows(stages: Sequence[RecoveryStage]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of the recovery table: perplexities behind each stage, and what the stage cost."""
+    texts = list(dict.fromkeys(name for stage in stages for name in stage.perplexity))
+    head = ("", *(f"Perplexity on {name}" for name in texts), "Parameters added", "Tokens read", "Time")
+    rows = []
+    for stage in stages:
+        cost = ("", "", "")
+        if stage.method != "cut":
+            cost = (f"{stage.parameters:,}", f"{stage.tokens:,}", duration(stage.seconds))
+        rows.append((stage.method, *(number(stage.perplexity.get(name)) for name in texts), *cost))
+    return head, rows
 
 
 def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:

@@ -1,4 +1,4 @@
-"""Cut units out of a model in memory, and write what is left as a checkpoint."""
+"""Cut units out of a model in memory, repair it, and write what is left as a checkpoint."""
 
 from shallower.surgery.config import cut_config
 from shallower.surgery.cut import cut, leftovers, require_whole, skipping

@@ -29,6 +29,7 @@ from shallower.plan import PruningPlan
 from shallower.strict_json import write_json, write_text
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
+from shallower.surgery.patch import patches
 from shallower.surgery.verify import Loader, load_stock, quiet, verify_saved
 
 _BESIDES_WEIGHTS = 64 * 2**20
@@ -94,6 +95,7 @@ def save(
     """
     export = model if isinstance(model, Export) else ordinary(model)
     model = export.model
+    require_no_maps(model)
     target = Path(os.path.abspath(folder))
     require_free(target, force=force)
     for source in (model.config._name_or_path, None if plan is None else plan.model.name):
@@ -137,12 +139,22 @@ def save(
 
 
 def require_ordinary(model: PreTrainedModel) -> None:
-    """Raise ModelError when sublayers are missing that no ordinary checkpoint can leave out."""
+    """Raise ModelError when sublayers are missing that no ordinary checkpoint can leave out, or maps stand at cuts."""
+    require_no_maps(model)
     if isinstance(model, LeavesOut):
         missing = ", ".join(map(str, leftovers(model))) or "some sublayers"
         raise ModelError(
             f"no ordinary checkpoint can leave out {missing}: this family's blocks always have both sublayers. Remove "
             "whole blocks, or sublayers that pair up (mlp.3 with attn.4), or save it packaged or padded (--stock)."
+        )
+
+
+def require_no_maps(model: PreTrainedModel) -> None:
+    """Raise ModelError when a recovery put maps at cuts, for which no checkpoint has a place."""
+    if found := [name for name, _ in patches(model)]:
+        raise ModelError(
+            f"no ordinary checkpoint can hold the {len(found)} maps at cuts that a recovery put into the model "
+            f"(the first is {found[0]}): recover with refit or linear-fold, which fold into weights."
         )
 
 

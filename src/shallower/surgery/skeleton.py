@@ -61,7 +61,8 @@ def require_same(built: nn.Module, taken: nn.Module, what: str, indices: frozens
         taken: The block that will stand there.
         what: Names the block in the error.
         indices: Attributes that may differ, since they are renumbered.
-        skip: Children that are not compared, since something else will stand there.
+        skip: Children that are not compared, since something else will stand there. Patches of a recovery are not
+            compared either.
 
     Raises:
         ModelError: They differ.
@@ -69,7 +70,8 @@ def require_same(built: nn.Module, taken: nn.Module, what: str, indices: frozens
     taken_modules = dict(taken.named_modules())
     built_modules = dict(built.named_modules())
     for path in sorted(taken_modules.keys() | built_modules.keys()):
-        if path.split(".")[0] in skip:
+        parts = path.split(".")
+        if parts[0] in skip or any(part.endswith("_patch") for part in parts):
             continue
         if path not in taken_modules or path not in built_modules:
             raise ModelError(f"{_cannot(what)}: only one of the two has {path!r}.")

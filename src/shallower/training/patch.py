@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shallower.anatomy.dissect import Anatomy, find_blocks, unpack
+from shallower.anatomy.dissect import Anatomy, dissect
+from shallower.anatomy.patch import Patch
+from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import Batch
 from shallower.engine.trace import trace
 from shallower.errors import ModelError
 from shallower.surgery.pairing import Layer, re_pair
+from shallower.surgery.patch import attach as put
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide
 from shallower.units import Unit
-
-
-class Patch(nn.Module):
-    """x ↦ x + x A B + b. down: A, [hidden, rank]. up: B, [rank, hidden]. bias: b, [hidden]. Starts as the identity."""
-
-    def __init__(self, hidden: int, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        drawn = torch.randn(hidden, rank, generator=generator) / hidden**0.5
-        self.down = nn.Parameter(drawn)
-        self.up = nn.Parameter(torch.zeros(rank, hidden))
-        self.bias = nn.Parameter(torch.zeros(hidden))
-
-    def forward(self, stream: Tensor) -> Tensor:
-        added = stream.float() @ self.down @ self.up + self.bias
-        return stream + added.to(stream.dtype)
 
 
 @dataclass(frozen=True)
@@ -70,33 +57,18 @@ def gaps(anatomy: Anatomy, removed: frozenset[Unit]) -> list[Gap]:
 
 
 def attach(student: PreTrainedModel, places: list[Gap], rank: int, seed: int) -> nn.ModuleList:
-    """Put a patch at each gap; the block there holds it as a submodule and applies it to the stream."""
-    _, blocks = find_blocks(student)
+    """Put a patch that starts as the identity at each gap of the student."""
+    anatomy = dissect(student)
+    halves = find_writers(anatomy)
     hidden = student.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(seed)
     made = nn.ModuleList()
     for gap in places:
-        patch = Patch(hidden, rank, generator).to(student.device)
-        block = blocks[gap.block]
-        block.add_module("exit_patch" if gap.exit else "entry_patch", patch)
-        if gap.exit:
-            block.register_forward_hook(_after)
-        else:
-            block.register_forward_pre_hook(_before, with_kwargs=True)
+        drawn = torch.randn(hidden, rank, generator=generator) / hidden**0.5
+        patch = Patch(drawn, torch.zeros(rank, hidden), torch.zeros(hidden), torch.zeros(hidden)).to(student.device)
+        put(anatomy, gap.block, "exit" if gap.exit else "entry", patch, halves[gap.block])
         made.append(patch)
     return made
-
-
-def _before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    patch = block.get_submodule("entry_patch")
-    if args:
-        return (patch(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": patch(kwargs["hidden_states"])}
-
-
-def _after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    patched = block.get_submodule("exit_patch")(unpack(output))
-    return (patched, *output[1:]) if isinstance(output, tuple) else patched
 
 
 class UnitObjective(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,12 @@ class Recipe:
     @property
     def needs_teacher(self) -> bool:
         return self.distill > 0 or self.hidden > 0
+
+
+def check_recipe(options: Mapping[str, Any]) -> None:
+    """Raise UserError where those of a trained method's options that the recipe knows are out of range."""
+    known = {item.name for item in fields(Recipe)}
+    Recipe(**{name: value for name, value in options.items() if name in known})
 
 
 @dataclass(frozen=True, eq=False)

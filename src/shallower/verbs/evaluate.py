@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower.checkpoint.cache import cache_root
-from shallower.corpus import CalibrationSet, build_calibration, build_choices, overlap
+from shallower.corpus import CalibrationSet, build_calibration, build_choices, overlap, text_of
 from shallower.corpus.overlap import rows_in
-from shallower.errors import OutputError, UserError
+from shallower.errors import CorpusError, OutputError, UserError
 from shallower.evaluation.generation import Generation, continue_prompts
 from shallower.evaluation.pairs import Difference, paired
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
@@ -28,7 +28,7 @@ from shallower.evaluation.tasks import LM_EVAL_SEED, LoadedTasks, TaskResult, Ta
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import PruningPlan, without_folders
 from shallower.reporting.wording import distinct_names
-from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, open_subject
 from shallower.verbs.supply import supply
 
 if TYPE_CHECKING:
@@ -450,6 +450,17 @@ def _plain(value: Any) -> Any:
 def _head(each: Evaluation) -> dict[str, Any]:
     told = {"model": each.model, "blocks": each.blocks, "parameters": each.parameters}
     return told if each.removed is None else {**told, "removed": each.removed}
+
+
+def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
+    """Documents of the calibration source that were left out of calibration; nothing for a ready-made set of ids."""
+    if isinstance(calibration, CalibrationSet):
+        return {}
+    try:
+        spec = f"{text_of(str(calibration or DEFAULT_CALIBRATION))}?part=held-out"
+        return {spec: read_evaluation_text(spec, supply())}
+    except CorpusError:
+        return {}  # too few documents to leave any out: the report then shows no perplexity
 
 
 def text_name(spec: str) -> str:

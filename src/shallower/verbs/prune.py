@@ -18,10 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.anatomy import dissect
 from shallower.checkpoint.load import LoadedModel
-from shallower.checkpoint.locate import stored_dtype
-from shallower.corpus import CalibrationSet, overlap, text_of
+from shallower.corpus import CalibrationSet, overlap
 from shallower.engine import stream_scores
-from shallower.errors import CorpusError, UserError
+from shallower.errors import UserError
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskSettings
 from shallower.evaluation.text import read_evaluation_text
@@ -29,19 +28,33 @@ from shallower.exporters import export
 from shallower.forms import require_form
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
-from shallower.reporting.data import ReportData, Side
+from shallower.reporting.data import RecoveryStage, ReportData, Side
 from shallower.reporting.page import render
 from shallower.reporting.wording import plural
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_free, require_whole, save
+from shallower.surgery.adopt import adopt
+from shallower.surgery.save import require_no_maps
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
-from shallower.verbs.evaluate import TaskScores, read_questions, task_scores, text_name, text_perplexity
+from shallower.verbs.evaluate import TaskScores, held_out, read_questions, task_scores, text_name, text_perplexity
+from shallower.verbs.recover import (
+    LENGTH,
+    SEQUENCES,
+    TRAIN_SEQUENCES,
+    Resume,
+    Stages,
+    as_stored,
+    parse_recoveries,
+    perplexities,
+    run_recoveries,
+    training_text,
+)
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve
 from shallower.verbs.search import search as search_plan
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, calibrate, open_subject, units_of
+from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
 from shallower.verbs.supply import supply
 from shallower.version import __version__
 
@@ -77,6 +90,9 @@ def prune(
     length: int = 128,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
+    recover: str = "",
+    train_sequences: int = TRAIN_SEQUENCES,
+    instructions: str | Path | None = None,
     texts: Sequence[str] = (),
     tasks: Sequence[str] = (),
     task_items: int | None = None,
@@ -97,7 +113,9 @@ def prune(
     report.
 
     remove, search, objective, metric, units, ordinary, protect, settings, exact, memory, workers: as for `search`.
-    plan: apply this plan and search nothing.
+    plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit,full`); `settings`
+    are theirs, too. They read 128 sequences of 256 tokens of the calibration text, those that train `train_sequences`,
+    or all of a ready-made set; or `instructions`: see `recover`.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
     and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.
@@ -110,6 +128,11 @@ def prune(
     if (remove is None) == (plan is None):
         raise UserError(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
+        )
+    steps, settings = _recoveries(recover, settings or {})
+    if steps and form == "padded":
+        raise UserError(
+            "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."
         )
     if remove is not None:
         require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
@@ -130,7 +153,21 @@ def prune(
             resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     with clock("calibration text"):
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
-        contents = contents or _held_out(calibration)
+        contents = contents or held_out(calibration)
+        fitted = text
+        if steps:
+            fitted = calibrate(subject, calibration, sequences=SEQUENCES, length=LENGTH, seed=seed)
+        training = training_text(
+            subject,
+            steps,
+            calibration,
+            sequences=train_sequences,
+            length=LENGTH,
+            instructions=instructions,
+            window=window,
+            max_windows=max_windows,
+            seed=seed,
+        )
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, text, seed)
     with clock("search"):
@@ -153,7 +190,30 @@ def prune(
                 memory=memory,
                 workers=workers,
             )
+    if steps and form == "auto":
+        form = "packaged"  # where blocks are not whole: transformers' own way is made from the dense model's weights
     smaller, stored = _cut(subject, given.removed, form)
+    untouched = [*smaller.model.parameters()]
+    stages: tuple[RecoveryStage, ...] = ()
+    said: tuple[str, ...] = ()
+    resume = Resume(out)
+    if steps:
+        with clock("recovery"):
+            stages, said = run_recoveries(
+                smaller,
+                subject,
+                given.removed,
+                steps,
+                fitted,
+                training=training,
+                resume=resume,
+                measure=lambda: perplexities(smaller, contents, window, max_windows),
+                seed=seed,
+                memory=memory,
+            )
+        if out is not None:
+            require_no_maps(smaller.model)
+        smaller = Subject(smaller.loaded, dissect(smaller.model))
     with clock("perplexity"):
         before, after = _perplexities((subject, smaller), contents, window, max_windows)
     scores: TaskScores = TaskScores()
@@ -162,7 +222,7 @@ def prune(
             scores = task_scores(subject, smaller, asked)
     with clock("speed"):
         speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
-    notes = (*_notes(subject, text, contents, window, max_windows), *scores.notes, *stored.notes)
+    notes = (*_notes(subject, text, contents, window, max_windows), *scores.notes, *stored.notes, *said)
     data = ReportData(
         plan=given,
         influence=(influence,),
@@ -176,12 +236,17 @@ def prune(
         form=stored.form.name,
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
+        recovery=stages,
     )
     if out is None:
+        resume.clear()
         return Pruned(smaller.model, given, data, None)
     with clock("writing and verifying"):
+        found = _as_stored(subject, stored, given.removed, form)
+        if steps and found is not stored:
+            adopt(found.model, smaller.model, untouched)
         folder = save(
-            _as_stored(subject, stored, given.removed, form),
+            found,
             out,
             plan=given,
             tokenizer=subject.loaded.tokenizer,
@@ -190,6 +255,7 @@ def prune(
             force=force,
             verify_ids=text.input_ids[:1, :64],
         )
+    resume.clear()
     return Pruned(smaller.model, given, data, folder)
 
 
@@ -219,14 +285,17 @@ def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject
 
 def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], form: str) -> Export:
     """The cut model in the precision that the dense checkpoint is stored in, whatever it was measured in."""
-    folder = subject.loaded.path
-    if folder is None:
-        return measured
-    stored = stored_dtype(folder)
-    if stored in (None, str(measured.model.dtype).removeprefix("torch.")):
-        return measured
-    anatomy = open_subject(folder, device="cpu", dtype=stored).anatomy
-    return export(anatomy, removed, cut(anatomy, removed), form)
+    again = as_stored(subject, removed)
+    return measured if again is None else export(again[0], removed, again[1], form)
+
+
+def _recoveries(names: str, settings: Mapping[str, str]) -> tuple[Stages, dict[str, str]]:
+    """Recoveries with their options, and the options that are left for search and objective."""
+    if not names:
+        return [], dict(settings)
+    known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
+    theirs = {key: text for key, text in settings.items() if key in known}
+    return parse_recoveries(names, theirs), {key: text for key, text in settings.items() if key not in known}
 
 
 def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:
@@ -239,17 +308,6 @@ def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[
         made_by = MadeBy(None, None, statistic.metric.name, options, seed, text.identity, __version__)
         found.append(Scores(subject.identity, statistic.metric.name, scored, made_by))
     return found[0], found[1]
-
-
-def _held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
-    """Documents of the calibration source that were left out of calibration; nothing for a ready-made set of ids."""
-    if isinstance(calibration, CalibrationSet):
-        return {}
-    try:
-        spec = f"{text_of(str(calibration or DEFAULT_CALIBRATION))}?part=held-out"
-        return {spec: read_evaluation_text(spec, supply())}
-    except CorpusError:
-        return {}  # too few documents to leave any out: the report then shows no perplexity
 
 
 def _perplexities(

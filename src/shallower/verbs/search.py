@@ -27,6 +27,8 @@ from shallower.searches import Losses
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain, require_distinct
 from shallower.verbs.advise import advise, is_auto
+from shallower.verbs.recover import parse_recoveries
+from shallower.verbs.repaired import RepairedLosses, require_closed
 from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
@@ -35,6 +37,7 @@ PAIRING = ("sublayer", "all")
 """Values of --units among which sublayers can pair up."""
 
 Trail = Sequence[frozenset[Unit]]
+Judge = Ablator | RepairedLosses
 Stage = tuple[Method, Mapping[str, Any]]  # a search and its options
 
 
@@ -56,6 +59,7 @@ def search(
     length: int = 128,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
+    repair: str = "",
     seed: int = 0,
     memory: int | str | None = None,
     workers: int | str | None = None,
@@ -74,7 +78,8 @@ def search(
     are by several metrics, `metric` names the one.
     settings: options of the search and of the objective as text. search: one, or several that improve on each other
     (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
-    after a part of it.
+    after a part of it. repair: judge every candidate behind these recoveries (`linear-fold`), by its loss on the
+    quarter of the text that they were not fitted on.
     target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
     many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
@@ -84,6 +89,12 @@ def search(
     require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
     require_target(calibration, target)
     memory, workers = parse_memory(memory), parse_workers(workers)
+    if repair:
+        require_closed(parse_recoveries(repair, {}))
+        if objective != "nll" or workers is not None:
+            raise UserError(
+                "--repair judges the repaired model by its loss in this process: drop --objective and --workers."
+            )
     stages, judged = search_stages(search, objective, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
@@ -107,6 +118,7 @@ def search(
     with closing(
         make_ablator(subject, text, objective, judged, racing=racing, memory=memory, workers=workers)
     ) as ablator:
+        judge: Judge = RepairedLosses(subject, text, repair) if repair else ablator
         if request.budget is None:
             order = list(request.units)
         else:
@@ -116,12 +128,12 @@ def search(
             scored = "sublayer" if ordinary else units
             ranking = _ranking(subject, stages, metric, scores, scored, objective, asked, text, seed, memory, workers)
             ranked_by = ranking.metric if ranking else None
-            trail = run_search(stages, request.units, request.budget, ablator.losses, ranking, seed)
+            trail = run_search(stages, request.units, request.budget, judge.losses, ranking, seed)
             if ordinary:
                 _require_ordinary(subject, plain(trail[-1]))
-            order = removal_order(trail, ablator)
-        measured = ablator.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
-        progress.note(_cost(ablator))
+            order = removal_order(trail, judge)
+        measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+        progress.note(_cost(judge))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
     options |= {
         **judged,
@@ -131,6 +143,8 @@ def search(
         "protect": protect,
         "exact": exact,
     }
+    if repair:
+        options["repair"] = repair
     made_by = MadeBy(name, objective, ranked_by, options, seed, text.identity, __version__)
     return PruningPlan(
         subject.identity, tuple(sorted(order)), tuple(zip(order, measured[1:], strict=True)), measured[0], made_by
@@ -287,7 +301,7 @@ def _importance(scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
     return {unit: sum(values[part] for part in unit.sublayers) for unit in units}
 
 
-def _cost(ablator: Ablator) -> str:
+def _cost(ablator: Judge) -> str:
     spent = ablator.spent
     sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times candidate sets)"
     if spent.recalled:
@@ -297,7 +311,7 @@ def _cost(ablator: Ablator) -> str:
     return sentence + "."
 
 
-def removal_order(trail: Trail, ablator: Ablator) -> list[Unit]:
+def removal_order(trail: Trail, ablator: Judge) -> list[Unit]:
     """The units of the trail's last set in removal order, each pair as its two sublayers.
 
     That is the trail's own order when each of its sets adds one unit to the one before. Otherwise each unit in turn is

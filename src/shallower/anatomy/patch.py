@@ -1,0 +1,35 @@
+"""What recovery may put at a cut: a low-rank affine change of the stream, for which no stock checkpoint has a place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Patch(nn.Module):
+    """x ↦ x + (x − mean) down up + bias, on every token alone.
+
+    down: [hidden, rank]. up: [rank, hidden]. mean, bias: [hidden]. `mean` is a buffer, the rest are parameters.
+    Computes in the type of its tensors, and adds in the type of x.
+    """
+
+    mean: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor, mean: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+        self.bias = nn.Parameter(bias)
+        self.register_buffer("mean", mean)
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[1])
+
+    def change(self, hidden: Tensor) -> Tensor:
+        """What is added to `hidden` [..., hidden]; the same shape and type."""
+        centred = hidden.to(self.down.dtype) - self.mean
+        return torch.addmm(self.bias, centred.flatten(0, -2) @ self.down, self.up).view_as(hidden).to(hidden.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.change(hidden)

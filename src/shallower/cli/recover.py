@@ -1,0 +1,109 @@
+"""`shallower recover`: repair a cut model with its dense teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from shallower.cli import options
+from shallower.cli.output import print_removed
+from shallower.cli.verb import Answer, verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@verb
+def recover(
+    model: Annotated[
+        str,
+        Argument(
+            metavar="MODEL",
+            help="A pruned checkpoint, with --teacher; or a dense model (a name or folder as elsewhere), with --plan.",
+        ),
+    ],
+    methods: Annotated[
+        str,
+        Option("--with", metavar="NAME", help=f"How, one after another (refit,full): {options.RECOVERIES}."),
+    ],
+    teacher: Annotated[
+        str | None,
+        Option(
+            "--teacher",
+            metavar="MODEL",
+            help="The dense model that MODEL was cut from. Default: MODEL is the dense one.",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        Option("--plan", metavar="FILE", help="What is cut out. Default: plan.json in the pruned checkpoint."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option("--out", metavar="FOLDER", help="Write the repaired checkpoint here. Default: only show what it gives."),
+    ] = None,
+    calibration: options.Calibration = None,
+    sequences: options.Sequences = 128,
+    length: options.Length = 256,
+    train_sequences: options.TrainSequences = 4096,
+    instructions: options.Instructions = None,
+    settings: options.Settings = None,
+    text: options.Texts = None,
+    window: options.Window = 1024,
+    windows: Annotated[
+        int, Option("--windows", metavar="N", min=1, help="Windows evaluated of each text, from its start.")
+    ] = 12,
+    force: options.Force = False,
+    seed: options.Seed = 0,
+    memory: options.Memory = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
+) -> Answer:
+    """Repair a cut model, and show what each step gives.
+
+    Held-out perplexity is measured before and behind each recovery. Recoveries work in closed form (refit, linear-fold,
+    …), in minutes, or by training (full, lora, …), as long as --set minutes=30 says. A training that was killed goes on
+    when the same command is given again.
+    """
+    chosen = options.parse_settings(settings)
+    from shallower.verbs.recover import recover as run
+
+    found = run(
+        model,
+        methods,
+        teacher=teacher,
+        plan=plan,
+        out=out,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        train_sequences=train_sequences,
+        instructions=instructions,
+        settings=chosen,
+        texts=text or (),
+        window=window,
+        max_windows=windows,
+        seed=seed,
+        force=force,
+        memory=memory,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+    def show(console: Console) -> None:
+        from shallower.reporting.tables import recovery_table
+
+        console.print(recovery_table(found.stages))
+        print_removed(console, found.plan.remove, found.plan.model)
+        for note in found.notes:
+            console.print(f"Note: {note}", soft_wrap=True)
+        if found.folder is None:
+            console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
+        else:
+            console.print(f"\nModel: {out}", soft_wrap=True)
+
+    return Answer(found.to_json(), show)

@@ -1,0 +1,286 @@
+"""What a repair is fitted on: the cut and the dense model side by side, and sums over tokens of what they compute.
+
+`Twins` runs both through the same text and stops at a station: a place in the cut model behind which units are missing.
+There it gives the stream of the cut (and so far repaired) model, what its last map was fed with, and the stream of the
+dense model behind the missing units. Nothing is kept of it but sums in float64 (`Moments`). The one thing that may be
+held, within a memory budget, is each batch's stream at the depth reached, so that the next station need not start from
+the embedding; without it the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shallower import progress
+from shallower.anatomy.dissect import Anatomy
+from shallower.anatomy.writers import Writer
+from shallower.corpus.calibration import Batch, CalibrationSet
+from shallower.engine.trace import Trace, trace
+from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
+from shallower.errors import ModelError
+from shallower.units import Kind, Unit
+
+TOKENS_A_BATCH = 2048
+Aim = Literal["dense", "cut"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the stream: where it enters block `index` (the number of blocks: leaves the last).
+
+    without: go through that block too, without these sublayers; without its MLP, to the point between its halves.
+    """
+
+    index: int
+    without: tuple[Kind, ...] = ()
+
+
+@dataclass(frozen=True)
+class Station:
+    """A place of the cut model, right after a sublayer that it kept.
+
+    here: the place. before: the same place in the dense model. after: where the dense model has gone when the cut model
+    runs its next sublayer. missing: the units between the two, in order; none where nothing was cut. writes: block and
+    sublayer that wrote to the stream last; None where it is still the embedding. beside: missing units ran side by side
+    with what is left of their block, on the stream that entered it.
+    """
+
+    here: Point
+    before: Point
+    after: Point
+    missing: tuple[Unit, ...]
+    writes: tuple[int, Kind] | None
+    beside: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One batch at a station; real tokens only.
+
+    stream: the cut model's, float32 [tokens, hidden]. target: the dense model's behind the missing units. start: where
+    the missing units' update of the target begins: the dense model's stream ahead of them, or, where the target is made
+    from the cut model's stream, that; None where not asked for. inputs: what the writer was fed with, float32 [tokens,
+    inputs]; None where not asked for. sequence: int64 [tokens], which sequence of the batch a token is of.
+    """
+
+    stream: Tensor
+    target: Tensor
+    start: Tensor | None
+    inputs: Tensor | None
+    sequence: Tensor
+
+
+class Twins:
+    """A cut and a dense model that read the same text. Ask for stations in the order of depth.
+
+    Between two questions the cut model may change at or behind the station that was asked for last.
+    """
+
+    def __init__(
+        self, student: Anatomy, dense: Anatomy, calibration: CalibrationSet, *, memory: int | None = None
+    ) -> None:
+        """memory: bytes that streams may take; by default a quarter of what is free."""
+        self.student, self.dense = student, dense
+        self.batches = list(calibration.batches(max(1, TOKENS_A_BATCH // calibration.length)))
+        hidden = dense.model.config.get_text_config(decoder=True).hidden_size
+        needed = 2 * calibration.input_ids.numel() * hidden * dense.model.dtype.itemsize
+        allowed = int(free_memory(dense.model.device) * SHARE_OF_FREE_MEMORY) if memory is None else memory
+        self._holds = needed <= allowed
+        self._held: dict[tuple[int, bool], tuple[int, Tensor]] = {}
+        self.tokens = 0
+        """Tokens that went through one of the two models' blocks, counted once a block."""
+
+    def forget(self) -> None:
+        """Begin at the embedding again: the cut model changed in front of where it stands."""
+        self._held = {key: held for key, held in self._held.items() if not key[1]}
+
+    def read(
+        self,
+        station: Station,
+        writer: Writer | None = None,
+        *,
+        aim: Aim = "dense",
+        start: bool = False,
+        label: str = "",
+    ) -> Iterator[Reading]:
+        """Every batch at `station`.
+
+        writer: whose inputs are wanted. aim: what `target` is: the dense model's own stream, or what the missing units
+        make of the cut model's. start: whether the readings have it.
+
+        Raises ModelError when the missing units cannot be run on the cut model's stream.
+        """
+        with progress.task(label or "reading both models", len(self.batches)) as step:
+            for number, batch in enumerate(self.batches):
+                with torch.no_grad():
+                    yield self._reading(number, batch, station, writer, aim, start)
+                step()
+
+    def _reading(
+        self, number: int, batch: Batch, station: Station, writer: Writer | None, aim: Aim, start: bool
+    ) -> Reading:
+        seen: list[Tensor] = []
+        student = trace(self.student, batch)
+        # The block in front of the station is run again next time: by then its writer may have changed.
+        ahead = station.here.index - (0 if station.here.without else 1)
+        self._stream(number, student, True, Point(max(ahead, 0)))
+        handle = None
+        if writer is not None:
+            handle = writer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            stream = self._stream(number, student, True, station.here, hold=False)
+        finally:
+            if handle is not None:
+                handle.remove()
+        dense = trace(self.dense, batch)
+        began = None
+        if aim == "dense" or not station.missing:
+            if start:
+                began = self._stream(number, dense, False, station.before)
+            target = self._stream(number, dense, False, station.after)
+        else:
+            began = stream
+            target = self._pass_through(dense, station, stream)
+        mask = batch.attention_mask
+        real = torch.ones_like(batch.input_ids) if mask is None else mask
+        chosen = real.bool().to(stream.device)
+        sequence = torch.arange(len(real), device=stream.device)[:, None].expand_as(chosen)[chosen]
+        shape = chosen.shape
+        inputs = seen[-1].reshape(*shape, -1)[chosen].float() if seen else None
+        began = began[chosen].float() if start and began is not None else None
+        return Reading(stream[chosen].float(), target[chosen].float(), began, inputs, sequence)
+
+    def _stream(self, number: int, replay: Trace, of_student: bool, point: Point, *, hold: bool = True) -> Tensor:
+        """The stream of a batch at a point, from where it was held or from the embedding."""
+        index, hidden = self._held.get((number, of_student), (0, replay.entry))
+        if index > point.index:
+            index, hidden = 0, replay.entry
+        while index < point.index:
+            hidden = replay.run(index, hidden)
+            self.tokens += hidden.shape[0] * hidden.shape[1]
+            index += 1
+        if self._holds and hold:
+            self._held[number, of_student] = index, hidden
+        if point.without:
+            self.tokens += hidden.shape[0] * hidden.shape[1]
+            return replay.run(index, hidden, point.without)
+        return hidden
+
+    def _pass_through(self, dense: Trace, station: Station, stream: Tensor) -> Tensor:
+        others: dict[Kind, tuple[Kind, ...]] = {"block": (), "attn": ("mlp",), "mlp": ("attn",)}
+        for unit in station.missing:
+            if station.beside and unit.kind != "block":
+                raise ModelError(
+                    f"{unit} runs side by side with what is left of its block, so its update cannot be measured behind "
+                    "it, in the cut model: measure in the dense model."
+                )
+            stream = dense.run(unit.index, stream, others[unit.kind])
+            self.tokens += stream.shape[0] * stream.shape[1]
+        return stream
+
+
+def token_weights(reading: Reading, sinks: float, relative: bool) -> Tensor:
+    """How much each token counts: float32 [tokens].
+
+    sinks: 0 for tokens whose stream, in one of the two models, is more than `sinks` times as long as the median of
+    their sequence (first tokens with massive activations, arXiv:2402.17762); 0 keeps all. relative: else 1 over the
+    target's squared length, since the norms behind it see directions; a token of median length counts about 1.
+    """
+    lengths = [tensor.norm(dim=-1) for tensor in (reading.stream, reading.target)]
+    weights = torch.ones_like(lengths[0])
+    for row in range(int(reading.sequence.max()) + 1):
+        members = reading.sequence == row
+        for length in lengths:
+            median = length[members].median()
+            if sinks:
+                weights[members] *= (length[members] <= sinks * median).to(weights.dtype)
+        if relative:
+            length = lengths[1][members]
+            weights[members] *= (median / length.clamp_min(1e-6 * float(median) + 1e-30)).square()
+    return weights
+
+
+class Moments:
+    """Weighted sums of x, y, x xᵀ, x yᵀ and y², in float64; all that a least-squares fit needs."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self.tokens = 0
+        """Tokens that count."""
+        self.seen = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """x: float32 [tokens, inputs]. y: float32 [tokens, outputs]. weights: [tokens]."""
+        weighted = x * weights[:, None]
+        parts = [
+            weighted.sum(0, dtype=torch.float64),
+            (y * weights[:, None]).sum(0, dtype=torch.float64),
+            (weighted.T @ x).double(),
+            (weighted.T @ y).double(),
+            (y.double().square() * weights[:, None]).sum(),
+        ]
+        self._sums = (
+            parts if not self._sums else [total.add_(part) for total, part in zip(self._sums, parts, strict=True)]
+        )
+        self.weight += float(weights.sum(dtype=torch.float64))
+        self.tokens += int((weights > 0).sum())
+        self.seen += len(weights)
+
+    @property
+    def x_mean(self) -> Tensor:
+        mean: Tensor = self._sums[0] / self.weight
+        return mean
+
+    @property
+    def y_mean(self) -> Tensor:
+        mean: Tensor = self._sums[1] / self.weight
+        return mean
+
+    @property
+    def xx(self) -> Tensor:
+        """Covariance of x, [inputs, inputs]."""
+        square: Tensor = self._sums[2] / self.weight
+        covariance: Tensor = square - torch.outer(self.x_mean, self.x_mean)
+        return covariance
+
+    @property
+    def xy(self) -> Tensor:
+        """Covariance of x and y, [inputs, outputs]."""
+        product: Tensor = self._sums[3] / self.weight
+        covariance: Tensor = product - torch.outer(self.x_mean, self.y_mean)
+        return covariance
+
+    @property
+    def y_variance(self) -> float:
+        """Mean squared distance of y from its mean."""
+        return float(self._sums[4] / self.weight - self.y_mean.square().sum())
+
+    def ridge(self, strength: float, *, centred: bool = True) -> Tensor:
+        """The map [inputs, outputs] from x − mean to y − mean (or x to y) with least squared error, float64.
+
+        strength: of the penalty on the map's squared entries, in units of the mean variance (or square) of x; with 0
+        the solution of least norm.
+        """
+        xx, xy = (self.xx, self.xy) if centred else (self._sums[2] / self.weight, self._sums[3] / self.weight)
+        solution: Tensor
+        if strength == 0:
+            solution = torch.linalg.pinv(xx, hermitian=True) @ xy
+        else:
+            penalised = xx.clone()
+            penalised.diagonal().add_(strength * xx.diagonal().mean().clamp_min(1e-30))
+            solution = torch.linalg.solve(penalised, xy)
+        return solution
+
+    def explained(self, matrix: Tensor) -> float:
+        """Share of y's variance that the map `matrix` [inputs, outputs] explains; 1 where y does not vary."""
+        variance = self.y_variance
+        if variance <= 0:
+            return 1.0
+        gained = 2 * (matrix * self.xy).sum() - (matrix * (self.xx @ matrix)).sum()
+        return float(gained) / variance

@@ -1,0 +1,55 @@
+"""A low-rank affine map at each cut, by reduced-rank regression."""
+
+from __future__ import annotations
+
+import torch
+
+from shallower.engine.statistics import Aim
+from shallower.errors import UserError
+from shallower.recovery import Repair
+from shallower.registry import recovery
+
+
+@recovery("low-rank", source="arXiv:2407.16286")
+def low_rank(
+    repair: Repair,
+    *,
+    rank: int = 128,
+    energy: float = 1.0,
+    ridge: float = 0.001,
+    aim: Aim = "dense",
+    sinks: float = 4.0,
+    relative: bool = True,
+) -> None:
+    """At each cut x becomes x + (x − mean) A B + b, in closed form; has no place in a stock checkpoint.
+
+    x is the stream of the cut and so far repaired model; what is added is regressed on it.
+    rank: of A B; 0 is no limit. energy: stop below that rank when the map explains this share of what the full-rank map
+    explains. ridge: penalty, in units of x's mean variance. aim: bring the stream to where the dense model has it
+    behind the missing units, or to where these take the cut model's stream. sinks, relative: as for emulated-update.
+    """
+    if rank < 0 or not 0 < energy <= 1 or ridge < 0:
+        raise UserError(
+            f"low-rank takes rank ≥ 0, 0 < energy ≤ 1 and ridge ≥ 0; got rank={rank}, energy={energy}, ridge={ridge}."
+        )
+    twins = repair.twins()
+    for station in repair.cuts:
+        hidden = repair.dense.model.config.get_text_config(decoder=True).hidden_size
+        moments = repair.moments(hidden, least="a map of the stream")
+        for reading, weights in repair.samples(
+            twins, station, None, sinks=sinks, relative=relative, aim=aim, label=f"map for {station.missing[0]}"
+        ):
+            moments.add(reading.stream, reading.target - reading.stream, weights)
+        full = moments.ridge(ridge)
+        values, vectors = torch.linalg.eigh(full.T @ moments.xx @ full)  # increasing
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        kept = hidden if rank == 0 else min(rank, hidden)
+        if energy < 1:
+            reached = values.cumsum(0) >= energy * values.sum()
+            kept = min(kept, int(reached.float().argmax()) + 1)
+        up = vectors[:, :kept].T
+        down = full @ up.T
+        repair.notes.append(
+            f"behind {station.missing[0]}: rank {kept} explains {moments.explained(down @ up):.1%} of what varies."
+        )
+        repair.add_patch(station, down, up, moments.x_mean, moments.y_mean)

@@ -1,0 +1,109 @@
+"""Put a `Patch` at a cut of a model in memory.
+
+The patched block stays the block it is: its class is replaced by a subclass whose forward patches the stream on the way
+in, on the way out, or between attention and MLP. So whatever finds, replays, copies or cuts blocks goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from shallower.anatomy.dissect import Anatomy, pack, unpack
+from shallower.anatomy.patch import Patch
+from shallower.anatomy.writers import Halves
+from shallower.errors import ModelError
+
+Where = Literal["entry", "middle", "exit"]
+
+
+def attach(anatomy: Anatomy, index: int, where: Where, patch: Patch, halves: Halves) -> None:
+    """Patch the stream at block `index`, in place.
+
+    anatomy: of the cut model, and `halves` of its block. Where a patch stands already, the new one goes behind it.
+
+    Raises ModelError for the middle of a block whose attention does not write to the stream on its own.
+    """
+    block = anatomy.blocks[index].module
+    if where == "middle":
+        if halves.attn is None or not halves.sequential:
+            raise ModelError(
+                f"{anatomy.family} has no point between attention and MLP where a map could stand (block {index})."
+            )
+        assert anatomy.blocks[index].attn is not None
+        name = anatomy.blocks[index].attn.names[-1]  # type: ignore[union-attr]
+        _subclass(block.get_submodule(name), _AttentionPatched)
+        _hold(block.get_submodule(name), "middle", patch)
+        block.get_submodule(name)._factor = halves.attn.factor  # type: ignore[assignment]
+        _subclass(block, _BlockPatched)
+        block._patched_attention = name  # type: ignore[assignment]
+        return
+    _subclass(block, _BlockPatched)
+    _hold(block, where, patch)
+
+
+def patches(model: nn.Module) -> Iterator[tuple[str, Patch]]:
+    """Every patch of a model with its name, such as `model.layers.12.exit_patch.0`."""
+    for name, module in model.named_modules():
+        if isinstance(module, Patch):
+            yield name, module
+
+
+def _hold(module: nn.Module, where: Where, patch: Patch) -> None:
+    name = f"{where}_patch"
+    held = getattr(module, name, None)
+    if held is None:
+        held = nn.Sequential()
+        module.add_module(name, held)
+    held.append(patch)
+
+
+def _subclass(module: nn.Module, mixin: type) -> None:
+    if not isinstance(module, mixin):
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+class _BlockPatched:
+    """Mixin of a block."""
+
+    _modules: dict[str, nn.Module | None]
+    _patched_attention: str | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        entry, leaving = self._modules.get("entry_patch"), self._modules.get("exit_patch")
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if entry is not None:
+            hidden = entry(hidden)
+        if self._patched_attention is not None:
+            attention = self.get_submodule(self._patched_attention)  # type: ignore[attr-defined]
+            attention._entering = hidden  # not used where it was replaced by nothing
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs["hidden_states"] = hidden
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if leaving is None:
+            return output
+        patched = leaving(unpack(output))
+        return (patched, *output[1:]) if isinstance(output, tuple) else patched
+
+
+class _AttentionPatched:
+    """Mixin of an attention: what it gives back also holds the change of the stream that it makes."""
+
+    _modules: dict[str, nn.Module | None]
+    _entering: Tensor | None = None
+    _factor: float = 1.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        update, middle = unpack(output), self._modules["middle_patch"]
+        assert self._entering is not None
+        assert middle is not None
+        before = self._entering + self._factor * update
+        self._entering = None
+        update = update + (middle(before) - before) / self._factor
+        return (update, *output[1:]) if isinstance(output, tuple) else pack(update, None)

@@ -1,0 +1,87 @@
+"""The question that a search asks, answered behind the repair: how good is the model without these units, once it was
+repaired?
+
+What is removed best is not what matters least but what is replaced best. Each candidate is cut, repaired in closed form
+on one part of the calibration text, and judged on the other part, so that a repair that learned its text by heart does
+not win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import closing
+
+from shallower import progress
+from shallower.anatomy import dissect
+from shallower.corpus import CalibrationSet
+from shallower.engine import Ablator, Spent
+from shallower.errors import CorpusError, ModelError, UserError
+from shallower.recovery import Repair
+from shallower.surgery import cut
+from shallower.units import Unit
+from shallower.verbs.recover import Stages, parse_recoveries
+from shallower.verbs.subject import Subject
+
+JUDGED = 4  # one sequence in so many judges, the others are what repairs are fitted on
+
+
+def require_closed(steps: Stages) -> None:
+    """Raise UserError for a recovery that is trained."""
+    if trained := [method.name for method, _ in steps if method.traits.get("trained")]:
+        raise UserError(
+            f"{trained[0]} is trained, which takes too long to judge every candidate by: use a recovery in closed form "
+            "(--repair linear-fold), and train what is left afterwards (shallower recover)."
+        )
+
+
+class RepairedLosses:
+    """Mean next-token loss of repaired candidates; answers what `Ablator.losses` answers for unrepaired ones."""
+
+    def __init__(
+        self, subject: Subject, calibration: CalibrationSet, recovery: str, settings: dict[str, str] | None = None
+    ) -> None:
+        """recovery: names, as `shallower recover --with` takes them. settings: their options.
+
+        Raises UnknownName for a recovery or option that does not exist, UserError for one that is trained,
+        CorpusError when the text has fewer than `JUDGED` sequences.
+        """
+        self.steps: Stages = parse_recoveries(recovery, settings or {})
+        require_closed(self.steps)
+        if calibration.sequences < JUDGED:
+            raise CorpusError(
+                f"{calibration.sequences} sequences are too few to repair on some and judge on others: use --sequences "
+                f"{JUDGED} or more."
+            )
+        judges = range(0, calibration.sequences, JUDGED)
+        self.subject = subject
+        self.judged = calibration.subset(judges)
+        self.fitted = calibration.subset([row for row in range(calibration.sequences) if row not in set(judges)])
+        self.spent = Spent()
+        self._known: dict[frozenset[Unit], float] = {}
+
+    def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
+        """For each candidate the loss of the repaired model; infinity where it cannot be cut or repaired.
+
+        keep: not used; all are measured on all of the text.
+        """
+        asked = [frozenset(candidate) for candidate in candidates]
+        new = [candidate for candidate in dict.fromkeys(asked) if candidate not in self._known]
+        with progress.task(f"repairing {len(new)} candidates", len(new)) as step:
+            for candidate in new:
+                self._known[candidate] = self._loss(candidate)
+                step()
+        return [self._known[candidate] for candidate in asked]
+
+    def _loss(self, removed: frozenset[Unit]) -> float:
+        try:
+            student = cut(self.subject.anatomy, removed)
+            for method, options in self.steps if removed else ():
+                repair = Repair(dissect(student), self.subject.anatomy, removed, self.fitted)
+                method.function(repair, **options)
+                self.spent.tokens += repair.tokens
+        except ModelError:  # no such cut, or no such repair, in this family
+            return float("inf")
+        with closing(Ablator(dissect(student), self.judged, "nll")) as ablator:
+            [loss] = ablator.losses([frozenset()])
+            self.spent.tokens += ablator.spent.tokens
+        return loss

@@ -1,0 +1,158 @@
+"""Both kinds of recovery under one verb: in closed form, then trained; saved, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from shallower import prune, recover, search
+from shallower.anatomy import dissect
+from shallower.cli.main import app
+from shallower.errors import ModelError, UserError
+from shallower.plan import MadeBy, PruningPlan
+from shallower.surgery import cut, save
+from shallower.surgery.verify import full_logits
+from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.training import loop
+from shallower.units import parse_units
+from shallower.verbs.subject import open_subject
+
+SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """`dense` and `pruned` checkpoints, the plan between them and a text."""
+    model = tiny_model("llama")
+    save(model, tmp_path / "dense", plan=None, tokenizer=tiny_tokenizer())
+    removed = parse_units("block.2-3")
+    made = MadeBy(None, None, None, {}, 0, None, "0")
+    plan = PruningPlan(open_subject(model).identity, removed, tuple((unit, None) for unit in removed), None, made)
+    plan.save(tmp_path / "plan.json")
+    save(cut(dissect(model), removed), tmp_path / "pruned", plan=plan, tokenizer=tiny_tokenizer())
+    rows = [{"text": f"The {n} cat sat on the mat and said that {n * 7} is more than {n}. " * 24} for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def asked(files: Path, **given: Any) -> dict[str, Any]:
+    few = {"sequences": 16, "length": 32, "train_sequences": 64, "window": 64, "max_windows": 3, "dtype": "float32"}
+    return {"calibration": str(files / "text.jsonl"), "settings": SMALL, **few, **given}
+
+
+def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Path) -> None:
+    given = ["recover", files / "pruned", "--teacher", files / "dense", "--with", "refit,full", "--out", files / "out"]
+    given += ["--calibration", files / "text.jsonl", "--sequences", 16, "--length", 32, "--train-sequences", 64]
+    given += ["--window", 64, "--windows", 3, "--dtype", "bfloat16", "--json", "--set", "distill=0.5"]
+    for name, value in {**SMALL, "compute": "auto"}.items():
+        given += ["--set", f"{name}={value}"]
+    ran = CliRunner().invoke(app, [str(item) for item in given])
+    assert ran.exit_code == 0, ran.output
+    told = json.loads(ran.stdout)
+    before, repaired, trained = told["recovery"]
+    assert (before["method"], repaired["method"], trained["method"]) == ("cut", "refit", "full")
+    assert trained["tokens"] == 64 * 32
+    [text] = trained["perplexity"]
+    assert trained["perplexity"][text] <= min(repaired["perplexity"][text], before["perplexity"][text])
+    assert any("16 steps of training" in note for note in told["notes"])
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out")
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert loaded.dtype == torch.float32
+    dense = tiny_model("llama").model
+    assert torch.equal(loaded.model.embed_tokens.weight, dense.embed_tokens.weight)  # not rounded on the way
+    assert not torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, dense.layers[0].self_attn.q_proj.weight)
+    assert not list(files.glob(".*"))
+
+
+def test_a_kill_in_the_training_after_a_repair_resumes(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(out: str, **changed: str) -> torch.Tensor:
+        settings = {**SMALL, "save_minutes": "0", "evaluations": "0", **changed}
+        found = recover(
+            files / "dense", "refit,full", plan=files / "plan.json", out=files / out, **asked(files, settings=settings)
+        )
+        return full_logits(found.model, torch.arange(3, 27)[None])
+
+    whole = command("whole")
+    taken: list[int] = []
+    step = loop._Loop._step
+
+    def interrupted(self: Any, share: float) -> str:
+        taken.append(self.state.step)
+        if len(taken) == 10:
+            raise KeyboardInterrupt
+        return step(self, share)
+
+    monkeypatch.setattr(loop._Loop, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command("out")
+    assert not (files / "out").exists()
+    command("other", lr="0.001")  # another command does not go on with this one's state
+    assert taken[10] == 0
+    del taken[10:]
+    assert torch.equal(command("out"), whole)
+    assert taken[10:] == list(range(9, 16))
+    assert not list(files.glob(".*"))
+
+
+def test_prune_trains_what_it_cut(files: Path) -> None:
+    pruned = prune(
+        files / "dense",
+        "block.2-3",
+        recover="refit,lora",
+        settings={**SMALL, "rank": "4", "ridge": "0.1"},
+        out=files / "out",
+        speed=False,
+        **{key: value for key, value in asked(files).items() if key != "settings"} | {"train_sequences": 40},
+    )
+    assert [stage.method for stage in pruned.report.recovery] == ["cut", "refit", "lora"]
+    assert any(note.startswith("lora: ") for note in pruned.report.notes)
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32)
+    ids = torch.arange(3, 27)[None]
+    assert torch.allclose(full_logits(loaded, ids), full_logits(pruned.model, ids), atol=1e-5)
+
+
+def test_sublayers_that_are_missing_alone_are_repaired_and_trained_too(files: Path) -> None:
+    pruned = prune(
+        files / "dense",
+        "attn.2,mlp.4",
+        recover="refit,full",
+        settings={**SMALL, "reach": "cuts"},
+        out=files / "out",
+        speed=False,
+        **{key: value for key, value in asked(files).items() if key != "settings"} | {"train_sequences": 40},
+    )
+    assert pruned.report.form == "packaged"
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
+    ids = torch.arange(3, 27)[None]
+    assert torch.allclose(full_logits(loaded, ids), full_logits(pruned.model, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"methods": "low-rank-trained", "out": "out"}, ModelError, "maps at cuts"),
+        ({"methods": "refit", "instructions": "text.jsonl"}, UserError, "--instructions is for recoveries that train"),
+        ({"methods": "refit,full", "train_sequences": 10**6}, UserError, "set with --train-sequences"),
+        ({"methods": "full", "dtype": "bfloat16"}, UserError, "compute=float32 needs the model in float32"),
+        ({"methods": "full", "settings": {**SMALL, "lr": "-1"}}, UserError, "lr=-1.0 is not above 0"),
+    ],
+)
+def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    settings = {} if change["methods"] == "refit" else SMALL
+    given = {"settings": settings, **change}
+    for name in ("instructions", "out"):
+        if name in given:
+            given[name] = files / given[name]
+    with pytest.raises(error, match=message):
+        recover(files / "pruned", given.pop("methods"), teacher=files / "dense", **asked(files, **given))
+    assert not (files / "out").exists()
+    with pytest.raises(UserError, match="full is trained"):
+        search(files / "dense", 1, repair="full", dtype="float32")
+    with pytest.raises(UserError, match="a padded checkpoint has no place"):
+        prune(files / "dense", "attn.2", recover="refit", form="padded")

@@ -1,0 +1,673 @@
+"""Recovery: closed forms against generic solvers, folds against hooks, patches, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shallower.anatomy import dissect
+from shallower.anatomy.patch import Patch
+from shallower.anatomy.writers import find_writers
+from shallower.corpus.calibration import CalibrationSet
+from shallower.engine import prove, statistics
+from shallower.engine.statistics import Moments, Point
+from shallower.errors import CorpusError, ModelError, PlanError, UnknownName, UserError
+from shallower.plan import MadeBy, PruningPlan
+from shallower.recovery import Repair
+from shallower.registry import recovery
+from shallower.reporting.data import ReportData
+from shallower.surgery import cut, save
+from shallower.surgery.fold import fold_constant, fold_map, fold_scale
+from shallower.surgery.patch import attach, patches
+from shallower.surgery.verify import cached_logits, full_logits
+from shallower.testing.conformance import sample_text, with_identity_block
+from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.units import Unit, parse_units
+from shallower.verbs.prune import prune
+from shallower.verbs.recover import recover
+from shallower.verbs.subject import open_subject
+
+EXACT = {"sinks": 0.0, "relative": False}
+SPAN = frozenset(parse_units("block.2-3"))
+
+
+def repair_of(model: PreTrainedModel, removed: frozenset[Unit], text: CalibrationSet) -> Repair:
+    dense = dissect(model)
+    return Repair(dissect(cut(dense, removed)), dense, removed, text)
+
+
+def logits(model: PreTrainedModel, text: CalibrationSet) -> Tensor:
+    """Of real tokens."""
+    with torch.no_grad():
+        found = model(input_ids=text.input_ids, attention_mask=text.attention_mask).logits
+    return found if text.attention_mask is None else found[text.attention_mask.bool()]
+
+
+def captured(model: PreTrainedModel, text: CalibrationSet, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a module is given and gives back for real tokens, in the model's own forward; float64."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = module.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=text.input_ids, attention_mask=text.attention_mask)
+    handle.remove()
+    mask = torch.ones_like(text.input_ids) if text.attention_mask is None else text.attention_mask
+    return seen[0][mask.bool()].double(), seen[1][mask.bool()].double()
+
+
+def text_of(model: PreTrainedModel, sequences: int = 16) -> CalibrationSet:
+    return sample_text(model, sequences=sequences)
+
+
+# Least squares
+
+
+def test_refit_is_the_least_squares_matrix() -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    repair = repair_of(model, SPAN, text)
+    student, dense = repair.student.model.model.layers, model.model.layers
+    inputs, _ = captured(repair.student.model, text, student[1].mlp.down_proj)
+    _, stream = captured(repair.student.model, text, student[1])
+    _, target = captured(model, text, dense[3])
+    old = student[1].mlp.down_proj.weight.double()
+    recovery.get("refit").function(repair, ridge=0.0, reach="cuts", **EXACT)
+    expected = old + torch.linalg.lstsq(inputs, target - stream).solution.T
+    assert torch.allclose(student[1].mlp.down_proj.weight.double(), expected, atol=1e-3)
+    assert not torch.allclose(old, expected, atol=1e-2)
+    assert torch.equal(student[2].mlp.down_proj.weight, dense[4].mlp.down_proj.weight)  # reach=cuts
+
+
+def test_refit_goes_on_to_the_end_each_on_what_the_one_before_left() -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    repair = repair_of(model, SPAN, text)
+    student, dense = repair.student.model.model.layers, model.model.layers
+    recovery.get("refit").function(repair, ridge=0.0, bias=True, **EXACT)
+    # the last matrix leaves nothing that its inputs could explain, on the stream as it is now
+    inputs, _ = captured(repair.student.model, text, student[3].mlp.down_proj)
+    _, stream = captured(repair.student.model, text, student[3])
+    _, target = captured(model, text, dense[5])
+    lacking = target - stream
+    left = inputs.T @ lacking / len(inputs)
+    assert left.abs().max() < 1e-3 * (inputs.norm() * lacking.norm() / len(inputs))
+    assert lacking.mean(0).abs().max() < 1e-3
+    assert model.config.mlp_bias is False
+    assert repair.student.model.config.mlp_bias is True
+
+
+@pytest.mark.parametrize("rank", [32, 5])
+def test_low_rank_is_reduced_rank_regression(rank: int) -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    repair = repair_of(model, SPAN, text)
+    layers = repair.student.model.model.layers
+    _, stream = captured(repair.student.model, text, layers[1])
+    _, target = captured(model, text, model.model.layers[3])
+    recovery.get("low-rank").function(repair, rank=rank, ridge=0.0, **EXACT)
+    [(_, patch)] = patches(repair.student.model)
+    assert patch.rank == rank
+    x, y = stream - stream.mean(0), target - stream - (target - stream).mean(0)
+    whole = torch.linalg.lstsq(x, y).solution
+    fitted = x @ whole
+    values = torch.linalg.svdvals(fitted)
+    best = (y - fitted).square().sum() + values[rank:].square().sum()
+    found = (target - patch(stream.float()).detach().double()).square().sum()
+    assert float(found) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_low_rank_stops_at_the_share_that_was_asked_for() -> None:
+    model = tiny_model("llama")
+    ranks = []
+    for energy in (0.5, 0.9, 1.0):
+        repair = repair_of(model, SPAN, text_of(model))
+        recovery.get("low-rank").function(repair, rank=0, energy=energy)
+        ranks += [patch.rank for _, patch in patches(repair.student.model)]
+    assert 0 < ranks[0] < ranks[1] < ranks[2] == 32
+    with pytest.raises(UserError, match=r"energy=1\.5"):
+        recovery.get("low-rank").function(repair, energy=1.5)
+
+
+def test_linear_fold_is_least_squares_on_what_the_mlp_writes() -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    repair = repair_of(model, SPAN, text)
+    layers = repair.student.model.model.layers
+    _, written = captured(repair.student.model, text, layers[1].mlp)
+    _, stream = captured(repair.student.model, text, layers[1])
+    _, target = captured(model, text, model.model.layers[3])
+    recovery.get("linear-fold").function(repair, ridge=0.0, **EXACT)
+    # ReplaceMe's own form: M T + Y = L
+    matrix = torch.linalg.lstsq(written, target - (stream - written)).solution
+    expected = matrix.T @ model.model.layers[1].mlp.down_proj.weight.double()
+    assert torch.allclose(layers[1].mlp.down_proj.weight.double(), expected, atol=1e-3)
+
+
+def test_magnitude_per_channel_is_least_squares_of_each_channel() -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    repair = repair_of(model, SPAN, text)
+    layers = repair.student.model.model.layers
+    _, written = captured(repair.student.model, text, layers[1].mlp)
+    _, stream = captured(repair.student.model, text, layers[1])
+    _, target = captured(model, text, model.model.layers[3])
+    recovery.get("magnitude").function(repair, per="channel", **EXACT)
+    factors = [
+        np.linalg.lstsq(written[:, [c]].numpy(), (target - stream + written)[:, c].numpy(), rcond=None)[0][0]
+        for c in range(32)
+    ]
+    expected = torch.tensor(factors)[:, None] * model.model.layers[1].mlp.down_proj.weight
+    assert torch.allclose(layers[1].mlp.down_proj.weight, expected.float(), atol=1e-4)
+
+
+def test_magnitude_gives_the_stream_its_length() -> None:
+    model = tiny_model("llama_bias")  # tied embeddings, biases
+    text = text_of(model)
+    repair = repair_of(model, SPAN, text)
+    student = repair.student.model
+    _, target = captured(model, text, model.model.layers[3])
+    _, before = captured(student, text, student.model.layers[1])
+    recovery.get("magnitude").function(repair, **EXACT)
+    _, after = captured(student, text, student.model.layers[1])
+    assert float((target.norm(dim=-1) / after.norm(dim=-1)).mean()) == pytest.approx(1, abs=1e-4)
+    factor = float((after * before).sum() / before.square().sum())
+    assert torch.allclose(after, factor * before, atol=1e-3)
+    assert torch.equal(student.lm_head.weight, model.lm_head.weight)
+    assert (student.config.tie_word_embeddings, model.config.tie_word_embeddings) == (False, True)
+
+
+def test_emulated_update_is_the_mean_update() -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    removed = frozenset(parse_units("block.2,block.4"))
+    for measured in ("dense", "cut"):
+        repair = repair_of(model, removed, text)
+        student, dense = repair.student.model.model.layers, model.model.layers
+        recovery.get("emulated-update").function(repair, measured=measured, **EXACT)
+        given, left = captured(model, text, dense[2])
+        assert torch.allclose(student[1].mlp.down_proj.bias.double(), (left - given).mean(0), atol=1e-5)
+        given, left = captured(model, text, dense[4])
+        if measured == "cut":  # block 4 on the stream of the model that is already cut and repaired at block 2
+            stream, _ = captured(repair.student.model, text, student[3])
+            stream = stream - student[2].mlp.down_proj.bias.double()
+            wide = torch.zeros(text.input_ids.numel(), 32)
+            mask = text.attention_mask
+            assert mask is not None
+            wide[mask.flatten().bool()] = stream.float()
+            with swapped(dense[4], wide.view(*text.input_ids.shape, 32)):
+                given, left = captured(model, text, dense[4])
+            given = stream
+        assert torch.allclose(student[2].mlp.down_proj.bias.double(), (left - given).mean(0), atol=1e-4)
+
+
+@contextmanager
+def swapped(block: nn.Module, stream: Tensor) -> Iterator[None]:
+    """Inside the `with`, the block is given another stream."""
+    handle = block.register_forward_pre_hook(
+        lambda module, args, kwargs: ((stream, *args[1:]), kwargs), with_kwargs=True, prepend=True
+    )
+    yield
+    handle.remove()
+
+
+def test_moments_are_those_of_weighted_data() -> None:
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(3, 2, (50, 4)), generator.normal(-1, 1, (50, 3))
+    weights = generator.random(50)
+    moments = Moments()
+    for part in np.array_split(np.arange(50), 3):
+        moments.add(*(torch.tensor(a[part], dtype=torch.float32) for a in (x, y, weights)))
+    joint = np.cov(np.hstack([x, y]).T, aweights=weights, ddof=0)
+    assert np.allclose(moments.xx, joint[:4, :4], atol=1e-4)
+    assert np.allclose(moments.xy, joint[:4, 4:], atol=1e-4)
+    assert moments.y_variance == pytest.approx(np.trace(joint[4:, 4:]), rel=1e-4)
+    assert np.allclose(moments.x_mean, np.average(x, axis=0, weights=weights), atol=1e-5)
+    matrix = moments.ridge(0.5)
+    penalty = 0.5 * np.trace(joint[:4, :4]) / 4
+    assert np.allclose(matrix, np.linalg.solve(joint[:4, :4] + penalty * np.eye(4), joint[:4, 4:]), atol=1e-4)
+
+
+# What must hold for every recovery
+
+
+CLOSED = ("emulated-update", "linear-fold", "low-rank", "magnitude", "refit")
+
+
+@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("units", ["block.2", "attn.2", "mlp.2"])
+def test_nothing_is_to_repair_where_the_removed_unit_did_nothing(name: str, units: str) -> None:
+    model = with_identity_block(tiny_model("llama"), 2)
+    removed = frozenset(parse_units(units))
+    if units != "block.2":
+        base = tiny_model("llama")
+        model = silenced(base, removed)
+    repair = repair_of(model, removed, text_of(model))
+    before = full_logits(repair.student.model, repair.calibration.input_ids)
+    recovery.get(name).function(repair)
+    after = full_logits(repair.student.model, repair.calibration.input_ids)
+    assert torch.allclose(before, after, atol=2e-4)
+
+
+def silenced(model: PreTrainedModel, units: frozenset[Unit]) -> PreTrainedModel:
+    """The model with writing matrices of zeros, so that these sublayers add nothing."""
+    halves = find_writers(dissect(model))
+    for unit in units:
+        writer = halves[unit.index].writer(unit.kind)
+        assert writer is not None
+        writer.replace(torch.zeros_like(writer.weight))
+    return model
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_padding_batches_and_memory_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    ids = sample_text(model, sequences=2).input_ids
+    mask = text.attention_mask
+    assert mask is not None
+    longer = CalibrationSet("x", nn.functional.pad(text.input_ids, (0, 7), value=5), nn.functional.pad(mask, (0, 7)))
+
+    def repaired(calibration: CalibrationSet, memory: int | None) -> Tensor:
+        repair = repair_of(model, frozenset(parse_units("block.2,attn.4")), calibration)
+        repair.memory = memory
+        recovery.get(name).function(repair)
+        return full_logits(repair.student.model, ids)
+
+    first = repaired(text, None)
+    assert torch.allclose(repaired(text, 0), first, atol=1e-4)
+    assert torch.allclose(repaired(longer, None), first, atol=1e-4)
+    monkeypatch.setattr(statistics, "TOKENS_A_BATCH", 24)
+    assert torch.allclose(repaired(text, None), first, atol=1e-4)
+
+
+PLANS = ("block.1,block.3-4", "attn.2,attn.4", "mlp.1,attn.2", "mlp.3,block.5", "block.0")
+
+
+@pytest.mark.parametrize("name", [name for name in CLOSED if name != "magnitude"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "granite", "opt"])
+@pytest.mark.parametrize("units", PLANS)
+def test_it_brings_logits_nearer_to_the_dense_ones(name: str, family: str, units: str) -> None:
+    model = tiny_model(family)
+    removed = frozenset(parse_units(units))
+    text = text_of(model, 24)
+    expected = logits(model, text)
+    repair = repair_of(model, removed, text)
+    before = float((logits(repair.student.model, text) - expected).square().mean())
+    if (name, units) == ("linear-fold", "block.0"):  # nothing writes before the first block
+        with pytest.raises(ModelError):
+            recovery.get(name).function(repair)
+        return
+    recovery.get(name).function(repair)
+    after = float((logits(repair.student.model, text) - expected).square().mean())
+    assert after < 0.99 * before
+    assert torch.equal(logits(model, text), expected)
+    prove(dissect(repair.student.model))
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma2"])
+def test_where_norms_stand_behind_the_sublayers_only_patches_help(family: str) -> None:
+    model = tiny_model(family)
+    text = text_of(model)
+    for name in ("refit", "linear-fold", "magnitude"):
+        with pytest.raises(ModelError, match=r"use emulated-update or low-rank|cannot be rescaled"):
+            recovery.get(name).function(repair_of(model, SPAN, text))
+    repair = repair_of(model, SPAN, text)
+    recovery.get("emulated-update").function(repair)
+    assert [patch.rank for _, patch in patches(repair.student.model)] == [0]
+
+
+def test_first_tokens_with_massive_activations_do_not_count() -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    text.input_ids[:, 0] = 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 500
+    means = {}
+    for sinks in (0.0, 4.0):
+        repair = repair_of(model, SPAN, text)
+        recovery.get("emulated-update").function(repair, sinks=sinks, relative=False)
+        means[sinks] = repair.student.model.model.layers[1].mlp.down_proj.bias
+    mask = text.attention_mask
+    assert mask is not None
+    others = mask.clone()
+    others[:, 0] = 0
+    given, _ = captured(model, text, model.model.layers[2])
+    _, end = captured(model, text, model.model.layers[3])
+    keep = others[mask.bool()].bool()
+    assert torch.allclose(means[4.0].double(), (end - given)[keep].mean(0), atol=1e-4)
+    assert not torch.allclose(means[0.0], means[4.0], atol=1e-3)
+    with pytest.raises(CorpusError, match="no token"):
+        recovery.get("emulated-update").function(repair_of(model, SPAN, text), sinks=1e-6)
+
+
+# Exact recovery
+
+
+def linear_block(model: PreTrainedModel, index: int, matrix: Tensor) -> PreTrainedModel:
+    """Block `index` becomes x ↦ x + matrix x."""
+    layer = with_identity_block(model, index).model.layers[index]
+    layer.post_attention_layernorm = nn.Identity()
+    layer.mlp = nn.Sequential(nn.Linear(32, 32, bias=False))
+    layer.mlp[0].weight.data.copy_(matrix)
+    model.model.layers[index] = layer
+    return model
+
+
+def test_a_linear_block_comes_back_exactly() -> None:
+    matrix = 0.3 * torch.randn(32, 32, generator=torch.Generator().manual_seed(3))
+    model = linear_block(tiny_model("llama"), 2, matrix)
+    text = text_of(model)
+    repair = repair_of(model, frozenset(parse_units("block.2")), text)
+    assert not torch.allclose(logits(repair.student.model, text), logits(model, text), atol=1e-2)
+    recovery.get("low-rank").function(repair, rank=0, ridge=0.0)
+    assert torch.allclose(logits(repair.student.model, text), logits(model, text), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["linear-fold", "refit"])
+def test_a_linear_block_of_what_the_mlp_wrote_is_folded_exactly(name: str) -> None:
+    """The embedding lives in the first 16 channels, block 0 writes the others, and block 1 maps those linearly."""
+    matrix = torch.zeros(32, 32)
+    matrix[16:, 16:] = 0.3 * torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+    model = linear_block(tiny_model("llama"), 1, matrix)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 16:] = 0
+        model.model.layers[0].mlp.down_proj.weight[:16] = 0
+        model.model.layers[0].self_attn.o_proj.weight[16:] = 0
+    text = text_of(model)
+    repair = repair_of(model, frozenset(parse_units("block.1")), text)
+    assert not torch.allclose(logits(repair.student.model, text), logits(model, text), atol=1e-2)
+    recovery.get(name).function(repair, ridge=0.0, **({"reach": "cuts"} if name == "refit" else {}))
+    assert torch.allclose(logits(repair.student.model, text), logits(model, text), atol=1e-3)
+
+
+# Folding
+
+BIASED = [
+    "llama",
+    "llama_bias",
+    "granite",
+    "smollm3",
+    "seed_oss",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "phi",
+    "bloom",
+    "starcoder2",
+]
+
+
+@pytest.mark.parametrize("family", BIASED)
+@pytest.mark.parametrize("kind", ["attn", "mlp"])
+def test_a_constant_is_folded_exactly_and_survives_saving(family: str, kind: Any, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    anatomy = dissect(cut(dissect(model), parse_units("block.2")))
+    constant = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    ids = sample_text(model, sequences=2).input_ids
+    writer = find_writers(anatomy)[1].writer(kind)
+    assert writer is not None
+    handle = writer.module.register_forward_hook(lambda module, args, output: output + constant / writer.factor)
+    expected = full_logits(anatomy.model, ids)
+    handle.remove()
+    before = sum(parameter.numel() for parameter in anatomy.model.parameters())
+    added = fold_constant(anatomy, writer, constant)
+    assert added == sum(parameter.numel() for parameter in anatomy.model.parameters()) - before
+    assert (added == 0) == (family not in ("llama", "granite", "smollm3", "seed_oss"))
+    found = full_logits(anatomy.model, ids)
+    assert torch.allclose(found, expected, atol=1e-5)
+    folder = save(anatomy.model, tmp_path / "saved", plan=None)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.allclose(full_logits(loaded, ids), found, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "gemma"])
+def test_a_family_without_a_bias_says_so_and_gets_a_patch(family: str) -> None:
+    model = tiny_model(family)
+    anatomy = dissect(cut(dissect(model), parse_units("block.2")))
+    writer = find_writers(anatomy)[1].mlp
+    assert writer is not None
+    with pytest.raises(ModelError, match=r"has no bias at mlp.down_proj"):
+        fold_constant(anatomy, writer, torch.ones(32))
+    repair = repair_of(model, SPAN, text_of(model))
+    recovery.get("emulated-update").function(repair)
+    assert len(list(patches(repair.student.model))) == 1
+    assert "stands at the cut" in repair.notes[0]
+    with pytest.raises(ModelError, match="maps at cuts"):
+        save(repair.student.model, "never-written", plan=None)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "gpt_neox"])
+def test_a_map_is_folded_exactly(family: str) -> None:
+    anatomy = dissect(tiny_model(family))
+    matrix = torch.randn(32, 32, generator=torch.Generator().manual_seed(1)).double()
+    ids = sample_text(anatomy.model, sequences=2).input_ids
+    writer = find_writers(anatomy)[2].mlp
+    assert writer is not None
+    handle = writer.module.register_forward_hook(lambda module, args, output: output @ matrix.T.float())
+    expected = full_logits(anatomy.model, ids)
+    handle.remove()
+    fold_map(writer, matrix)
+    assert torch.allclose(full_logits(anatomy.model, ids), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "gpt_neox", "opt", "gpt2"])
+def test_a_rescaled_stream_is_the_same_model_in_other_numbers(family: str) -> None:
+    """Rescaled at its end, all of the stream is twice as long, and the final norm takes it out again."""
+    anatomy = dissect(cut(dissect(tiny_model(family)), ()))
+    ids = sample_text(anatomy.model, sequences=2).input_ids
+    expected = full_logits(anatomy.model, ids)
+    fold_scale(anatomy, Point(6), 2.0, find_writers(anatomy))
+    assert torch.allclose(full_logits(anatomy.model, ids), expected, atol=2e-3)
+
+
+def test_a_stream_that_cannot_be_rescaled_stays_as_it_was() -> None:
+    anatomy = dissect(cut(dissect(tiny_model("bloom")), ()))  # a norm behind the embedding
+    ids = sample_text(anatomy.model, sequences=2).input_ids
+    expected = full_logits(anatomy.model, ids)
+    with pytest.raises(ModelError, match="cannot be rescaled"):
+        fold_scale(anatomy, Point(3), 2.0, find_writers(anatomy))
+    assert torch.equal(full_logits(anatomy.model, ids), expected)
+
+
+# Patches
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "falcon_alibi"])
+@pytest.mark.parametrize("where", ["entry", "middle", "exit"])
+def test_a_patch_changes_the_stream_where_it_stands(family: str, where: Any) -> None:
+    anatomy = dissect(cut(dissect(tiny_model(family)), ()))
+    generator = torch.Generator().manual_seed(1)
+    down, up, mean, bias = (0.2 * torch.randn(*s, generator=generator) for s in ((32, 3), (3, 32), (32,), (32,)))
+    ids = sample_text(anatomy.model, sequences=2).input_ids
+
+    def change(x: Tensor) -> Tensor:
+        return x + (x - mean) @ down @ up + bias
+
+    block, halves = anatomy.blocks[2].module, find_writers(anatomy)[2]
+    entering: list[Tensor] = []
+
+    def arrive(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        entering.append(args[0])
+        return (change(args[0]), *args[1:]) if where == "entry" else None
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    def between(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert halves.attn is not None
+        middle = entering[-1] + halves.attn.factor * output
+        return output + (change(middle) - middle) / halves.attn.factor
+
+    handles = [block.register_forward_pre_hook(arrive)]
+    if where == "exit":
+        handles.append(block.register_forward_hook(leave))
+    if where == "middle":
+        assert halves.attn is not None
+        handles.append(halves.attn.module.register_forward_hook(between))
+    expected = full_logits(anatomy.model, ids)
+    for handle in handles:
+        handle.remove()
+    attach(anatomy, 2, where, Patch(down, up, mean, bias), halves)
+    assert torch.allclose(full_logits(anatomy.model, ids), expected, atol=1e-4)
+    assert torch.allclose(cached_logits(anatomy.model, ids), expected, atol=1e-3)
+    again = dissect(anatomy.model)
+    assert again.units == anatomy.units
+    prove(again)
+    smaller = cut(again, parse_units("block.4"))
+    assert len(list(patches(smaller))) == 1
+
+
+# What can go wrong
+
+
+def plan_for(model: PreTrainedModel, units: str = "block.2-3") -> PruningPlan:
+    identity = open_subject(model).identity
+    removed = parse_units(units)
+    made = MadeBy(None, None, None, {}, 0, None, "0")
+    return PruningPlan(identity, removed, tuple((unit, None) for unit in removed), None, made)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """`dense` and `pruned` checkpoints and a text."""
+    model = tiny_model("llama")
+    save(model, tmp_path / "dense", plan=None, tokenizer=tiny_tokenizer())
+    plan = plan_for(model)
+    save(cut(dissect(model), plan.removed), tmp_path / "pruned", plan=plan, tokenizer=tiny_tokenizer())
+    rows = [{"text": f"The {n} cat sat on the mat and said that {n * 7} is more than {n}. " * 24} for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan.save(tmp_path / "plan.json")
+    return tmp_path
+
+
+def asked(files: Path, **given: Any) -> dict[str, Any]:
+    return {
+        "calibration": str(files / "text.jsonl"),
+        "sequences": 16,
+        "length": 32,
+        "window": 64,
+        "max_windows": 3,
+        "dtype": "float32",
+        **given,
+    }
+
+
+def test_a_pruned_checkpoint_is_recovered_into_an_ordinary_one(files: Path) -> None:
+    found = recover(
+        files / "pruned", "emulated-update,refit", teacher=files / "dense", out=files / "out", **asked(files)
+    )
+    assert [stage.method for stage in found.stages] == ["cut", "emulated-update", "refit"]
+    assert [stage.parameters > 0 for stage in found.stages] == [False, True, False]
+    assert found.stages[1].tokens == 16 * 32
+    text = sample_text(found.model, sequences=2)
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32)
+    assert torch.allclose(logits(loaded, text), logits(found.model, text), atol=1e-5)
+    assert PruningPlan.load(files / "out" / "plan.json") == found.plan
+    written = json.loads((files / "out" / "recovery.json").read_text())
+    assert [row["method"] for row in written["recovery"]] == ["cut", "emulated-update", "refit"]
+    again = recover(files / "dense", "emulated-update,refit", plan=files / "plan.json", **asked(files))
+    assert torch.allclose(logits(again.model, text), logits(found.model, text), atol=1e-4)
+
+
+def test_what_is_stored_keeps_the_precision_of_the_checkpoint(files: Path) -> None:
+    found = recover(
+        files / "pruned", "refit", teacher=files / "dense", out=files / "out", **asked(files, dtype="bfloat16")
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out")
+    assert loaded.dtype == torch.float32
+    dense = tiny_model("llama").model.layers
+    assert torch.equal(loaded.model.layers[0].mlp.down_proj.weight, dense[0].mlp.down_proj.weight)
+    changed = loaded.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(changed.bfloat16(), found.model.model.layers[1].mlp.down_proj.weight)
+
+
+def test_prune_recovers_in_one_command(files: Path) -> None:
+    pruned = prune(
+        files / "dense",
+        "block.2-3",
+        recover="emulated-update,refit",
+        settings={"ridge": "0.1"},
+        out=files / "out",
+        speed=False,
+        **asked(files),
+    )
+    assert [stage.method for stage in pruned.report.recovery] == ["cut", "emulated-update", "refit"]
+    last = pruned.report.recovery[-1].perplexity
+    assert last == pytest.approx(dict(pruned.report.pruned.perplexity))
+    report = ReportData.load(files / "out" / "report.json")
+    assert report.recovery == pruned.report.recovery
+    assert "Recovery" in (files / "out" / "report.html").read_text()
+    old = json.loads((files / "out" / "report.json").read_text())
+    del old["recovery"]
+    assert ReportData.from_json(old).recovery == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"methods": "refitt"}, UnknownName, "did you mean 'refit'"),
+        ({"methods": ","}, UserError, "no recovery is named"),
+        ({"settings": {"rigde": "1"}}, UnknownName, "did you mean 'ridge'"),
+        ({"settings": {"reach": "far"}}, UserError, "cuts or rest"),
+        ({"teacher": "other"}, ModelError, "cannot teach pruned: its model_type is 'gpt2', not 'llama'"),
+        ({"teacher": "sibling"}, PlanError, "was made for"),
+        ({"teacher": "pruned"}, PlanError, "was made for"),
+        ({"teacher": None}, UserError, "--teacher MODEL"),
+        ({"model": "dense"}, PlanError, "has no plan.json"),
+        ({"plan": "other-plan.json"}, PlanError, "which is not what is left"),
+        ({"sequences": 1}, CorpusError, "32 tokens of calibration text cannot fit"),
+        ({"methods": "low-rank", "out": "out"}, ModelError, "maps at cuts"),
+    ],
+)
+def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    save(tiny_model("gpt2"), files / "other", plan=None, tokenizer=tiny_tokenizer())
+    save(tiny_model("llama", seed=1), files / "sibling", plan=None, tokenizer=tiny_tokenizer())
+    plan_for(tiny_model("llama"), "block.2-4").save(files / "other-plan.json")
+    given: dict[str, Any] = {"model": "pruned", "teacher": "dense", "methods": "refit", **change}
+    for name in ("model", "teacher", "plan", "out"):
+        if given.get(name) is not None:
+            given[name] = files / given[name]
+    before = sorted(path.name for path in files.iterdir())
+    with pytest.raises(error, match=message):
+        recover(given.pop("model"), given.pop("methods"), **asked(files, **given))
+    assert sorted(path.name for path in files.iterdir()) == before
+
+
+def test_every_recovery_is_listed_with_what_it_does() -> None:
+    found = {method.name: method for method in recovery}
+    assert set(CLOSED) <= set(found)
+    assert all(found[name].summary for name in CLOSED)
+    assert set(found["emulated-update"].options) == {"measured", "sinks", "relative"}
+
+
+@pytest.mark.model
+def test_the_demo_model_gains() -> None:
+    """Six of thirty blocks; a few thousand tokens are enough to see the direction."""
+    subject = open_subject("demo")
+    from shallower.corpus import build_calibration
+
+    text = build_calibration("python", subject.tokenizer, sequences=32, length=128, part="train")
+    held = build_calibration("python", subject.tokenizer, sequences=4, length=128, part="held-out")
+    removed = frozenset(parse_units("block.13-18"))
+    repair = Repair(dissect(cut(subject.anatomy, removed)), subject.anatomy, removed, text)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(repair.student.model(input_ids=held.input_ids, labels=held.input_ids).loss)
+
+    before = loss()
+    recovery.get("refit").function(repair, reach="cuts")
+    assert loss() < before - 0.1
