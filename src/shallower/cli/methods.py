@@ -23,7 +23,6 @@ ROLES = {
     "search": "Searches choose what goes (--search)",
     "recovery": "Recoveries repair what a cut broke (--with, --recover)",
     "quality": "Scorers of text quality, from 0 to 1 (quality=… in a calibration specification)",
-    "recovery": "Recoveries repair what a cut broke (--with, --recover)",
 }
 
 
