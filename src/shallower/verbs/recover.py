@@ -235,8 +235,8 @@ def training_text(
 ) -> Training | None:
     """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
 
-    Raises UserError for instructions that nothing would read or several processes, CorpusError when there is too little
-    text.
+    Raises UserError for instructions that nothing would read or several processes, CorpusError when there is too
+    little text.
     """
     if not any(method.traits.get("trained") for method, _ in steps):
         if instructions is not None:
