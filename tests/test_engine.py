@@ -316,7 +316,7 @@ def test_exhaustive_search_is_the_oracle_on_a_small_model():
         if methods[0].traits.get("starts"):
             methods.insert(0, searches.get(methods[0].traits["starts"]))
         found[names] = really_cut[
-            run_search([(method, {}) for method in methods], blocks, budget, ablator, None, 0)[-1]
+            run_search([(method, {}) for method in methods], blocks, budget, ablator.losses, None, 0)[-1]
         ]
     assert found["exhaustive"] == pytest.approx(least, abs=2e-5)
     assert found["greedy"] >= found["greedy,swap"] - 2e-5
