@@ -32,7 +32,7 @@ def methods(
         str | None, Argument(metavar="[NAME]", help="A method, to see its description and options. Default: list all.")
     ] = None,
 ) -> Answer:
-    """List metrics, searches, recoveries …, or describe one."""
+    """List the methods of every kind, or describe one."""
     everything = [method for kind in registry.REGISTRIES for method in kind]
     if name is None:
         return Answer(_as_data(everything), lambda console: _list(console, everything))
