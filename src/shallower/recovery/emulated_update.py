@@ -12,7 +12,7 @@ from shallower.registry import recovery
 
 @recovery("emulated-update", source="arXiv:2407.16286")
 def emulated_update(
-    repair: Repair, *, measured: Literal["dense", "cut"] = "dense", sinks: float = 4.0, relative: bool = True
+    repair: Repair, *, measured: Literal["dense", "cut"] = "dense", sinks: float = 0.0, relative: bool = True
 ) -> None:
     """Add the missing units' mean update at each cut, as a bias where the family has one.
 

@@ -12,7 +12,7 @@ from shallower.surgery.fold import fold_map
 
 @recovery("linear-fold", source="arXiv:2505.02819")
 def linear_fold(
-    repair: Repair, *, ridge: float = 0.001, aim: Aim = "dense", sinks: float = 4.0, relative: bool = True
+    repair: Repair, *, ridge: float = 0.001, aim: Aim = "dense", sinks: float = 0.0, relative: bool = True
 ) -> None:
     """A map on the last MLP's (or attention's) output before each cut, folded into its matrix; no new parameters.
 

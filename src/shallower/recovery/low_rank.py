@@ -18,7 +18,7 @@ def low_rank(
     energy: float = 1.0,
     ridge: float = 0.001,
     aim: Aim = "dense",
-    sinks: float = 4.0,
+    sinks: float = 0.0,
     relative: bool = True,
 ) -> None:
     """At each cut x becomes x + (x − mean) A B + b, in closed form; has no place in a stock checkpoint.

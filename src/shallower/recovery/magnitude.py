@@ -13,7 +13,7 @@ from shallower.surgery.fold import fold_map, fold_scale
 
 @recovery("magnitude", source="arXiv:2507.18212, arXiv:2505.24680")
 def magnitude(
-    repair: Repair, *, per: Literal["stream", "channel"] = "stream", sinks: float = 4.0, relative: bool = True
+    repair: Repair, *, per: Literal["stream", "channel"] = "stream", sinks: float = 0.0, relative: bool = True
 ) -> None:
     """Rescale at each cut, so that what comes in has the length that the dense model's stream has behind the cut.
 

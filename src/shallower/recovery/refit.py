@@ -19,7 +19,7 @@ def refit(
     sublayers: Literal["both", "attn", "mlp"] = "both",
     bias: bool = False,
     aim: Aim = "dense",
-    sinks: float = 4.0,
+    sinks: float = 0.0,
     relative: bool = True,
 ) -> None:
     """Fit the whole matrix in front of each cut to the dense model's stream behind it; no new parameters.
