@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in """
     errors version progress
-    units strict_json registry resources reduction
+    store units strict_json registry resources reduction
     plan budget forms
     scores exchange recipes
     packaged

@@ -1,4 +1,4 @@
-"""JSON files that hold exactly the keys we know. Torch-free."""
+"""JSON and YAML files that hold exactly the keys we know. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shallower.errors import OutputError
+from shallower.errors import OutputError, UserError
 
 
 def key_faults(what: str, data: Mapping[str, Any], required: Iterable[str], optional: Iterable[str] = ()) -> list[str]:
@@ -39,6 +39,24 @@ def record_faults(what: str, data: Any, record: type) -> list[str]:
         if name in data and not any(_fits(data[name], kind) for kind in kinds):
             faults.append(f"{name!r} of {what} is {data[name]!r}, not {' or '.join(map(_called, kinds))}")
     return faults
+
+
+def read_yaml(path: Path, what: str, otherwise: str) -> dict[str, Any]:
+    """The keys and values of a YAML file. what: it should be. otherwise: what to do where there is none.
+
+    Raises UserError when it is missing, cannot be read, or holds no keys.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no {what} at {path}; {otherwise}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a {what}: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a {what}, which has keys and values.")
+    return data
 
 
 def is_number(value: Any) -> bool:

@@ -14,6 +14,7 @@ from typer import Argument, Option
 
 from shallower.cli import options
 from shallower.cli.output import print_json, screen
+from shallower.cli.verb import AsJson, Quiet
 from shallower.errors import UserError
 from shallower.recipes import read_recipe, shipped
 from shallower.strict_json import write_json
@@ -43,10 +44,8 @@ def run(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print the command lines, and run none. Default: run them.")
     ] = False,
-    as_json: Annotated[
-        bool, Option("--json", help="Print one JSON document and nothing else. Default: tables.")
-    ] = False,
-    quiet: Annotated[bool, Option("--quiet", help="Show no progress. Default: progress on stderr.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Repeat what a paper did, on a small model or at its size.
 

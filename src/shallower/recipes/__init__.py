@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.errors import UnknownName, UserError
-from shallower.strict_json import key_faults
+from shallower.strict_json import key_faults, read_yaml
 
 SUFFIX = ".yaml"
 _NAME = re.compile(r"\{(\w+)\}")
@@ -69,16 +69,7 @@ def read_recipe(name: str) -> Recipe:
     path = shipped().get(name, Path(name))
     if path.suffix != SUFFIX and not path.exists():
         raise UnknownName("recipe", name, shipped(), f"A file of your own ends in {SUFFIX}.")
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe at {path}; those shipped are {', '.join(shipped())}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a recipe: expected the keys title, source, about, steps and sizes.")
+    data = read_yaml(path, "recipe", f"those shipped are {', '.join(shipped())}")
     faults = [*key_faults(str(path), data, ("title", "source", "about", "steps", "sizes")), *_faults(str(path), data)]
     if faults:
         raise UserError("; ".join(faults) + ".")

@@ -4,7 +4,7 @@
     texts:                            # calibration texts by name: what the study varies first
       web: c4.jsonl
       books: books.jsonl
-    format: document                  # optional: `format` of the calibration specification; one or a list
+    format: [text, chat]              # optional: `format` of the calibration specification; one or a list
     sequences: [16, 32]               # one or a list
     length: 128
     seeds: [0, 1]
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.errors import UserError
-from shallower.strict_json import key_faults
+from shallower.strict_json import key_faults, read_yaml
 from shallower.study.result import Cell
 
 Names = tuple[str, ...]
@@ -83,17 +83,8 @@ _SINGLE_WHOLE = ("held_out_sequences", "held_out_length", "questions")
 
 def read_study(path: str | os.PathLike[str]) -> Study:
     """Read STUDY.yaml. Raises UserError that lists all faults of the file at once."""
-    import yaml
-
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no study at {path}; write one as `shallower study --help` shows.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as a study: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a study: expected keys such as models, texts and remove.")
+    data = read_yaml(path, "study", "write one as docs/study.md shows")
     return parse_study(data, str(path), path.parent)
 
 

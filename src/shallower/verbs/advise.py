@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -106,8 +107,6 @@ def advise(
 
 def _asks(target: str | Path) -> bool:
     """Whether the first line of a file is a question with choices."""
-    import json
-
     path = Path(str(target).partition("?")[0])
     if path.suffix != ".jsonl" or not path.is_file():
         return False

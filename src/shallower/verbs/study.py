@@ -9,13 +9,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
 
 from shallower import progress
-from shallower.corpus import CalibrationSet, build_calibration, build_choices
+from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices
 from shallower.engine import Ablator, reads_choices
 from shallower.engine.memo import context_key
 from shallower.errors import CorpusError, UserError
@@ -37,6 +37,7 @@ CELLS = "cells.jsonl"
 _QUESTION_TOKENS = 256
 _TIMED_TOKENS = 1024
 
+Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
 Context = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
 
 
@@ -94,10 +95,11 @@ def study(
         for model in given.models:
             subject = opened(model)
             _require_sound(subject, given)
+            texts = _judging_texts(subject, given)
             with ExitStack() as stack:
-                judges = _judges(subject, given, stack, memory, workers)
+                judges = _judges(subject, texts, stack, memory, workers)
+                runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
                 for context, cells in _contexts(given, model).items():
-                    runner = _Runner(subject, given, ledger, judges, memory, workers)
                     results += runner.run(context, cells, step)
     findings = find(results)
     return Finished(given, tuple(results), findings, folder)
@@ -135,11 +137,12 @@ def estimate(
     for model in given.models:
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         _require_sound(subject, given)
-        a_token = _seconds_a_token(subject, given, model)
-        runner = _Runner(subject, given, ledger, {}, None, None)
-        for context, cells in _contexts(given, model).items():
-            text = runner.calibration(context, given.objectives[0])
+        contexts = _contexts(given, model)
+        a_token = _seconds_a_token(subject, given, next(iter(contexts)))
+        runner = _Runner(subject, given, ledger, _digests(_judging_texts(subject, given)))
+        for context, cells in contexts.items():
             for objective in given.objectives:
+                text = _calibration(subject, given, context, objective)
                 asked: set[frozenset[Unit]] = set()
                 for cell in (cell for cell in cells if cell.objective == objective):
                     if ledger.get(runner.key(cell, text)) is not None:
@@ -155,21 +158,22 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Runner:
-    """Runs the cells of one calibration set on one model."""
+    """Runs the cells of one model. judged_on: digests of what `judges` read."""
 
     subject: Subject
     study: Study
     ledger: Ledger
-    judges: Mapping[str, Callable[[Sequence[frozenset[Unit]]], list[float]]]
-    memory: int | str | None
-    workers: int | str | None
+    judged_on: Mapping[str, str]
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    memory: int | str | None = None
+    workers: int | str | None = None
 
     def run(self, context: Context, cells: Sequence[Cell], step: progress.Step) -> list[Result]:
         results: list[Result] = []
         for objective in self.study.objectives:
             own = [cell for cell in cells if cell.objective == objective]
             with progress.silent():
-                found = self._measured(own, self.calibration(context, objective))
+                found = self._measured(own, _calibration(self.subject, self.study, context, objective))
             results += found
             step(len(own))
             _tell(found)
@@ -177,31 +181,22 @@ class _Runner:
 
     def _measured(self, cells: Sequence[Cell], text: CalibrationSet) -> list[Result]:
         """Results of the cells; those that are not on disk are searched one by one, and judged together."""
-        found: dict[Cell, Result] = {}
-        for cell in cells:
-            known = self.ledger.get(self.key(cell, text))
-            found[cell] = self._searched(cell, text) if known is None else replace(known, cell=cell)
-        fresh = [cell for cell in cells if self.ledger.get(self.key(cell, text)) is None]
-        judged = {name: judge([found[cell].removed for cell in fresh]) for name, judge in self.judges.items()}
+        keys = {cell: self.key(cell, text) for cell in cells}
+        known = {cell: result for cell, key in keys.items() if (result := self.ledger.get(key)) is not None}
+        fresh = {cell: self._searched(cell, text) for cell in cells if cell not in known}
+        judged = {name: judge([result.removed for result in fresh.values()]) for name, judge in self.judges.items()}
         for number, cell in enumerate(fresh):
             values = {name: judged[name][number] for name in judged}
-            found[cell] = replace(
-                found[cell],
+            fresh[cell] = replace(
+                fresh[cell],
                 held_out={name: math.exp(values[name]) for name in self.study.held_out},
                 tasks={name: 1 - values[name] for name in self.study.tasks},
             )
-            self.ledger.add(self.key(cell, text), found[cell])
-        return list(found.values())
-
-    def calibration(self, context: Context, objective: str) -> CalibrationSet:
-        _, name, form, sequences, length, seed = context
-        spec = self.study.texts[name]
-        if form and not reads_choices(objectives.get(objective)):
-            spec += f"{'&' if '?' in spec else '?'}format={form}"
-        return calibrate(self.subject, spec, sequences=sequences, length=length, seed=seed, objective=objective)
+            self.ledger.add(keys[cell], fresh[cell])
+        return [fresh[cell] if cell in fresh else replace(known[cell], cell=cell) for cell in cells]
 
     def key(self, cell: Cell, text: CalibrationSet) -> str:
-        """Digest of all that a cell's result depends on; the names of texts do not count, what is in them does."""
+        """Digest of all that a cell's result depends on: not where texts lie, but what is in them."""
         study = self.study
         return context_key(
             {
@@ -209,9 +204,9 @@ class _Runner:
                 "calibration": text.digest,
                 "cell": [cell.seed, cell.objective, cell.search, cell.remove],
                 "how": [study.units, study.protect, sorted(study.settings.items()), study.exact],
-                "held_out": [sorted(study.held_out.items()), study.held_out_sequences, study.held_out_length],
-                "tasks": [sorted(study.tasks.items()), study.questions],
+                "judged_on": sorted(self.judged_on.items()),
                 "dtype": str(self.subject.model.dtype),
+                "version": __version__,
             }
         )
 
@@ -254,20 +249,20 @@ def _contexts(given: Study, model: str) -> dict[Context, list[Cell]]:
     return contexts
 
 
-def _judges(
-    subject: Subject, given: Study, stack: ExitStack, memory: int | str | None, workers: int | str | None
-) -> dict[str, Callable[[Sequence[frozenset[Unit]]], list[float]]]:
-    """For each held-out text its mean loss, for each task the share of wrong answers, of many sets at once."""
+def _calibration(subject: Subject, given: Study, context: Context, objective: str) -> CalibrationSet:
+    _, name, form, sequences, length, seed = context
+    spec = given.texts[name]
+    if form and not reads_choices(objectives.get(objective)):
+        spec += f"{'&' if '?' in spec else '?'}format={form}"
+    return calibrate(subject, spec, sequences=sequences, length=length, seed=seed, objective=objective)
 
-    def judge(text: CalibrationSet, objective: str, options: Mapping[str, str]) -> Ablator:
-        return stack.enter_context(
-            closing(make_ablator(subject, text, objective, options, memory=memory, workers=workers))
-        )
 
-    found: dict[str, Callable[[Sequence[frozenset[Unit]]], list[float]]] = {}
+def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
+    """What plans are judged on: held-out texts, and questions of tasks, by name."""
+    found: dict[str, CalibrationSet] = {}
     for name, spec in given.held_out.items():
         shared = spec.partition("?")[0] in {other.partition("?")[0] for other in given.texts.values()}
-        text = build_calibration(
+        found[name] = build_calibration(
             spec,
             subject.tokenizer,
             sequences=given.held_out_sequences,
@@ -275,12 +270,28 @@ def _judges(
             part="held-out" if shared else "all",
             supply=supply(subject.model, subject.tokenizer),
         )
-        found[name] = judge(text, "nll", {}).losses
     for name, spec in given.tasks.items():
-        questions = build_choices(
-            spec, subject.tokenizer, questions=given.questions, length=_QUESTION_TOKENS, seed=0, part="all"
-        )
-        found[name] = judge(questions, "task", {"of": "accuracy"}).losses
+        found[name] = build_choices(spec, subject.tokenizer, questions=given.questions, length=_QUESTION_TOKENS)
+    return found
+
+
+def _digests(texts: Mapping[str, CalibrationSet]) -> dict[str, str]:
+    return {name: text.digest for name, text in texts.items()}
+
+
+def _judges(
+    subject: Subject,
+    texts: Mapping[str, CalibrationSet],
+    stack: ExitStack,
+    memory: int | str | None,
+    workers: int | str | None,
+) -> dict[str, Judge]:
+    """For each held-out text its mean loss, for each task the share of wrong answers, of many sets at once."""
+    found: dict[str, Judge] = {}
+    for name, text in texts.items():
+        objective, options = ("task", {"of": "accuracy"}) if isinstance(text, ChoiceSet) else ("nll", {})
+        ablator = make_ablator(subject, text, objective, options, memory=memory, workers=workers)
+        found[name] = stack.enter_context(closing(ablator)).losses
     return found
 
 
@@ -351,11 +362,9 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
     return asked
 
 
-def _seconds_a_token(subject: Subject, given: Study, model: str) -> float:
+def _seconds_a_token(subject: Subject, given: Study, context: Context) -> float:
     """Seconds that one calibration token of one candidate takes here, from single removals spread over the depth."""
-    context = next(iter(_contexts(given, model)))
-    runner = _Runner(subject, given, Ledger(Path(os.devnull)), {}, None, None)
-    text = runner.calibration(context, given.objectives[0])
+    text = _calibration(subject, given, context, given.objectives[0])
     few = max(1, min(text.sequences, _TIMED_TOKENS // text.length))
     if not reads_choices(objectives.get(given.objectives[0])):
         text = CalibrationSet(text.spec, text.input_ids[:few], None)

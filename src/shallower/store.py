@@ -1,0 +1,78 @@
+"""One SQLite file, in write-ahead mode: safe against several processes and against a kill at any moment."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shallower.errors import OutputError
+
+WAIT_SECONDS = 60
+
+
+class Store:
+    """A table that only grows. A file that is no store, or is damaged, is set aside and begun anew."""
+
+    def __init__(self, path: str | os.PathLike[str], schema: str, what: str) -> None:
+        """Open or create the file. schema: makes the table unless it is there. what: is kept, for the error.
+
+        Raises OutputError, as `read` and `write` do, when the disk is full or the place cannot be written.
+        """
+        self.path = Path(path)
+        self._schema = schema
+        self._what = what
+        with self._room():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self._set_aside()
+
+    def read(self, question: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Rows that answer a SELECT; none from a file that turns out to be damaged."""
+        with self._room():
+            try:
+                return self._connection.execute(question, parameters).fetchall()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self._connection.close()
+                self._set_aside()
+                return []
+
+    def write(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run an INSERT for each row, in one transaction."""
+        with self._room(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(statement, rows)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _open(self) -> None:
+        self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        self._connection.execute(self._schema)
+
+    def _set_aside(self) -> None:
+        self.path.replace(self.path.with_suffix(".damaged"))
+        for companion in ("-wal", "-shm"):
+            Path(f"{self.path}{companion}").unlink(missing_ok=True)
+        self._open()
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.OperationalError) as error:
+            raise OutputError(
+                f"cannot keep {self._what} in {self.path}: {error}. Free some room there, or set SHALLOWER_CACHE to a "
+                "folder on another disk."
+            ) from error
