@@ -368,9 +368,12 @@ def _calibration_of(
     spec = str(named) if named is not None else None if recorded is None else recorded.spec
     if spec is None:
         return None, ""
-    build = build_choices if made is not None and made.objective == "task" else build_calibration
+    found: CalibrationSet
     try:
-        found: CalibrationSet = build(spec, subject.tokenizer)
+        if made is not None and made.objective == "task":
+            found = build_choices(spec, subject.tokenizer)
+        else:
+            found = build_calibration(spec, subject.tokenizer, supply=supply(subject.model, subject.tokenizer))
     except UserError as error:
         if named is not None:
             raise
