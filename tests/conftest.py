@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # for the tier `hub`: HF_HUB_OFFLINE=0 make test TIERS=hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+# Code of the folders that tests load is copied here, once for all tests: Python keeps what it imported from where.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="shallower-modules-")
 
 import hypothesis
 import pytest
@@ -38,6 +42,10 @@ def _own_cache(
     """Tests marked `model` share the user's cache, so that the demo model is fetched once; no other may touch it."""
     if request.node.get_closest_marker("model") is None:
         monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path_factory.getbasetemp() / "shallower-cache"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

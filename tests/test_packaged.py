@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -65,16 +64,7 @@ FAMILIES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_module_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Code of the folders that tests load is copied to their own place."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
 def with_code(folder: Path) -> PreTrainedModel:
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True).eval()
 
 
