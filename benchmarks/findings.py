@@ -58,9 +58,10 @@ TASKS = {
 }
 OWN_QUESTIONS = "tasks/arc_easy/validation.jsonl"
 ON_TEXT, ON_TASK, SPANS = "loss on C4", f"loss on {OWN}", "angular spans"
-ANSWERED = ("cosine", ON_TEXT, "shapley on C4", ON_TASK, SPANS)  # rankings whose cuts are asked questions, too
+VALUE_ON_TEXT, VALUE_ON_TASK = "shapley on C4", f"shapley on {OWN}"
+ANSWERED = ("cosine", ON_TEXT, VALUE_ON_TEXT, VALUE_ON_TASK, SPANS)  # rankings whose cuts are asked questions, too
 NAMES = {"block": "blocks", "attn": "attention sublayers", "mlp": "MLP sublayers"}
-COLOURS = ("#64748B", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#64748B", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#334155")
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,9 @@ def _curves(
         ON_TEXT: {"metric": "loss", "calibration": text},
         ON_TASK: {"metric": "loss", "calibration": own, "objective": "task"},
     }
-    if samples:
-        chosen = {"samples": str(samples)}
-        ways["shapley on C4"] = {"metric": "shapley", "calibration": text, "settings": chosen}
+    shapley: dict[str, Any] = {"metric": "shapley", "settings": {"samples": str(samples)}}
+    ways[VALUE_ON_TEXT] = {"calibration": text, **shapley}
+    ways[VALUE_ON_TASK] = {"calibration": own, "objective": "task", **shapley}
     for kind, (ranking, way) in itertools.product(KINDS, ways.items()):
         order = score(subject, units=kind, **way).ranked()
         yield Curve(kind, ranking, _nested(order))
@@ -302,14 +303,14 @@ def _first(found: Measured) -> Iterator[str]:
 def _second(found: Measured) -> Iterator[str]:
     yield "## 2. Does a metric gain on the task it was computed on, and lose on others?"
     yield (
-        f"Leave-one-out on the answers of {OWN} against leave-one-out on text: by how many nats the right answer is "
-        "further ahead of the best wrong one when units are removed in the task's own order, ± the standard error over "
-        "questions; and the ratio of perplexities."
+        f"Shapley values on the answers of {OWN} (its validation part) against Shapley values on text: by how many "
+        "nats the right answer is further ahead of the best wrong one when units are removed in the task's own order, "
+        "± the standard error over questions; and the ratio of perplexities."
     )
     rows = []
     gained: dict[str, list[int]] = {task.name: [0, 0, 0] for task in found.tasks}
     for kind in KINDS:
-        own, plain = (next(c for c in found.of(kind) if c.ranking == name) for name in (ON_TASK, ON_TEXT))
+        own, plain = (next(c for c in found.of(kind) if c.ranking == name) for name in (VALUE_ON_TASK, VALUE_ON_TEXT))
         for number in own.asked[1:]:
             cells = []
             for task in found.tasks:
@@ -437,9 +438,7 @@ def main() -> None:
     size: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("SEQUENCES", "LENGTH")}
     parser.add_argument("--calibration", default=(8, 128), help="of the text that metrics read", **size)
     parser.add_argument("--text", default=(8, 256), help="of the text for perplexity", **size)
-    parser.add_argument(
-        "--samples", type=int, default=3, help="orders of removal for Shapley values; 0 leaves them out"
-    )
+    parser.add_argument("--samples", type=int, default=3, help="orders of removal for Shapley values")
     parser.add_argument("--out", default="docs", help="folder for findings.md and findings/")
     given = parser.parse_args()
     start = time.perf_counter()

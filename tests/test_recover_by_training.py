@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from shallower import prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
-from shallower.errors import ModelError, UserError
+from shallower.errors import UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.surgery import cut, save
 from shallower.surgery.verify import full_logits
@@ -133,10 +133,17 @@ def test_sublayers_that_are_missing_alone_are_repaired_and_trained_too(files: Pa
     assert torch.allclose(full_logits(loaded, ids), full_logits(pruned.model, ids), atol=1e-5)
 
 
+def test_trained_maps_are_saved_in_place_of_a_block(files: Path) -> None:
+    found = recover(files / "pruned", "low-rank-trained", teacher=files / "dense", out=files / "out", **asked(files))
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
+    ids = torch.arange(3, 27)[None]
+    assert torch.allclose(full_logits(loaded, ids), full_logits(found.model, ids), atol=1e-5)
+    assert loaded.config.num_hidden_layers == found.model.config.num_hidden_layers + 1
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"methods": "low-rank-trained", "out": "out"}, ModelError, "maps at cuts"),
         ({"methods": "refit", "instructions": "text.jsonl"}, UserError, "--instructions is for recoveries that train"),
         ({"methods": "refit,full", "train_sequences": 10**6}, UserError, "set with --train-sequences"),
         ({"methods": "full", "dtype": "bfloat16"}, UserError, "compute=float32 needs the model in float32"),

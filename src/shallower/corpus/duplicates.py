@@ -1,7 +1,7 @@
 """Texts that say the same: exactly (but for case and punctuation), or nearly, by the words they share in runs of five.
 
-- Words are runs of letters and digits, lower-cased; a text is the set of its runs of `SHINGLE` words (a shorter one is
-  a single run). How alike two texts are is the Jaccard similarity of these sets (Broder 1997).
+- Words are runs of letters and digits, lower-cased; a text is the set of its runs of `SHINGLE` words. How alike two
+  texts are is the Jaccard similarity of these sets (Broder 1997); of short texts only exact copies count.
 - Candidates come from MinHash signatures in a locality-sensitive index (datasketch), with so many bands that a pair at
   the threshold itself is found with probability 0.999; each is then verified on the sets themselves, so what is
   reported is exact and only what is missed is a matter of chance.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datasketch import MinHash
 
 SHINGLE = 5
+LEAST_WORDS = 20  # of fewer, most of a text's runs are those of a date line or a heading: only copies say the same
 PERMUTATIONS = 128
 _FOUND = 0.999  # of the pairs whose similarity is the threshold
 _WORD = re.compile(r"[^\W_]+")
@@ -124,8 +125,9 @@ class Duplicates:
         """Texts that were added and are at least `threshold` alike, with their similarity, in the order added.
 
         skip: which of them need no comparing, asked right before it would be done. Then `add` adds the text itself.
+        Texts of fewer than LEAST_WORDS words are like no other: `exact` finds their copies.
         """
-        self._set = self._shingles.of(words)
+        self._set = self._shingles.of(words if len(words) >= LEAST_WORDS else [])
         self._signature = self._empty.copy()
         small = self._set >> np.uint64(32)  # the library permutes 32-bit numbers
         for start in range(0, len(small), _SHINGLES_AT_ONCE):
@@ -148,7 +150,10 @@ class Duplicates:
 
 
 def near_pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[int, int, float]]:
-    """Every pair of texts that is found and is at least `threshold` alike: two positions and the similarity."""
+    """Every pair of texts of LEAST_WORDS words and more that is found and is at least `threshold` alike.
+
+    Two positions and the similarity.
+    """
     seen = Duplicates(threshold)
     for number, text in enumerate(texts):
         yield from ((other, number, alike) for other, alike in seen.near(words_of(text)))

@@ -28,7 +28,7 @@ def shapley(
     losses: Losses,
     rng: Random,
     *,
-    samples: int = 16,
+    samples: int = 22,
     max_removed: int = 4,
     stable: float = 0.95,
 ) -> dict[Unit, tuple[float, float | None]]:

@@ -10,7 +10,8 @@ changes the student in place and returns it.
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.
 
-What can live in a stock checkpoint is folded into it (`surgery.fold`); the rest becomes a `Patch` at the cut.
+What can live in a stock checkpoint is folded into it (`surgery.fold`); the rest becomes a `Patch` at the cut,
+which a packaged checkpoint holds in the place of something missing (`surgery.mapping`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def low_rank(
     sinks: float = 0.0,
     relative: bool = True,
 ) -> None:
-    """At each cut x becomes x + (x − mean) A B + b, in closed form; has no place in a stock checkpoint.
+    """At each cut x becomes x + (x − mean) A B + b, in closed form; saved packaged, as stock checkpoints have no place.
 
     x is the stream of the cut and so far repaired model; what is added is regressed on it.
     rank: of A B; 0 is no limit. energy: stop below that rank when the map explains this share of what the full-rank map

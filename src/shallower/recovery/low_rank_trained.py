@@ -23,7 +23,7 @@ def low_rank_trained(
 
     rank: of the map; 0 for the bias alone. by: what it learns from. mse: what the missing units did in the dense model;
     kl: the dense model's probabilities (distill=1); nll: the text. The maps add parameters that a stock checkpoint has
-    no place for.
+    no place for: it is saved packaged.
     """
     own_parameters(student)
     places = gaps(task.anatomy, task.removed)

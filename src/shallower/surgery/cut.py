@@ -73,7 +73,7 @@ def cut(anatomy: Anatomy, units: Collection[Unit], *, padded: bool = False) -> P
         if thorough is padded and not any(layer.leftover for layer in layers):
             continue  # the same again
         try:
-            model = _assemble(anatomy, layers, padded=padded, thorough=thorough)
+            model = assemble(anatomy, layers, padded=padded, thorough=thorough)
             expected = _expected(anatomy, removed, ids) if expected is None else expected
             _require_equal(anatomy, model, ids, expected)
         except ModelError as error:
@@ -140,8 +140,13 @@ def _checked(anatomy: Anatomy, units: Collection[Unit]) -> frozenset[Unit]:
     return frozenset(units)
 
 
-def _assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thorough: bool) -> PreTrainedModel:
-    """A model whose blocks are `layers`. Raises ModelError when the family's config cannot describe them."""
+def assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thorough: bool) -> PreTrainedModel:
+    """A model whose blocks are `layers`, sharing tensors with the dense one; nothing is verified.
+
+    padded: as for `cut`. thorough: what only serves a removed sublayer goes, too.
+
+    Raises ModelError when the family's config cannot describe them.
+    """
     dense = anatomy.model
     homes = [layer.home for layer in layers]
     mlps = [layer.home if layer.mlp is None else layer.mlp for layer in layers]

@@ -1,15 +1,27 @@
-"""Put a small map where a sublayer was removed: what a repair without training finds is kept there."""
+"""Put a small map where a sublayer was removed: what a repair finds is kept there."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shallower.anatomy.dissect import Anatomy, dissect, probe_ids, unpack
+from shallower.anatomy.dissect import Anatomy, Block, dissect, probe_ids, unpack
+from shallower.anatomy.patch import Patch
+from shallower.anatomy.writers import find_writers
+from shallower.engine.statistics import Point
 from shallower.errors import ModelError
 from shallower.packaged import Absent, LeavesOut
-from shallower.units import Unit
+from shallower.surgery.adopt import restate
+from shallower.surgery.cut import assemble
+from shallower.surgery.pairing import Layer, in_place, mlp_side
+from shallower.surgery.patch import patches, patches_at
+from shallower.surgery.stations import layers_of, stations
+from shallower.surgery.verify import difference, full_logits, tolerance
+from shallower.units import Kind, Unit
 
 
 def put_map(
@@ -20,6 +32,7 @@ def put_map(
     down: Tensor | None = None,
     up: Tensor | None = None,
     mean: Tensor | None = None,
+    factor: float = 1.0,
 ) -> None:
     """Let `model` add (x - mean) @ down @ up + bias to the stream x where `unit` was removed (arXiv:2407.16286).
 
@@ -30,6 +43,7 @@ def put_map(
         down: [hidden, rank], together with `up`. A full map is one of rank `hidden`.
         up: [rank, hidden].
         mean: [hidden]; together with `down`.
+        factor: What the block multiplies that sublayer's output by (Granite's `residual_multiplier`).
 
     Raises:
         ModelError: Nothing stands for `unit`, shapes do not fit, or what stands there does not see or reach the stream
@@ -55,10 +69,10 @@ def put_map(
     with torch.no_grad():
         for part, tensor in given.items():
             if tensor is not None:
-                getattr(new, part).copy_(tensor)
+                getattr(new, part).copy_(tensor if part in ("down", "mean") else tensor / factor)
     block._modules[name] = new
     try:
-        _require_stream(anatomy, place, unit, new)
+        _require_stream(anatomy, place, unit, new, factor)
     except ModelError:
         block._modules[name] = stand_in
         raise
@@ -66,6 +80,97 @@ def put_map(
         config = vars(module).get("config")
         if hasattr(config, "block_configs"):
             config.block_configs[place][half]["map"] = kind
+
+
+def mapped(student: PreTrainedModel, dense: Anatomy, removed: Collection[Unit]) -> PreTrainedModel:
+    """A model that computes what the cut and patched `student` does, with each patch as the map of a missing sublayer.
+
+    It is of the class that a packaged checkpoint has. Where only whole blocks are missing behind a patch, one of them
+    stays as an empty block that holds nothing but the map. Tensors are shared with the student.
+
+    dense: of the model that `student` was cut from, in the same type. removed: what `student` lacks.
+
+    Raises ModelError where the family has no place for such a map, PlanError when `student` is not `dense` without
+    `removed`.
+    """
+    own = dissect(student)
+    layers = layers_of(own, dense, removed)
+    halves = find_writers(dense)
+    wanted: dict[Unit, Patch] = {}
+    for station in stations(own, dense, removed, halves):
+        held = _held(own, station.here)
+        slots = [half for unit in station.missing for half in _sublayers(unit, dense)]
+        if len(held) > len(slots):
+            raise ModelError(
+                f"{len(held)} maps stand where {len(slots)} sublayers are missing, and each needs the place of one: "
+                "use one recovery that puts maps at cuts."
+            )
+        wanted |= zip(slots, held, strict=False)
+    homes = {unit.index for unit in wanted}
+    apart = {half for unit in removed for half in (_sublayers(unit, dense) if unit.index in homes else (unit,))}
+    described = in_place(dense, apart, keep_empty=True)
+    model = assemble(dense, described, padded=False, thorough=True)
+    _transplant(student, own, layers, model, dense, described)
+    restate(model, student)
+    for unit, patch in wanted.items():
+        writer = halves[unit.index].writer(unit.kind)
+        with_rank = {} if patch.rank == 0 else {"down": patch.down, "up": patch.up, "mean": patch.mean}
+        put_map(model, unit, bias=patch.bias, factor=1.0 if writer is None else writer.factor, **with_rank)
+    ids = probe_ids(model)
+    expected = full_logits(student, ids)
+    away, allowed = difference(full_logits(model, ids), expected), tolerance(model, expected)
+    if away > allowed:
+        raise ModelError(
+            f"{dense.family} computes something else with maps in the place of missing sublayers than with maps at "
+            f"cuts: logits differ by {away:.3g}."
+        )
+    return model
+
+
+def _held(anatomy: Anatomy, here: Point) -> list[Patch]:
+    """The patches at a point of the stream."""
+    if here.without:
+        return patches_at(anatomy, here.index, "middle")
+    behind = patches_at(anatomy, here.index - 1, "exit") if here.index else []
+    return behind + (patches_at(anatomy, here.index, "entry") if here.index < len(anatomy.blocks) else [])
+
+
+def _sublayers(unit: Unit, dense: Anatomy) -> tuple[Unit, ...]:
+    """The unit itself, or the two halves of a block that has two."""
+    block = dense.blocks[unit.index]
+    if unit.kind != "block" or block.attn is None or block.mlp is None:
+        return (unit,)
+    return Unit(unit.index, "attn"), Unit(unit.index, "mlp")
+
+
+def _transplant(
+    student: PreTrainedModel,
+    own: Anatomy,
+    layers: Sequence[Layer],
+    model: PreTrainedModel,
+    dense: Anatomy,
+    described: Sequence[Layer],
+) -> None:
+    """Give `model`, whose blocks are `described`, the parameters of the student, whose blocks are `layers`."""
+    sides = mlp_side(dense)
+    place_of = {layer.home: place for place, layer in enumerate(described)}
+    maps = {id(part) for _, patch in patches(student) for part in patch.parameters()}
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        if id(parameter) in maps:
+            continue
+        owner, _, key = name.rpartition(".")
+        if owner.startswith(f"{own.path}."):
+            place, _, inside = owner.removeprefix(f"{own.path}.").partition(".")
+            layer = layers[int(place)]
+            source = layer.mlp if inside.partition(".")[0] in sides[layer.home] else layer.attn
+            home = place_of[layer.home if source is None else source]
+            owner = ".".join(filter(None, (dense.path, str(home), inside)))
+        try:
+            holder = model.get_submodule(owner)
+        except AttributeError:  # a norm of a missing sublayer, which stayed in the student
+            continue
+        if key in holder._parameters:
+            holder._parameters[key] = parameter
 
 
 def _find(model: PreTrainedModel, unit: Unit) -> tuple[int, str, Absent]:
@@ -82,7 +187,23 @@ def _find(model: PreTrainedModel, unit: Unit) -> tuple[int, str, Absent]:
     raise ModelError(f"nothing single stands where {unit} was, so that no map can be put there.")
 
 
-def _require_stream(anatomy: Anatomy, place: int, unit: Unit, stand_in: Absent) -> None:
+@contextmanager
+def _alone(block: Block, stand_in: Absent, other: Kind) -> Iterator[None]:
+    """Inside the `with`, the block's other half adds nothing, whether it is there or a map stands for it."""
+    if block.part(other) is not None:
+        with block.without(other):
+            yield
+        return
+    modules = block.module._modules
+    maps = {name: child for name, child in modules.items() if isinstance(child, Absent) and child is not stand_in}
+    modules.update({name: Absent(one.arguments, one.arity, one.adds_residual) for name, one in maps.items()})
+    try:
+        yield
+    finally:
+        modules.update(maps)
+
+
+def _require_stream(anatomy: Anatomy, place: int, unit: Unit, stand_in: Absent, factor: float) -> None:
     """Raise ModelError unless the block, without its other half, adds to its input x what the map makes of x."""
     block = anatomy.blocks[place]
     seen: dict[str, Tensor] = {}
@@ -92,16 +213,15 @@ def _require_stream(anatomy: Anatomy, place: int, unit: Unit, stand_in: Absent) 
         assert isinstance(given, Tensor)
         seen.update(before=given, after=unpack(output))
 
-    other = "mlp" if unit.kind == "attn" else "attn"
     handle = block.module.register_forward_hook(remember, with_kwargs=True)
     try:
-        with torch.no_grad(), block.without(other):  # type: ignore[arg-type]
+        with torch.no_grad(), _alone(block, stand_in, "mlp" if unit.kind == "attn" else "attn"):
             anatomy.model(input_ids=probe_ids(anatomy.model), use_cache=False)
             x = seen["before"]
             update = torch.zeros_like(x)
             if stand_in.down is not None and stand_in.up is not None:
                 update = (x if stand_in.mean is None else x - stand_in.mean) @ stand_in.down @ stand_in.up
-            wanted = x + update if stand_in.bias is None else x + update + stand_in.bias
+            wanted = x + factor * (update if stand_in.bias is None else update + stand_in.bias)
     finally:
         handle.remove()
     if not torch.allclose(seen["after"].float(), wanted.float(), rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):

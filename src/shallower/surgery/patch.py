@@ -7,16 +7,17 @@ in, on the way out, or between attention and MLP. So whatever finds, replays, co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from shallower.anatomy.dissect import Anatomy, pack, unpack
 from shallower.anatomy.patch import Patch
-from shallower.anatomy.writers import Halves
+from shallower.anatomy.writers import Halves, find_writers
 from shallower.errors import ModelError
 
 Where = Literal["entry", "middle", "exit"]
+PLACES: tuple[Where, ...] = get_args(Where)
 
 
 def attach(anatomy: Anatomy, index: int, where: Where, patch: Patch, halves: Halves) -> None:
@@ -49,6 +50,33 @@ def patches(model: nn.Module) -> Iterator[tuple[str, Patch]]:
     for name, module in model.named_modules():
         if isinstance(module, Patch):
             yield name, module
+
+
+def patches_at(anatomy: Anatomy, index: int, where: Where) -> list[Patch]:
+    """The patches that stand there, in the order in which the stream meets them."""
+    block = anatomy.blocks[index].module
+    holder = block
+    if where == "middle":
+        name = vars(block).get("_patched_attention")
+        if name is None:
+            return []
+        holder = block.get_submodule(name)
+    held = holder._modules.get(f"{where}_patch")
+    return [] if held is None else [patch for patch in held.children() if isinstance(patch, Patch)]
+
+
+def repeat_patches(source: Anatomy, target: Anatomy) -> None:
+    """Patch `target` as `source` is, which has the same blocks, in its own type and on its own device."""
+    kind = {"dtype": target.model.dtype, "device": target.model.device}
+    halves = find_writers(target)
+    for block in source.blocks:
+        for where in PLACES:
+            for patch in patches_at(source, block.index, where):
+                copied = Patch(
+                    *(t.detach().to(**kind, copy=True) for t in (patch.down, patch.up, patch.mean, patch.bias))
+                )
+                copied.requires_grad_(patch.down.requires_grad)
+                attach(target, block.index, where, copied, halves[block.index])
 
 
 def _hold(module: nn.Module, where: Where, patch: Patch) -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
-from shallower.anatomy import dissect
+from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import LoadedModel
 from shallower.corpus import CalibrationSet, overlap
 from shallower.engine import stream_scores
@@ -35,7 +35,8 @@ from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_free, require_whole, save
 from shallower.surgery.adopt import adopt
-from shallower.surgery.save import require_no_maps
+from shallower.surgery.mapping import mapped
+from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
 from shallower.verbs.evaluate import TaskScores, held_out, read_questions, task_scores, text_name, text_perplexity
@@ -211,8 +212,6 @@ def prune(
                 seed=seed,
                 memory=memory,
             )
-        if out is not None:
-            require_no_maps(smaller.model)
         smaller = Subject(smaller.loaded, dissect(smaller.model))
     with clock("perplexity"):
         before, after = _perplexities((subject, smaller), contents, window, max_windows)
@@ -233,7 +232,7 @@ def prune(
         seconds=clock.seconds,
         notes=notes,
         machine=_machine(),
-        form=stored.form.name,
+        form="packaged" if any(patches(smaller.model)) else stored.form.name,
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
@@ -242,9 +241,11 @@ def prune(
         resume.clear()
         return Pruned(smaller.model, given, data, None)
     with clock("writing and verifying"):
-        found = _as_stored(subject, stored, given.removed, form)
+        anatomy, found = _as_stored(subject, stored, given.removed, form)
         if steps and found is not stored:
             adopt(found.model, smaller.model, untouched)
+        if any(patches(found.model)):
+            found = export(anatomy, given.removed, mapped(found.model, anatomy, given.removed), form)
         folder = save(
             found,
             out,
@@ -283,10 +284,12 @@ def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject
         ), found
 
 
-def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], form: str) -> Export:
-    """The cut model in the precision that the dense checkpoint is stored in, whatever it was measured in."""
+def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], form: str) -> tuple[Anatomy, Export]:
+    """The cut model in the precision that the dense checkpoint is stored in, whatever it was measured in, and the dense
+    model's anatomy in that precision.
+    """
     again = as_stored(subject, removed)
-    return measured if again is None else export(again[0], removed, again[1], form)
+    return (subject.anatomy, measured) if again is None else (again[0], export(again[0], removed, again[1], form))
 
 
 def _recoveries(names: str, settings: Mapping[str, str]) -> tuple[Stages, dict[str, str]]:

@@ -36,7 +36,8 @@ from shallower.reporting.wording import plural, recovery_rows
 from shallower.resources import parse_memory
 from shallower.surgery import cut, require_free
 from shallower.surgery.adopt import adopt
-from shallower.surgery.save import require_no_maps
+from shallower.surgery.mapping import mapped
+from shallower.surgery.patch import patches
 from shallower.training.instructions import build_instructions
 from shallower.training.recipe import HeldOut, check_recipe
 from shallower.units import Unit
@@ -185,13 +186,13 @@ def recover(
     if out is None:
         resume.clear()
         return Recovered(student.model, given, stages, notes, None)
-    require_no_maps(student.model)
-    stored = reload()
-    if stored is not None:
+    anatomy, stored = dense.anatomy, student.model
+    if (again := reload()) is not None:
+        anatomy, stored = again
         adopt(stored, student.model, untouched)
     document = {"recovery": [stage.to_json() for stage in stages], "notes": list(notes)}
     folder = save(
-        student.model if stored is None else stored,
+        with_maps_inside(stored, anatomy, given.removed),
         out,
         plan=given,
         tokenizer=dense.loaded.tokenizer,
@@ -340,6 +341,14 @@ def perplexities(
     }
 
 
+def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:
+    """The model that can be saved: itself, or where maps stand at cuts, one that has them in place of what is missing.
+
+    dense: of the model it was cut from, in the same precision.
+    """
+    return mapped(model, dense, removed) if any(patches(model)) else model
+
+
 def recovery_card(stages: Sequence[RecoveryStage]) -> str:
     """The stages as a Markdown table for the model card."""
     head, rows = recovery_rows(stages)
@@ -373,8 +382,10 @@ def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> Pr
 
 def _student(
     model: Any, dense: Subject, plan: PruningPlan, *, has_teacher: bool, options: Mapping[str, Any]
-) -> tuple[Subject, Callable[[], PreTrainedModel | None]]:
-    """The cut model, and how to get it once more in the precision that its checkpoint has, where that is another."""
+) -> tuple[Subject, Callable[[], tuple[Anatomy, PreTrainedModel] | None]]:
+    """The cut model, and how to get it and the dense one's anatomy once more, in the precision that its checkpoint has;
+    None where they are in that.
+    """
     if has_teacher:
         student = open_subject(model, dense.loaded.tokenizer, **options)
         _require_kin(student, dense)
@@ -384,17 +395,14 @@ def _student(
         if stored in (None, _dtype(student)):
             return student, lambda: None
         wanted = {**options, "device": "cpu", "dtype": stored}
-        return student, lambda: open_subject(folder, **wanted).model
+        name = dense.model if dense.loaded.path is None else dense.loaded.path
+        return student, lambda: (open_subject(name, **wanted).anatomy, open_subject(folder, **wanted).model)
     plan.require_for(dense.identity)
     with progress.task("cutting"):
         smaller = cut(dense.anatomy, plan.removed)
         loaded = LoadedModel(smaller, dense.loaded.tokenizer, dense.loaded.name, dense.loaded.revision, None)
 
-    def again() -> PreTrainedModel | None:
-        found = as_stored(dense, plan.removed)
-        return None if found is None else found[1]
-
-    return Subject(loaded, dissect(smaller)), again
+    return Subject(loaded, dissect(smaller)), lambda: as_stored(dense, plan.removed)
 
 
 def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTrainedModel] | None:
