@@ -452,6 +452,10 @@ def test_a_right_answer_that_is_no_choice_is_refused(data: Path, tmp_path: Path)
     jsonl(tmp_path / "piqa" / "validation.jsonl", [{**row, "gold": 2}])
     with pytest.raises(CorpusError, match=r"task piqa \(from the folder\) cannot be read.*right answer"):
         open_tasks(["piqa"], data=tmp_path)
+    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+    jsonl(tmp_path / "arc_easy" / "test.jsonl", [{**row, "answerKey": key} for key in "AE"])
+    with pytest.raises(CorpusError, match=r"item 1 of task arc_easy cannot be asked.*'E' is not in list"):
+        open_tasks(["arc_easy"], data=tmp_path)
 
 
 def test_fields_of_copies() -> None:

