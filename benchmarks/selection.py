@@ -115,13 +115,15 @@ def sleb(reference: Reference, units: Sequence[Unit], count: int) -> Removed:
 GENERATIONS, OFFSPRING = 12, 16
 
 
-def evopress(reference: Reference, units: Sequence[Unit], count: int) -> Removed:
+def evopress(
+    reference: Reference, units: Sequence[Unit], count: int, generations: int = GENERATIONS, seed: int = 0
+) -> Removed:
     """An EvoPress-like (1 + λ) run (2410.14649): every child on all tokens; only the parent is remembered."""
     budget = _budget(units, count)
-    parent = frozenset(Random(0).sample(list(units), count))
+    parent = frozenset(Random(seed).sample(list(units), count))
     best = reference.loss(parent)
-    rng = Random(0)
-    for _ in range(GENERATIONS):
+    rng = Random(seed)
+    for _ in range(generations):
         children = [_child(units, budget, parent, rng) for _ in range(OFFSPRING)]
         losses = [reference.loss(child) for child in children]
         if min(losses) < best:

@@ -1,0 +1,132 @@
+"""A slice of a study: `shallower study` against cells that are measured one by one, plainly.
+
+    python benchmarks/study.py --text c4.jsonl --held-out wikitext2.test.txt [--sequences 8] [--length 64] [--seeds 0]
+
+The slice is one text, one size, the objective `nll`, four searches and two ratios: eight cells a seed. Plainly, each
+cell is a run of the published algorithm with a full forward of the stock model for every candidate set (as in
+`selection.py`), and then the perplexity of the cut model on the held-out text; nothing is carried from cell to cell.
+Ours starts with an empty memory on disk. Both compute in the same number format on the same tokens. Prints the seconds
+of both, their ratio, and for each cell by how much the losses of the two plans differ (races may end in another plan).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["SHALLOWER_CACHE"] = tempfile.mkdtemp(prefix="shallower-study-")  # ours remembers nothing from before
+
+import torch
+from selection import Reference, Removed, evopress, shortened_llama, sleb
+
+from shallower.budget import parse_remove
+from shallower.corpus import CalibrationSet, build_calibration
+from shallower.study.grid import parse_study
+from shallower.study.result import Cell
+from shallower.units import Unit
+from shallower.verbs.search import budget_for
+from shallower.verbs.study import study
+from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
+
+SEARCHES, REMOVE = ("one-shot", "contiguous", "greedy", "evolutionary"), ("10%", "20%")
+GENERATIONS = 10
+
+
+def deeper_layers(reference: Reference, subject: Subject, count: int) -> Removed:
+    """The span of 2403.17887: angular distance between the last token's streams, from one forward of the text."""
+    blocks = len(subject.anatomy.blocks)
+    total = torch.zeros(blocks - count + 1, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in reference.text.batches(reference.sequences):
+            output = subject.model(input_ids=batch.input_ids, output_hidden_states=True, use_cache=False)
+            last = [stream[:, -1].double() for stream in output.hidden_states[: blocks + 1]]
+            for start in range(blocks - count + 1):
+                alike = torch.cosine_similarity(last[start], last[start + count], dim=-1)
+                total[start] += (torch.arccos(alike.clamp(-1, 1)) / math.pi).sum()
+    reference.tokens += reference.text.input_ids.numel()
+    first = int(total.argmin())
+    return frozenset(Unit(index, "block") for index in range(first, first + count))
+
+
+def plain(subject: Subject, text: CalibrationSet, held_out: CalibrationSet, cell: Cell) -> tuple[Removed, float]:
+    """One cell by itself: the plan, and its held-out perplexity."""
+    reference = Reference(subject, text, 2048)
+    units = units_of(subject, "block")
+    amounts = [amount for amount in parse_remove(cell.remove) if not isinstance(amount, Unit)]
+    budget = budget_for(subject, amounts, units)
+    count = next(size for size in range(1, len(units)) if budget.met(frozenset(units[:size])))
+    removed = {
+        "one-shot": lambda: shortened_llama(reference, units, count),
+        "contiguous": lambda: deeper_layers(reference, subject, count),
+        "greedy": lambda: sleb(reference, units, count),
+        "evolutionary": lambda: evopress(reference, units, count, GENERATIONS, cell.seed),
+    }[cell.search]()
+    return removed, math.exp(Reference(subject, held_out, 2048).loss(removed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--text", required=True, help="calibration text, such as c4.jsonl")
+    parser.add_argument("--held-out", required=True, help="text for perplexity, such as wikitext2.test.txt")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    grid = parse_study(
+        {
+            "models": given.model,
+            "texts": {"text": str(Path(given.text).absolute())},
+            "sequences": [given.sequences],
+            "length": given.length,
+            "seeds": list(given.seeds),
+            "objectives": ["nll"],
+            "searches": list(SEARCHES),
+            "remove": list(REMOVE),
+            "held_out": {"held out": str(Path(given.held_out).absolute())},
+            "held_out_sequences": 8,
+            "held_out_length": 256,
+            "settings": {"generations": GENERATIONS, "patience": GENERATIONS},
+        },
+        "the slice",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        done = study(grid, folder)
+        ours = time.perf_counter() - start
+    subject = open_subject(given.model)
+    held_out = build_calibration(given.held_out, subject.tokenizer, sequences=8, length=256)
+    rows = []
+    start = time.perf_counter()
+    for result in done.results:
+        cell = result.cell
+        text = calibrate(subject, given.text, sequences=given.sequences, length=given.length, seed=cell.seed)
+        rows.append((result, text, *plain(subject, text, held_out, cell)))
+    theirs = time.perf_counter() - start
+    for result, text, removed, perplexity in rows:
+        cell, mine = result.cell, frozenset(result.order)
+        reference = Reference(subject, text, 2048)
+        gap = 0.0 if mine == removed else reference.loss(mine) / reference.loss(removed) - 1
+        row = {
+            "seed": cell.seed,
+            "search": cell.search,
+            "remove": cell.remove,
+            "same_plan": mine == removed,
+            "loss_gap": round(gap, 5),
+            "held_out_ours": round(result.held_out["held out"], 2),
+            "held_out_plain": round(perplexity, 2),
+        }
+        print(json.dumps(row) if given.json else "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    told = {"cells": len(rows), "ours_s": round(ours, 1), "plain_s": round(theirs, 1), "ratio": round(theirs / ours, 2)}
+    print(json.dumps(told) if given.json else "  ".join(f"{key} {value}" for key, value in told.items()))
+
+
+if __name__ == "__main__":
+    main()
