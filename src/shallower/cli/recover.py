@@ -104,6 +104,8 @@ def recover(
         if found.folder is None:
             console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
         else:
-            console.print(f"\nModel: {out}", soft_wrap=True)
+            from shallower.forms import FORMS
+
+            console.print(f"\nModel: {out}\n\n{FORMS[found.form].loading(str(out))}", soft_wrap=True)
 
     return Answer(found.to_json(), show)

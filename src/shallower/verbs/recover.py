@@ -27,6 +27,7 @@ from shallower.errors import CorpusError, ModelError, PlanError, UserError
 from shallower.evaluation.perplexity import perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import save
+from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import Method, share_options
@@ -93,17 +94,21 @@ class Resume:
 
 @dataclass(frozen=True, eq=False)
 class Recovered:
-    """A repaired model. stages: the cut model, then what each recovery made of it. folder: None when not saved."""
+    """A repaired model. stages: the cut model, then what each recovery made of it. folder: None when not saved, and then
+    form, that of the checkpoint (`shallower.forms`), is empty.
+    """
 
     model: PreTrainedModel = field(repr=False)
     plan: PruningPlan
     stages: tuple[RecoveryStage, ...]
     notes: tuple[str, ...]
     folder: Path | None
+    form: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "folder": None if self.folder is None else str(self.folder),
+            "form": self.form,
             "plan": self.plan.to_json(),
             "recovery": [stage.to_json() for stage in self.stages],
             "notes": list(self.notes),
@@ -190,9 +195,10 @@ def recover(
     if (again := reload()) is not None:
         anatomy, stored = again
         adopt(stored, student.model, untouched)
+    stored = with_maps_inside(stored, anatomy, given.removed)
     document = {"recovery": [stage.to_json() for stage in stages], "notes": list(notes)}
     folder = save(
-        with_maps_inside(stored, anatomy, given.removed),
+        stored,
         out,
         plan=given,
         tokenizer=dense.loaded.tokenizer,
@@ -202,7 +208,8 @@ def recover(
         verify_ids=text.input_ids[:1, :64],
     )
     resume.clear()
-    return Recovered(student.model, given, stages, notes, folder)
+    form = "packaged" if isinstance(stored, LeavesOut) else "ordinary"
+    return Recovered(student.model, given, stages, notes, folder, form)
 
 
 def parse_recoveries(names: str, settings: Mapping[str, str], what: str = "") -> Stages:
