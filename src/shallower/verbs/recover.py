@@ -94,8 +94,8 @@ class Resume:
 
 @dataclass(frozen=True, eq=False)
 class Recovered:
-    """A repaired model. stages: the cut model, then what each recovery made of it. folder: None when not saved, and then
-    form, that of the checkpoint (`shallower.forms`), is empty.
+    """A repaired model. stages: the cut model, then what each recovery made of it. folder: None when not saved; form:
+    that of the checkpoint (`shallower.forms`), then empty.
     """
 
     model: PreTrainedModel = field(repr=False)
