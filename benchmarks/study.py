@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ["SHALLOWER_CACHE"] = tempfile.mkdtemp(prefix="shallower-study-")  # ours remembers nothing from before
 
 import torch
 from selection import Reference, Removed, evopress, shortened_llama, sleb
@@ -80,9 +79,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    subject = open_subject(given.model)
     grid = parse_study(
         {
-            "models": given.model,
+            "models": given.model if subject.loaded.path is None else str(subject.loaded.path),
             "texts": {"text": str(Path(given.text).absolute())},
             "sequences": [given.sequences],
             "length": given.length,
@@ -98,10 +98,10 @@ def main() -> None:
         "the slice",
     )
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["SHALLOWER_CACHE"] = folder  # ours remembers nothing from before
         start = time.perf_counter()
-        done = study(grid, folder)
+        done = study(grid, Path(folder) / "out")
         ours = time.perf_counter() - start
-    subject = open_subject(given.model)
     held_out = build_calibration(given.held_out, subject.tokenizer, sequences=8, length=256)
     rows = []
     start = time.perf_counter()
