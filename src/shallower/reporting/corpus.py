@@ -186,6 +186,7 @@ def quality_bars(cleaning: Cleaning) -> str | None:
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.6)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(0, 1)
         axes.grid(axis="y")
         axes.set_xlabel(f"quality by {cleaning.scorer}")

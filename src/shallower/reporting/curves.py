@@ -95,8 +95,13 @@ def _draw_texts(axes: Axes, places: Sequence[int], points: Sequence[Point], text
         finite = [value if math.isfinite(value) else math.nan for value in values]
         style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
         axes.plot(places, finite, label=text, markersize=4, linewidth=1.3, **style)
-    axes.set_yscale("log")
+    perplexity_axis(axes)
     axes.set_ylabel("perplexity (log scale)")
+
+
+def perplexity_axis(axes: Axes) -> None:
+    """A logarithmic vertical axis with ticks at round values, over what was drawn."""
+    axes.set_yscale("log")
     ticks = round_values(*axes.get_ylim())
     axes.set_yticks(ticks, labels=[f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks])
     axes.yaxis.set_minor_locator(NullLocator())

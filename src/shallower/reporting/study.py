@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shallower.reporting.curves import perplexity_axis
 from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.page import _section, _table, whole_page
 from shallower.strict_json import write_json, write_text
@@ -125,15 +126,11 @@ def level_rows(results: Sequence[Result]) -> Rows:
             if len(levels) < 2:
                 continue
             for level, group in levels.items():
-                rows.append(
-                    (
-                        group[0].cell.remove,
-                        factor,
-                        str(level),
-                        _number(_geometric([value for result in group for value in result.held_out.values()])),
-                        _percent([value for result in group for value in result.tasks.values()]),
-                    )
-                )
+                row = [group[0].cell.remove, factor, str(level)]
+                row.append(_number(_geometric([value for result in group for value in result.held_out.values()])))
+                if any(result.tasks for result in results):
+                    row.append(_percent([value for result in group for value in result.tasks.values()]))
+                rows.append(tuple(row))
     return rows
 
 
@@ -161,10 +158,12 @@ def _percents(interval: Interval) -> str:
 
 def _tables(results: Sequence[Result], findings: Findings) -> list[tuple[str, str, Sequence[str], Rows]]:
     """Name, title, head and rows of every table that has rows."""
+    levels = level_rows(results)
+    columns = len(levels[0]) if levels else 0
     found: list[tuple[str, str, Sequence[str], Rows]] = [
         ("agreement", "Plans that differ in one thing only", _AGREEMENT_HEAD, agreement_rows(findings)),
         ("shares", "What the variance is due to", share_head(findings), share_rows(findings)),
-        ("levels", "What each choice brings on average", _BEST_HEAD, level_rows(results)),
+        ("levels", "What each choice brings on average", _BEST_HEAD[:columns], levels),
         ("ranks", "Does perplexity rank as tasks do?", _RANK_HEAD, rank_rows(findings)),
         ("stability", "How many tokens are enough?", _STABILITY_HEAD, stability_rows(findings)),
     ]
@@ -282,7 +281,7 @@ def spread(results: Sequence[Result]) -> str | None:
                 values = [result.held_out[text] for result in own]
                 colour = _COLOURS[number % len(_COLOURS)]
                 axes.plot(places, values, "o", color=colour, alpha=0.55, markersize=3.5, label=source)
-            axes.set_yscale("log")
+            perplexity_axis(axes)
             axes.set_ylabel(f"perplexity, {text}")
             axes.grid(axis="y")
         panels[-1].set_xticks(range(len(columns)), [f"{search}\n{remove}" for remove, search in columns])
