@@ -125,6 +125,8 @@ def made_up(decisive: str) -> list[Result]:
 def test_the_answer_names_what_decides(decisive: str, said: str) -> None:
     findings = find(made_up(decisive))
     assert said in findings.answer
+    for what in ("plans", "the calibration loss", "perplexity on wiki", "accuracy on quiz"):
+        assert f"Of the variance of {what}, " in findings.answer
     of_plan = next(item for item in findings.decompositions if item.outcome == "plan")
     assert of_plan.share([decisive]) == pytest.approx(1)
     [rank] = findings.ranks

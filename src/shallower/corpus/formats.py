@@ -56,7 +56,7 @@ def _chats(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) ->
         # a template is a program of the model's author and raises what it likes
         except Exception as error:
             reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise CorpusError(f"{document.id} does not fit this model's chat template: {reason}.") from None
+            raise CorpusError(f"{document.id} does not fit this model's chat template: {reason}.") from error
         if adds_bos(tokenizer):  # else what looks like one, <|im_start|> for instance, belongs to the template
             text = text.removeprefix(str(tokenizer.bos_token))
         yield Formatted(replace(document, text=text), (document,), True)

@@ -342,7 +342,7 @@ def _hub(name: str, field: str | None) -> Source:
             raise CorpusError(
                 f"{full} cannot be read from the Hub: {reason.rstrip('.')}. Check the name (a local path must "
                 "exist), the connection and `hf auth login`; python:docs is text that needs no network."
-            ) from None
+            ) from error
         if number < 0:
             raise CorpusError(f"{full} is empty.")
 

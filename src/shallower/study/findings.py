@@ -178,8 +178,9 @@ def _answer(
             for names in (CALIBRATION, ("objective",), ("search",), (RESIDUAL,))
         ]
         together = max(0.0, 1 - sum(due))
-        kind = "perplexity" if outcome in results[0].held_out else "accuracy"
-        what = "plans" if outcome == "plan" else f"{kind} on {outcome}"
+        what = {"plan": "plans", "loss": "the calibration loss"}.get(outcome, f"accuracy on {outcome}")
+        if outcome in results[0].held_out:
+            what = f"perplexity on {outcome}"
         sentences.append(
             f"Of the variance of {what}, {due[0]:.0%} is due to calibration, {due[1]:.0%} to the objective, "
             f"{due[2]:.0%} to the search, {together:.0%} to two of these together, and {due[3]:.0%} is left over."

@@ -154,8 +154,8 @@ def require_no_maps(model: PreTrainedModel) -> None:
     if found := [name for name, _ in patches(model)]:
         raise ModelError(
             f"no ordinary checkpoint can hold the {len(found)} maps at cuts that a recovery put into the model "
-            f"(the first is {found[0]}): save what surgery.mapped makes of it, or recover with refit or linear-fold, "
-            "which fold into weights."
+            f"(the first is {found[0]}): save what surgery.mapping.mapped makes of it, or recover with refit or "
+            "linear-fold, which fold into weights."
         )
 
 

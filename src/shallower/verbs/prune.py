@@ -35,7 +35,6 @@ from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_free, require_whole, save
 from shallower.surgery.adopt import adopt
-from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
@@ -51,6 +50,7 @@ from shallower.verbs.recover import (
     perplexities,
     run_recoveries,
     training_text,
+    with_maps_inside,
 )
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve
@@ -244,8 +244,9 @@ def prune(
         anatomy, found = _as_stored(subject, stored, given.removed, form)
         if steps and found is not stored:
             adopt(found.model, smaller.model, untouched)
-        if any(patches(found.model)):
-            found = export(anatomy, given.removed, mapped(found.model, anatomy, given.removed), form)
+        whole = with_maps_inside(found.model, anatomy, given.removed)
+        if whole is not found.model:
+            found = export(anatomy, given.removed, whole, form)
         folder = save(
             found,
             out,
