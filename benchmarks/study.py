@@ -26,14 +26,14 @@ from selection import Reference, Removed, evopress, shortened_llama, sleb
 
 from shallower.budget import parse_remove
 from shallower.corpus import CalibrationSet, build_calibration
-from shallower.study.grid import parse_study
-from shallower.study.result import Cell
+from shallower.studies.grid import parse_study
+from shallower.studies.result import Cell
 from shallower.units import Unit
 from shallower.verbs.search import budget_for
 from shallower.verbs.study import study
 from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
 
-SEARCHES, REMOVE = ("one-shot", "contiguous", "greedy", "evolutionary"), ("10%", "20%")
+SEARCHES, REMOVE = ("one-shot:loss", "contiguous", "greedy", "evolutionary"), ("10%", "20%")
 GENERATIONS = 10
 
 
@@ -61,7 +61,7 @@ def plain(subject: Subject, text: CalibrationSet, held_out: CalibrationSet, cell
     budget = budget_for(subject, amounts, units)
     count = next(size for size in range(1, len(units)) if budget.met(frozenset(units[:size])))
     removed = {
-        "one-shot": lambda: shortened_llama(reference, units, count),
+        "one-shot:loss": lambda: shortened_llama(reference, units, count),
         "contiguous": lambda: deeper_layers(reference, subject, count),
         "greedy": lambda: sleb(reference, units, count),
         "evolutionary": lambda: evopress(reference, units, count, GENERATIONS, cell.seed),

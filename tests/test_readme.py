@@ -48,3 +48,4 @@ def test_public_names_are_sorted_and_exist() -> None:
         assert getattr(shallower, name) is not None
     assert callable(shallower.search)
     assert callable(shallower.report)
+    assert callable(shallower.study)

@@ -21,11 +21,11 @@ import statsmodels.formula.api
 
 from shallower.cli import main
 from shallower.errors import UserError
-from shallower.study.findings import find
-from shallower.study.grid import Study, parse_study
-from shallower.study.overlap import agreement, jaccard, mean_interval, order_agreement
-from shallower.study.result import Cell, Result
-from shallower.study.variance import RESIDUAL, decompose
+from shallower.studies.findings import find
+from shallower.studies.grid import Study, parse_study
+from shallower.studies.overlap import agreement, jaccard, mean_interval, order_agreement
+from shallower.studies.result import Cell, Result
+from shallower.studies.variance import RESIDUAL, decompose
 from shallower.units import Unit
 
 
@@ -101,6 +101,17 @@ def test_a_balanced_grid_adds_up_and_finds_what_decides() -> None:
     assert shares["text"] == pytest.approx(text / (text + search))
     assert shares["search"] == pytest.approx(search / (text + search))
     assert shares["seed"] == pytest.approx(0, abs=1e-12)
+
+
+def test_intervals_of_shares_hold_their_values() -> None:
+    rng = np.random.default_rng(1)
+    points = list(itertools.product("abcd", range(4), range(3)))
+    levels = {name: [point[number] for point in points] for number, name in enumerate(("text", "seed", "search"))}
+    for noise in (0.1, 1.0, 10.0):
+        outcome = np.array([ord(point[0]) % 3 for point in points]) + noise * rng.normal(size=len(points))
+        shares = [item.share for item in decompose(outcome, levels)]
+        assert all(share.low <= share.value <= share.high for share in shares)
+        assert any(share.low < share.high for share in shares)
 
 
 def test_an_outcome_that_never_varies_has_no_shares() -> None:
@@ -217,6 +228,28 @@ def test_a_study_measures_every_cell_and_writes_its_page(place: Path, capsys: py
     assert torch.is_grad_enabled()
 
 
+def test_a_search_may_rank_by_another_metric_than_its_own(place: Path) -> None:
+    from shallower.verbs.search import search
+
+    kept = [line for line in (place / "grid.yaml").read_text().splitlines() if not line.startswith("searches:")]
+    (place / "ranked.yaml").write_text("\n".join([*kept, "searches: [one-shot, 'one-shot:loss']"]))
+    assert run("study", place / "ranked.yaml", "--out", place / "ranked") == 0
+    rows = [row for row in lines_of(place / "ranked") if row["cell"]["remove"] == "2" and row["cell"]["seed"] == 0]
+    assert len(rows) == 4
+    for row in rows:
+        plan = search(
+            str(place / "tiny"),
+            "2",
+            search="one-shot",
+            metric="loss" if row["cell"]["search"].endswith(":loss") else "cosine",
+            calibration=str(place / f"{row['cell']['text']}.txt"),
+            sequences=4,
+            length=24,
+            dtype="float32",
+        )
+        assert [str(unit) for unit, _ in plan.order] == row["order"]
+
+
 def test_a_study_that_was_killed_goes_on(place: Path) -> None:
     assert run("study", place / "grid.yaml", "--out", place / "whole") == 0
     out = place / "killed"
@@ -253,6 +286,9 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
     ("line", "said"),
     [
         ("searches: greedi", "greedy"),
+        ("searches: 'greedy:loss'", "takes no --metric"),
+        ("searches: 'contiguous:loss'", "spans"),
+        ("searches: 'one-shot:lss'", "loss"),
         ("remove: 9", "9"),
         ("settings: {width: 2}", "width"),
         ("held_out: {quiz: other.txt}", "quiz"),

@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     recovery exporters
     evaluation
     timing
-    study
+    studies
     reporting
     verbs
     cli

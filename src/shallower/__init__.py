@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shallower.verbs.report import report
     from shallower.verbs.score import score, score_many
     from shallower.verbs.search import search
+    from shallower.verbs.study import study
     from shallower.verbs.subject import open_subject
 
 _LAZY = {
@@ -58,6 +59,7 @@ _LAZY = {
     "score": "verbs.score",
     "score_many": "verbs.score",
     "search": "verbs.search",
+    "study": "verbs.study",
 }
 
 __all__ = [
@@ -90,6 +92,7 @@ __all__ = [
     "score",
     "score_many",
     "search",
+    "study",
 ]
 
 

@@ -107,7 +107,7 @@ class Ablator:
         prove(anatomy, self._batches[0])
         if memory is None:
             memory = int(free_memory(device) * SHARE_OF_FREE_MEMORY)
-        threads = threads or thread_count(anatomy, len(self._batches))
+        threads = threads or thread_count(anatomy)
         evaluator = Evaluator(
             anatomy,
             self._batches,

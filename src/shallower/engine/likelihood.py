@@ -81,7 +81,7 @@ class Likelihoods:
             )
             for group in groups
         ]
-        threads = thread_count(self.anatomy, len(batches))
+        threads = thread_count(self.anatomy)
         evaluator = _Asking(
             self.anatomy,
             batches,

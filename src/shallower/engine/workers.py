@@ -61,8 +61,9 @@ class Threads:
         if self._idle.empty():  # made here, as a model cannot be copied while it runs
             for evaluator in (self._first, *(self._first.replica() for _ in range(self.count - 1))):
                 self._idle.put(evaluator)
+        jobs = shares(jobs, self._first.states, self.count)
         whole = torch.get_num_threads()
-        share = max(1, whole // self.count)
+        share = max(1, whole // min(self.count, len(jobs)))
         stopped = threading.Event()
 
         def step() -> None:
@@ -78,7 +79,6 @@ class Threads:
             finally:
                 self._idle.put(evaluator)
 
-        jobs = shares(jobs, self._first.states, self.count)
         pool = ThreadPoolExecutor(self.count, "shallower", initializer=torch.set_num_threads, initargs=(share,))
         try:
             for future in as_completed([pool.submit(work, job) for job in jobs]):
@@ -92,12 +92,12 @@ class Threads:
         """Threads live only as long as `run`."""
 
 
-def thread_count(anatomy: Anatomy, batches: int) -> int:
+def thread_count(anatomy: Anatomy) -> int:
     """How many threads are best: one a core on a processor, one for an accelerator or a model that is spread out."""
     model = anatomy.model
     if model.device.type != "cpu" or getattr(model, "hf_device_map", None):
         return 1
-    return max(1, min(torch.get_num_threads(), MOST_THREADS, batches))
+    return max(1, min(torch.get_num_threads(), MOST_THREADS))
 
 
 def free_memory(device: torch.device) -> int:

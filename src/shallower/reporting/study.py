@@ -17,9 +17,9 @@ from shallower.reporting.curves import perplexity_axis
 from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.page import _section, _table, whole_page
 from shallower.strict_json import write_json, write_text
-from shallower.study.findings import Decomposition, Findings, outcomes
-from shallower.study.overlap import Interval
-from shallower.study.result import FACTORS, Result, grouped
+from shallower.studies.findings import Decomposition, Findings, outcomes
+from shallower.studies.overlap import Interval
+from shallower.studies.result import FACTORS, Result, grouped
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, Racing
+from shallower.engine import Ablator, Racing, reads_stream
 from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import Method, share_options
@@ -177,9 +177,16 @@ def require_possible(
     Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
     `ordinary` would restrict nothing.
     """
-    search_stages(search, objective, settings or {})
+    stages, _ = search_stages(search, objective, settings or {})
     if metric is not None:
-        metrics.get(metric)
+        readers = that_rank(stages)
+        if not readers:
+            _refuse_ranking(stages)
+        if any("spans" in method.parameters for method in readers) and not reads_stream(metrics.get(metric)):
+            raise UserError(
+                f"search {readers[0].name!r} ranks spans, of which metric {metric!r} has no scores; use a metric of "
+                "the stream, such as angular or cosine."
+            )
     asked = parse_remove(str(remove))
     if ordinary and isinstance(asked[0], Unit):
         raise UserError(f"--ordinary restricts a search, but --remove {remove} names the units; drop one of the two.")
@@ -407,6 +414,18 @@ def _require_ordinary(subject: Subject, chosen: Sequence[Unit]) -> None:
         )
 
 
+def that_rank(stages: Sequence[Stage]) -> list[Method]:
+    """Those searches that read scores of a metric."""
+    return [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
+
+
+def _refuse_ranking(stages: Sequence[Stage]) -> NoReturn:
+    raise UserError(
+        f"search {stages[-1][0].name!r} measures an objective and takes no --metric or --scores; drop it or use "
+        "one-shot."
+    )
+
+
 def _ranking(
     subject: Subject,
     stages: Sequence[Stage],
@@ -421,14 +440,10 @@ def _ranking(
     workers: int | str | None,
 ) -> Scores | None:
     """The scores that a ranking search reads: given, or measured now; None for searches that only ask for losses."""
-    ranking = [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
+    ranking = that_rank(stages)
     if not ranking:
         if metric is not None or scores is not None:
-            raise UserError(
-                f"search {stages[-1][0].name!r} measures an objective and takes no --metric or --scores; drop it or "
-                "use "
-                "one-shot."
-            )
+            _refuse_ranking(stages)
         return None
     needs_spans = any("spans" in method.parameters for method in ranking)
     if scores is None:

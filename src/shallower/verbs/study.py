@@ -23,10 +23,10 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.scores import Score, Scores
-from shallower.study.findings import Findings, find
-from shallower.study.grid import Study, read_study
-from shallower.study.ledger import Ledger
-from shallower.study.result import Cell, Result
+from shallower.studies.findings import Findings, find
+from shallower.studies.grid import Study, read_study
+from shallower.studies.ledger import Ledger
+from shallower.studies.result import Cell, Result, search_and_metric
 from shallower.units import Span, Unit, plain
 from shallower.verbs.search import require_possible, resolve, run_search, search, search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
@@ -81,7 +81,7 @@ def study(
     A cell is a plan with its loss, held-out perplexities and task accuracies. What is done is on disk in `out`, so that
     the same call goes on where it was interrupted, and cells share what the engine remembers.
 
-    file: STUDY.yaml, see `shallower.study.grid`. memory, workers, device, dtype: as for `search`.
+    file: STUDY.yaml, see `shallower.studies.grid`. memory, workers, device, dtype: as for `search`.
 
     Raises UserError for a study that cannot be read or run, before anything is measured.
     """
@@ -108,9 +108,9 @@ def study(
 def require_runnable(given: Study) -> None:
     """Refuse what is wrong with any model. Raises UserError."""
     for objective in given.objectives:
-        for name in given.searches:
+        for name, metric in map(search_and_metric, given.searches):
             for remove in given.remove:
-                require_possible(remove, name, objective, None, _settings(given, name, objective), units=given.units)
+                require_possible(remove, name, objective, metric, _settings(given, name, objective), units=given.units)
     unknown = [key for key in given.settings if not any(key in _options(given, *pair) for pair in _pairs(given))]
     if unknown:
         raise UserError(f"none of the study's searches and objectives has an option {unknown[0]!r}; drop it.")
@@ -224,15 +224,17 @@ class _Runner:
         )
 
     def _plan(self, cell: Cell, text: CalibrationSet) -> PruningPlan:
+        name, metric = search_and_metric(cell.search)
         return search(
             self.subject,
             cell.remove,
-            search=cell.search,
+            search=name,
             objective=cell.objective,
+            metric=metric,
             units=self.study.units,
             protect=self.study.protect,
             calibration=text,
-            settings=_settings(self.study, cell.search, cell.objective),
+            settings=_settings(self.study, name, cell.objective),
             exact=self.study.exact,
             seed=cell.seed,
             memory=self.memory,
@@ -300,7 +302,7 @@ def _require_sound(subject: Subject, given: Study) -> None:
     both = set(given.held_out) & set(given.tasks)
     if both:
         raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
-    for name in given.searches:
+    for name, _ in map(search_and_metric, given.searches):
         for remove in given.remove:
             resolve(subject, remove, name, units=given.units, protect=given.protect)
     for name, spec in {**given.held_out, **given.tasks}.items():
@@ -309,7 +311,8 @@ def _require_sound(subject: Subject, given: Study) -> None:
 
 
 def _pairs(given: Study) -> Iterator[tuple[str, str]]:
-    return ((name, objective) for name in given.searches for objective in given.objectives)
+    names = dict.fromkeys(search_and_metric(asked)[0] for asked in given.searches)
+    return ((name, objective) for name in names for objective in given.objectives)
 
 
 def _options(given: Study, name: str, objective: str) -> set[str]:
@@ -335,7 +338,8 @@ def _tell(results: Sequence[Result]) -> None:
 
 def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit]]:
     """The sets that a search asks for when losses are made up: they add up over units, nearly."""
-    request = resolve(subject, cell.remove, cell.search, units=given.units, protect=given.protect)
+    name, metric = search_and_metric(cell.search)
+    request = resolve(subject, cell.remove, name, units=given.units, protect=given.protect)
     asked: set[frozenset[Unit]] = set()
     rng = Random(cell.seed)
     worth = {unit: rng.random() for unit in request.units}
@@ -344,7 +348,7 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
         asked.update(frozenset(plain(candidate)) for candidate in candidates)
         return [sum(worth.get(unit, 0.5) for unit in candidate) + 0.01 * rng.random() for candidate in candidates]
 
-    stages, _ = search_stages(cell.search, cell.objective, _settings(given, cell.search, cell.objective))
+    stages, _ = search_stages(name, cell.objective, _settings(given, name, cell.objective))
     if request.budget is None:
         return {frozenset(request.units)}
     blocks = len(subject.anatomy.blocks)
@@ -354,7 +358,7 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
     made_by = MadeBy(cell.search, cell.objective, None, {}, cell.seed, None, __version__)
     scores = Scores(subject.identity, "made up", tuple(rows), made_by)
     for method, _ in stages:
-        ranked = method.traits.get("metric")
+        ranked = metric or method.traits.get("metric")
         if "scores" in method.parameters and ranked and "units" in metrics.get(str(ranked)).parameters:
             losses([frozenset({unit}) for unit in request.units])
     trail = run_search(stages, request.units, request.budget, losses, scores, cell.seed)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from shallower.study.overlap import RESAMPLES, Agreement, Interval, agreement, mean_interval, percentiles
-from shallower.study.result import CALIBRATION, FACTORS, Result, grouped
-from shallower.study.variance import RESIDUAL, Share, decompose
+from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement, mean_interval, percentiles
+from shallower.studies.result import CALIBRATION, FACTORS, Result, grouped
+from shallower.studies.variance import RESIDUAL, Share, decompose
 
 FEWEST_CELLS = 4  # below this a correlation or a share says nothing
 

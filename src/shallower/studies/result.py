@@ -18,7 +18,11 @@ CALIBRATION = FACTORS[:5]
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of the grid. text: name of a calibration text in the study. remove: as `--remove` takes it."""
+    """A point of the grid.
+
+    text: name of a calibration text in the study. search: as `--search` takes it, with a metric to rank by after a
+    colon (`one-shot:loss`) where it is not the search's own. remove: as `--remove` takes it.
+    """
 
     model: str
     text: str
@@ -77,6 +81,12 @@ class Result:
         except (KeyError, TypeError) as error:
             raise UserError(f"{where} cannot be read as a result of a study: {error!r}.") from None
         return cls(Cell(**data["cell"]), units, **rest)
+
+
+def search_and_metric(asked: str) -> tuple[str, str | None]:
+    """A study's `one-shot:loss` as the search and the metric it ranks by; None: the search's own."""
+    name, _, metric = asked.partition(":")
+    return name, metric or None
 
 
 def grouped(results: Iterable[Result], key: Callable[[Result], Hashable]) -> dict[Hashable, list[Result]]:

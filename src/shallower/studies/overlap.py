@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
-from shallower.study.result import FACTORS, Result, grouped
+from shallower.studies.result import FACTORS, Result, grouped
 from shallower.units import Unit
 
 RESAMPLES = 2000

@@ -9,7 +9,7 @@
     length: 128
     seeds: [0, 1]
     objectives: [nll, kl]
-    searches: [one-shot, greedy]
+    searches: [one-shot, one-shot:loss, greedy]   # with a metric to rank by where it is not the search's own
     remove: [10%, 20%]                # ratios, as --remove takes them
     held_out:                         # texts for perplexity, read from their start
       wikitext: wikitext2.test.txt
@@ -31,7 +31,7 @@ from typing import Any
 
 from shallower.errors import UserError
 from shallower.strict_json import key_faults, read_yaml
-from shallower.study.result import Cell
+from shallower.studies.result import Cell
 
 Names = tuple[str, ...]
 

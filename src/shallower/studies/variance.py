@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from shallower.study.overlap import RESAMPLES, Interval, percentiles
+from shallower.studies.overlap import RESAMPLES, Interval, percentiles
 
 Matrix = NDArray[np.float64]
 RESIDUAL = "rest"
@@ -32,7 +32,9 @@ def decompose(outcome: Matrix, levels: Mapping[str, Sequence[Hashable]], seed: i
     from main effects.
 
     Sums of squares are of type II: what a term adds to all terms that do not contain it. In a balanced grid they add
-    up. The intervals redraw the residuals on the same grid. An outcome that does not vary has no shares: all are 0.
+    up. The intervals redraw the residuals on the same grid; what that adds to a share on average (noise looks like an
+    effect, and a redrawn outcome has it twice) is taken off the bounds. An outcome that does not vary has no shares:
+    all are 0.
     """
     values = np.asarray(outcome, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
@@ -62,7 +64,10 @@ def decompose(outcome: Matrix, levels: Mapping[str, Sequence[Hashable]], seed: i
     result = []
     for column, name in enumerate([*names, RESIDUAL]):
         value = float(found[column])
-        bounds = percentiles(drawn[:, column]) if len(drawn) else (value, value)
+        bounds = (value, value)
+        if len(drawn):
+            centred = drawn[:, column] - drawn[:, column].mean() + value
+            bounds = percentiles(np.clip(centred, 0, 1))
         result.append(Share(name, Interval(value, *bounds)))
     return result
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from shallower.errors import OutputError, UserError
-from shallower.study.result import Result
+from shallower.studies.result import Result
 
 
 class Ledger:
