@@ -65,12 +65,13 @@ $(VENV)/.demo: pyproject.toml constraints-dev.txt | $(VENV)/bin/pip
 
 $(VENV)/.dev: pyproject.toml constraints-dev.txt | $(VENV)/bin/pip
 	@echo "Installing shallower and its development tools into $(VENV): a few minutes the first time."
-	$(BIN)/python $(INSTALL) -c constraints-dev.txt -e '.[dev]'
+	$(BIN)/python $(INSTALL) -c constraints-dev.txt -e '.[dev,datatrove]'
 	@touch $(VENV)/.demo $@
 
 $(LOWEST_VENV)/.lowest: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST_VENV)
 	grep -oE '"[A-Za-z0-9_.-]+>=[0-9.]+"' pyproject.toml | grep -v setuptools | sort -u \
 	  | sed -E 's/"//g; s/>=/==/; $(if $(LOWEST_TORCH),s/^torch==.*/torch==$(LOWEST_TORCH)/)' > $(LOWEST_VENV)/constraints.txt
+	@# without datatrove, which needs newer numpy and huggingface_hub than shallower does
 	$(LOWEST_VENV)/bin/python $(INSTALL) -c $(LOWEST_VENV)/constraints.txt -e '.[dev]'
 	@touch $@

@@ -63,7 +63,8 @@ def test_every_dependency_is_pinned_for_development(root: Path) -> None:
     }
     project = (root / "pyproject.toml").read_text(encoding="utf-8")
     core = project[project.index("\ndependencies") : project.index("\ndynamic")]
-    development = re.findall(r"^(?:gguf|data|ray) = [^\n]*$|^dev = \[.*?^\]", project, re.MULTILINE | re.DOTALL)
+    extras = r"^(?:gguf|data|ray|datatrove) = [^\n]*$|^dev = \[.*?^\]"
+    development = re.findall(extras, project, re.MULTILINE | re.DOTALL)
     wanted = re.findall(r'"([\w.-]+)>=', core + "\n".join(development))
     assert len(wanted) > 12
     assert {name.lower() for name in wanted} <= names

@@ -149,11 +149,27 @@ def clean(
         Path | None,
         Option("--report", metavar="FOLDER", help="Write a page, a figure and all clusters here. Default: do not."),
     ] = None,
+    datatrove: Annotated[
+        Path | None,
+        Option(
+            "--datatrove",
+            metavar="FOLDER",
+            help="For text that memory does not hold: work in this folder with datatrove; the same command again goes "
+            "on there. Default: in memory.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, Option("--workers", metavar="N", min=1, help="Processes for --datatrove. Default: 1.")
+    ] = None,
     force: options.Force = False,
 ) -> Answer:
     """Leave out duplicates, near-duplicates and text of low quality."""
     require_free(out, force=force)
     _require_free_folder(report, force=force, name="--report")
+    if datatrove is not None:
+        return _clean_on_disk(text, datatrove, out, dedup, min_quality, quality, against, report, workers or 1)
+    if workers is not None:
+        raise UserError("--workers are processes of --datatrove FOLDER, and without it there is one: add it.")
     from shallower.verbs.corpus import PAGE
     from shallower.verbs.corpus import clean as run
 
@@ -170,14 +186,49 @@ def clean(
     def show(console: Console) -> None:
         from shallower.reporting.corpus import OVERLAP_HEAD, clean_table, overlap_rows, summary
 
-        console.print(clean_table(summary(found.cleaning)))
+        console.print(clean_table(summary(found.cleaning.counts)))
         if found.overlaps:
             console.print(clean_table(overlap_rows(found.overlaps), OVERLAP_HEAD))
         if report is not None:
             console.print(f"\nThe page is {report / PAGE}", soft_wrap=True)
-        print_written(console, out, "what stays", f"shallower search MODEL --remove 25% --calibration {out}")
+        _print_kept(console, out)
 
     return Answer(found.to_json(), show)
+
+
+def _clean_on_disk(
+    text: str,
+    folder: Path,
+    out: Path | None,
+    dedup: float,
+    min_quality: float,
+    quality: str,
+    against: list[str] | None,
+    report: Path | None,
+    workers: int,
+) -> Answer:
+    if against or report is not None:
+        raise UserError(
+            f"{'--against' if against else '--report'} is not there with --datatrove: write --out FILE first, then run "
+            "this on that file, with --dedup 0 and without --datatrove."
+        )
+    if not dedup:
+        raise UserError("--dedup 0 looks for no duplicates, which takes no memory: leave --datatrove out.")
+    from shallower.verbs.corpus import clean_on_disk
+
+    counts = clean_on_disk(text, folder, out, dedup=dedup, min_quality=min_quality, quality=quality, workers=workers)
+
+    def show(console: Console) -> None:
+        from shallower.reporting.corpus import clean_table, summary
+
+        console.print(clean_table(summary(counts)))
+        _print_kept(console, out)
+
+    return Answer(counts.to_json(), show)
+
+
+def _print_kept(console: Console, out: Path | None) -> None:
+    print_written(console, out, "what stays", f"shallower search MODEL --remove 25% --calibration {out}")
 
 
 def _show_set(console: Console, made: CalibrationSet, first: list[str]) -> None:

@@ -5,7 +5,7 @@ from shallower.corpus.bos import Bos, adds_bos, resolve_bos
 from shallower.corpus.build import build_calibration, text_of
 from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved
 from shallower.corpus.choices import ChoiceSet, build_choices
-from shallower.corpus.clean import Cleaning, Cluster, clean
+from shallower.corpus.clean import Cleaning, Cluster, Counts, clean
 from shallower.corpus.domains import DOMAINS
 from shallower.corpus.overlap import EvaluationRuns, Overlap, SharedRows, overlap
 from shallower.corpus.sources import Document, Source, open_source
@@ -21,6 +21,7 @@ __all__ = [
     "ChoiceSet",
     "Cleaning",
     "Cluster",
+    "Counts",
     "Document",
     "EvaluationRuns",
     "Overlap",

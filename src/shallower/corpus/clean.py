@@ -7,7 +7,7 @@ the one of highest quality, of those the longest, of those the first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,42 @@ class Cluster:
 
     members: tuple[Member, ...]
     kept: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many documents stay, and why the others leave. cluster_sizes: how many clusters have which size.
+
+    documents: all that were read. threshold: None when no duplicates were looked for. duplicates: those left out for a
+    better one of their cluster; exact_duplicates: of a cluster's members, those with the words of one before them.
+    """
+
+    source: str
+    threshold: float | None
+    min_quality: float
+    scorer: str
+    documents: int
+    blank: int
+    kept: int
+    duplicates: int
+    exact_duplicates: int
+    low_quality: int
+    cluster_sizes: Mapping[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "dedup": self.threshold,
+            "min_quality": self.min_quality,
+            "quality": self.scorer,
+            "documents": self.documents,
+            "blank": self.blank,
+            "kept": self.kept,
+            "duplicates": self.duplicates,
+            "exact_duplicates": self.exact_duplicates,
+            "low_quality": self.low_quality,
+            "cluster_sizes": {str(size): times for size, times in self.cluster_sizes.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -84,21 +120,24 @@ class Cleaning:
         alone = len(self.documents) - sum(size * times for size, times in found.items())
         return dict(sorted((found + Counter({1: alone})).items()))
 
+    @property
+    def counts(self) -> Counts:
+        return Counts(
+            source=self.source,
+            threshold=self.threshold,
+            min_quality=self.min_quality,
+            scorer=self.scorer,
+            documents=len(self.documents) + self.blank,
+            blank=self.blank,
+            kept=len(self.kept),
+            duplicates=len(self.duplicates),
+            exact_duplicates=sum(member.exact for cluster in self.clusters for member in cluster.members),
+            low_quality=len(self.poor),
+            cluster_sizes=self.sizes,
+        )
+
     def to_json(self) -> dict[str, Any]:
-        exact = sum(member.exact for cluster in self.clusters for member in cluster.members)
-        return {
-            "source": self.source,
-            "dedup": self.threshold,
-            "min_quality": self.min_quality,
-            "quality": self.scorer,
-            "documents": len(self.documents) + self.blank,
-            "blank": self.blank,
-            "kept": len(self.kept),
-            "duplicates": len(self.duplicates),
-            "exact_duplicates": exact,
-            "low_quality": len(self.poor),
-            "cluster_sizes": {str(size): times for size, times in self.sizes.items()},
-        }
+        return self.counts.to_json()
 
 
 def clean(source: Source, *, dedup: float | None = 0.8, min_quality: float = 0.0, quality: str = "rules") -> Cleaning:

@@ -39,6 +39,12 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def fingerprint(words: Sequence[str], text: str) -> bytes:
+    """16 bytes that are the same for texts of the same words in the same order; without words, for the same text."""
+    content = "\x1f".join(words) if words else text.strip()
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
 class Shingles:
     """Turns words into the hashes of their runs. Remembers what each word's hash is."""
 
@@ -117,8 +123,7 @@ class Duplicates:
 
     def exact(self, number: int, words: Sequence[str], text: str) -> int | None:
         """The first text with the same words in the same order, if there is one; else `number` is that first one."""
-        content = "\x1f".join(words) if words else text.strip()
-        first = self._exact.setdefault(hashlib.blake2b(content.encode(), digest_size=16).digest(), number)
+        first = self._exact.setdefault(fingerprint(words, text), number)
         return None if first == number else first
 
     def near(self, words: Sequence[str], skip: Callable[[int], bool] | None = None) -> Iterator[tuple[int, float]]:

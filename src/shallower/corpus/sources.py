@@ -76,6 +76,11 @@ class Document:
     source: str
     record: Mapping[str, Any] | None = attribute(default=None, repr=False, compare=False)
 
+    def line(self) -> str:
+        """The row as it was, else id and text, as a line of a .jsonl file without its end."""
+        row = dict(self.record or {"id": self.id, "text": self.text})
+        return json.dumps(row, ensure_ascii=False, default=str)
+
 
 @dataclass(frozen=True)
 class Source:

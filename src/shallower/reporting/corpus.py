@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from shallower.corpus import CalibrationSet, Cleaning, Cluster, SharedRows
+from shallower.corpus import CalibrationSet, Cleaning, Cluster, Counts, SharedRows
 from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.page import _figure, _glued, _section, _table, whole_page
 from shallower.reporting.wording import percent, plural
@@ -44,21 +44,21 @@ def shown_places(cleaning: Cleaning) -> frozenset[int]:
     )
 
 
-def summary(cleaning: Cleaning) -> list[tuple[str, str]]:
+def summary(counts: Counts) -> list[tuple[str, str]]:
     """What was read, what leaves and why, for a table of two columns."""
-    total = len(cleaning.documents) + cleaning.blank
-    told = cleaning.to_json()
-    near = told["duplicates"] - told["exact_duplicates"]
+    total = counts.documents
     rows = [("Documents read", f"{total:,}")]
-    if cleaning.blank:
-        rows.append(("Without text", _of(cleaning.blank, total)))
-    if cleaning.threshold is not None:
-        rows.append(("Copies (same words)", _of(told["exact_duplicates"], total)))
-        rows.append((f"Near-duplicates (Jaccard from {cleaning.threshold:g})", _of(near, total)))
-        rows.append(("Clusters of two and more", f"{len(cleaning.clusters):,}"))
-    if cleaning.min_quality:
-        rows.append((f"Quality below {cleaning.min_quality:g}, by {cleaning.scorer}", _of(told["low_quality"], total)))
-    return [*rows, ("Documents kept", _of(told["kept"], total))]
+    if counts.blank:
+        rows.append(("Without text", _of(counts.blank, total)))
+    if counts.threshold is not None:
+        near = counts.duplicates - counts.exact_duplicates
+        clusters = sum(times for size, times in counts.cluster_sizes.items() if size > 1)
+        rows.append(("Copies (same words)", _of(counts.exact_duplicates, total)))
+        rows.append((f"Near-duplicates (Jaccard from {counts.threshold:g})", _of(near, total)))
+        rows.append(("Clusters of two and more", f"{clusters:,}"))
+    if counts.min_quality:
+        rows.append((f"Quality below {counts.min_quality:g}, by {counts.scorer}", _of(counts.low_quality, total)))
+    return [*rows, ("Documents kept", _of(counts.kept, total))]
 
 
 def overlap_rows(overlaps: Sequence[SharedRows]) -> list[tuple[str, ...]]:
@@ -106,7 +106,7 @@ def render(report: CleanReport) -> str:
         + (f" The line is where documents leave: {cleaning.min_quality:g}." if cleaning.min_quality else ""),
     )
     sections = (
-        _section("summary", "What stays", _table((), summary(cleaning), "What stays", style="facts")),
+        _section("summary", "What stays", _table((), summary(cleaning.counts), "What stays", style="facts")),
         _section("figures", "Figures", figures),
         _section("clusters", "The largest clusters", _examples(report)),
         _section("overlap", "Overlap with evaluation sets", _overlaps(report.overlaps)),

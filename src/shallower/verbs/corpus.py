@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from shallower.checkpoint.load import load_tokenizer
 from shallower.corpus import (
     CalibrationSet,
     Cleaning,
+    Counts,
     EvaluationRuns,
     SharedRows,
+    Source,
     build_calibration,
     is_saved,
     open_source,
@@ -103,20 +104,11 @@ def clean(
     Raises CorpusError when the text or an evaluation set cannot be read or nothing stays, UnknownName for a scorer that
     does not exist, OutputError when the result cannot be written.
     """
-    source = open_source(str(text), supply())
-    if source.streamed:
-        raise CorpusError(
-            f"{source.name} is streamed, and cleaning reads a text twice: save it as a .jsonl file first, or use "
-            "dedup=… and min_quality=… in a calibration specification, which work as the text comes in."
-        )
+    source = _source(text)
     sets = [EvaluationRuns(name) for name in against]
     found = find(source, dedup=dedup, min_quality=min_quality, quality=quality)
     kept = found.kept
-    if not kept:
-        raise CorpusError(
-            f"no document of {source.name} stays: all have a quality below {min_quality:g} by {quality!r}. Lower "
-            "--min-quality."
-        )
+    _require_some(found.counts)
     quoted = shown_places(found)
     texts: dict[int, str] = {}
     with (
@@ -128,7 +120,7 @@ def clean(
             if place in quoted:
                 texts[place] = document.text[:1000]
             if place in kept:
-                write(dict(document.record or {"id": document.id, "text": document.text}))
+                write(document.line())
                 for runs in sets:
                     runs.look(document.text)
     overlaps = tuple(runs.found() for runs in sets)
@@ -137,18 +129,72 @@ def clean(
     return Cleaned(found, overlaps, None if out is None else Path(out), None if report is None else Path(report))
 
 
+def clean_on_disk(
+    text: str | Path,
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    dedup: float = 0.8,
+    min_quality: float = 0.0,
+    quality: str = "rules",
+    workers: int = 1,
+) -> Counts:
+    """The same as `clean` for text that memory does not hold: datatrove does it, in a folder on disk.
+
+    folder: where it works; a call that was stopped goes on with what is done there. workers: processes of this machine.
+    The other arguments are those of `clean`. The folder stays; nothing needs it once `out` is written.
+
+    Raises CorpusError when datatrove is not installed, the text cannot be read, nothing stays, or the folder holds the
+    work of another call, UnknownName for a scorer that does not exist, OutputError when the folder or the result cannot
+    be written.
+    """
+    if workers < 1:
+        raise CorpusError(f"workers={workers} is not a number of processes: 1 or more.")
+    from shallower.corpus.datatrove import Work
+
+    work = Work(
+        str(text), _source(text), Path(folder), dedup=dedup, min_quality=min_quality, quality=quality, tasks=workers
+    )
+    work.run(workers)
+    counts = work.counts()
+    _require_some(counts)
+    with task(f"writing {counts.kept:,} documents", total=counts.kept) as step, _lines(out) as write:
+        for line in work.lines() if out is not None else ():
+            write(line)
+            step()
+    return counts
+
+
+def _source(text: str | Path) -> Source:
+    source = open_source(str(text), supply())
+    if source.streamed:
+        raise CorpusError(
+            f"{source.name} is streamed, and cleaning reads a text twice: save it as a .jsonl file first, or use "
+            "dedup=… and min_quality=… in a calibration specification, which work as the text comes in."
+        )
+    return source
+
+
+def _require_some(counts: Counts) -> None:
+    if not counts.kept:
+        raise CorpusError(
+            f"no document of {counts.source} stays: all have a quality below {counts.min_quality:g} by "
+            f"{counts.scorer!r}. Lower --min-quality."
+        )
+
+
 @contextmanager
-def _lines(out: str | Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yields a writer of JSON lines; the file gets its name when all of them are there. None: nothing is written."""
+def _lines(out: str | Path | None) -> Iterator[Callable[[str], None]]:
+    """Yields a writer of lines; the file gets its name when all of them are there. None: nothing is written."""
     if out is None:
-        yield lambda record: None
+        yield lambda line: None
         return
     out = Path(out)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("x", encoding="utf-8") as file:
-            yield lambda record: print(json.dumps(record, ensure_ascii=False, default=str), file=file)
+            yield lambda line: print(line, file=file)
         os.replace(temporary, out)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}. Free some room or choose another place.") from None
