@@ -24,7 +24,7 @@ PACKAGE = "shallower"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in """
-    errors version progress
+    errors version progress launched
     store units strict_json registry resources reduction
     plan budget forms
     scores exchange recipes
@@ -42,6 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     reporting
     verbs
     cli
+    __main__
     testing
     """.strip().splitlines()
 )

@@ -12,6 +12,7 @@ from typer import Option
 
 from shallower.cli.output import print_json, screen
 from shallower.cli.progress import working
+from shallower.launched import leads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +41,10 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(**given: Any) -> None:
         as_json, quiet, _ = (given.pop(name) for name in _COMMON)  # main looks for --debug when something fails
-        with working(quiet=quiet or as_json):
+        with working(quiet=quiet or as_json or not leads()):
             answer = function(**given)
+        if not leads():
+            return
         if as_json:
             print_json(answer.data)
         else:

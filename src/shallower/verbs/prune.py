@@ -26,6 +26,7 @@ from shallower.evaluation.tasks import TaskSettings
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import export
 from shallower.forms import require_form
+from shallower.launched import processes
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import RecoveryStage, ReportData, Side
@@ -131,6 +132,11 @@ def prune(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
     steps, settings = _recoveries(recover, settings or {})
+    if processes() > 1:
+        raise UserError(
+            "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
+            "'accelerate launch -m shallower recover'."
+        )
     if steps and form == "padded":
         raise UserError(
             "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."
@@ -200,7 +206,7 @@ def prune(
     resume = Resume(out)
     if steps:
         with clock("recovery"):
-            stages, said = run_recoveries(
+            smaller, stages, said = run_recoveries(
                 smaller,
                 subject,
                 given.removed,
@@ -208,7 +214,7 @@ def prune(
                 fitted,
                 training=training,
                 resume=resume,
-                measure=lambda: perplexities(smaller, contents, window, max_windows),
+                measure=lambda repaired: perplexities(repaired, contents, window, max_windows),
                 seed=seed,
                 memory=memory,
             )

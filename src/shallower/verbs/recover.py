@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from shallower.errors import CorpusError, ModelError, PlanError, UserError
 from shallower.evaluation.perplexity import perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import save
+from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
@@ -148,7 +148,8 @@ def recover(
     train_sequences: what recoveries that train read of the calibration text, as the others read `sequences`; a
     ready-made set is read whole by all. instructions: .jsonl file of conversations to train on instead. They keep the
     weights that do best on the documents that calibration left out, never by `texts`. After a kill the same call
-    resumes, from a folder beside `out`, or in the cache.
+    resumes, from a folder beside `out`, or in the cache. Of processes that `accelerate launch` started together, all
+    train, and the first one writes.
 
     Raises UserError (PlanError, ModelError, CorpusError, OutputError, …) before anything is written.
     """
@@ -176,7 +177,7 @@ def recover(
     )
     resume = Resume(out)
     untouched = [*student.model.parameters()]
-    stages, notes = run_recoveries(
+    student, stages, notes = run_recoveries(
         student,
         dense,
         given.removed,
@@ -184,31 +185,33 @@ def recover(
         text,
         training=training,
         resume=resume,
-        measure=lambda: perplexities(student, contents, window, max_windows),
+        measure=lambda repaired: perplexities(repaired, contents, window, max_windows),
         seed=seed,
         memory=memory,
     )
-    if out is None:
+    wait()  # until all have read what the trainings left
+    folder, form = None, ""
+    if leads() and out is not None:
+        anatomy, stored = dense.anatomy, student.model
+        if (again := reload()) is not None:
+            anatomy, stored = again
+            adopt(stored, student.model, untouched)
+        stored = with_maps_inside(stored, anatomy, given.removed)
+        document = {"recovery": [stage.to_json() for stage in stages], "notes": list(notes)}
+        folder = save(
+            stored,
+            out,
+            plan=given,
+            tokenizer=dense.loaded.tokenizer,
+            card=recovery_card(stages),
+            pages={"recovery.json": json.dumps(document, indent=1)},
+            force=force,
+            verify_ids=text.input_ids[:1, :64],
+        )
+        form = "packaged" if isinstance(stored, LeavesOut) else "ordinary"
+    if leads():
         resume.clear()
-        return Recovered(student.model, given, stages, notes, None)
-    anatomy, stored = dense.anatomy, student.model
-    if (again := reload()) is not None:
-        anatomy, stored = again
-        adopt(stored, student.model, untouched)
-    stored = with_maps_inside(stored, anatomy, given.removed)
-    document = {"recovery": [stage.to_json() for stage in stages], "notes": list(notes)}
-    folder = save(
-        stored,
-        out,
-        plan=given,
-        tokenizer=dense.loaded.tokenizer,
-        card=recovery_card(stages),
-        pages={"recovery.json": json.dumps(document, indent=1)},
-        force=force,
-        verify_ids=text.input_ids[:1, :64],
-    )
-    resume.clear()
-    form = "packaged" if isinstance(stored, LeavesOut) else "ordinary"
+    wait()
     return Recovered(student.model, given, stages, notes, folder, form)
 
 
@@ -243,17 +246,12 @@ def training_text(
 ) -> Training | None:
     """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
 
-    Raises UserError for instructions that nothing would read or several processes, CorpusError when there is too
-    little text.
+    Raises UserError for instructions that nothing would read, CorpusError when there is too little text.
     """
     if not any(method.traits.get("trained") for method, _ in steps):
         if instructions is not None:
             raise UserError("--instructions is for recoveries that train, such as full or lora: name one, or drop it.")
         return None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "this verb trains in one process: start it without 'accelerate launch', or call the recovery from Python."
-        )
     text: CalibrationSet
     if instructions is not None:
         text = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)
@@ -284,16 +282,17 @@ def run_recoveries(
     *,
     training: Training | None,
     resume: Resume,
-    measure: Callable[[], Mapping[str, float]],
+    measure: Callable[[Subject], Mapping[str, float]],
     seed: int,
     memory: int | None,
-) -> tuple[tuple[RecoveryStage, ...], tuple[str, ...]]:
-    """Change `student.model` in place, one recovery after another.
+) -> tuple[Subject, tuple[RecoveryStage, ...], tuple[str, ...]]:
+    """Change the student's model in place, one recovery after another. Returns the student, which is another one where
+    weights were spread over processes.
 
     text: for those in closed form. training: for those that train. measure: perplexities of the student as it is,
     called before the first and behind each.
     """
-    stages = [RecoveryStage("cut", measure())]
+    stages = [RecoveryStage("cut", measure(student))]
     notes: list[str] = []
     begun = [fingerprint(student.model), dense.identity.fingerprint, sorted(map(str, removed)), text.digest, seed]
     try:
@@ -315,7 +314,9 @@ def run_recoveries(
                 folder = resume.folder(*begun, training.text.digest, done)
                 supplied |= {"calibration": training.text, "held_out": training.held_out, "folder": folder}
             with progress.task(f"recovery {method.name}"):
-                method.function(**{name: supplied[name] for name in method.parameters}, **options)
+                made = method.function(**{name: supplied[name] for name in method.parameters}, **options)
+            if made is not None and made is not student.model:
+                student = Subject(replace(student.loaded, model=made), dissect(made))
             seconds, tokens = time.perf_counter() - start, repair.tokens
             if folder is not None:
                 told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
@@ -323,10 +324,10 @@ def run_recoveries(
                 repair.notes.append(_told(told))
             notes += [f"{method.name}: {note}" for note in repair.notes]
             gained = _parameters(student.model) - size
-            stages.append(RecoveryStage(method.name, measure(), gained, tokens, round(seconds, 1)))
+            stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1)))
     finally:
         resume.tidy()
-    return tuple(stages), tuple(notes)
+    return student, tuple(stages), tuple(notes)
 
 
 def _told(told: Mapping[str, Any]) -> str:

@@ -1,0 +1,28 @@
+"""Processes that `accelerate launch` or `torchrun` started together to train one model: which of them this is."""
+
+from __future__ import annotations
+
+import os
+
+
+def processes() -> int:
+    """How many were started together; 1 where this one was started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Whether this is the process that writes, and speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def place() -> int:
+    """Number of this process among those on its machine, which is that of its device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def wait() -> None:
+    """Return when all processes have come here. Does nothing before they trained together."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
