@@ -1,8 +1,9 @@
 """A slice of a study: `shallower study` against cells that are measured one by one, plainly.
 
     python benchmarks/study.py --text c4.jsonl --held-out wikitext2.test.txt [--sequences 8] [--length 64] [--seeds 0]
+        [--objectives nll kl]
 
-The slice is one text, one size, the objective `nll`, four searches and two ratios: eight cells a seed. Plainly, each
+The slice is one text, one size, four searches and two ratios: eight cells for each objective and seed. Plainly, each
 cell is a run of the published algorithm with a full forward of the stock model for every candidate set (as in
 `selection.py`), and then the perplexity of the cut model on the held-out text; nothing is carried from cell to cell.
 Ours starts with an empty memory on disk. Both compute in the same number format on the same tokens. Prints the seconds
@@ -23,9 +24,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from selection import Reference, Removed, evopress, shortened_llama, sleb
+from torch.nn.functional import kl_div, log_softmax
 
 from shallower.budget import parse_remove
 from shallower.corpus import CalibrationSet, build_calibration
+from shallower.corpus.calibration import Batch
 from shallower.studies.grid import parse_study
 from shallower.studies.result import Cell
 from shallower.units import Unit
@@ -53,9 +56,31 @@ def deeper_layers(reference: Reference, subject: Subject, count: int) -> Removed
     return frozenset(Unit(index, "block") for index in range(first, first + count))
 
 
+class Divergence(Reference):
+    """Kullback-Leibler divergence from the dense model, whose probabilities are computed once and kept."""
+
+    def __init__(self, subject: Subject, text: CalibrationSet, tokens_a_forward: int) -> None:
+        super().__init__(subject, text, tokens_a_forward)
+        with torch.no_grad():
+            self.dense = [self._log_probabilities(batch) for batch in text.batches(self.sequences)]
+
+    def loss(self, removed: Removed) -> float:
+        total = 0.0
+        with self._cut(removed), torch.no_grad():
+            for batch, dense in zip(self.text.batches(self.sequences), self.dense, strict=True):
+                own = self._log_probabilities(batch)
+                total += float(kl_div(own, dense, reduction="sum", log_target=True))
+        self.tokens += self.text.input_ids.numel()
+        return total / (self.text.sequences * (self.text.length - 1))
+
+    def _log_probabilities(self, batch: Batch) -> torch.Tensor:
+        logits = self.anatomy.model(input_ids=batch.input_ids, use_cache=False).logits
+        return log_softmax(logits[:, :-1].float(), dim=-1).flatten(0, 1)
+
+
 def plain(subject: Subject, text: CalibrationSet, held_out: CalibrationSet, cell: Cell) -> tuple[Removed, float]:
     """One cell by itself: the plan, and its held-out perplexity."""
-    reference = Reference(subject, text, 2048)
+    reference = REFERENCES[cell.objective](subject, text, 2048)
     units = units_of(subject, "block")
     amounts = [amount for amount in parse_remove(cell.remove) if not isinstance(amount, Unit)]
     budget = budget_for(subject, amounts, units)
@@ -69,6 +94,9 @@ def plain(subject: Subject, text: CalibrationSet, held_out: CalibrationSet, cell
     return removed, math.exp(Reference(subject, held_out, 2048).loss(removed))
 
 
+REFERENCES: dict[str, type[Reference]] = {"nll": Reference, "kl": Divergence}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -76,6 +104,7 @@ def main() -> None:
     parser.add_argument("--held-out", required=True, help="text for perplexity, such as wikitext2.test.txt")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--objectives", nargs="+", choices=sorted(REFERENCES), default=["nll"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -87,7 +116,7 @@ def main() -> None:
             "sequences": [given.sequences],
             "length": given.length,
             "seeds": list(given.seeds),
-            "objectives": ["nll"],
+            "objectives": list(given.objectives),
             "searches": list(SEARCHES),
             "remove": list(REMOVE),
             "held_out": {"held out": str(Path(given.held_out).absolute())},
@@ -112,10 +141,11 @@ def main() -> None:
     theirs = time.perf_counter() - start
     for result, text, removed, perplexity in rows:
         cell, mine = result.cell, frozenset(result.order)
-        reference = Reference(subject, text, 2048)
+        reference = REFERENCES[cell.objective](subject, text, 2048)
         gap = 0.0 if mine == removed else reference.loss(mine) / reference.loss(removed) - 1
         row = {
             "seed": cell.seed,
+            "objective": cell.objective,
             "search": cell.search,
             "remove": cell.remove,
             "same_plan": mine == removed,

@@ -207,6 +207,24 @@ def test_memo_is_kept_apart_by_model_text_and_objective(tmp_path):
     assert not same.spent.tokens
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits
+def test_with_kl_comes_nll(family, tmp_path):
+    anatomy = dissect(tiny_model(family))
+    text = sample_text(anatomy.model)
+    candidates = [frozenset(), *(frozenset({unit}) for unit in anatomy.units)]
+    memo = Memo(tmp_path / "memo.sqlite")
+    kl = Ablator(anatomy, text, "kl", memo=memo, fingerprint="f").losses(candidates)
+    assert kl == pytest.approx(Ablator(anatomy, text, "kl").losses(candidates), abs=1e-6)
+    nll = Ablator(anatomy, text, memo=memo, fingerprint="f")
+    assert nll.losses(candidates) == pytest.approx(Ablator(anatomy, text).losses(candidates), abs=1e-6)
+    assert nll.spent.tokens == 0
+    warm = Ablator(anatomy, text, "kl", {"temperature": 2.0}, memo=Memo(tmp_path / "warm.sqlite"), fingerprint="f")
+    warm.losses(candidates)  # its logits are not those of nll
+    other = Ablator(anatomy, text, memo=Memo(tmp_path / "warm.sqlite"), fingerprint="f")
+    other.losses(candidates)
+    assert other.spent.recalled == 0
+
+
 def test_a_damaged_memo_is_set_aside(tmp_path):
     path = tmp_path / "memo.sqlite"
     path.write_bytes(b"this is not a database at all" * 100)

@@ -3,7 +3,7 @@
 from shallower.engine.ablator import Ablator, Spent
 from shallower.engine.gradients import WeightStatistic, needs_backward, reads_weights, weight_scores
 from shallower.engine.race import Racing
-from shallower.engine.scoring import reads_choices
+from shallower.engine.scoring import along_with, reads_choices
 from shallower.engine.stream import StreamStatistic, reads_stream, stream_scores
 from shallower.engine.trace import Trace, prove, trace
 
@@ -14,6 +14,7 @@ __all__ = [
     "StreamStatistic",
     "Trace",
     "WeightStatistic",
+    "along_with",
     "needs_backward",
     "prove",
     "reads_choices",

@@ -119,18 +119,22 @@ class Ablator:
         )
         self._workers: Workers = Threads(evaluator, threads) if workers is None else workers(evaluator)
         self._memo = memo
-        self._context = context_key(
-            {
-                "fingerprint": fingerprint,
-                "calibration": calibration.digest,
-                "sequences_a_batch": sequences,
-                "objective": [objective, _source(self.objective), sorted(self.options.items())],
-                "measured_as": MEASURED_AS,
-                "dtype": str(anatomy.model.dtype),
-                "device": device.type,
-            }
-        )
-        self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._context) if memo else {}
+        objectives_here = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
+        self._contexts = [
+            context_key(
+                {
+                    "fingerprint": fingerprint,
+                    "calibration": calibration.digest,
+                    "sequences_a_batch": sequences,
+                    "objective": [method.name, _source(method), sorted(own.items())],
+                    "measured_as": MEASURED_AS,
+                    "dtype": str(anatomy.model.dtype),
+                    "device": device.type,
+                }
+            )
+            for method, own in objectives_here
+        ]
+        self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._contexts[0]) if memo else {}
 
     def close(self) -> None:
         """Let workers in other processes go; what was measured can still be asked for."""
@@ -239,10 +243,11 @@ class Ablator:
         self.spent.recalled += recalled
         step(recalled)
         for done in self._workers.run(jobs, step):
-            found = [(route, done.job.number, sums) for route, sums in done.sums.items()]
-            if self._memo is not None:
-                self._memo.write(self._context, found)
-            self._measured.update({(route, number): sums for route, number, sums in found})
+            number = done.job.number
+            if self._memo is not None:  # also for searches by the objectives that came along
+                for place, context in enumerate(self._contexts):
+                    self._memo.write(context, [(route, number, sums[place]) for route, sums in done.sums.items()])
+            self._measured.update({(route, number): sums[0] for route, sums in done.sums.items()})
             self.spent.tokens += done.tokens
             self.spent.block_tokens += done.block_tokens
 

@@ -26,7 +26,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import Batch
 from shallower.engine.head import find_head
 from shallower.engine.routes import ACTIONS, PASSED_OVER, Route
-from shallower.engine.scoring import Scorer, needs_dense
+from shallower.engine.scoring import Scorer, along_with, needs_dense
 from shallower.engine.states import States
 from shallower.engine.trace import Trace, trace
 from shallower.registry import Method
@@ -49,7 +49,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a job found: for each route the objective summed over each item of the batch, float64 [items].
+    """What a job found: for each route the objective, and those that come along with it (`along_with`), summed over
+    each item of the batch, float64 [objectives, items].
 
     block_tokens: tokens run through one block. tokens: calibration tokens times routes.
     """
@@ -61,7 +62,7 @@ class Measured:
 
 
 class Scoring(Protocol):
-    """Makes numbers of streams that leave the last block, `together` at a time: float64 [items] of each."""
+    """Makes numbers of streams that leave the last block, `together` at a time: what `Measured` holds of each."""
 
     @property
     def together(self) -> int: ...
@@ -91,6 +92,7 @@ class Evaluator:
         self.batches = batches
         self.objective = objective
         self.options = options
+        self.besides = along_with(objective, options)
         self.memory = memory
         self.states = states
         self._head = find_head(anatomy)
@@ -141,7 +143,7 @@ class Evaluator:
 
     def _scorer(self, number: int, dense: Tensor | None) -> Scoring:
         copies = partial(self._trace, number)
-        return Scorer(self.objective, self.options, self._head, copies, dense, self.memory // 2)
+        return Scorer(self.objective, self.options, self._head, copies, dense, self.memory // 2, self.besides)
 
     def _trace(self, number: int, times: int = 1) -> Trace:
         """The batch's trace, or that of `times` copies of the batch. Traces cost no block, but some memory each."""

@@ -24,6 +24,7 @@ from shallower.corpus.answers import Answers
 from shallower.engine.head import ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
 from shallower.engine.trace import Trace
 from shallower.registry import Method
+from shallower.registry import objective as objectives
 
 STREAM = frozenset({"hidden", "dense_hidden"})
 REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
@@ -34,6 +35,16 @@ CHOICES = frozenset({"log_likelihoods", "tokens", "bytes", "gold"})
 def needs_dense(objective: Method) -> bool:
     """Whether the objective compares with the dense model."""
     return any(name.startswith("dense_") for name in objective.parameters)
+
+
+def along_with(objective: Method, options: Mapping[str, Any]) -> tuple[Method, ...]:
+    """Objectives without options whose numbers are at hand when this one is measured: they cost nothing more."""
+    asked = set(objective.parameters)
+    if not asked or not asked <= REDUCED or float(options.get("temperature", 1.0)) != 1.0:
+        return ()
+    at_hand = asked | {"log_normalizer", "target_logits"}
+    others = (other for other in objectives if other.name != objective.name and not other.options)
+    return tuple(other for other in others if other.parameters and at_hand.issuperset(other.parameters))
 
 
 def reads_choices(objective: Method) -> bool:
@@ -52,19 +63,22 @@ class Scorer:
         copies: Callable[[int], Trace],
         dense: Tensor | None,
         memory: int,
+        besides: Sequence[Method] = (),
     ) -> None:
         """copies: the trace of so many copies of the batch. dense: the stream leaving the dense model's last block,
-        None when the objective does not compare with it.
+        None when the objective does not compare with it. besides: objectives that come along with this one.
 
         memory: bytes that the dense model's logits may take; beyond it they are computed anew for each candidate.
         """
         self.objective = objective
+        self.besides = tuple(besides)
         self.options = dict(options)
         self.head = head
         self.copies = copies
         self.trace = trace = copies(1)
         self.answers = trace.batch.answers if reads_choices(objective) else None
         self.asked = frozenset(objective.parameters if self.answers is None else ("log_normalizer", "target_logits"))
+        self.asked |= {name for other in self.besides for name in other.parameters}
         self.scored = scored_positions(trace, self.answers)
         ids = trace.batch.input_ids.to(trace.entry.device)
         self.targets = ids[:, 1:][self.scored]
@@ -88,17 +102,19 @@ class Scorer:
         return max(1, min(ROWS_TOGETHER // len(self.targets), self._memory // self.trace.entry.nbytes))
 
     def __call__(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """The objective of candidates, summed over the tokens of each sequence, or of each question: float64 [items].
+        """The objective of candidates, summed over the tokens of each sequence, or of each question: float64 [1 +
+        besides, items], the objective itself first.
 
         hiddens: for each candidate the stream leaving the last block [sequences, length, hidden].
         """
         found = []
-        nothing = [torch.empty(0, device=self.targets.device)] * len(hiddens)  # documents of one token
+        rows = 1 + len(self.besides)
+        nothing = [torch.empty(rows, 0, device=self.targets.device)] * len(hiddens)  # documents of one token
         for flat in self._at_tokens(hiddens) if len(self.targets) else nothing:
-            values = torch.zeros(self.scored.shape, dtype=torch.float32, device=self.scored.device)
-            values[self.scored] = flat.to(values.device)
-            sums = values.double().sum(1).cpu()
-            found.append(sums if self.answers is None else self._of_questions(sums, self.answers))
+            values = torch.zeros(rows, *self.scored.shape, dtype=torch.float32, device=self.scored.device)
+            values[:, self.scored] = flat.to(values.device)
+            sums = values.double().sum(2).cpu()
+            found.append(sums if self.answers is None else self._of_questions(sums[0], self.answers)[None])
         return found
 
     def _of_questions(self, log_likelihoods: Tensor, answers: Answers) -> Tensor:
@@ -113,23 +129,27 @@ class Scorer:
         return result
 
     def _at_tokens(self, hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The objective at every position that is scored: float32 [positions] each. Of choices, the log-likelihood."""
+        """The objectives at every position that is scored: float32 [1 + besides, positions] each. Of choices, the
+        log-likelihood.
+        """
         if self.reduces:
             return self._by_vocabulary(hiddens)
         if self.asked <= STREAM:
             dense = None if self.dense_hidden is None else self._rows(self.dense_hidden).float()
-            return [self._function(hidden=self._rows(hidden).float(), dense_hidden=dense) for hidden in hiddens]
+            return [self._values(hidden=self._rows(hidden).float(), dense_hidden=dense) for hidden in hiddens]
         return [self._by_rows(hidden) for hidden in hiddens]
 
-    def _function(self, **supply: Tensor | None) -> Tensor:
+    def _values(self, **supply: Tensor | None) -> Tensor:
+        """The objectives of some rows: float32 [1 + besides, rows]."""
         if self.answers is not None:
             target_logits, log_normalizer = supply["target_logits"], supply["log_normalizer"]
             assert target_logits is not None
             assert log_normalizer is not None
-            return target_logits - log_normalizer
-        given = {name: supply[name] for name in self.objective.parameters}
-        result: Tensor = self.objective.function(**given, **self.options)
-        return result
+            return (target_logits - log_normalizer)[None]
+        each = ((self.objective, self.options), *((other, {}) for other in self.besides))
+        return torch.stack(
+            [method.function(**{name: supply[name] for name in method.parameters}, **own) for method, own in each]
+        )
 
     def _rows(self, hidden: Tensor) -> Tensor:
         return hidden[:, :-1][self.scored.to(hidden.device)]
@@ -150,8 +170,8 @@ class Scorer:
         targets = self.targets.repeat(len(hiddens)).to(rows.device)
         if "dense_mean_logit" not in self.asked:
             reduced = self.head.reduce(rows, targets, None, temperature)
-            values = self._function(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
-            return values.chunk(len(hiddens))
+            values = self._values(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
+            return values.chunk(len(hiddens), dim=1)
         parts = []
         size = len(rows) if self._fits else self._chunk()  # where not all fits, there is one candidate: see `together`
         for start in range(0, len(rows), size):
@@ -159,14 +179,14 @@ class Scorer:
             probabilities, entropy = self._dense_distribution(part, temperature)
             reduced = self.head.reduce(rows[part], targets[part], probabilities, temperature)
             parts.append(
-                self._function(
+                self._values(
                     log_normalizer=reduced.log_normalizer,
                     target_logits=reduced.target_logits,
                     dense_mean_logit=reduced.mean_logit,
                     dense_entropy=entropy.repeat(len(reduced.log_normalizer) // len(entropy)),
                 )
             )
-        return torch.cat(parts).chunk(len(hiddens))
+        return torch.cat(parts, dim=1).chunk(len(hiddens), dim=1)
 
     def _dense_distribution(self, part: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Probabilities [rows, vocabulary] of the dense model at some rows, and their entropy [rows]; float32.
@@ -197,7 +217,7 @@ class Scorer:
         if needs_dense(self.objective):
             assert self.dense_hidden is not None
             dense_rows_of = self._dense_logit_rows(self.dense_hidden)
-        flat = torch.empty(len(self.targets), dtype=torch.float32, device=hidden.device)
+        flat = torch.empty(1 + len(self.besides), len(self.targets), dtype=torch.float32, device=hidden.device)
         temperature = float(self.options.get("temperature", 1.0))
         size = self._chunk()
         for start in range(0, len(self.targets), size):
@@ -214,7 +234,7 @@ class Scorer:
                     probabilities = torch.softmax(dense_logits / temperature, dim=-1)
                     supply["dense_mean_logit"] = (probabilities * scaled).sum(-1)
                     supply["dense_entropy"] = torch.special.entr(probabilities).sum(-1)
-            flat[part] = self._function(**supply)
+            flat[:, part] = self._values(**supply)
         return flat
 
     def _chunk(self) -> int:

@@ -16,7 +16,7 @@ from random import Random
 
 from shallower import progress
 from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices
-from shallower.engine import Ablator, reads_choices
+from shallower.engine import Ablator, along_with, reads_choices
 from shallower.engine.memo import context_key
 from shallower.errors import CorpusError, UserError
 from shallower.plan import MadeBy, PruningPlan
@@ -170,7 +170,7 @@ class _Runner:
 
     def run(self, context: Context, cells: Sequence[Cell], step: progress.Step) -> list[Result]:
         results: list[Result] = []
-        for objective in self.study.objectives:
+        for objective in sorted(self.study.objectives, key=_least_along):
             own = [cell for cell in cells if cell.objective == objective]
             with progress.silent():
                 found = self._measured(own, _calibration(self.subject, self.study, context, objective))
@@ -240,6 +240,11 @@ class _Runner:
             memory=self.memory,
             workers=self.workers,
         )
+
+
+def _least_along(objective: str) -> int:
+    """Sorts those first with which others are measured at no cost."""
+    return -len(along_with(objectives.get(objective), {}))
 
 
 def _contexts(given: Study, model: str) -> dict[Context, list[Cell]]:
