@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -250,6 +251,62 @@ def _interrupted(write: Callable[..., None], at: int) -> Callable[..., None]:
         write(*given)
 
     return interrupted
+
+
+SPREAD = """
+import sys
+import test_training
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from shallower.testing.families import tiny_model
+from shallower.training import loop
+
+
+class Sharding(loop.Accelerator):  # accelerate itself shards on accelerators only
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        assert self.is_fsdp2
+
+
+loop.Accelerator = Sharding
+healed = test_training.run("full", tiny_model("llama"), epochs=0.5, distill=0.5, folder=sys.argv[1])
+save_file({name: p.detach().clone() for name, p in healed.named_parameters()}, sys.argv[2])
+"""
+
+
+def test_weights_that_are_spread_over_processes_learn_as_whole_ones(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SPREAD, str(tmp_path / "state"), str(tmp_path / f"{rank}.safetensors")],
+            env={
+                **os.environ,
+                **together,
+                **sharded,
+                "PYTHONPATH": path,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "ACCELERATE_USE_CPU": "true",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=600)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    expected = run("full", tiny_model("llama"), epochs=0.5, distill=0.5)
+    for rank in "01":
+        weights = load_file(tmp_path / f"{rank}.safetensors")
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_another_training_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

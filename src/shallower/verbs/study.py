@@ -101,6 +101,8 @@ def study(
                 runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
                 for context, cells in _contexts(given, model).items():
                     results += runner.run(context, cells, step)
+    order = {cell: number for number, cell in enumerate(given.cells)}  # whatever was measured first
+    results.sort(key=lambda result: order[result.cell])
     findings = find(results)
     return Finished(given, tuple(results), findings, folder)
 
