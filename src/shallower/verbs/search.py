@@ -179,10 +179,11 @@ def require_possible(
     """
     stages, _ = search_stages(search, objective, settings or {})
     if metric is not None:
+        chosen = metrics.get(metric)
         readers = that_rank(stages)
         if not readers:
             _refuse_ranking(stages)
-        if any("spans" in method.parameters for method in readers) and not reads_stream(metrics.get(metric)):
+        if any("spans" in method.parameters for method in readers) and not reads_stream(chosen):
             raise UserError(
                 f"search {readers[0].name!r} ranks spans, of which metric {metric!r} has no scores; use a metric of "
                 "the stream, such as angular or cosine."
