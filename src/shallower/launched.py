@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many were started together; 1 where this one was started alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -15,7 +15,7 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def place() -> int:
+def local_rank() -> int:
     """Number of this process among those on its machine, which is that of its device."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from shallower.errors import UnknownName
-from shallower.launched import place, processes
+from shallower.launched import local_rank, world_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WORTHWHILE = 1.3  # half precision has to be this many times faster than float32 to be worth its rounding
@@ -28,8 +28,8 @@ def parse_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         there = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *there]
     if name == "auto":
-        together = there[0] == "cuda" and processes() > 1
-        return torch.device(f"cuda:{place()}" if together else there[0])
+        together = there[0] == "cuda" and world_size() > 1
+        return torch.device(f"cuda:{local_rank()}" if together else there[0])
     if name not in there:
         raise UnknownName("device", name, ("auto", *there))
     return torch.device(name)

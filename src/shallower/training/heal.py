@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shallower.anatomy.dissect import find_blocks
 from shallower.engine.head import find_head
 from shallower.errors import UserError
-from shallower.launched import processes
+from shallower.launched import world_size
 from shallower.resources import parse_memory
 from shallower.training.feed import Feed
 from shallower.training.loop import Guiding, number_format, train
@@ -67,7 +67,7 @@ def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
     shared = 0
     if recipe.needs_teacher:
         require_same_words(task.anatomy.model, student)
-        alone = processes() == 1  # else the blocks are spread over devices
+        alone = world_size() == 1  # else the blocks are spread over devices
         shared = shared_blocks(student, task.anatomy) if alone and not recipe.teacher_cache else 0
         teacher = _teacher(task, Teacher(task.anatomy, compute, shared))
     if recipe.recompute:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from shallower import progress
 from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.errors import UserError
-from shallower.launched import processes
+from shallower.launched import world_size
 from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide
 from shallower.training.recipe import HeldOut, Recipe, Task
@@ -97,7 +97,7 @@ class _Whole(nn.Module):
 class _Loop:
     def __init__(self, objective: nn.Module, student: PreTrainedModel, task: Task, teacher: Guiding | None) -> None:
         self.student, self.task, self.recipe, self.teacher = student, task, task.recipe, teacher
-        launched = processes() > 1
+        launched = world_size() > 1
         self.accelerator = Accelerator(cpu=student.device.type == "cpu", device_placement=launched)
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)
@@ -171,9 +171,9 @@ class _Loop:
         """One step of the optimizer. Returns why training has to stop, if it has."""
         rows = self.feed.step(self.state.step)
         counted = self.feed.scored(rows)
-        here, together = self.accelerator.process_index, self.accelerator.num_processes
+        here, processes = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(((self.task.seed << 24) + self.state.step) * 1024 + here)
-        portions = list(self.feed.portions(rows[here::together]))
+        portions = list(self.feed.portions(rows[here::processes]))
         self.objective.train()
         sums = torch.zeros(3, dtype=torch.float32, device=self.accelerator.device)
         for number, portion in enumerate(portions):
@@ -182,7 +182,7 @@ class _Loop:
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 losses = self.objective(portion, guide)
                 # processes' gradients are averaged, and a step's loss is a mean over all of their tokens
-                self.accelerator.backward(losses[0] * (together / counted))
+                self.accelerator.backward(losses[0] * (processes / counted))
             sums += torch.stack([loss.detach().float() for loss in losses])
         norm = _whole(self.accelerator.clip_grad_norm_(self.trained.values(), self.recipe.clip))
         loss, nll, kl = (self.accelerator.reduce(sums, "sum") / counted).tolist()

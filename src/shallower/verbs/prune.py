@@ -26,7 +26,7 @@ from shallower.evaluation.tasks import TaskSettings
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import export
 from shallower.forms import require_form
-from shallower.launched import processes
+from shallower.launched import world_size
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import RecoveryStage, ReportData, Side
@@ -132,7 +132,7 @@ def prune(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
     steps, settings = _recoveries(recover, settings or {})
-    if processes() > 1:
+    if world_size() > 1:
         raise UserError(
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
             "'accelerate launch -m shallower recover'."

@@ -172,7 +172,7 @@ class _Runner:
 
     def run(self, context: Context, cells: Sequence[Cell], step: progress.Step) -> list[Result]:
         results: list[Result] = []
-        for objective in sorted(self.study.objectives, key=_least_along):
+        for objective in sorted(self.study.objectives, key=_companions_first):
             own = [cell for cell in cells if cell.objective == objective]
             with progress.silent():
                 found = self._measured(own, _calibration(self.subject, self.study, context, objective))
@@ -244,8 +244,8 @@ class _Runner:
         )
 
 
-def _least_along(objective: str) -> int:
-    """Sorts those first with which others are measured at no cost."""
+def _companions_first(objective: str) -> int:
+    """A sort key: objectives with which most others are measured at no cost come first."""
     return -len(along_with(objectives.get(objective), {}))
 
 
