@@ -6,8 +6,11 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -57,3 +60,30 @@ def root() -> Path:
 # A job started in the background ignores Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def start_together() -> Callable[..., list[tuple[int, str, str]]]:
+    """Runs a command in two processes, with what `accelerate launch --cpu --num_processes 2` sets: for each its exit
+    code, output and errors. extra: further variables.
+    """
+
+    def run(*command: str, **extra: str) -> list[tuple[int, str, str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        started = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env={**os.environ, **both, "ACCELERATE_USE_CPU": "true", **extra, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in "01"
+        ]
+        said = [process.communicate(timeout=600) for process in started]
+        return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+    return run

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,34 +70,19 @@ def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Pat
     assert not list(files.glob(".*"))
 
 
-def test_processes_that_were_launched_together_give_what_one_gives(files: Path) -> None:
+def test_processes_that_were_launched_together_give_what_one_gives(files: Path, start_together: Any) -> None:
     words = ["recover", files / "pruned", "--teacher", files / "dense", "--with", "refit,full", "--json"]
     words += ["--calibration", files / "text.jsonl", "--sequences", 16, "--length", 32, "--train-sequences", 64]
     words += ["--window", 64, "--windows", 3, "--dtype", "float32", "--set", "distill=0.5"]
     words += [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     words = [str(word) for word in words]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # what `accelerate launch --cpu --num_processes 2 -m shallower` sets
-    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "shallower", *words, "--out", str(files / "together")],
-            env={**os.environ, **together, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said = [process.communicate(timeout=600) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    assert said[1] == ("", "")  # one speaks for all
-    assert json.loads(said[0][0])["recovery"][-1]["tokens"] == 64 * 32
+    one, other = start_together("-m", "shallower", *words, "--out", str(files / "together"))
+    assert (one[0], other[0]) == (0, 0), (one, other)
+    assert other[1:] == ("", "")  # one speaks for all
+    assert json.loads(one[1])["recovery"][-1]["tokens"] == 64 * 32
     assert CliRunner().invoke(app, [*words, "--out", str(files / "alone")]).exit_code == 0
-    one, other = (AutoModelForCausalLM.from_pretrained(files / name) for name in ("alone", "together"))
-    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+    alone, together = (AutoModelForCausalLM.from_pretrained(files / name) for name in ("alone", "together"))
+    for mine, theirs in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert not list(files.glob(".*"))
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -254,6 +253,7 @@ def _interrupted(write: Callable[..., None], at: int) -> Callable[..., None]:
 
 
 SPREAD = """
+import os
 import sys
 import test_training
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -271,37 +271,17 @@ class Sharding(loop.Accelerator):  # accelerate itself shards on accelerators on
 
 
 loop.Accelerator = Sharding
-healed = test_training.run("full", tiny_model("llama"), epochs=0.5, distill=0.5, folder=sys.argv[1])
-save_file({name: p.detach().clone() for name, p in healed.named_parameters()}, sys.argv[2])
+healed = test_training.run("full", tiny_model("llama"), epochs=0.5, distill=0.5, folder=sys.argv[1] + "/state")
+weights = {name: p.detach().clone() for name, p in healed.named_parameters()}
+save_file(weights, f"{sys.argv[1]}/{os.environ['RANK']}.safetensors")
 """
 
 
-def test_weights_that_are_spread_over_processes_learn_as_whole_ones(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def test_weights_that_are_spread_over_processes_learn_as_whole_ones(tmp_path: Path, start_together: Any) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SPREAD, str(tmp_path / "state"), str(tmp_path / f"{rank}.safetensors")],
-            env={
-                **os.environ,
-                **together,
-                **sharded,
-                "PYTHONPATH": path,
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "ACCELERATE_USE_CPU": "true",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    said = [process.communicate(timeout=600)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    ended = start_together("-c", SPREAD, str(tmp_path), PYTHONPATH=path, **sharded)
+    assert [code for code, _, _ in ended] == [0, 0], ended
     expected = run("full", tiny_model("llama"), epochs=0.5, distill=0.5)
     for rank in "01":
         weights = load_file(tmp_path / f"{rank}.safetensors")
