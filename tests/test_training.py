@@ -646,6 +646,16 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert text.digest != CalibrationSet(text.spec, text.input_ids, text.attention_mask).digest
 
 
+def test_of_messages_the_last_answer_is_learned(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    said = ["Name a river.", "The Rhine.", "And one in Asia?", "The Ganges."]
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+    rows = [{"messages": messages}, {"question": "2 and 3?", "answer": "5"}]
+    text = build_instructions(_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, length=120)
+    assert tokenizer.decode(text.input_ids[0][text.scored[0]]) == "The Ganges.</s>\n"
+    assert tokenizer.decode(text.input_ids[1][text.scored[1]]) == "5</s>\n"
+
+
 def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path) -> None:
     tokenizer, model = tiny_tokenizer(), tiny_model("llama")
     text = build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer, length=120)
@@ -666,8 +676,11 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"instruction": "a", "output": 3}], "line 1 has no text in the field 'output'"),
-        ([{"text": "a"}], "line 1 has no text in the field 'instruction'"),
+        ([{"instruction": "a", "output": 3}], "line 1 holds no question with its answer, but instruction, output"),
+        ([{"instruction": "a", "output": " "}], "line 1 holds no question with its answer"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], "line 1 holds no question with its answer, but messages"),
+        ([{"messages": ["a"]}], "line 1 holds no question with its answer, but messages"),
+        ([{"text": "a"}], "line 1 holds no question with its answer, but text"),
         (ROWS[2:], "none of the 1 conversations .* fits length=120"),
     ],
 )

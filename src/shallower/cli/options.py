@@ -141,7 +141,8 @@ Instructions = Annotated[
     Option(
         "--instructions",
         metavar="FILE",
-        help="Train on the answers of this .jsonl file (instruction, input, output). Default: the calibration text.",
+        help="Train on the answers of this .jsonl file (instruction, input, output; or messages). "
+        "Default: the calibration text.",
     ),
 ]
 RepairBy = Annotated[

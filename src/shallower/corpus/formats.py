@@ -47,7 +47,7 @@ def _chats(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) ->
     if not tokenizer.chat_template:
         raise CorpusError("format=chat needs a chat template, and this model's tokenizer has none: use format=text.")
     for document in documents:
-        turns = _turns(document.record or {})
+        turns = conversation(document.record or {})
         if not turns:
             yield Formatted(document, (document,), False)
             continue
@@ -92,9 +92,13 @@ def _few_shot(documents: Iterable[Document], shots: int) -> Iterator[Formatted]:
         )
 
 
-def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The turns, `role` and `content`, of a row of `messages`, instruction and output, or question and answer.
+
+    Empty when the row is none of these.
+    """
     messages = record.get("messages")
-    if isinstance(messages, list) and messages:
+    if isinstance(messages, list) and messages and all(_is_turn(turn) for turn in messages):
         return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
     if record.get("instruction") and isinstance(record.get("output"), str):
         asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
@@ -102,6 +106,10 @@ def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
     if record.get("question") and isinstance(record.get("answer"), str):
         return _exchange(record["question"], record["answer"])
     return []
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and {"role", "content"} <= set(turn)
 
 
 def _exchange(asked: str, answered: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Instructions with their answers, in the model's chat template; only the answers are learned."""
+"""Conversations in the model's chat template; only their last answers are learned."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from shallower import progress
 from shallower.corpus.build import pad_id
 from shallower.corpus.calibration import CalibrationSet, SourceRecord
+from shallower.corpus.formats import conversation
 from shallower.corpus.sources import json_records
 from shallower.errors import CorpusError
 
@@ -57,7 +58,8 @@ class InstructionSet(CalibrationSet):
 def build_instructions(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, *, length: int = 512, sequences: int | None = None
 ) -> InstructionSet:
-    """Conversations from a .jsonl file of `instruction`, `input` (may be empty or missing) and `output`.
+    """Conversations from a .jsonl file of `instruction`, `input` (may be empty or missing) and `output`, of `question`
+    and `answer`, or of `messages` with `role` and `content`, of which the last is the assistant's.
 
     length: longest conversation in tokens; a longer one is left out, as half an answer teaches to stop anywhere.
     sequences: only that many. In file order: training shuffles.
@@ -95,12 +97,13 @@ def build_instructions(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where: str) -> tuple[list[int], int]:
     """Ids of the conversation, and where the answer begins."""
-    for name in ("instruction", "output"):
-        if not isinstance(record.get(name), str) or not record[name].strip():
-            raise CorpusError(f"{where} has no text in the field {name!r}: write rows such as {EXAMPLE}.")
-    asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
-    prompt = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+    turns = conversation(record)
+    if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise CorpusError(
+            f"{where} holds no question with its answer, but {', '.join(sorted(record)) or 'nothing'}: write rows such "
+            f"as {EXAMPLE}, or messages that end with the assistant's."
+        )
+    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
     whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     if not whole.startswith(prompt):
         raise CorpusError(

@@ -128,8 +128,8 @@ def estimate(
 ) -> Estimate:
     """What a study would cost, without running it.
 
-    Every search is run on made-up losses to count the sets that it asks for, and a few real sets are timed. Raises
-    UserError as `study` does.
+    Every search is run on made-up losses to count the sets that it asks for, and a few real sets are timed. Objectives
+    are counted as if they shared no pass. Raises UserError as `study` does.
     """
     given = file if isinstance(file, Study) else read_study(file)
     require_runnable(given)
