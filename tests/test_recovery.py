@@ -635,6 +635,17 @@ def test_a_pruned_checkpoint_is_recovered_into_an_ordinary_one(files: Path) -> N
     assert torch.allclose(logits(again.model, text), logits(found.model, text), atol=1e-4)
 
 
+def test_a_packaged_checkpoint_is_recovered_as_the_plan_it_was_cut_by(files: Path) -> None:
+    plan = prune(files / "dense", "attn.1-2", out=files / "packaged", speed=False, **asked(files)).plan
+    assert len(plan.removed) == 2
+    found = recover(files / "packaged", "refit", teacher=files / "dense", out=files / "out", **asked(files))
+    again = recover(files / "dense", "refit", plan=plan, **asked(files))
+    text = sample_text(again.model, sequences=2)
+    assert torch.allclose(logits(found.model, text), logits(again.model, text), atol=1e-4)
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", trust_remote_code=True)
+    assert torch.allclose(logits(loaded, text), logits(found.model, text), atol=1e-5)
+
+
 def test_what_is_stored_keeps_the_precision_of_the_checkpoint(files: Path) -> None:
     found = recover(
         files / "pruned", "refit", teacher=files / "dense", out=files / "out", **asked(files, dtype="bfloat16")

@@ -250,6 +250,28 @@ def test_a_search_may_rank_by_another_metric_than_its_own(place: Path) -> None:
         assert [str(unit) for unit, _ in plan.order] == row["order"]
 
 
+def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
+    from shallower.engine import Ablator
+    from shallower.verbs.search import search
+    from shallower.verbs.subject import calibrate, open_subject
+
+    subject = open_subject(str(place / "tiny"), dtype="float32")
+    text = calibrate(subject, str(place / "a.txt"), sequences=4, length=24, seed=0)
+    other = calibrate(subject, str(place / "b.txt"), sequences=4, length=24, seed=0)
+    shared = Ablator(subject.anatomy, text)
+    alone = search(subject, "2", calibration=text, exact=True)
+    plan = search(subject, "2", calibration=text, exact=True, ablator=shared)
+    assert (plan.order, plan.dense) == (alone.order, alone.dense)
+    spent = shared.spent.tokens
+    assert search(subject, "1", calibration=text, exact=True, ablator=shared).order == plan.order[:1]
+    assert shared.spent.tokens == spent  # all of it was measured before
+    for what, wrong in [("calibration", {"calibration": other}), ("objective", {"objective": "kl"})]:
+        with pytest.raises(UserError, match=f"made for another {what}"):
+            search(subject, "2", **{"calibration": text, "ablator": shared, **wrong})
+    with pytest.raises(UserError, match="made for another model"):
+        search(str(place / "tiny"), "2", calibration=text, ablator=shared)
+
+
 def test_a_study_that_was_killed_goes_on(place: Path) -> None:
     assert run("study", place / "grid.yaml", "--out", place / "whole") == 0
     out = place / "killed"

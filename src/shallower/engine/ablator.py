@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,10 @@ class Spent:
     block_tokens: int = 0
     recalled: int = 0
     exhaustive: int = 0
+
+    def since(self, before: Spent) -> Spent:
+        """What was added to an earlier state."""
+        return Spent(**{key: value - getattr(before, key) for key, value in asdict(self).items()})
 
 
 class Ablator:

@@ -30,6 +30,7 @@ __all__ = [
     "load_files",
     "shallow_class",
     "stock_class",
+    "stock_type",
 ]
 
 FORMAT = "shallower.packaged/1"
@@ -56,6 +57,13 @@ def shallow_class(stock: type[PreTrainedModel]) -> Any:
 def is_packaged(config: dict[str, Any]) -> bool:
     """Whether a parsed config.json is of a packaged checkpoint."""
     return "packaged" in config and "block_configs" in config
+
+
+def stock_type(config: PretrainedConfig) -> str:
+    """The `model_type` of a config; of a packaged model's, that of the stock config that it builds on."""
+    if not isinstance(config, LacksSublayers):
+        return str(config.model_type)
+    return str(super(LacksSublayers, config).model_type)  # type: ignore[misc]
 
 
 def stock_class(config: dict[str, Any], name: str) -> type[PreTrainedModel]:

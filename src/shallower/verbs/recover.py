@@ -27,7 +27,7 @@ from shallower.evaluation.perplexity import perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import save
 from shallower.launched import leads, wait
-from shallower.packaged import LeavesOut
+from shallower.packaged import LeavesOut, stock_type
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import Method, share_options
@@ -435,7 +435,9 @@ def _require_kin(student: Subject, dense: Subject) -> None:
     """Raise ModelError when one model cannot teach the other."""
     mine, theirs = (side.model.config.get_text_config(decoder=True) for side in (student, dense))
     for what in ("model_type", "hidden_size", "vocab_size"):
-        own, other = getattr(mine, what, None), getattr(theirs, what, None)
+        own, other = (
+            stock_type(side) if what == "model_type" else getattr(side, what, None) for side in (mine, theirs)
+        )
         if own != other:
             raise ModelError(
                 f"{dense.loaded.name} cannot teach {student.loaded.name}: its {what} is {other!r}, not {own!r}. Name "

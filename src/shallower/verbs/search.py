@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, Racing, reads_stream
+from shallower.engine import Ablator, Racing, Spent, reads_stream
 from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import Method, share_options
@@ -63,6 +64,7 @@ def search(
     seed: int = 0,
     memory: int | str | None = None,
     workers: int | str | None = None,
+    ablator: Ablator | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -83,8 +85,11 @@ def search(
     target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
     many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
+    ablator: one of this model, calibration and objective that earlier searches used; it keeps its streams and workers,
+    and stays open. It knows whether races are run, so `exact`, `memory` and `workers` are not looked at.
 
-    Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says.
+    Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says, and UserError for an
+    ablator of something else.
     """
     require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
     require_target(calibration, target)
@@ -113,27 +118,36 @@ def search(
             workers=workers,
             **shape,
         ).text
-    racing = None if exact else Racing()
     name, ranked_by = None, None
-    with closing(
-        make_ablator(subject, text, objective, judged, racing=racing, memory=memory, workers=workers)
-    ) as ablator:
-        judge: Judge = RepairedLosses(subject, text, repair) if repair else ablator
+    with _ablator(ablator, subject, text, objective, judged, exact, memory, workers) as measuring:
+        before = copy(measuring.spent)
+        judge: Judge = RepairedLosses(subject, text, repair) if repair else measuring
         if request.budget is None:
             order = list(request.units)
         else:
             name = search
-            known = objectives.get(objective).options
-            asked = {key: value for key, value in (settings or {}).items() if key in known}
-            scored = "sublayer" if ordinary else units
-            ranking = _ranking(subject, stages, metric, scores, scored, objective, asked, text, seed, memory, workers)
+            if scores is None:
+                ranking = rank(
+                    subject,
+                    stages,
+                    text,
+                    metric=metric,
+                    units="sublayer" if ordinary else units,
+                    objective=objective,
+                    settings=settings,
+                    seed=seed,
+                    memory=memory,
+                    workers=workers,
+                )
+            else:
+                ranking = _ranked(subject, stages, metric, scores)
             ranked_by = ranking.metric if ranking else None
             trail = run_search(stages, request.units, request.budget, judge.losses, ranking, seed)
             if ordinary:
                 _require_ordinary(subject, plain(trail[-1]))
             order = removal_order(trail, judge)
         measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
-        progress.note(_cost(judge))
+        progress.note(_cost(judge.spent if repair else judge.spent.since(before)))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
     options |= {
         **judged,
@@ -309,8 +323,7 @@ def _importance(scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
     return {unit: sum(values[part] for part in unit.sublayers) for unit in units}
 
 
-def _cost(ablator: Judge) -> str:
-    spent = ablator.spent
+def _cost(spent: Spent) -> str:
     sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times candidate sets)"
     if spent.recalled:
         sentence += f"; {spent.recalled:,} measurements were remembered from before"
@@ -427,40 +440,77 @@ def _refuse_ranking(stages: Sequence[Stage]) -> NoReturn:
     )
 
 
-def _ranking(
+@contextmanager
+def _ablator(
+    given: Ablator | None,
     subject: Subject,
-    stages: Sequence[Stage],
-    metric: str | None,
-    scores: Scores | ScoreSheet | str | Path | None,
-    units: str,
-    objective: str,
-    settings: Mapping[str, str],
     text: CalibrationSet,
-    seed: int,
+    objective: str,
+    options: Mapping[str, Any],
+    exact: bool,
     memory: int | None,
     workers: int | str | None,
+) -> Iterator[Ablator]:
+    """The one that is given, checked, or one for the time of the `with`."""
+    if given is None:
+        racing = None if exact else Racing()
+        with closing(
+            make_ablator(subject, text, objective, options, racing=racing, memory=memory, workers=workers)
+        ) as own:
+            yield own
+        return
+    for what, has, wanted in (
+        ("model", given.anatomy.model, subject.model),
+        ("calibration", given.calibration.digest, text.digest),
+        ("objective", (given.objective.name, given.options), (objective, dict(options))),
+    ):
+        if has is not wanted and (what == "model" or has != wanted):
+            raise UserError(f"the ablator was made for another {what}; give this search one of its own, or none.")
+    yield given
+
+
+def rank(
+    subject: Subject,
+    stages: Sequence[Stage],
+    text: CalibrationSet,
+    *,
+    metric: str | None = None,
+    units: str = "block",
+    objective: str = "nll",
+    settings: Mapping[str, str] | None = None,
+    seed: int = 0,
+    memory: int | str | None = None,
+    workers: int | str | None = None,
 ) -> Scores | None:
-    """The scores that a ranking search reads: given, or measured now; None for searches that only ask for losses."""
+    """Measure the scores that a ranking search reads; None for searches that only ask for losses. As in `search`."""
     ranking = that_rank(stages)
     if not ranking:
-        if metric is not None or scores is not None:
+        if metric is not None:
             _refuse_ranking(stages)
         return None
-    needs_spans = any("spans" in method.parameters for method in ranking)
-    if scores is None:
-        name = metric or str(ranking[0].traits["metric"])
-        return score(
-            subject,
-            name,
-            units=units,
-            spans=needs_spans or None,
-            objective=objective,
-            calibration=text,
-            settings=settings if "units" in metrics.get(name).parameters else None,
-            seed=seed,
-            memory=memory,
-            workers=workers,
-        )
+    name = metric or str(ranking[0].traits["metric"])
+    known = objectives.get(objective).options if "units" in metrics.get(name).parameters else {}
+    return score(
+        subject,
+        name,
+        units=units,
+        spans=any("spans" in method.parameters for method in ranking) or None,
+        objective=objective,
+        calibration=text,
+        settings={key: value for key, value in (settings or {}).items() if key in known} or None,
+        seed=seed,
+        memory=memory,
+        workers=workers,
+    )
+
+
+def _ranked(
+    subject: Subject, stages: Sequence[Stage], metric: str | None, scores: Scores | ScoreSheet | str | Path
+) -> Scores:
+    """Scores measured before, checked against the search that reads them."""
+    ranking = that_rank(stages)
+    if not ranking:
+        _refuse_ranking(stages)
     given = _given(scores, metric)
     if metric is not None and metric != given.metric:
         raise UserError(
@@ -470,7 +520,7 @@ def _ranking(
         raise UserError(
             f"the scores are of {given.model.name}, not of {subject.identity.name}; score this model first."
         )
-    if needs_spans and not given.spans:
+    if any("spans" in method.parameters for method in ranking) and not given.spans:
         raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")
     return given
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from shallower import progress
 from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices
-from shallower.engine import Ablator, along_with, reads_choices
+from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.memo import context_key
 from shallower.errors import CorpusError, UserError
 from shallower.plan import MadeBy, PruningPlan
@@ -28,7 +29,7 @@ from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Result, search_and_metric
 from shallower.units import Span, Unit, plain
-from shallower.verbs.search import require_possible, resolve, run_search, search, search_stages
+from shallower.verbs.search import Stage, rank, require_possible, resolve, run_search, search, search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
 from shallower.verbs.supply import supply
 from shallower.version import __version__
@@ -185,7 +186,7 @@ class _Runner:
         """Results of the cells; those that are not on disk are searched one by one, and judged together."""
         keys = {cell: self.key(cell, text) for cell in cells}
         known = {cell: result for cell, key in keys.items() if (result := self.ledger.get(key)) is not None}
-        fresh = {cell: self._searched(cell, text) for cell in cells if cell not in known}
+        fresh = self._searched([cell for cell in cells if cell not in known], text)
         judged = {name: judge([result.removed for result in fresh.values()]) for name, judge in self.judges.items()}
         for number, cell in enumerate(fresh):
             values = {name: judged[name][number] for name in judged}
@@ -212,20 +213,55 @@ class _Runner:
             }
         )
 
-    def _searched(self, cell: Cell, text: CalibrationSet) -> Result:
-        start = time.perf_counter()
-        plan = self._plan(cell, text)
-        order = tuple(unit for unit, _ in plan.order)
-        last = plan.order[-1][1]
-        return Result(
-            cell,
-            order,
-            math.inf if last is None else last,
-            math.inf if plan.dense is None else plan.dense,
-            round(time.perf_counter() - start, 2),
+    def _searched(self, cells: Sequence[Cell], text: CalibrationSet) -> dict[Cell, Result]:
+        """Plans of cells that differ in search and ratio only: they share one ablator, and scores to rank by."""
+        if not cells:
+            return {}
+        found: dict[Cell, Result] = {}
+        ranked: dict[str, Scores | None] = {}
+        with closing(self._ablator(cells[0], text)) as ablator:
+            for cell in cells:
+                start = time.perf_counter()
+                if cell.search not in ranked:
+                    ranked[cell.search] = self._ranked(cell, text)
+                plan = self._plan(cell, text, ablator, ranked[cell.search])
+                seconds = round(time.perf_counter() - start, 2)
+                last, dense = (math.inf if loss is None else loss for loss in (plan.order[-1][1], plan.dense))
+                found[cell] = Result(cell, tuple(unit for unit, _ in plan.order), last, dense, seconds)
+        return found
+
+    def _ablator(self, cell: Cell, text: CalibrationSet) -> Ablator:
+        stages = self._stages(cell)
+        return make_ablator(
+            self.subject,
+            text,
+            cell.objective,
+            stages[1],
+            racing=None if self.study.exact else Racing(),
+            memory=self.memory,
+            workers=self.workers,
         )
 
-    def _plan(self, cell: Cell, text: CalibrationSet) -> PruningPlan:
+    def _stages(self, cell: Cell) -> tuple[list[Stage], dict[str, Any]]:
+        name, _ = search_and_metric(cell.search)
+        return search_stages(name, cell.objective, _settings(self.study, name, cell.objective))
+
+    def _ranked(self, cell: Cell, text: CalibrationSet) -> Scores | None:
+        name, metric = search_and_metric(cell.search)
+        return rank(
+            self.subject,
+            self._stages(cell)[0],
+            text,
+            metric=metric,
+            units=self.study.units,
+            objective=cell.objective,
+            settings=_settings(self.study, name, cell.objective),
+            seed=cell.seed,
+            memory=self.memory,
+            workers=self.workers,
+        )
+
+    def _plan(self, cell: Cell, text: CalibrationSet, ablator: Ablator, scores: Scores | None) -> PruningPlan:
         name, metric = search_and_metric(cell.search)
         return search(
             self.subject,
@@ -233,14 +269,14 @@ class _Runner:
             search=name,
             objective=cell.objective,
             metric=metric,
+            scores=scores,
             units=self.study.units,
             protect=self.study.protect,
             calibration=text,
             settings=_settings(self.study, name, cell.objective),
             exact=self.study.exact,
             seed=cell.seed,
-            memory=self.memory,
-            workers=self.workers,
+            ablator=ablator,
         )
 
 
