@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -582,6 +583,11 @@ def test_what_is_shared_ends_where_weights_differ() -> None:
         student = cut(anatomy, parse_units(removed))
         own_parameters(student, lambda name, trained=trained: trained in name)
         assert shared_blocks(student, anatomy) == expected, (removed, trained)
+        read_again = copy.deepcopy(student)  # as one from a checkpoint, with storage of its own
+        assert shared_blocks(read_again, anatomy) == expected, (removed, trained)
+    with torch.no_grad():
+        read_again.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    assert shared_blocks(read_again, anatomy) == 1
 
 
 def test_hidden_states_draw_near_the_teachers() -> None:

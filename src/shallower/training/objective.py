@@ -74,17 +74,25 @@ class TextObjective(nn.Module):
                 del block.forward
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.data_ptr() == other.data_ptr():
+        return True
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and torch.equal(one, other)  # read from a checkpoint of its own
+
+
 def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:
     """How many first blocks give the same in the student and in the dense model, whatever is trained.
 
-    That is so as long as their parameters are the dense model's own, and take no gradients, and so do the embeddings.
+    That is so as long as their parameters are the dense model's own, or equal to them, and take no gradients, and so
+    do the embeddings.
     """
     path, blocks = find_blocks(student)
     dense = dict(anatomy.model.named_parameters(remove_duplicate=False))
 
     def same(name: str, parameter: nn.Parameter) -> bool:
         other = dense.get(name)
-        return other is not None and other.data_ptr() == parameter.data_ptr() and not parameter.requires_grad
+        return other is not None and not parameter.requires_grad and _equal(parameter, other)
 
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if name.startswith(f"{path}."):
