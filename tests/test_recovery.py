@@ -21,7 +21,7 @@ from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import CalibrationSet
 from shallower.engine import Ablator, prove, statistics
-from shallower.engine.statistics import Moments, Point
+from shallower.engine.statistics import SINK_WEIGHT, Moments, Point, Reading, token_weights
 from shallower.errors import CorpusError, ModelError, PlanError, UnknownName, UserError
 from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan
@@ -358,6 +358,21 @@ def test_first_tokens_with_massive_activations_do_not_count() -> None:
     assert not torch.allclose(means[0.0], means[4.0], atol=1e-3)
     with pytest.raises(CorpusError, match="no token"):
         recovery.get("emulated-update").function(repair_of(model, SPAN, text), sinks=1e-6)
+
+
+def test_sinks_that_the_missing_units_make_are_made_by_the_repair() -> None:
+    length, sink = 24, 1
+    stream = torch.randn(length, 8)
+    target = stream.clone()
+    target[sink] *= 1e4
+    reading = Reading(stream, target, None, None, torch.zeros(length, dtype=torch.int64))
+    weights = token_weights(reading, 0.0, True)
+    plain = (target.norm(dim=-1).median() / target.norm(dim=-1)).square()
+    expected = torch.ones(length)
+    expected[sink] = SINK_WEIGHT
+    torch.testing.assert_close(weights / plain, expected)
+    assert torch.equal(token_weights(reading, 0.0, False), torch.ones(length))
+    assert token_weights(reading, 4.0, True)[sink] == 0  # left out where that is asked for
 
 
 # Exact recovery

@@ -27,6 +27,8 @@ from shallower.units import Kind, Unit
 
 TOKENS_A_BATCH = 2048
 Aim = Literal["dense", "cut"]
+MASSIVE = 10.0  # times the median length of a sequence's tokens in the dense model, from which a token is a sink
+SINK_WEIGHT = 30.0  # of a sink's relative error; measured in benchmarks/results/recovery.md
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ def token_weights(reading: Reading, sinks: float, relative: bool) -> Tensor:
 
     sinks: 0 for tokens whose stream, in one of the two models, is more than `sinks` times as long as the median of
     their sequence (first tokens with massive activations, arXiv:2402.17762); 0 keeps all. relative: else 1 over the
-    target's squared length, since the norms behind it see directions; a token of median length counts about 1.
+    target's squared length, since the norms behind it see directions; a token of median length counts about 1, and a
+    sink's relative error `SINK_WEIGHT` times that of others: sinks are few, and what is missing may be what makes them,
+    without which attention behind the cut has nowhere to rest.
     """
     lengths = [tensor.norm(dim=-1) for tensor in (reading.stream, reading.target)]
     weights = torch.ones_like(lengths[0])
@@ -202,6 +206,7 @@ def token_weights(reading: Reading, sinks: float, relative: bool) -> Tensor:
         if relative:
             length = lengths[1][members]
             weights[members] *= (median / length.clamp_min(1e-6 * float(median) + 1e-30)).square()
+            weights[members] *= torch.where(length > MASSIVE * median, SINK_WEIGHT, 1.0)
     return weights
 
 
