@@ -71,5 +71,6 @@ def _unreachable(spec: str) -> str | None:
         HfApi().dataset_info(spec.removeprefix("hf:").partition("#")[0].partition(":")[0], timeout=10)
     # whatever the network or the Hub client raises, it means the same here
     except Exception as error:
-        return type(error).__name__
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return None

@@ -434,10 +434,9 @@ def _dtype(subject: Subject) -> str:
 def _require_kin(student: Subject, dense: Subject) -> None:
     """Raise ModelError when one model cannot teach the other."""
     mine, theirs = (side.model.config.get_text_config(decoder=True) for side in (student, dense))
-    for what in ("model_type", "hidden_size", "vocab_size"):
-        own, other = (
-            stock_type(side) if what == "model_type" else getattr(side, what, None) for side in (mine, theirs)
-        )
+    kinds = (stock_type(mine), stock_type(theirs))
+    sizes = {what: (getattr(mine, what, None), getattr(theirs, what, None)) for what in ("hidden_size", "vocab_size")}
+    for what, (own, other) in {"model_type": kinds, **sizes}.items():
         if own != other:
             raise ModelError(
                 f"{dense.loaded.name} cannot teach {student.loaded.name}: its {what} is {other!r}, not {own!r}. Name "

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,9 +28,9 @@ from shallower.searches import Losses
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain, require_distinct
 from shallower.verbs.advise import advise, is_auto
+from shallower.verbs.ranking import Stage, rank, ranked, refuse_ranking, that_rank
 from shallower.verbs.recover import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, require_closed
-from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
 
@@ -39,7 +39,6 @@ PAIRING = ("sublayer", "all")
 
 Trail = Sequence[frozenset[Unit]]
 Judge = Ablator | RepairedLosses
-Stage = tuple[Method, Mapping[str, Any]]  # a search and its options
 
 
 def search(
@@ -140,7 +139,7 @@ def search(
                     workers=workers,
                 )
             else:
-                ranking = _ranked(subject, stages, metric, scores)
+                ranking = ranked(subject, stages, metric, scores)
             ranked_by = ranking.metric if ranking else None
             trail = run_search(stages, request.units, request.budget, judge.losses, ranking, seed)
             if ordinary:
@@ -196,7 +195,7 @@ def require_possible(
         chosen = metrics.get(metric)
         readers = that_rank(stages)
         if not readers:
-            _refuse_ranking(stages)
+            refuse_ranking(stages)
         if any("spans" in method.parameters for method in readers) and not reads_stream(chosen):
             raise UserError(
                 f"search {readers[0].name!r} ranks spans, of which metric {metric!r} has no scores; use a metric of "
@@ -428,18 +427,6 @@ def _require_ordinary(subject: Subject, chosen: Sequence[Unit]) -> None:
         )
 
 
-def that_rank(stages: Sequence[Stage]) -> list[Method]:
-    """Those searches that read scores of a metric."""
-    return [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
-
-
-def _refuse_ranking(stages: Sequence[Stage]) -> NoReturn:
-    raise UserError(
-        f"search {stages[-1][0].name!r} measures an objective and takes no --metric or --scores; drop it or use "
-        "one-shot."
-    )
-
-
 @contextmanager
 def _ablator(
     given: Ablator | None,
@@ -459,75 +446,13 @@ def _ablator(
         ) as own:
             yield own
         return
-    for what, has, wanted in (
-        ("model", given.anatomy.model, subject.model),
-        ("calibration", given.calibration.digest, text.digest),
-        ("objective", (given.objective.name, given.options), (objective, dict(options))),
-    ):
-        if has is not wanted and (what == "model" or has != wanted):
-            raise UserError(f"the ablator was made for another {what}; give this search one of its own, or none.")
-    yield given
-
-
-def rank(
-    subject: Subject,
-    stages: Sequence[Stage],
-    text: CalibrationSet,
-    *,
-    metric: str | None = None,
-    units: str = "block",
-    objective: str = "nll",
-    settings: Mapping[str, str] | None = None,
-    seed: int = 0,
-    memory: int | str | None = None,
-    workers: int | str | None = None,
-) -> Scores | None:
-    """Measure the scores that a ranking search reads; None for searches that only ask for losses. As in `search`."""
-    ranking = that_rank(stages)
-    if not ranking:
-        if metric is not None:
-            _refuse_ranking(stages)
-        return None
-    name = metric or str(ranking[0].traits["metric"])
-    known = objectives.get(objective).options if "units" in metrics.get(name).parameters else {}
-    return score(
-        subject,
-        name,
-        units=units,
-        spans=any("spans" in method.parameters for method in ranking) or None,
-        objective=objective,
-        calibration=text,
-        settings={key: value for key, value in (settings or {}).items() if key in known} or None,
-        seed=seed,
-        memory=memory,
-        workers=workers,
-    )
-
-
-def _ranked(
-    subject: Subject, stages: Sequence[Stage], metric: str | None, scores: Scores | ScoreSheet | str | Path
-) -> Scores:
-    """Scores measured before, checked against the search that reads them."""
-    ranking = that_rank(stages)
-    if not ranking:
-        _refuse_ranking(stages)
-    given = _given(scores, metric)
-    if metric is not None and metric != given.metric:
-        raise UserError(
-            f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
-        )
-    if given.model.fingerprint != subject.identity.fingerprint:
-        raise UserError(
-            f"the scores are of {given.model.name}, not of {subject.identity.name}; score this model first."
-        )
-    if any("spans" in method.parameters for method in ranking) and not given.spans:
-        raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")
-    return given
-
-
-def _given(scores: Scores | ScoreSheet | str | Path, metric: str | None) -> Scores:
-    """Scores measured before: of a sheet of several metrics the one that is named."""
-    if isinstance(scores, Scores):
-        return scores
-    sheet, where = (scores, "the sheet") if isinstance(scores, ScoreSheet) else (ScoreSheet.load(scores), str(scores))
-    return sheet.scores[0] if len(sheet.scores) == 1 else sheet.pick(metric, where)
+    if given.anatomy.model is not subject.model:
+        other = "model"
+    elif given.calibration.digest != text.digest:
+        other = "calibration"
+    elif (given.objective.name, given.options) != (objective, dict(options)):
+        other = "objective"
+    else:
+        yield given
+        return
+    raise UserError(f"the ablator was made for another {other}; give this search one of its own, or none.")

@@ -29,7 +29,8 @@ from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Result, search_and_metric
 from shallower.units import Span, Unit, plain
-from shallower.verbs.search import Stage, rank, require_possible, resolve, run_search, search, search_stages
+from shallower.verbs.ranking import Stage, rank
+from shallower.verbs.search import require_possible, resolve, run_search, search, search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
 from shallower.verbs.supply import supply
 from shallower.version import __version__
