@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shallower.corpus import CalibrationSet, Cleaning, Cluster, Counts, SharedRows
 from shallower.reporting.figures import _WIDTH, styled, svg
-from shallower.reporting.page import _figure, _glued, _section, _table, whole_page
+from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
 from shallower.reporting.wording import percent, plural
 
 if TYPE_CHECKING:
@@ -87,18 +87,18 @@ def headline(cleaning: Cleaning) -> str:
 def render(report: CleanReport) -> str:
     """The page as a string; texts and names are escaped."""
     cleaning = report.cleaning
-    figures = _figure(
+    figures = html_figure(
         cluster_sizes(cleaning),
         "Cluster sizes",
         "How many clusters have how many documents that say the same; both axes are logarithmic. Size 1: documents "
         "that are like no other.",
-        _table(
+        html_table(
             ("Size", "Clusters", "Documents"),
             [(f"{size:,}", f"{times:,}", f"{size * times:,}") for size, times in cleaning.sizes.items() if times],
             "Cluster sizes",
         ),
     )
-    figures += _figure(
+    figures += html_figure(
         quality_bars(cleaning),
         f"Quality by {cleaning.scorer}",
         "0 is worst, 1 best; the number of documents is on a "
@@ -106,12 +106,12 @@ def render(report: CleanReport) -> str:
         + (f" The line is where documents leave: {cleaning.min_quality:g}." if cleaning.min_quality else ""),
     )
     sections = (
-        _section("summary", "What stays", _table((), summary(cleaning.counts), "What stays", style="facts")),
-        _section("figures", "Figures", figures),
-        _section("clusters", "The largest clusters", _examples(report)),
-        _section("overlap", "Overlap with evaluation sets", _overlaps(report.overlaps)),
+        html_section("summary", "What stays", html_table((), summary(cleaning.counts), "What stays", style="facts")),
+        html_section("figures", "Figures", figures),
+        html_section("clusters", "The largest clusters", _examples(report)),
+        html_section("overlap", "Overlap with evaluation sets", _overlaps(report.overlaps)),
     )
-    return whole_page(f"{cleaning.source}, cleaned", headline(cleaning), filter(None, sections))
+    return html_page(f"{cleaning.source}, cleaned", headline(cleaning), filter(None, sections))
 
 
 def cluster_sizes(cleaning: Cleaning) -> str | None:
@@ -268,7 +268,7 @@ def _examples(report: CleanReport) -> str:
             told = f"{document.id}: {how}; quality {document.quality:.2f}, {plural(document.signals.words, 'word')}"
             text = report.texts.get(document.place, "")
             quoted = " ".join(text[:_SHOWN_CHARACTERS].split()) + ("…" if len(text) > _SHOWN_CHARACTERS else "")
-            parts.append(f'<p class="quiet">{_glued(told)}</p>\n<blockquote><p>{escape(quoted)}</p></blockquote>\n')
+            parts.append(f'<p class="quiet">{glued(told)}</p>\n<blockquote><p>{escape(quoted)}</p></blockquote>\n')
     return "".join(parts)
 
 
@@ -279,10 +279,10 @@ def _overlaps(overlaps: Sequence[SharedRows]) -> str:
         f"Rows of an evaluation set of which a run of {overlaps[0].n} words stands in a document that stays. Shorter "
         "rows cannot be found."
     )
-    body = _table(OVERLAP_HEAD, overlap_rows(overlaps), "Overlap with evaluation sets")
-    body += f'<p class="quiet">{_glued(told)}</p>\n'
+    body = html_table(OVERLAP_HEAD, overlap_rows(overlaps), "Overlap with evaluation sets")
+    body += f'<p class="quiet">{glued(told)}</p>\n'
     examples = [(shared.name, example) for shared in overlaps for example in shared.examples]
-    return body + (_table((), examples, "Shared runs", style="facts") if examples else "")
+    return body + (html_table((), examples, "Shared runs", style="facts") if examples else "")
 
 
 def _of(part: int, total: int) -> str:

@@ -1,71 +1,34 @@
 """One self-contained HTML page: what was removed, what it cost, how to load the result, and what made it.
 
-No scripts and nothing from elsewhere: a content policy in the page itself forbids both. The same data give the same
-bytes, so there is no date.
+The same data give the same bytes, so there is no date.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 
 from shallower.forms import FORMS
 from shallower.reporting.data import ReportData
 from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap
+from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
 from shallower.reporting.wording import KIND_NAMES, comparison, duration, headline, plural, recovery_rows, runs, score
 from shallower.scores import Scores
 from shallower.units import KINDS, Unit
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render(data: ReportData) -> str:
     """The page as a string. Text from outside (names of models, texts, methods, notes) is escaped."""
     sections = (
-        _section("comparison", "Before and after", _comparison(data)),
-        _section("removed", "What was removed", _removed(data)),
-        _section("recovery", "Recovery", _recovery(data)),
-        _section("load", "How to load it", _loading(data)),
-        _section("figures", "Figures", _figures(data)),
-        _section("provenance", "How it was made", _provenance(data)),
-        _section("notes", "Notes", _notes(data)),
+        html_section("comparison", "Before and after", _comparison(data)),
+        html_section("removed", "What was removed", _removed(data)),
+        html_section("recovery", "Recovery", _recovery(data)),
+        html_section("load", "How to load it", _loading(data)),
+        html_section("figures", "Figures", _figures(data)),
+        html_section("provenance", "How it was made", _provenance(data)),
+        html_section("notes", "Notes", _notes(data)),
     )
-    return whole_page(f"{data.base_model}, made shallower", headline(data), sections, _warning(data))
-
-
-def whole_page(title: str, told: str, sections: Iterable[str], warning: str = "") -> str:
-    """A page of sections (HTML) under a title and what it tells in one sentence (text)."""
-    style = (files("shallower.reporting") / "page.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<p class="model">{escape(title)}</p>
-<h1>{_glued(told)}</h1>
-{warning}</header>
-<main>
-{"".join(filter(None, sections))}</main>
-</body>
-</html>
-"""
-
-
-def _section(name: str, title: str, body: str) -> str:
-    """A section, or nothing when it has no body."""
-    if not body:
-        return ""
-    heading = f'<h2 id="{name}-title">{title}</h2>'
-    return f'<section id="{name}" aria-labelledby="{name}-title">\n{heading}\n{body}</section>\n'
+    return html_page(f"{data.base_model}, made shallower", headline(data), sections, _warning(data))
 
 
 def _warning(data: ReportData) -> str:
@@ -76,13 +39,13 @@ def _warning(data: ReportData) -> str:
 
 def _comparison(data: ReportData) -> str:
     rows = [(row.label, row.dense, row.pruned, row.difference) for row in comparison(data)]
-    table = _table(("", "Dense", "Pruned", "Difference"), rows, "Dense and pruned model side by side")
+    table = html_table(("", "Dense", "Pruned", "Difference"), rows, "Dense and pruned model side by side")
     told = ["k is a thousand, M a million, B a billion; KiB, MiB and GiB are powers of 1024 bytes."]
     if data.dense.perplexity or data.pruned.perplexity:
         told.append("Lower perplexity is better.")
     if data.speed_setting:
         told.append(f"Speed: {data.speed_setting}.")
-    return f'{table}<p class="quiet">{_glued(" ".join(told))}</p>\n'
+    return f'{table}<p class="quiet">{glued(" ".join(told))}</p>\n'
 
 
 def _removed(data: ReportData) -> str:
@@ -97,7 +60,7 @@ def _removed(data: ReportData) -> str:
             listed.append((f"{plural(len(units), KIND_NAMES[kind])}", ", ".join(units), spans))
     told = f"Blocks are counted from 0, so the last of the dense model's {blocks} is block {blocks - 1}. "
     told += "Spans are half-open: [13, 19) means blocks 13 to 18."
-    table = _table(("", "Units", "As spans"), listed, "Removed units", style="facts")
+    table = html_table(("", "Units", "As spans"), listed, "Removed units", style="facts")
     return f'<ol class="map" aria-label="Blocks of the dense model">{cells}</ol>\n{table}<p class="quiet">{told}</p>\n'
 
 
@@ -120,7 +83,7 @@ def _recovery(data: ReportData) -> str:
         return ""
     head, rows = recovery_rows(data.recovery)
     told = "Perplexity on held-out text of the cut model, and behind each recovery. Lower is better."
-    return f'{_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
+    return f'{html_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
 
 
 def _loading(data: ReportData) -> str:
@@ -139,7 +102,7 @@ def _figures(data: ReportData) -> str:
             told += f"Whiskers: standard error over {drawn}. "
         told += f"{_calibration(scores)}."
         title = f"Importance of each unit by {scores.metric}"
-        parts.append(_figure(influence_bars(scores, removed), title, told, _influence_table(scores, removed)))
+        parts.append(html_figure(influence_bars(scores, removed), title, told, _influence_table(scores, removed)))
     if data.spans is not None:
         told = (
             "Each cell is a span of neighbouring blocks: its colour says how far the residual stream moves from the "
@@ -147,24 +110,13 @@ def _figures(data: ReportData) -> str:
             f"right, the score of the best span of each length. {_calibration(data.spans)}."
         )
         title = f"Distance across every span of blocks ({data.spans.metric})"
-        parts.append(_figure(span_heatmap(data.spans, removed), title, told))
+        parts.append(html_figure(span_heatmap(data.spans, removed), title, told))
     told = "The objective on the calibration text, in the order of removal."
-    parts.append(_figure(loss_curve(data.plan), "Objective after each removal", told, _order_table(data)))
+    parts.append(html_figure(loss_curve(data.plan), "Objective after each removal", told, _order_table(data)))
     return "".join(parts)
 
 
 _LOSS_METRIC = "The rise of the objective when this unit alone is left out; below 0, the model is better without it. "
-
-
-def _figure(svg: str | None, title: str, told: str, table: str = "") -> str:
-    """A figure with its caption and its numbers, or nothing when there was nothing to draw."""
-    if svg is None:
-        return ""
-    numbers = f"<details><summary>The numbers</summary>\n{table}</details>\n" if table else ""
-    return (
-        f'<figure>\n<h3>{escape(title)}</h3>\n<div class="plot">\n{svg}\n</div>\n'
-        f"<figcaption>{_glued(told)}</figcaption>\n{numbers}</figure>\n"
-    )
 
 
 def _influence_table(scores: Scores, removed: frozenset[Unit]) -> str:
@@ -178,13 +130,13 @@ def _influence_table(scores: Scores, removed: frozenset[Unit]) -> str:
         for row in scores.rows
         if isinstance(row.of, Unit)
     ]
-    return _table(("Unit", scores.metric, "Standard error", ""), rows, f"Scores by {scores.metric}")
+    return html_table(("Unit", scores.metric, "Standard error", ""), rows, f"Scores by {scores.metric}")
 
 
 def _order_table(data: ReportData) -> str:
     rows = [] if data.plan.dense is None else [("dense", score(data.plan.dense))]
     rows += [(str(unit), score(loss)) for unit, loss in data.plan.order]
-    return _table(("Removed", data.plan.made_by.objective or "objective"), rows, "Objective after each removal")
+    return html_table(("Removed", data.plan.made_by.objective or "objective"), rows, "Objective after each removal")
 
 
 def _calibration(scores: Scores) -> str:
@@ -214,27 +166,9 @@ def _provenance(data: ReportData) -> str:
         rows.append(("Time", f"{duration(sum(data.seconds.values()))}: {stages}"))
     if data.machine:
         rows.append(("Machine", data.machine))
-    return _table((), rows, "What made this model", style="facts")
+    return html_table((), rows, "What made this model", style="facts")
 
 
 def _notes(data: ReportData) -> str:
-    items = "".join(f"<li>{_glued(note)}</li>\n" for note in data.notes)
+    items = "".join(f"<li>{glued(note)}</li>\n" for note in data.notes)
     return f'<ul class="notes">\n{items}</ul>\n' if items else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, *, style: str = "numbers") -> str:
-    """A table whose first column names the rows. The caption is for screen readers: a heading stands above it."""
-    lines = [f'<div class="scroll"><table class="{style}">', f'<caption class="unseen">{escape(caption)}</caption>']
-    if head:
-        cells = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in head)
-        lines.append(f"<thead><tr>{cells}</tr></thead>")
-    lines.append("<tbody>")
-    for first, *others in rows:
-        cells = "".join(f"<td>{_glued(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th scope="row">{_glued(first)}</th>{cells}</tr>')
-    return "\n".join(lines) + "\n</tbody>\n</table></div>\n"
-
-
-def _glued(text: str) -> str:
-    """Escaped; a percent sign stays on the line of its number."""
-    return escape(text).replace(" %", "\N{NO-BREAK SPACE}%")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from shallower.reporting.curves import perplexity_axis
 from shallower.reporting.figures import _WIDTH, styled, svg
-from shallower.reporting.page import _section, _table, whole_page
+from shallower.reporting.markup import html_page, html_section, html_table
 from shallower.strict_json import write_json, write_text
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
@@ -180,14 +180,14 @@ HOW = (
 def render(results: Sequence[Result], findings: Findings) -> str:
     """The page as a string; it needs nothing from elsewhere."""
     figures = {"agreement": agreement_bars(findings), "shares": share_bars(findings), "levels": spread(results)}
-    sections = [_section("answer", "The answer", f"<p>{escape(findings.answer)}</p>\n")]
+    sections = [html_section("answer", "The answer", f"<p>{escape(findings.answer)}</p>\n")]
     for name, title, head, rows in _tables(results, findings):
         drawn = figures.get(name)
-        body = (f"<figure>{drawn}</figure>\n" if drawn else "") + _table(head, rows, title)
-        sections.append(_section(name, title, body))
-    sections.append(_section("how", "How this was computed", f'<p class="quiet">{escape(HOW)}</p>\n'))
+        body = (f"<figure>{drawn}</figure>\n" if drawn else "") + html_table(head, rows, title)
+        sections.append(html_section(name, title, body))
+    sections.append(html_section("how", "How this was computed", f'<p class="quiet">{escape(HOW)}</p>\n'))
     names = ", ".join(dict.fromkeys(Path(result.cell.model).name for result in results))
-    return whole_page(f"Study of {names}", f"{findings.cells:,} ways to choose what to remove", sections)
+    return html_page(f"Study of {names}", f"{findings.cells:,} ways to choose what to remove", sections)
 
 
 def markdown(results: Sequence[Result], findings: Findings) -> str:
