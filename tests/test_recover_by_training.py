@@ -14,13 +14,17 @@ from typer.testing import CliRunner
 from shallower import prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
-from shallower.errors import UserError
+from shallower.errors import ModelError, OutputError, UserError
 from shallower.plan import MadeBy, PruningPlan
+from shallower.reporting.data import ReportData
 from shallower.surgery import cut, save
 from shallower.surgery.verify import full_logits
+from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.training import loop
 from shallower.units import parse_units
+from shallower.verbs import recover as verb
+from shallower.verbs.prune import _recoveries
 from shallower.verbs.subject import open_subject
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
@@ -117,6 +121,77 @@ def test_a_kill_in_the_training_after_a_repair_resumes(files: Path, monkeypatch:
     assert not list(files.glob(".*"))
 
 
+def _steps(monkeypatch: pytest.MonkeyPatch, dies_at: int = 0) -> list[int]:
+    """Numbers of the steps that trainings take from now on; the one with this number, counted from 1, is not taken."""
+    taken: list[int] = []
+    step = loop._Loop._step
+
+    def counted(self: Any, share: float) -> str:
+        taken.append(self.state.step)
+        if len(taken) == dies_at:
+            raise KeyboardInterrupt
+        return step(self, share)
+
+    monkeypatch.setattr(loop._Loop, "_step", counted)
+    return taken
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_training(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command() -> torch.Tensor:
+        found = recover(files / "pruned", "refit,full", teacher=files / "dense", out=files / "out", **asked(files))
+        return full_logits(found.model, torch.arange(3, 27)[None])
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OutputError("the disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "save", full)
+        with pytest.raises(OutputError):
+            command()
+    taken = _steps(monkeypatch)
+    again = command()
+    assert not taken
+    assert not list(files.glob(".*"))
+    whole = recover(files / "pruned", "refit,full", teacher=files / "dense", **asked(files))
+    assert torch.equal(again, full_logits(whole.model, torch.arange(3, 27)[None]))
+
+
+def test_of_two_trainings_the_first_is_not_done_again(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(out: str) -> torch.Tensor:
+        settings = {**SMALL, "save_minutes": "0", "rank": "2"}
+        given = asked(files, settings=settings)
+        found = recover(files / "pruned", "full,lora", teacher=files / "dense", out=files / out, **given)
+        return full_logits(found.model, torch.arange(3, 27)[None])
+
+    whole = command("whole")
+    with monkeypatch.context() as patch:
+        _steps(patch, dies_at=16 + 5)
+        with pytest.raises(KeyboardInterrupt):
+            command("out")
+    taken = _steps(monkeypatch)
+    assert torch.equal(command("out"), whole)
+    assert taken == list(range(4, 16))
+
+
+def test_an_option_that_search_and_recovery_have_is_for_both() -> None:
+    steps, others = _recoveries("full", {"temperature": "2", "lr": "0.1"}, "greedy", "kl")
+    assert (steps[0][1]["temperature"], steps[0][1]["lr"], others) == (2.0, 0.1, {"temperature": "2"})
+
+
+@pytest.mark.parametrize("method", ["low-rank", "low-rank-trained"])
+def test_maps_that_could_not_be_saved_are_refused_before_they_are_made(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = _steps(monkeypatch)
+    model, text = tiny_model("gpt_neox"), sample_text(tiny_model("gpt_neox"), sequences=8)
+    made = MadeBy(None, None, None, {}, 0, None, "0")
+    removed = parse_units("attn.2")
+    plan = PruningPlan(open_subject(model).identity, removed, ((removed[0], None),), None, made)
+    with pytest.raises(ModelError, match="map"):
+        recover(model, method, plan=plan, calibration=text, tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    assert not taken
+
+
 def test_prune_trains_what_it_cut(files: Path) -> None:
     pruned = prune(
         files / "dense",
@@ -128,6 +203,12 @@ def test_prune_trains_what_it_cut(files: Path) -> None:
         **{key: value for key, value in asked(files).items() if key != "settings"} | {"train_sequences": 40},
     )
     assert [stage.method for stage in pruned.report.recovery] == ["cut", "refit", "lora"]
+    assert [row["step"] for row in pruned.report.recovery[2].curve] == [0, 20, 40]
+    assert all(row["held_out"] > 1 for row in pruned.report.recovery[2].curve)
+    page = (files / "out" / "report.html").read_text()
+    assert "While lora trained" in page
+    again = ReportData.from_json(json.loads((files / "out" / "report.json").read_text()))
+    assert again.recovery == pruned.report.recovery
     assert any(note.startswith("lora: ") for note in pruned.report.notes)
     loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32)
     ids = torch.arange(3, 27)[None]

@@ -26,8 +26,10 @@ from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine.head import Head
 from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
+from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.surgery import cut
+from shallower.surgery.patch import patches
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.training import loop, state, teacher
@@ -37,7 +39,7 @@ from shallower.training.head_loss import Guide, head_losses
 from shallower.training.heal import own_parameters
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.objective import shared_blocks
-from shallower.training.patch import Gap, UnitObjective, attach, gaps
+from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe
 from shallower.units import parse_units
 
@@ -48,7 +50,7 @@ def run(name: str, model: PreTrainedModel, text: CalibrationSet | None = None, *
     """Heal the model without block 2."""
     anatomy, removed = dissect(model), frozenset(parse_units(options.pop("remove", "block.2")))
     supplied = {
-        "student": cut(anatomy, removed),
+        "student": options.pop("student", None) or cut(anatomy, removed),
         "anatomy": anatomy,
         "removed": removed,
         "calibration": sample_text(model, sequences=40) if text is None else text,
@@ -231,14 +233,37 @@ def test_after_a_kill_training_goes_on_as_if_nothing_had_happened(
     assert any("resumed after step 6" in note for note in notes)
     for one, other in zip(resumed.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
-    left = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
-    assert left == {"training.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"training.json", "good.safetensors"}
     told = json.loads((tmp_path / "run" / "training.json").read_text())
     text = sample_text(tiny_model("llama"), sequences=40)
     feed = Feed(text, 96, 96, seed=0)
     assert text.attention_mask is not None
     read = [int(text.attention_mask[list(feed.step(number))].sum()) for number in range(15)]
     assert (told["step"], told["tokens"]) == (15, sum(read))
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_training_at_its_end_is_not_done_again(name: str, tmp_path: Path, notes: list[str]) -> None:
+    first = run(name, tiny_model("llama"), folder=tmp_path)
+    again = run(name, tiny_model("llama"), folder=tmp_path)
+    assert any("trained already, for 10 steps" in note for note in notes)
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    notes.clear()
+    other_start = cut(dissect(tiny_model("llama", seed=1)), parse_units("block.2"))
+    run(name, tiny_model("llama"), folder=tmp_path, student=other_start)  # of another student it is another training
+    assert not any("already" in note for note in notes)
+
+
+def test_a_resumed_training_computes_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(loop, "choose_dtype", lambda device, dtype=dtype: dtype)
+        run("full", tiny_model("llama"), folder=tmp_path, compute="auto")
+        assert json.loads((tmp_path / "training.json").read_text())["settings"]["options"]["compute"] == "bfloat16"
+
+
+def test_parameters_without_gradients_have_no_moments(tmp_path: Path) -> None:
+    run("full", tiny_model("bloom"), remove="attn.2,mlp.4", folder=tmp_path, save_minutes=0.0)
 
 
 def _interrupted(write: Callable[..., None], at: int) -> Callable[..., None]:
@@ -315,6 +340,18 @@ def test_a_training_that_diverges_goes_back_to_what_was_good(
     assert json.loads((tmp_path / "training.json").read_text())["stopped"].startswith("it diverged")
     for one, other in zip(healed.parameters(), start, strict=True):
         assert torch.equal(one, other)
+
+
+def test_without_held_out_text_spoiled_weights_are_not_kept(notes: list[str]) -> None:
+    run("full", tiny_model("llama"), lr=100.0, warmup=0.0, epochs=5.0, evaluations=25)
+    [note] = [note for note in notes if "diverged" in note]
+    assert "the weights of step 0 are kept" in note
+
+
+def test_a_perplexity_that_is_not_a_number_is_not_the_best(notes: list[str]) -> None:
+    found = iter([50.0, float("nan"), 40.0, float("nan")])
+    run("full", tiny_model("llama"), held_out=lambda model: next(found), evaluations=2)
+    assert any("the weights of step 10 are kept" in note or "the weights of step 5 are kept" in note for note in notes)
 
 
 def test_a_gradient_that_is_not_a_number_stops_before_the_weights_are_spoiled(
@@ -419,7 +456,7 @@ def _moved(student: PreTrainedModel) -> None:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3", "llama4", "falcon_h1"])
 def test_merged_adapters_are_what_they_were_beside_the_weights(family: str) -> None:
     model = tiny_model(family)
     dense = logits(model)
@@ -434,6 +471,11 @@ def test_merged_adapters_are_what_they_were_beside_the_weights(family: str) -> N
     assert float((beside - start).abs().max()) > 0.01
     assert set(student.state_dict()) == names
     assert torch.equal(logits(model), dense)
+
+
+def test_experts_that_are_one_tensor_are_left_out_and_named(notes: list[str]) -> None:
+    assert not any("experts" in name for name in projections(cut(dissect(tiny_model("mixtral")), ())))
+    assert notes == ["experts that are one tensor have no adapters, and stay as they are: full trains them"]
 
 
 def test_adapters_go_on_every_linear_map_of_the_blocks_and_nowhere_else() -> None:
@@ -468,12 +510,20 @@ def test_four_bits_train_on_a_processor_and_merge_into_what_they_stand_for(recwa
 # Patches at cuts
 
 
-def test_gaps_lie_where_units_are_missing() -> None:
-    anatomy = dissect(tiny_model("llama"))
-    found = gaps(anatomy, frozenset(parse_units("block.0,attn.2,mlp.4,block.5")))
-    assert found == [Gap(0, False, 0, 2), Gap(1, False, 4, 5), Gap(3, True, 9, 12)]
-    with pytest.raises(ModelError, match=r"attention of block 2 was joined with the MLP of block 3"):
-        gaps(anatomy, frozenset(parse_units("mlp.2,attn.3")))
+@pytest.mark.parametrize(
+    ("family", "removed", "where"),
+    [
+        ("llama", "block.0,attn.2,mlp.4,block.5", ["0.entry_patch", "0.exit_patch", "3.exit_patch"]),
+        ("llama", "mlp.2,attn.3", ["2.self_attn.middle_patch"]),
+        ("gpt_neox", "attn.2", ["2.exit_patch"]),  # its halves read the same stream, so a map stands behind both
+    ],
+)
+def test_patches_stand_where_units_are_missing(family: str, removed: str, where: list[str]) -> None:
+    anatomy, units = dissect(tiny_model(family)), frozenset(parse_units(removed))
+    student = cut(anatomy, units)
+    attach(student, cuts(student, anatomy, units), rank=1, seed=0)
+    found = [name.rpartition("layers.")[2].rpartition(".")[0] for name, _ in patches(student)]
+    assert sorted(found) == where
 
 
 def test_a_patch_that_does_nothing_has_an_error_of_one_and_learns_a_constant() -> None:
@@ -481,14 +531,14 @@ def test_a_patch_that_does_nothing_has_an_error_of_one_and_learns_a_constant() -
     anatomy, removed = dissect(model), frozenset(parse_units("attn.1,block.3"))
     student = cut(anatomy, removed)
     own_parameters(student)
-    places = gaps(anatomy, removed)
+    places = cuts(student, anatomy, removed)
     start = logits(student)
-    patches = attach(student, places, rank=3, seed=0)
+    made = attach(student, places, rank=3, seed=0)
     assert torch.equal(logits(student), start)
     text = sample_text(model, sequences=6)
     feed = Feed(text, 144, 144, seed=0)
     rows = tuple(range(6))
-    objective = UnitObjective(anatomy, places, patches)
+    objective = UnitObjective(anatomy, places, made)
     total = objective(feed.portion(rows), None)[0].detach()
     assert float(total) == pytest.approx(feed.scored(rows), rel=1e-5)
     for by in ("mse", "kl", "nll"):
@@ -498,6 +548,24 @@ def test_a_patch_that_does_nothing_has_an_error_of_one_and_learns_a_constant() -
         if by == "mse":
             after = UnitObjective(anatomy, places, nn.ModuleList(learned))(feed.portion(rows), None)[0].detach()
             assert float(after) < 0.9 * float(total)
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "said"),
+    [
+        ("emulated-update", {"by": "mse"}, r"by=mse teaches all .* repaired before: use by=kl, or let"),
+        ("", {"by": "kl", "distill": 0.5}, r"distill=0\.5 and by=kl both say what is learned: leave distill out"),
+        ("", {"rank": -1}, r"rank=-1 is below 0"),
+    ],
+)
+def test_maps_that_cannot_be_trained_are_refused(before: str, options: dict[str, Any], said: str) -> None:
+    model = tiny_model("llama")
+    anatomy, removed = dissect(model), frozenset(parse_units("block.2"))
+    student = cut(anatomy, removed)
+    if before:
+        recovery.get(before).function(Repair(dissect(student), anatomy, removed, sample_text(model, sequences=8)))
+    with pytest.raises(UserError, match=said):
+        run("low-rank-trained", model, student=student, **options)
 
 
 # The teacher
@@ -685,6 +753,8 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path) -> None:
         ([{"instruction": "a", "output": 3}], "line 1 holds no question with its answer, but instruction, output"),
         ([{"instruction": "a", "output": " "}], "line 1 holds no question with its answer"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "line 1 holds no question with its answer, but messages"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1 holds no question with its answer"),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}], "line 1 holds no"),
         ([{"messages": ["a"]}], "line 1 holds no question with its answer, but messages"),
         ([{"text": "a"}], "line 1 holds no question with its answer, but text"),
         (ROWS[2:], "none of the 1 conversations .* fits length=120"),
@@ -693,6 +763,13 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path) -> None:
 def test_rows_that_are_no_instructions_are_refused(rows: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=said):
         build_instructions(_jsonl(tmp_path / "rows.jsonl", rows), tiny_tokenizer(), length=120)
+
+
+def test_a_template_that_refuses_a_row_is_told_with_its_line(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(CorpusError, match=r"line 1: .* refuses a conversation of user, assistant .System role not"):
+        build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer, length=120)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
@@ -730,6 +807,25 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
         run("full", tiny_model("llama"), folder=tmp_path, save_minutes=0.0)
     assert [path.name for path in tmp_path.iterdir() if "state" in path.name] == ["state-00000002"]
     assert set(load_file(tmp_path / "state-00000002" / "weights.safetensors"))
+
+
+# What a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("full", {"epochs": float("inf")}, r"epochs=inf has no end"),
+        ("full", {"first": 5}, r"first=5, but the cut model's blocks are 0 to 4"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        run(name, tiny_model("llama"), **options)
+
+
+def test_any_seed_will_do() -> None:
+    run("full", tiny_model("llama"), seed=1_790_000_000, epochs=0.2)
 
 
 # Options

@@ -99,17 +99,18 @@ def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """
     messages = record.get("messages")
     if isinstance(messages, list) and messages and all(_is_turn(turn) for turn in messages):
-        return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
+        return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
     if record.get("instruction") and isinstance(record.get("output"), str):
-        asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        asked = "\n\n".join(str(part) for part in (record["instruction"], record.get("input")) if part)
         return _exchange(asked, record["output"])
     if record.get("question") and isinstance(record.get("answer"), str):
-        return _exchange(record["question"], record["answer"])
+        return _exchange(str(record["question"]), record["answer"])
     return []
 
 
 def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and {"role", "content"} <= set(turn)
+    """Whether it is text that somebody said; content in parts (images, calls of tools) is not."""
+    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
 
 
 def _exchange(asked: str, answered: str) -> list[dict[str, str]]:

@@ -1,4 +1,5 @@
-"""Repair a cut model. One recovery a file: a function, registered under the file's name.
+"""Repair a cut model. One recovery a file: a function, registered under the file's name, with the trait `maps` where
+it puts maps at cuts that only a packaged checkpoint has a place for.
 
 It asks by name for what it needs. In closed form: `repair` (a `Repair`): the cut model with its dense teacher, the
 units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing.
@@ -28,11 +29,17 @@ from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import Halves, Writer, find_writers
 from shallower.corpus.calibration import CalibrationSet
 from shallower.engine.statistics import Aim, Moments, Reading, Station, Twins, token_weights
-from shallower.errors import CorpusError, ModelError
+from shallower.errors import CorpusError, ModelError, UserError
 from shallower.surgery.fold import fold_constant
-from shallower.surgery.patch import attach
+from shallower.surgery.patch import attach_at, patches
 from shallower.surgery.stations import stations
 from shallower.units import Unit
+
+
+def require_ridge(ridge: float) -> None:
+    """Raise UserError unless a penalty is one that least squares can have."""
+    if not 0 <= ridge < float("inf"):
+        raise UserError(f"ridge={ridge:g} is no penalty: give 0 or more (--set ridge=0.01).")
 
 
 @dataclass(eq=False)
@@ -87,6 +94,11 @@ class Repair:
     def require_writer(self, station: Station) -> Writer:
         """Raise ModelError where nothing writes to the stream that a repair could be folded into."""
         writer = self.writer(station)
+        if writer is None and any(patches(self.student.model)):
+            raise ModelError(
+                "maps of an earlier recovery stand at the cuts, and behind a map nothing can be folded: run this one "
+                "first, as in --with refit,low-rank."
+            )
         if writer is None:
             first = station.missing[0] if station.missing else "the block"
             raise ModelError(
@@ -156,10 +168,4 @@ class Repair:
         mean = torch.zeros_like(bias) if mean is None else mean
         patch = Patch(*(tensor.to(**kind) for tensor in (down, up, mean, bias)))
         patch.requires_grad_(next(model.parameters()).requires_grad)
-        index = station.here.index
-        if station.here.without:
-            attach(self.student, index, "middle", patch, self.halves[index])
-        elif index == 0:
-            attach(self.student, 0, "entry", patch, self.halves[0])
-        else:
-            attach(self.student, index - 1, "exit", patch, self.halves[index - 1])
+        attach_at(self.student, station.here, patch, self.halves)

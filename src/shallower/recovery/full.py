@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from shallower.anatomy.dissect import find_blocks
+from shallower.errors import UserError
 from shallower.registry import recovery
 from shallower.training.heal import block_of, finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
@@ -19,6 +21,9 @@ def full(student: PreTrainedModel, task: Task, *, first: int = 0, embeddings: bo
     embeddings: train input and output embeddings, too.
     """
     place = block_of(student)
+    blocks = len(find_blocks(student)[1])
+    if first >= blocks:
+        raise UserError(f"first={first}, but the cut model's blocks are 0 to {blocks - 1}: give one of these.")
     ends = [student.get_output_embeddings(), *(m for m in student.modules() if isinstance(m, nn.Embedding))]
     held = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}
     fixed = {name for name, parameter in student.named_parameters() if id(parameter) in held}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shallower.engine.statistics import Aim
-from shallower.recovery import Repair
+from shallower.recovery import Repair, require_ridge
 from shallower.registry import recovery
 from shallower.surgery.fold import fold_map
 
@@ -19,6 +19,7 @@ def linear_fold(
     With m what that sublayer writes, T minimises |stream − m + T m − target|² (ReplaceMe); `down_proj` becomes
     T `down_proj`. ridge: penalty on T − 1, in units of m's mean square. aim, sinks, relative: as for low-rank.
     """
+    require_ridge(ridge)
     twins = repair.twins()
     for station in repair.cuts:
         writer = repair.require_writer(station)

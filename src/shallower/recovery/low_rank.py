@@ -6,11 +6,11 @@ import torch
 
 from shallower.engine.statistics import Aim
 from shallower.errors import UserError
-from shallower.recovery import Repair
+from shallower.recovery import Repair, require_ridge
 from shallower.registry import recovery
 
 
-@recovery("low-rank", source="arXiv:2407.16286")
+@recovery("low-rank", source="arXiv:2407.16286", maps=True)
 def low_rank(
     repair: Repair,
     *,
@@ -28,10 +28,9 @@ def low_rank(
     explains. ridge: penalty, in units of x's mean variance. aim: bring the stream to where the dense model has it
     behind the missing units, or to where these take the cut model's stream. sinks, relative: as for emulated-update.
     """
-    if rank < 0 or not 0 < energy <= 1 or ridge < 0:
-        raise UserError(
-            f"low-rank takes rank ≥ 0, 0 < energy ≤ 1 and ridge ≥ 0; got rank={rank}, energy={energy}, ridge={ridge}."
-        )
+    require_ridge(ridge)
+    if rank < 0 or not 0 < energy <= 1:
+        raise UserError(f"low-rank takes rank ≥ 0 and 0 < energy ≤ 1; got rank={rank}, energy={energy}.")
     twins = repair.twins()
     for station in repair.cuts:
         hidden = repair.dense.model.config.get_text_config(decoder=True).hidden_size

@@ -7,30 +7,51 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from shallower.errors import UserError
 from shallower.registry import recovery
+from shallower.surgery import cut
 from shallower.training.heal import finish, heal, own_parameters
-from shallower.training.loop import train
-from shallower.training.patch import UnitObjective, attach, gaps
+from shallower.training.loop import settled, train
+from shallower.training.objective import equal
+from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task, trainable
 
 
-@recovery("low-rank-trained", source="arXiv:2407.16286", trained=True)
+@recovery("low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True)
 @trainable(Recipe(lr=1e-3, weight_decay=0.0))
 def low_rank_trained(
     student: PreTrainedModel, task: Task, *, rank: int = 8, by: Literal["mse", "kl", "nll"] = "kl"
 ) -> PreTrainedModel:
     """At each cut a map x + x A B + b of the stream, of low rank, trained while the rest stays as it is.
 
-    rank: of the map; 0 for the bias alone. by: what it learns from. mse: what the missing units did in the dense model;
-    kl: the dense model's probabilities (distill=1); nll: the text. The maps add parameters that a stock checkpoint has
-    no place for: it is saved packaged.
+    rank: of the map; 0 for the bias alone. by: what it learns from. mse: what the missing units did in the dense model,
+    for a student that nothing was repaired of; kl: the dense model's probabilities; nll: the text. The maps add
+    parameters that a stock checkpoint has no place for: it is saved packaged.
     """
+    recipe = task.recipe
+    if rank < 0:
+        raise UserError(f"rank={rank} is below 0: give the rank of the map, or 0 for a bias alone (--set rank=8).")
+    if recipe.distill:
+        raise UserError(f"distill={recipe.distill:g} and by={by} both say what is learned: leave distill out.")
+    if by == "mse" and not _is_plain(student, task):
+        raise UserError(
+            "by=mse teaches all that the missing units did, and this model was repaired before: use by=kl, or let "
+            "low-rank-trained come first."
+        )
     own_parameters(student)
-    places = gaps(task.anatomy, task.removed)
+    places = cuts(student, task.anatomy, task.removed)
     patches = attach(student, places, rank, task.seed)
     if by == "mse":
+        task = settled(task, student)
         student = train(UnitObjective(task.anatomy, places, patches), student, task, None).student
     else:
         share = 1.0 if by == "kl" else 0.0
-        student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, distill=share)))
+        student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(recipe, distill=share)))
     return finish(student, {})
+
+
+def _is_plain(student: PreTrainedModel, task: Task) -> bool:
+    """Whether the student is the cut model that nothing was done to."""
+    plain = dict(cut(task.anatomy, task.removed).named_parameters())
+    own = dict(student.named_parameters())
+    return own.keys() == plain.keys() and all(equal(own[name], parameter) for name, parameter in plain.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from shallower.engine.statistics import Aim
-from shallower.recovery import Repair
+from shallower.recovery import Repair, require_ridge
 from shallower.registry import recovery
 from shallower.surgery.fold import fold_constant
 
@@ -34,6 +34,7 @@ def refit(
     if reach == "cuts" or not any(repair.writer(station) for station in repair.stations):
         for station in repair.cuts:  # before anything is changed
             repair.require_writer(station)
+    require_ridge(ridge)
     twins = repair.twins()
     started = False
     for station in repair.stations:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +54,8 @@ class RecoveryStage:
     """The model behind one recovery, or, with the method `cut`, ahead of the first.
 
     perplexity: by name of the text. parameters: that the model gained. tokens: of calibration text read, counted once a
-    pass.
+    pass. curve: of a training, a row for each measurement: `step`, `tokens`, `minutes`, the step's `loss`, and
+    `held_out` perplexity where it was measured.
     """
 
     method: str
@@ -62,6 +63,7 @@ class RecoveryStage:
     parameters: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    curve: tuple[Mapping[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {key: _plain(getattr(self, key)) for key in _STAGE}
@@ -69,7 +71,7 @@ class RecoveryStage:
     @classmethod
     def from_json(cls, data: Any, where: str = "the stage") -> RecoveryStage:
         """Build from parsed JSON. Raises UserError naming every fault."""
-        return cls(**_fields(data, where, _STAGE))
+        return cls(**_fields(data, where, _STAGE, optional=("curve",)))
 
 
 @dataclass(frozen=True)
@@ -148,16 +150,18 @@ def _plain(value: Any) -> Any:
     """The JSON form. JSON has no infinity, which a broken model's perplexity can be, so it becomes a string."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def _fields(data: Any, where: str, readers: Mapping[str, _Reader]) -> dict[str, Any]:
+def _fields(data: Any, where: str, readers: Mapping[str, _Reader], *, optional: Collection[str] = ()) -> dict[str, Any]:
     """Read every key of `data`; all faults are raised together."""
     if not isinstance(data, Mapping):
         raise UserError(f"{where} is not an object.")
-    faults = key_faults(where, data, readers)
+    faults = key_faults(where, data, [key for key in readers if key not in optional], optional)
     values: dict[str, Any] = {}
     for key, read in readers.items():
         if key not in data:
@@ -239,6 +243,7 @@ _STAGE: dict[str, _Reader] = {
     "parameters": _integer,
     "tokens": _integer,
     "seconds": _number,
+    "curve": _many(_named(_number)),
 }
 _REPORT: dict[str, _Reader] = {
     "format": _text,

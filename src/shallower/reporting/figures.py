@@ -23,6 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from shallower.plan import PruningPlan
+from shallower.reporting.data import RecoveryStage
 from shallower.reporting.wording import KIND_NAMES, runs, score
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Kind, Unit
@@ -213,6 +214,31 @@ def loss_curve(plan: PruningPlan) -> str | None:
 
 
 _WIDTH = 9.2  # inches, at 72 units each; the page scales it
+
+
+def training_curve(stage: RecoveryStage) -> str | None:
+    """Held-out perplexity, or where nothing was held out the loss, while a recovery trained. None for less than two
+    measurements.
+    """
+    measure = "held_out" if any("held_out" in row for row in stage.curve) else "loss"
+    rows = [row for row in stage.curve if math.isfinite(row.get(measure, math.nan))]
+    if len(rows) < 2:
+        return None
+    with styled():
+        figure, axes = _canvas(2.6)
+        minutes, values = [row["minutes"] for row in rows], [row[measure] for row in rows]
+        axes.plot(minutes, values, color=_COLOURS["block"], linewidth=1.3, marker="o", markersize=4)
+        for row, value, align in ((rows[0], values[0], "left"), (rows[-1], values[-1], "right")):
+            offset = (6 if align == "left" else -6, 7)
+            place = (row["minutes"], value)
+            axes.annotate(score(value), place, xytext=offset, textcoords="offset points", ha=align, fontweight="bold")
+        axes.margins(y=0.16)
+        axes.grid(axis="y")
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel("minutes of training")
+        axes.set_ylabel("perplexity, lower is better" if measure == "held_out" else "loss, lower is better")
+        told = f"From {score(values[0])} to {score(values[-1])} in {minutes[-1]:.1f} minutes."
+        return svg(figure, f"While {stage.method} trained", told)
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:

@@ -9,10 +9,20 @@ import json
 from html import escape
 
 from shallower.forms import FORMS
-from shallower.reporting.data import ReportData
-from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap
+from shallower.reporting.data import RecoveryStage, ReportData
+from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap, training_curve
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
-from shallower.reporting.wording import KIND_NAMES, comparison, duration, headline, plural, recovery_rows, runs, score
+from shallower.reporting.wording import (
+    KIND_NAMES,
+    comparison,
+    duration,
+    headline,
+    number,
+    plural,
+    recovery_rows,
+    runs,
+    score,
+)
 from shallower.scores import Scores
 from shallower.units import KINDS, Unit
 
@@ -83,7 +93,25 @@ def _recovery(data: ReportData) -> str:
         return ""
     head, rows = recovery_rows(data.recovery)
     told = "Perplexity on held-out text of the cut model, and behind each recovery. Lower is better."
-    return f'{html_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
+    body = f'{html_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
+    return body + "".join(map(_training, data.recovery))
+
+
+def _training(stage: RecoveryStage) -> str:
+    held_out = any("held_out" in row for row in stage.curve)
+    told = "Perplexity on text that nothing was trained on." if held_out else "The loss of the step before."
+    head = ("Step", "Tokens", "Minutes", "Loss", *(["Held-out perplexity"] if held_out else []))
+    rows = [
+        (
+            f"{row['step']:,}",
+            f"{row['tokens']:,}",
+            f"{row['minutes']:.1f}",
+            *(number(row.get(key)) for key in (("loss", "held_out") if held_out else ("loss",))),
+        )
+        for row in stage.curve
+    ]
+    table = html_table(head, rows, f"While {stage.method} trained")
+    return html_figure(training_curve(stage), f"While {stage.method} trained", told, table)
 
 
 def _loading(data: ReportData) -> str:

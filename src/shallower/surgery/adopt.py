@@ -23,12 +23,15 @@ def adopt(stored: PreTrainedModel, repaired: PreTrainedModel, untouched: Iterabl
         repeat_patches(dissect(repaired), dissect(stored))
     before = {parameter.data_ptr() for parameter in untouched}
     kind = {"dtype": stored.dtype, "device": stored.device}
+    made: dict[int, nn.Parameter] = {}  # what is tied stays so
     for name, parameter in repaired.named_parameters(remove_duplicate=False):
         if parameter.data_ptr() in before or id(parameter) in maps:
             continue
         place, _, own = name.rpartition(".")
-        values = parameter.detach().to(**kind, copy=True)
-        setattr(stored.get_submodule(place), own, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        if id(parameter) not in made:
+            values = parameter.detach().to(**kind, copy=True)
+            made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        setattr(stored.get_submodule(place), own, made[id(parameter)])
     restate(stored, repaired)
 
 

@@ -6,7 +6,7 @@ in, on the way out, or between attention and MLP. So whatever finds, replays, co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shallower.anatomy.dissect import Anatomy, pack, unpack
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import Halves, find_writers
+from shallower.engine.statistics import Point
 from shallower.errors import ModelError
 
 Where = Literal["entry", "middle", "exit"]
@@ -43,6 +44,20 @@ def attach(anatomy: Anatomy, index: int, where: Where, patch: Patch, halves: Hal
         return
     _subclass(block, _BlockPatched)
     _hold(block, where, patch)
+
+
+def attach_at(anatomy: Anatomy, here: Point, patch: Patch, halves: Sequence[Halves]) -> None:
+    """Patch the stream at a place of a cut model, in place. halves: of all of its blocks.
+
+    Raises ModelError when the family has no such place.
+    """
+    index = here.index
+    if here.without:
+        attach(anatomy, index, "middle", patch, halves[index])
+    elif index == 0:
+        attach(anatomy, 0, "entry", patch, halves[0])
+    else:
+        attach(anatomy, index - 1, "exit", patch, halves[index - 1])
 
 
 def patches(model: nn.Module) -> Iterator[tuple[str, Patch]]:

@@ -32,7 +32,7 @@ def layers_of(student: Anatomy, dense: Anatomy, removed: Collection[Unit]) -> li
     raise PlanError(
         f"the model has {len(student.blocks)} blocks, which is not what is left of the {len(dense.blocks)} of its "
         f"teacher without the {len(removed)} units of the plan: name the plan that made it, and the model it was made "
-        "from."
+        "from. (A checkpoint with maps in it, as low-rank leaves, can be trained further, but not repaired again.)"
     )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shallower import progress
+from shallower.anatomy.dissect import find_blocks
 from shallower.errors import ModelError, UserError
 from shallower.training.heal import block_of
 
@@ -22,15 +24,35 @@ def require_packages(method: str, *names: str) -> None:
 
 
 def projections(student: PreTrainedModel, first: int = 0) -> list[str]:
-    """Names of the linear maps in the student's blocks from `first` on. Raises ModelError when there are none."""
+    """Names of the linear maps in the student's blocks from `first` on that can have adapters. Routers cannot, as they
+    give more than a product, nor a Mamba's last map, whose weights are read past one, nor experts in one tensor.
+
+    Raises ModelError when there are none.
+    """
     place = block_of(student)
+
+    def wanted(name: str) -> bool:
+        index = place(name)
+        return index is not None and index >= first
+
     linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    found = [name for name in linear if (index := place(name)) is not None and index >= first]
+    found = [name for name in linear if wanted(name) and _is_plain(student, name)]
+    if any(
+        ".experts." in name and parameter.ndim == 3 and wanted(name) for name, parameter in student.named_parameters()
+    ):
+        progress.note("experts that are one tensor have no adapters, and stay as they are: full trains them")
     if not found:
         raise ModelError(
             f"{type(student).__name__} has no linear maps in its blocks from {first} on to put adapters on."
         )
     return found
+
+
+def _is_plain(student: PreTrainedModel, name: str) -> bool:
+    """Whether all that is done with a linear map's weights is its product."""
+    parent, _, own = name.rpartition(".")
+    around = type(student.get_submodule(parent)).__name__
+    return "Router" not in type(student.get_submodule(name)).__name__ and not ("Mamba" in around and own == "out_proj")
 
 
 def adapt(
@@ -43,11 +65,14 @@ def adapt(
     faults += [f"dropout={dropout} is not from 0 to below 1"] if not 0 <= dropout < 1 else []
     if faults:
         raise UserError(f"{'; '.join(faults)}: correct it with --set.")
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=list(names))
+    # peft is given the list of blocks, as in a whole model it takes some families' names for other modules'
+    path, blocks = find_blocks(student)
+    own = [name.removeprefix(f"{path}.") for name in names]
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=own)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # of Conv1D: peft says that it does what is right
-        inject_adapter_in_model(settings, student)
+        inject_adapter_in_model(settings, blocks)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -67,8 +92,7 @@ def merge(student: PreTrainedModel, plain: Mapping[str, nn.Module] | None = None
         added = layer.get_delta_weight("default").float()
         module.weight = nn.Parameter((_weight(base).float() + added).to(module.weight.dtype))
         student.set_submodule(name, module)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        vars(student).pop(attribute, None)
+    vars(find_blocks(student)[1]).pop("peft_config", None)
 
 
 def quantise(student: PreTrainedModel, names: Collection[str]) -> dict[str, nn.Module]:

@@ -87,5 +87,5 @@ class Feed:
 
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    generator = torch.Generator().manual_seed(((seed << 20) + epoch) % (1 << 63))  # generators take no larger ones
     return tuple(torch.randperm(count, generator=generator).tolist())

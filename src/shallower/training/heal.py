@@ -14,7 +14,7 @@ from shallower.errors import UserError
 from shallower.launched import world_size
 from shallower.resources import parse_memory
 from shallower.training.feed import Feed
-from shallower.training.loop import Guiding, number_format, train
+from shallower.training.loop import Guiding, number_format, settled, train
 from shallower.training.objective import TextObjective, shared_blocks
 from shallower.training.recipe import Task
 from shallower.training.teacher import CachedTeacher, Teacher, open_cache, require_same_words
@@ -61,6 +61,7 @@ def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
     Raises ModelError when teacher and student have other vocabularies, UserError when the teacher's cache has no place,
     and as `train` does.
     """
+    task = settled(task, student)
     recipe = task.recipe
     teacher: Guiding | None = None
     head, compute = find_head(task.anatomy), number_format(recipe, student)
@@ -112,5 +113,4 @@ def _teacher(task: Task, teacher: Teacher) -> Teacher | CachedTeacher:
         raise UserError("teacher_cache needs a folder to be kept in: name one, or leave teacher_cache out.")
     text = Feed(task.text, 1, 1, task.seed)
     scored = text.scored(tuple(range(task.text.sequences)))
-    folder = task.folder / f"teacher-{task.text.digest[7:23]}-{task.recipe.temperature:g}"
-    return open_cache(teacher, folder, budget, scored, task.recipe.temperature)
+    return open_cache(teacher, task.folder, task.text.digest, budget, scored, task.recipe.temperature)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from shallower import progress
@@ -98,13 +99,20 @@ def build_instructions(
 def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where: str) -> tuple[list[int], int]:
     """Ids of the conversation, and where the answer begins."""
     turns = conversation(record)
-    if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         raise CorpusError(
             f"{where} holds no question with its answer, but {', '.join(sorted(record)) or 'nothing'}: write rows such "
             f"as {EXAMPLE}, or messages that end with the assistant's."
         )
-    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    try:
+        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise CorpusError(
+            f"{where}: the model's chat template refuses a conversation of {roles} ({error}): change the row, or leave "
+            "it out."
+        ) from None
     if not whole.startswith(prompt):
         raise CorpusError(
             f"{where}: the chat template writes an answered question in another way than a question that waits for its "

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,18 +28,21 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.checkpoint.dtype import DTYPES, choose_dtype
+from shallower.checkpoint.fingerprint import fingerprint
 from shallower.errors import UserError
 from shallower.launched import world_size
 from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide
 from shallower.training.recipe import HeldOut, Recipe, Task
-from shallower.training.state import State, Store
+from shallower.training.state import State, Store, begun_options
 
 BETAS = (0.9, 0.95)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 SMOOTH = 0.8  # weight of the past in the running mean of the loss
 UNSETTLED = 5  # steps before that mean means something
 WORSE = 1.5  # a running mean so many times its least, and 1 nat above it, has diverged
 PARTS = 1000  # of the progress bar
+SEEDS = 1 << 63  # generators take no larger ones
 
 
 class Guiding(Protocol):
@@ -101,7 +104,8 @@ class _Loop:
         self.accelerator = Accelerator(cpu=student.device.type == "cpu", device_placement=launched)
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)
-        self.store = Store(task.folder, task.settings())
+        settings = task.settings() | {"student": fingerprint(student)}
+        self.store = Store(task.folder, settings)
         whole = _Whole(objective, student)
         names = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
         if not names:
@@ -122,12 +126,17 @@ class _Loop:
         self.trained: dict[str, nn.Parameter] = {name: inner.get_parameter(name) for name in names}
         if teacher is not None and launched:
             teacher.place(self.accelerator.device)
-        self.state = State(task.settings())
+        self.state = State(settings)
         self.begun = self.saved = time.monotonic()
         self.before = 0.0  # seconds of earlier processes
         self.last: dict[str, float] = {}  # losses of the step before
 
     def run(self) -> Outcome:
+        if (ended := self.store.finished()) is not None:
+            self.state, stopped = ended
+            self._set_weights(self.store.good())
+            progress.note(f"trained already, for {self._spent()}; the weights of step {self.state.kept} are kept")
+            return self._outcome(stopped)
         found = self.store.load()
         if found is None:
             self._measure()
@@ -172,7 +181,7 @@ class _Loop:
         rows = self.feed.step(self.state.step)
         counted = self.feed.scored(rows)
         here, processes = self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(((self.task.seed << 24) + self.state.step) * 1024 + here)
+        torch.manual_seed((((self.task.seed << 24) + self.state.step) * 1024 + here) % SEEDS)
         portions = list(self.feed.portions(rows[here::processes]))
         self.objective.train()
         sums = torch.zeros(3, dtype=torch.float32, device=self.accelerator.device)
@@ -202,8 +211,9 @@ class _Loop:
         state, step = self.state, self.state.step + 1
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"it diverged: at step {step} the loss was {loss:.4g} and its gradient's norm {norm:.4g}"
+        state.first = loss if state.first is None else state.first
         smoothed = loss if state.smoothed is None else SMOOTH * state.smoothed + (1 - SMOOTH) * loss
-        if state.lowest is not None and smoothed > max(WORSE * state.lowest, state.lowest + 1):
+        if state.lowest is not None and _spoiled(smoothed, state.lowest):
             return f"it diverged: at step {step} the mean loss was {smoothed:.4g}, and {state.lowest:.4g} before"
         state.smoothed = smoothed
         if step >= UNSETTLED:
@@ -224,7 +234,9 @@ class _Loop:
         return ""
 
     def _measure(self) -> None:
-        """Measure held-out perplexity and keep the weights if they are the best; keep any where nothing is held out."""
+        """Measure held-out perplexity and keep the weights if they are the best; where nothing is held out, keep them
+        unless the training's own loss is on the way to divergence. Weights that are no numbers are never kept.
+        """
         state = self.state
         row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "minutes": round(self._seconds() / 60, 3)}
         row |= self.last
@@ -232,14 +244,22 @@ class _Loop:
             row["held_out"] = self._held_out(self.task.held_out)
         state.curve.append(row)
         state.measured = math.floor(self._share() * self.recipe.evaluations) + 1
-        if state.best is None or not row.get("held_out", -math.inf) >= state.best:
+        weights = self._weights()
+        if self._better(row.get("held_out")) and all(bool(torch.isfinite(each).all()) for each in weights.values()):
             state.best, state.worse, state.kept = row.get("held_out"), 0, state.step
-            weights = self._weights()
             if self.task.folder is None or self.accelerator.is_main_process:
                 self.store.keep(weights)
         else:
             state.worse += 1
         self.accelerator.wait_for_everyone()
+
+    def _better(self, held_out: float | None) -> bool:
+        """Whether the weights as they are shall be kept."""
+        state = self.state
+        if held_out is not None:
+            return state.best is None or math.isnan(state.best) or held_out < state.best
+        seen = [loss for loss in (state.first, state.lowest) if loss is not None]
+        return state.smoothed is None or not _spoiled(state.smoothed, min(seen))
 
     def _held_out(self, measure: HeldOut) -> float:
         device, compute = self.accelerator.device.type, number_format(self.recipe, self.student)
@@ -266,20 +286,22 @@ class _Loop:
                 parameter.copy_(_spread(weights[name], parameter))
 
     def _moments(self) -> dict[str, Tensor]:
-        """The optimizer's two running means of each parameter."""
+        """The optimizer's two running means of each parameter that ever had a gradient."""
         return {
             f"{name}.{moment}": _whole(self.optimizer.state[parameter][moment])
             for name, parameter in self.trained.items()
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment in MOMENTS
+            if parameter in self.optimizer.state
         }
 
     def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trained.items():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.state.step), device=parameter.device),
-                "exp_avg": _spread(moments[f"{name}.exp_avg"], parameter),
-                "exp_avg_sq": _spread(moments[f"{name}.exp_avg_sq"], parameter),
-            }
+            found = {key: moments[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in moments}
+            if found:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.state.step), device=parameter.device),
+                    **{key: _spread(moment, parameter) for key, moment in found.items()},
+                }
 
     def _end(self, stopped: str) -> Outcome:
         state = self.state
@@ -287,15 +309,34 @@ class _Loop:
         if state.kept != state.step or stopped:
             self._set_weights(self.store.good())
         self.optimizer.zero_grad(set_to_none=True)
-        spent = f"{state.step} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes"
         why = f"training stopped early: {stopped}; " if stopped else "trained for "
-        progress.note(f"{why}{spent}; the weights of step {state.kept} are kept")
+        progress.note(f"{why}{self._spent()}; the weights of step {state.kept} are kept")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.store.finish(state, stopped)
         self.accelerator.wait_for_everyone()  # others read what was finished
+        return self._outcome(stopped)
+
+    def _spent(self) -> str:
+        state = self.state
+        return f"{state.step} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes"
+
+    def _outcome(self, stopped: str) -> Outcome:
+        state = self.state
         student = self.student if self.plain is None else _filled(self.plain, self.student)
         return Outcome(student, state.step, state.tokens, state.seconds, stopped, state.kept, tuple(state.curve))
+
+
+def settled(task: Task, student: PreTrainedModel) -> Task:
+    """The task with a number format of products in the place of `auto`: the one that its training was begun with, where
+    it resumes one, as two measurements may not come to the same.
+    """
+    recipe = task.recipe
+    if recipe.compute != "auto":
+        return task
+    begun = begun_options(task.folder).get("compute")
+    compute = DTYPES[begun] if begun in DTYPES else number_format(recipe, student)
+    return replace(task, recipe=replace(recipe, compute="bfloat16" if compute == torch.bfloat16 else "float32"))
 
 
 def rate(share: float, warmup: float) -> float:
@@ -321,6 +362,10 @@ def number_format(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
         return DTYPES[recipe.compute]
     chosen = choose_dtype(model.device)
     return torch.float32 if chosen == torch.float16 else chosen
+
+
+def _spoiled(loss: float, least: float) -> bool:
+    return not loss <= max(WORSE * least, least + 1)
 
 
 def _unweighted(student: PreTrainedModel) -> PreTrainedModel:

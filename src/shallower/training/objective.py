@@ -74,11 +74,12 @@ class TextObjective(nn.Module):
                 del block.forward
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two parameters are the same, in one storage or read from checkpoints of their own."""
     if one.data_ptr() == other.data_ptr():
         return True
     alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-    return alike and torch.equal(one, other)  # read from a checkpoint of its own
+    return alike and torch.equal(one, other)
 
 
 def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:
@@ -92,7 +93,7 @@ def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:
 
     def same(name: str, parameter: nn.Parameter) -> bool:
         other = dense.get(name)
-        return other is not None and not parameter.requires_grad and _equal(parameter, other)
+        return other is not None and not parameter.requires_grad and equal(parameter, other)
 
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if name.startswith(f"{path}."):

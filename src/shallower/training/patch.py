@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,61 +12,35 @@ from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import Batch
-from shallower.engine.trace import trace
-from shallower.errors import ModelError
-from shallower.surgery.pairing import Layer, re_pair
-from shallower.surgery.patch import attach as put
+from shallower.engine.statistics import Point, Station
+from shallower.engine.trace import Trace, trace
+from shallower.surgery.patch import attach_at
+from shallower.surgery.stations import stations
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide
 from shallower.units import Unit
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A place of the student where units are missing.
+def cuts(student: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> list[Station]:
+    """The places of the student where it lacks something, in order of depth.
 
-    block: number of the student's block at whose beginning it is; exit: at its end instead. before, after: points of
-    the dense model's stream between which the missing units stand: 2·l enters block l, 2·l + 1 follows its attention.
+    Raises PlanError when `student` is not `dense` without `removed`.
     """
-
-    block: int
-    exit: bool
-    before: int
-    after: int
+    found = stations(dissect(student), dense, removed, find_writers(dense))
+    return [station for station in found if station.missing]
 
 
-def gaps(anatomy: Anatomy, removed: frozenset[Unit]) -> list[Gap]:
-    """Where the student that `cut` makes lacks something, in order of depth.
-
-    anatomy: of the dense model.
-
-    Raises ModelError where sublayers of two blocks were joined to one, so that a gap lies inside of a block.
-    """
-    layers, _ = re_pair(anatomy, removed)
-    found: list[Gap] = []
-    reached = 0
-    for place, layer in enumerate(layers):
-        _require_plain(layer)
-        begins = 2 * layer.home + (layer.attn is None)
-        if begins > reached:
-            found.append(Gap(place, False, reached, begins))
-        reached = 2 * layer.home + 2 - (layer.mlp is None)
-    if reached < 2 * len(anatomy.blocks):
-        found.append(Gap(len(layers) - 1, True, reached, 2 * len(anatomy.blocks)))
-    return found
-
-
-def attach(student: PreTrainedModel, places: list[Gap], rank: int, seed: int) -> nn.ModuleList:
-    """Put a patch that starts as the identity at each gap of the student."""
+def attach(student: PreTrainedModel, places: Sequence[Station], rank: int, seed: int) -> nn.ModuleList:
+    """Put a patch that starts as the identity at each of these places. Raises ModelError where one cannot stand."""
     anatomy = dissect(student)
     halves = find_writers(anatomy)
     hidden = student.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(seed)
     made = nn.ModuleList()
-    for gap in places:
+    for place in places:
         drawn = torch.randn(hidden, rank, generator=generator) / hidden**0.5
         patch = Patch(drawn, torch.zeros(rank, hidden), torch.zeros(hidden), torch.zeros(hidden)).to(student.device)
-        put(anatomy, gap.block, "exit" if gap.exit else "entry", patch, halves[gap.block])
+        attach_at(anatomy, place.here, patch, halves)
         made.append(patch)
     return made
 
@@ -78,42 +52,36 @@ class UnitObjective(nn.Module):
     decide everything.
     """
 
-    def __init__(self, dense: Anatomy, places: list[Gap], patches: nn.ModuleList) -> None:
+    def __init__(self, dense: Anatomy, places: Sequence[Station], patches: nn.ModuleList) -> None:
         super().__init__()
         self.patches = patches
         self._dense = dense
         self._places = places
 
     def forward(self, portion: Portion, guide: Guide | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over scored tokens: the mean over patches of |error|² / |update|², the same again, and 0."""
+        """The mean over patches of |error|² / |update|², summed over the portion's tokens, for as many as are scored of
+        them; the same again, and 0. A sequence's first token counts, too: the models lean on it.
+        """
         device = self._dense.model.device
-        scored = portion.scored.to(device)
+        real = portion.attention_mask.bool().to(device)
         losses = []
         for patch, (before, after) in zip(self.patches, self._streams(portion), strict=True):
-            before, after = before[scored].float(), after[scored].float()
+            before, after = before[real].float(), after[real].float()
             error = (patch(before) - after).square().sum(-1)
-            losses.append((error / (after - before).square().sum(-1).clamp_min(1e-12)).sum())
-        total = torch.stack(losses).mean()
+            losses.append((error / (after - before).square().sum(-1).clamp_min(1e-12)).mean())
+        total = torch.stack(losses).mean() * portion.scored.sum()
         return total, total.detach(), total.detach() * 0
 
     @torch.no_grad()
     def _streams(self, portion: Portion) -> list[tuple[Tensor, Tensor]]:
-        """For each gap the dense model's stream before and after what is missing."""
+        """For each place the dense model's stream before and after what is missing."""
         replay = trace(self._dense, Batch(portion.input_ids, portion.attention_mask))
         streams = [replay.entry]
         for block in self._dense.blocks:
             streams.append(replay.run(block.index, streams[-1]))
-
-        def point(number: int) -> Tensor:
-            index, half = divmod(number, 2)
-            return replay.run(index, streams[index], ("mlp",)) if half else streams[index]
-
-        return [(point(gap.before), point(gap.after)) for gap in self._places]
+        return [(_at(place.before, streams, replay), _at(place.after, streams, replay)) for place in self._places]
 
 
-def _require_plain(layer: Layer) -> None:
-    if layer.mlp is not None and layer.attn is not None and layer.mlp != layer.home:
-        raise ModelError(
-            f"the attention of block {layer.attn} was joined with the MLP of block {layer.mlp}, and what is missing "
-            "between them cannot be patched here: use emulated-update or low-rank."
-        )
+def _at(point: Point, streams: Sequence[Tensor], replay: Trace) -> Tensor:
+    stream = streams[point.index]
+    return replay.run(point.index, stream, point.without) if point.without else stream

@@ -76,6 +76,8 @@ class Recipe:
             for name in ("lr", "epochs", "clip", "temperature")
             if not getattr(self, name) > 0
         ]
+        if self.epochs == float("inf"):
+            faults.append("epochs=inf has no end (give a large number, and minutes to stop by time)")
         if faults:
             raise UserError(f"{'; '.join(faults)}: correct it with --set.")
         parse_memory(self.teacher_cache or None)

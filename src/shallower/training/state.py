@@ -2,9 +2,10 @@
 
     FOLDER/state-00000120/   weights.safetensors  optimizer.safetensors  state.json
     FOLDER/good.safetensors  the trained weights where held-out perplexity was lowest
+    FOLDER/training.json     how a training that came to its end went; its states are gone, its good weights stay
 
-A kill at any moment leaves a whole state. Which random numbers a step draws is decided by the seed and the step's
-number, so that no state of a generator is part of it.
+A kill at any moment leaves a whole state, and one after the end, before the model was saved, loses nothing. Which
+random numbers a step draws is decided by the seed and the step's number, so that no state of a generator is part of it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from shallower.errors import OutputError, UserError
 from shallower.strict_json import record_faults, write_json
 
 WEIGHTS, OPTIMIZER, STATE, GOOD = "weights.safetensors", "optimizer.safetensors", "state.json", "good.safetensors"
+ENDED = "training.json"
 
 
 @dataclass
@@ -35,7 +37,7 @@ class State:
 
     step: steps done. tokens: read in them. seconds: spent, kills left out. curve: a row for each measurement. best: the
     lowest held-out perplexity, worse: measurements since. kept: the step whose weights are kept. measured: which
-    measurement is next. smoothed: running mean of the loss, lowest: its least value.
+    measurement is next. first: the first step's loss. smoothed: running mean of the loss, lowest: its least value.
     """
 
     settings: dict[str, Any]
@@ -47,8 +49,14 @@ class State:
     best: float | None = None
     kept: int = 0
     worse: int = 0
+    first: float | None = None
     smoothed: float | None = None
     lowest: float | None = None
+
+
+@dataclass
+class _Ended(State):
+    stopped: str = ""
 
 
 class Store:
@@ -62,6 +70,8 @@ class Store:
         if folder is not None:
             with _one_sentence(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+                for left in (*folder.glob(".state-*"), *folder.glob(f".{GOOD}.*")):  # of a process that was killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def require_room(self, trained: int) -> None:
         """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk."""
@@ -85,6 +95,7 @@ class Store:
         temporary = self.folder / f".{target.name}.{os.getpid()}"
         with _one_sentence(target):
             try:
+                shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process with this number
                 temporary.mkdir()
                 _write(temporary / WEIGHTS, weights)
                 _write(temporary / OPTIMIZER, moments)
@@ -96,6 +107,18 @@ class Store:
         for other in self._states():
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
+
+    def finished(self) -> tuple[State, str] | None:
+        """The end of this very training and why it came early (empty when it did not); None when it is not at its end.
+        What `good` gives is then its result.
+        """
+        if self.folder is None or not (self.folder / GOOD).is_file():
+            return None
+        data = _read(self.folder / ENDED)
+        if data.get("settings") != self.settings or record_faults(ENDED, {**data, "curve": {}}, _Ended):
+            return None
+        stopped = data.pop("stopped")
+        return State(**data), stopped
 
     def load(self) -> tuple[State, dict[str, Tensor], dict[str, Tensor]] | None:
         """The newest state, None when there is none.
@@ -132,18 +155,39 @@ class Store:
         return self._good if self.folder is None else load_file(self.folder / GOOD)
 
     def finish(self, state: State, stopped: str) -> None:
-        """Replace the states by `training.json`, which says how it went. stopped: why it ended early, if it did."""
+        """Replace the states by `training.json`, which says how it went; the good weights stay, for whoever has to do
+        again what comes after. stopped: why it ended early, if it did.
+        """
         if self.folder is None:
             return
-        write_json(self.folder / "training.json", {**asdict(state), "stopped": stopped})
+        write_json(self.folder / ENDED, {**asdict(state), "stopped": stopped})
         for folder in self._states():
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            (self.folder / GOOD).unlink()
 
     def _states(self) -> list[Path]:
         found = [] if self.folder is None else self.folder.glob("state-*")
         return sorted(path for path in found if path.is_dir())
+
+
+def begun_options(folder: Path | None) -> dict[str, Any]:
+    """The options that the newest training in a folder was begun with; none where there is no such training."""
+    if folder is None:
+        return {}
+    for path in (*sorted(folder.glob(f"state-*/{STATE}"), reverse=True), folder / ENDED):
+        settings = _read(path).get("settings")
+        options = settings.get("options") if isinstance(settings, dict) else None
+        if isinstance(options, dict):
+            return options
+    return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy, unpack
+from shallower.checkpoint.fingerprint import fingerprint
 from shallower.engine.head import Head, find_head
 from shallower.errors import ModelError, OutputError, UserError
 from shallower.training.feed import Portion
@@ -123,8 +125,11 @@ class CachedTeacher:
             progress.note(f"the teacher's cache holds {self.words} words a token, {share:.1%} of the probability")
 
 
-def open_cache(teacher: Teacher, folder: Path, budget: int, tokens: int, temperature: float) -> CachedTeacher:
-    """As many words a token as `budget` bytes hold for `tokens` tokens, 256 at most.
+def open_cache(
+    teacher: Teacher, place: Path, digest: str, budget: int, tokens: int, temperature: float
+) -> CachedTeacher:
+    """As many words a token as `budget` bytes hold for `tokens` tokens, 256 at most; in a folder of `place` that is for
+    this teacher, the text with that `digest`, and so many words.
 
     Raises UserError when that is fewer than 8, OutputError when the disk has no such room.
     """
@@ -136,11 +141,14 @@ def open_cache(teacher: Teacher, folder: Path, budget: int, tokens: int, tempera
             f"teacher_cache of {budget / 1e6:.1f} MB holds {words} words for each of {tokens:,} tokens, and less than "
             f"{FEWEST_WORDS} say too little: give {least / 1e6:.1f} MB or more, or leave it out."
         )
+    what = f"{fingerprint(teacher.anatomy.model)} {digest} {temperature} {words}"
+    folder = place / f"teacher-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {folder} for the teacher's cache: {error.strerror}.") from None
-    free, needed = shutil.disk_usage(folder).free, words * tokens * BYTES_A_WORD
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free, needed = shutil.disk_usage(folder).free, words * tokens * BYTES_A_WORD - there
     if free < needed:
         raise OutputError(
             f"the teacher's cache needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {folder}: lower "

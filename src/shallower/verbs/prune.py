@@ -29,6 +29,7 @@ from shallower.forms import require_form
 from shallower.launched import world_size
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
+from shallower.registry import objective as objectives
 from shallower.reporting.data import RecoveryStage, ReportData, Side
 from shallower.reporting.page import render
 from shallower.reporting.wording import plural
@@ -49,12 +50,13 @@ from shallower.verbs.recover import (
     as_stored,
     parse_recoveries,
     perplexities,
+    require_place,
     run_recoveries,
     training_text,
     with_maps_inside,
 )
 from shallower.verbs.score import stream_statistic
-from shallower.verbs.search import require_possible, resolve
+from shallower.verbs.search import require_possible, resolve, search_stages
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
 from shallower.verbs.supply import supply
@@ -131,7 +133,7 @@ def prune(
         raise UserError(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
-    steps, settings = _recoveries(recover, settings or {})
+    steps, settings = _recoveries(recover, settings or {}, search, objective)
     if world_size() > 1:
         raise UserError(
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
@@ -205,6 +207,8 @@ def prune(
     said: tuple[str, ...] = ()
     resume = Resume(out)
     if steps:
+        if out is not None:
+            require_place(steps, subject.anatomy, given.removed)
         with clock("recovery"):
             smaller, stages, said = run_recoveries(
                 smaller,
@@ -299,13 +303,17 @@ def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], for
     return (subject.anatomy, measured) if again is None else (again[0], export(again[0], removed, again[1], form))
 
 
-def _recoveries(names: str, settings: Mapping[str, str]) -> tuple[Stages, dict[str, str]]:
-    """Recoveries with their options, and the options that are left for search and objective."""
+def _recoveries(names: str, settings: Mapping[str, str], search: str, objective: str) -> tuple[Stages, dict[str, str]]:
+    """Recoveries with their options, and the options of search and objective; one that both sides have is for both."""
     if not names:
         return [], dict(settings)
     known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
+    stages, _ = search_stages(search, objective, {})
+    methods = [objectives.get(objective), *(method for method, _ in stages)]
+    wanted = {option for method in methods for option in method.options}
     theirs = {key: text for key, text in settings.items() if key in known}
-    return parse_recoveries(names, theirs), {key: text for key, text in settings.items() if key not in known}
+    others = {key: text for key, text in settings.items() if key not in known or key in wanted}
+    return parse_recoveries(names, theirs), others
 
 
 def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
+from shallower.anatomy.patch import Patch
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.load import LoadedModel
@@ -40,7 +41,9 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
 from shallower.training.instructions import build_instructions
+from shallower.training.patch import attach, cuts
 from shallower.training.recipe import HeldOut, check_recipe
+from shallower.training.state import ENDED
 from shallower.units import Unit
 from shallower.verbs.evaluate import fitting, held_out, text_name, text_perplexity
 from shallower.verbs.subject import Subject, calibrate, open_subject
@@ -55,11 +58,12 @@ Stages = Sequence[tuple[Method, Mapping[str, Any]]]  # recoveries and their opti
 @dataclass(frozen=True, eq=False)
 class Training:
     """What recoveries that train read. held_out: perplexity on text that nothing is trained on, by which the best
-    weights are kept; None where there is no such text.
+    weights are kept; None where there is no such text. measured: what tells this measure from others.
     """
 
     text: CalibrationSet
     held_out: HeldOut | None
+    measured: tuple[object, ...] = ()
 
 
 class Resume:
@@ -164,6 +168,8 @@ def recover(
     student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
     text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
     contents = contents or held_out(calibration)
+    if out is not None:
+        require_place(steps, dense.anatomy, given.removed)
     training = training_text(
         dense,
         steps,
@@ -232,6 +238,24 @@ def parse_recoveries(names: str, settings: Mapping[str, str], what: str = "") ->
     return list(zip(methods, options, strict=True))
 
 
+def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
+    """Raise ModelError where maps that these recoveries put at cuts could not be saved: before they are fitted."""
+    maps = [method for method, _ in steps if method.traits.get("maps")]
+    if not maps:
+        return
+    trial = cut(dense, removed)
+    generator = torch.Generator().manual_seed(0)
+    for _ in maps:
+        for patch in attach(trial, cuts(trial, dense, removed), rank=1, seed=0):
+            assert isinstance(patch, Patch)
+            for part in (patch.up, patch.bias):  # a map that shows
+                part.data = torch.randn(part.shape, generator=generator).to(part)
+    try:
+        mapped(trial, dense, removed)
+    except ModelError as error:
+        raise ModelError(f"what {maps[0].name} makes could not be saved: {error} Use refit, lora or full.") from None
+
+
 def training_text(
     dense: Subject,
     steps: Stages,
@@ -270,7 +294,8 @@ def training_text(
         label, fits = "on what calibration left out", fitting(dense, window)
         return perplexity(model, tokenizer, ids, window=fits, max_windows=max_windows, label=label).perplexity
 
-    return Training(text, measure)
+    digest = hashlib.sha256(left_out.encode()).hexdigest()
+    return Training(text, measure, (digest, fitting(dense, window), max_windows))
 
 
 def run_recoveries(
@@ -311,20 +336,21 @@ def run_recoveries(
             if method.traits.get("trained"):
                 assert training is not None
                 done = [(one.name, given) for one, given in steps[: number + 1]]
-                folder = resume.folder(*begun, training.text.digest, done)
+                folder = resume.folder(*begun, training.text.digest, training.measured, done)
                 supplied |= {"calibration": training.text, "held_out": training.held_out, "folder": folder}
             with progress.task(f"recovery {method.name}"):
                 made = method.function(**{name: supplied[name] for name in method.parameters}, **options)
             if made is not None and made is not student.model:
                 student = Subject(replace(student.loaded, model=made), dissect(made))
             seconds, tokens = time.perf_counter() - start, repair.tokens
-            if folder is not None:
-                told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-                seconds, tokens = max(seconds, told["seconds"]), told["tokens"]
+            curve: tuple[dict[str, float], ...] = ()
+            if folder is not None and (folder / ENDED).is_file():  # a method from elsewhere may keep nothing
+                told = json.loads((folder / ENDED).read_text(encoding="utf-8"))
+                seconds, tokens, curve = max(seconds, told["seconds"]), told["tokens"], tuple(told["curve"])
                 repair.notes.append(_told(told))
             notes += [f"{method.name}: {note}" for note in repair.notes]
             gained = _parameters(student.model) - size
-            stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1)))
+            stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1), curve))
     finally:
         resume.tidy()
     return student, tuple(stages), tuple(notes)
