@@ -275,6 +275,27 @@ def test_racing_gives_greedys_answer_for_fewer_tokens():
     assert fast.spent.exhaustive == exact.spent.tokens
 
 
+def test_a_race_does_not_take_the_first_document_for_the_whole_text():
+    anatomy = dissect(tiny_model("llama"))
+    candidates = [frozenset({unit}) for unit in anatomy.of_kind("block")]
+    ids = torch.randint(3, 120, (32, 64), generator=torch.Generator().manual_seed(1))
+    exact = Ablator(anatomy, CalibrationSet("x", ids, None, ()), "kl")
+    best = int(np.argmin(exact.losses(candidates)))
+    first_choice = np.argmin(exact.sums(candidates), axis=0)
+    row = int(np.flatnonzero(first_choice != best)[0])  # a sequence that would rather lose another block
+    text = CalibrationSet("x", torch.cat([ids[row].expand(6, -1), ids]), None, ())
+    assert int(np.argmin(Ablator(anatomy, text, "kl").losses(candidates))) == best
+    assert int(np.argmin(Ablator(anatomy, text, "kl", racing=Racing()).losses(candidates, keep=1))) == best
+
+
+def test_sums_come_in_the_order_of_the_text():
+    anatomy = dissect(tiny_model("llama"))
+    text = sample_text(anatomy.model, sequences=40, length=32)
+    [found] = Ablator(anatomy, text).sums([{Unit(2, "block")}])
+    alone = [float(Ablator(anatomy, text.subset([row])).sums([{Unit(2, "block")}])[0][0]) for row in range(40)]
+    assert found == pytest.approx(alone, abs=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "qwen3_next"])
 @pytest.mark.parametrize("objective", ["nll", "kl"])
 def test_every_order_and_budget_gives_the_same(family, objective):

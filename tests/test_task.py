@@ -155,6 +155,16 @@ def test_batches_hold_whole_questions(path: str) -> None:
         next(text.batches(0))
 
 
+@pytest.mark.parametrize("objective", ["task", "nll"])
+def test_sums_come_in_the_order_of_the_questions(path: str, objective: str) -> None:
+    anatomy = dissect(tiny_model("llama"))
+    text = build_choices(path, tiny_tokenizer(), questions=12)
+    removed = [frozenset(parse_units("block.5"))]
+    [found] = Ablator(anatomy, text, objective).sums(removed)
+    alone = [Ablator(anatomy, text.subset([number]), objective).sums(removed)[0] for number in range(12)]
+    assert found == pytest.approx(np.concatenate(alone), abs=1e-4)
+
+
 def test_ties_overflows_and_missing_choices() -> None:
     task = objective.get("task").function
     none = -torch.inf

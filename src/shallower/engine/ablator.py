@@ -7,6 +7,7 @@ question to the next, results on disk, and candidates that are clearly worse are
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -37,7 +38,7 @@ from shallower.units import Unit
 TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
 ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted
-MEASURED_AS = 2  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
+MEASURED_AS = 3  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
 
 
 @dataclass
@@ -107,7 +108,8 @@ class Ablator:
         device = anatomy.model.device
         tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
         sequences = max(1, tokens // calibration.length)
-        self._batches = list(calibration.batches(sequences))
+        mixed, self._order = _mixed(calibration, self._questions is not None)
+        self._batches = list(mixed.batches(sequences))
         prove(anatomy, self._batches[0])
         if memory is None:
             memory = int(free_memory(device) * SHARE_OF_FREE_MEMORY)
@@ -178,6 +180,9 @@ class Ablator:
     def differences(self, candidates: Sequence[Collection[Unit]]) -> list[tuple[float, float | None]]:
         """For each candidate how much higher its objective is than the dense model's, and the standard error of that
         over sequences or questions, which were the same for both; None for a single one.
+
+        The error takes items for independent draws. Sequences cut from one document are alike, so where documents are
+        longer than sequences the true error is larger.
         """
         dense, *without = self.sums([frozenset(), *candidates])
         found = [mean_and_error(sums - dense, self.counts) for sums in without]
@@ -185,7 +190,7 @@ class Ablator:
 
     def sums(self, candidates: Sequence[Collection[Unit]]) -> list[NDArray[np.float64]]:
         """For each candidate the objective summed over the tokens of each sequence, or that of each question: float64
-        [items].
+        [items], in the order of the calibration set.
 
         Raises BudgetError when a candidate names a unit that the model does not have.
         """
@@ -194,7 +199,7 @@ class Ablator:
         description = "measuring the model" if len(distinct) == 1 else f"measuring {len(distinct)} candidates"
         with progress.task(description, len(distinct) * len(self._batches)) as step:
             self._measure(distinct, range(len(self._batches)), step)
-        joined = {route: self._joined(route, len(self._batches)) for route in distinct}
+        joined = {route: self._in_order(self._joined(route, len(self._batches))) for route in distinct}
         return [joined[route] for route in routes]
 
     def route(self, candidate: Collection[Unit]) -> Route:
@@ -206,6 +211,7 @@ class Ablator:
         running = list(dict.fromkeys(routes))
         self.spent.exhaustive += len(running) * sum(batch.input_ids.numel() for batch in self._batches)
         total = len(self._batches)
+        counts = self.counts[self._order]
         measured = 0
         with progress.task(f"racing {len(running)} candidates", len(running) * total) as step:
             while measured < total and len(running) > keep:
@@ -215,13 +221,13 @@ class Ablator:
                 sums = np.stack([self._joined(route, measured) for route in running])
                 if self._questions is not None and np.isin(sums, (0, 1)).all():
                     continue  # right or wrong: a few equal answers have no spread, which is not certainty
-                alive = survivors(sums, self.counts[: sums.shape[1]], keep, racing, len(self.counts))
+                alive = survivors(sums, counts[: sums.shape[1]], keep, racing, len(counts))
                 step(int((~alive).sum()) * (total - measured))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]
         losses = {}
         for route in running:
             sums = self._joined(route, measured)
-            losses[route] = _finite(float(sums.sum() / self.counts[: len(sums)].sum()))
+            losses[route] = _finite(float(sums.sum() / counts[: len(sums)].sum()))
         return [losses.get(route, math.inf) for route in routes]
 
     @property
@@ -230,6 +236,12 @@ class Ablator:
         answers = self._batches[0].answers
         items = len(self._batches[0].input_ids) if self._questions is None or answers is None else answers.questions
         return -(-FEWEST_SEQUENCES // items)
+
+    def _in_order(self, mixed: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values of all items, put back in the order of the calibration set."""
+        values = np.empty_like(mixed)
+        values[self._order] = mixed
+        return values
 
     def _joined(self, route: Route, batches: int) -> NDArray[np.float64]:
         return np.concatenate([self._measured[route, number] for number in range(batches)])
@@ -254,6 +266,23 @@ class Ablator:
             self._measured.update({(route, number): sums[0] for route, sums in done.sums.items()})
             self.spent.tokens += done.tokens
             self.spent.block_tokens += done.block_tokens
+
+
+def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDArray[np.int64]]:
+    """The set in the order in which it is measured, always the same for the same text, and which items of `calibration`
+    come in turn: int64 [items]. asks: items are questions, not sequences.
+
+    A race takes what it has read for a random sample of the rest. Neighbours come from one document, which would make
+    it far too sure.
+    """
+    groups = calibration.questions if isinstance(calibration, ChoiceSet) else calibration.sequences
+    keys = [hashlib.sha256(f"{calibration.digest} {group}".encode()).digest() for group in range(groups)]
+    order = sorted(range(groups), key=keys.__getitem__)
+    mixed = calibration.subset(order)
+    if isinstance(calibration, ChoiceSet) and not asks:  # the choices of a question stay together
+        question = calibration.answers.question.numpy()
+        return mixed, np.concatenate([np.flatnonzero(question == group) for group in order])
+    return mixed, np.array(order, dtype=np.int64)
 
 
 def _source(objective: Method) -> str:
