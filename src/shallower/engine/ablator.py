@@ -23,7 +23,7 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Order
 from shallower.engine.memo import Memo, context_key
-from shallower.engine.race import FEWEST_SEQUENCES, Racing, survivors
+from shallower.engine.race import Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
 from shallower.engine.states import States
@@ -214,8 +214,9 @@ class Ablator:
         counts = self.counts[self._order]
         measured = 0
         with progress.task(f"racing {len(running)} candidates", len(running) * total) as step:
-            while measured < total and len(running) > keep:
-                upto = min(total, max(measured + 1, self._first_look))
+            for upto in self._looks:
+                if len(running) <= keep:
+                    break
                 self._measure(running, range(measured, upto), step)
                 measured = upto
                 sums = np.stack([self._joined(route, measured) for route in running])
@@ -231,11 +232,14 @@ class Ablator:
         return [losses.get(route, math.inf) for route in routes]
 
     @property
-    def _first_look(self) -> int:
-        """Batches that a race reads before anyone can be dropped."""
-        answers = self._batches[0].answers
-        items = len(self._batches[0].input_ids) if self._questions is None or answers is None else answers.questions
-        return -(-FEWEST_SEQUENCES // items)
+    def _looks(self) -> list[int]:
+        """After how many batches a race asks who can go, the last time after all of them."""
+        per_batch = [
+            len(batch.input_ids) if self._questions is None or batch.answers is None else batch.answers.questions
+            for batch in self._batches
+        ]
+        ends = np.cumsum(per_batch)
+        return sorted({int(np.searchsorted(ends, count)) + 1 for count in (*looks(int(ends[-1])), ends[-1])})
 
     def _in_order(self, mixed: NDArray[np.float64]) -> NDArray[np.float64]:
         """Values of all items, put back in the order of the calibration set."""

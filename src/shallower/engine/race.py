@@ -6,6 +6,7 @@ smaller than the spread of the losses themselves.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ from scipy.stats import t as student
 
 FEWEST_SEQUENCES = 4  # below this the spread of differences is not worth estimating
 PRIOR_DEGREES = 8  # how many degrees of freedom the candidates' common spread counts for against a candidate's own
-LOOKS = 2  # a race looks many times, but not independently: this division holds the stated error in simulated races
+LOOK_GROWTH = 1.25  # a race looks again when it has read this many times as much: looks between tell nearly the same
+LOOKS_AS_ONE = 3  # that many looks in a row err together; dividing the error accordingly holds it in simulated races
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ class Racing:
     tie: float = 0.002
 
 
+def looks(whole: int) -> list[int]:
+    """After how many of `whole` sequences a race asks who can go; when all were read, nothing is left to ask."""
+    found = []
+    count = FEWEST_SEQUENCES
+    while count < whole:
+        found.append(count)
+        count = math.ceil(count * LOOK_GROWTH)
+    return found
+
+
 def survivors(
     sums: NDArray[np.float64], counts: NDArray[np.int64], keep: int, racing: Racing, whole: int
 ) -> NDArray[np.bool_]:
@@ -43,7 +55,7 @@ def survivors(
     estimate, so each is drawn towards the median of all (a moderated t, as in the analysis of gene expression). What is
     asked is the mean over this set and no other, so only sequences not yet seen are uncertain (the finite population
     correction). The correction for many candidates counts those still running, and is repeated when some have gone
-    (Holm's step-down).
+    (Holm's step-down). The error is divided among the `looks` of the whole race.
     """
     alive = np.asarray(np.isfinite(sums).all(axis=1))  # an overflow is as bad as can be
     sequences = sums.shape[1]
@@ -60,11 +72,12 @@ def survivors(
     freedom = sequences - 1 + PRIOR_DEGREES
     moderated = (PRIOR_DEGREES * np.median(variance[order[keep:]]) + (sequences - 1) * variance) / freedom
     error = np.sqrt(moderated * sequences * (1 - sequences / whole)) / tokens
+    a_look = racing.error / max(1.0, len(looks(whole)) / LOOKS_AS_ONE)
     tie = racing.tie * abs(mark.sum() / tokens)
     ahead: NDArray[np.bool_] = np.zeros(len(sums), dtype=bool)
     ahead[order[:keep]] = True
     while (rivals := int(alive.sum()) - keep) > 0:
-        bound = difference - float(student.ppf(1 - racing.error / LOOKS / rivals, freedom)) * error
+        bound = difference - float(student.ppf(1 - a_look / rivals, freedom)) * error
         left = ahead | (alive & (bound <= -tie))
         if left.sum() == alive.sum():
             break
