@@ -2,21 +2,26 @@
 limits.
 """
 
+import copy
 import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from shallower.anatomy import dissect
 from shallower.budget import Budget, Limit
+from shallower.checkpoint.fingerprint import fingerprint
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, prove
-from shallower.engine.memo import Memo
+from shallower.engine.memo import Memo, beside_weights
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import States
 from shallower.errors import BudgetError, ModelError
@@ -205,6 +210,54 @@ def test_memo_is_kept_apart_by_model_text_and_objective(tmp_path):
     same.losses([frozenset()])
     assert same.spent.recalled
     assert not same.spent.tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+        ("llama", {"hidden_act": "relu"}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen3_moe", {"num_experts_per_tok": 1}),
+    ],
+)
+def test_memo_is_kept_apart_by_what_the_config_says(family, change, tmp_path):
+    model = tiny_model(family)
+    config = copy.deepcopy(model.config)
+    for name, value in change.items():
+        setattr(config, name, value)
+    other = AutoModelForCausalLM.from_config(config).eval()
+    other.load_state_dict(model.state_dict())
+    text = sample_text(model, length=48)
+    memo = Memo(tmp_path / "memo.sqlite")
+    Ablator(dissect(model), text, memo=memo, fingerprint=fingerprint(model)).losses([frozenset()])
+    asked = Ablator(dissect(other), text, memo=memo, fingerprint=fingerprint(other))
+    assert asked.losses([frozenset()]) == Ablator(dissect(other), text).losses([frozenset()])
+    assert not asked.spent.recalled
+
+
+def test_memo_is_kept_apart_by_persistent_buffers(tmp_path):
+    model = tiny_model("deepseek_v3")
+    text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")
+    Ablator(dissect(model), text, memo=memo, fingerprint="f").losses([frozenset()])
+    bias = model.get_buffer("model.layers.3.mlp.gate.e_score_correction_bias")
+    bias += torch.linspace(-1, 1, len(bias))
+    asked = Ablator(dissect(model), text, memo=memo, fingerprint="f")
+    asked.losses([frozenset()])
+    assert not asked.spent.recalled
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt", "deepseek_v3"])
+def test_memo_is_shared_wherever_a_model_is_loaded_from(family, tmp_path):
+    model = tiny_model(family)
+    for place in ("here", "there"):
+        model.save_pretrained(tmp_path / place)
+    digests = [beside_weights(AutoModelForCausalLM.from_pretrained(tmp_path / place)) for place in ("here", "there")]
+    code = "import sys; from transformers import AutoModelForCausalLM as M; from shallower.engine.memo import *; "
+    code += "print(beside_weights(M.from_pretrained(sys.argv[1], dtype='bfloat16').float()))"
+    elsewhere = [sys.executable, "-c", code, str(tmp_path / "here")]
+    digests.append(subprocess.run(elsewhere, check=True, capture_output=True, text=True).stdout.strip())
+    assert set(digests) == {beside_weights(model)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits

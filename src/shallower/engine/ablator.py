@@ -22,7 +22,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Order
-from shallower.engine.memo import Memo, context_key
+from shallower.engine.memo import Memo, beside_weights, context_key
 from shallower.engine.race import Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
@@ -125,21 +125,22 @@ class Ablator:
         )
         self._workers: Workers = Threads(evaluator, threads) if workers is None else workers(evaluator)
         self._memo = memo
-        objectives_here = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
-        self._contexts = [
-            context_key(
-                {
-                    "fingerprint": fingerprint,
-                    "calibration": calibration.digest,
-                    "sequences_a_batch": sequences,
-                    "objective": [method.name, _source(method), sorted(own.items())],
-                    "measured_as": MEASURED_AS,
-                    "dtype": str(anatomy.model.dtype),
-                    "device": device.type,
-                }
-            )
-            for method, own in objectives_here
-        ]
+        self._contexts: list[str] = []
+        if memo is not None:
+            same = {
+                "fingerprint": fingerprint,
+                "beside_weights": beside_weights(anatomy.model),
+                "calibration": calibration.digest,
+                "sequences_a_batch": sequences,
+                "measured_as": MEASURED_AS,
+                "dtype": str(anatomy.model.dtype),
+                "device": device.type,
+            }
+            each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
+            self._contexts = [
+                context_key({**same, "objective": [method.name, _source(method), sorted(own.items())]})
+                for method, own in each
+            ]
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._contexts[0]) if memo else {}
 
     def close(self) -> None:

@@ -11,11 +11,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from shallower.store import Store
 
 Values = NDArray[np.float64]
+
+NOT_OF_THE_MODEL = frozenset(
+    {"_name_or_path", "name_or_path", "_commit_hash", "auto_map", "architectures"}
+    | {"dtype", "torch_dtype", "transformers_version"}
+)
+"""Entries of a config, at any depth, that two copies of one model may differ in."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS measured (
@@ -28,6 +37,38 @@ CREATE TABLE IF NOT EXISTS measured (
 def context_key(parts: Mapping[str, Any]) -> str:
     """Digest of everything besides the removed set that a measurement depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def beside_weights(model: PreTrainedModel) -> str:
+    """Digest of what a model computes with besides its weights: its config, but for names, places, number formats and
+    versions, and what it keeps in persistent buffers. The same in every process and for every place it is loaded from.
+    """
+    digest = hashlib.sha256(json.dumps(_plain(model.config.to_dict()), sort_keys=True).encode())
+    for where, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        for name, buffer in sorted(module.named_buffers(recurse=False)):
+            if name not in module._non_persistent_buffers_set:
+                digest.update(f"\n{where}.{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
+                digest.update(_bytes(buffer))
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a value of a config."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(held) for key, held in value.items() if key not in NOT_OF_THE_MODEL}
+    if isinstance(value, (list, tuple)):
+        return [_plain(held) for held in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return str(value) if isinstance(value, torch.dtype) else type(value).__qualname__  # not where it is in memory
+
+
+def _bytes(buffer: Tensor) -> bytes:
+    if buffer.is_meta:
+        return b""
+    return buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class Memo:
