@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shallower import registry
 from shallower.anatomy import dissect
 from shallower.budget import Budget, Limit
 from shallower.checkpoint.fingerprint import fingerprint
@@ -258,6 +259,43 @@ def test_memo_is_shared_wherever_a_model_is_loaded_from(family, tmp_path):
     elsewhere = [sys.executable, "-c", code, str(tmp_path / "here")]
     digests.append(subprocess.run(elsewhere, check=True, capture_output=True, text=True).stdout.strip())
     assert set(digests) == {beside_weights(model)}
+
+
+OBJECTIVE = """
+FACTOR = {factor}
+def helped(loss):
+    return {helper} * loss
+def mine(target_logits: "torch.Tensor", log_normalizer: "torch.Tensor"):
+    return (lambda loss: {own} * loss)(FACTOR * helped(log_normalizer - target_logits))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "typed"),
+    [
+        ("factor", False),
+        ("helper", False),
+        ("own", False),
+        ("own", True),
+    ],  # what is typed has no file to look around in
+)
+def test_an_edited_objective_is_measured_anew(changed, typed, tmp_path, monkeypatch):
+    anatomy = dissect(tiny_model("llama"))
+    text, memo = sample_text(anatomy.model), Memo(tmp_path / "memo.sqlite")
+    monkeypatch.setattr(registry.objective, "_methods", dict(registry.objective._methods))
+    recalled, found = [], []
+    for values in ({}, {}, {changed: 3}):
+        source = OBJECTIVE.format(**{"factor": 1, "helper": 1, "own": 1, **values})
+        file = tmp_path / "mine.py"
+        file.write_text(source)
+        namespace = {"torch": torch, "__name__": "mine"}
+        exec(compile(source, "<stdin>" if typed else str(file), "exec"), namespace)
+        registry.objective("mine")(namespace["mine"])
+        ablator = Ablator(anatomy, text, "mine", memo=memo, fingerprint="f")
+        found += ablator.losses([frozenset()])
+        recalled.append(ablator.spent.recalled > 0)
+    assert recalled == [False, True, False]
+    assert found == pytest.approx([found[0], found[0], 3 * found[0]])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits

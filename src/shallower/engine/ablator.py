@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -291,11 +292,22 @@ def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDA
 
 
 def _source(objective: Method) -> str:
-    """The objective's code, so that an edited one does not recall what it measured before."""
+    """The objective's code and whatever stands beside it in its file, which it may call, so that an edited one does not
+    recall what it measured before.
+    """
+    function = inspect.unwrap(objective.function)
     try:
-        return inspect.getsource(objective.function)
+        return "".join(inspect.findsource(function)[0])
     except (OSError, TypeError):  # typed into an interpreter
-        return ""
+        code = getattr(function, "__code__", None)
+        defaults = getattr(function, "__kwdefaults__", None)
+        return repr((_instructions(code) if isinstance(code, CodeType) else repr(function), defaults))
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    """What compiled code does, without where in memory or in a file it is."""
+    constants = [_instructions(held) if isinstance(held, CodeType) else repr(held) for held in code.co_consts]
+    return code.co_code.hex(), code.co_names, constants
 
 
 def _finite(loss: float) -> float:
