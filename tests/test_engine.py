@@ -282,7 +282,7 @@ def mine(target_logits: "torch.Tensor", log_normalizer: "torch.Tensor"):
 def test_an_edited_objective_is_measured_anew(changed, typed, tmp_path, monkeypatch):
     anatomy = dissect(tiny_model("llama"))
     text, memo = sample_text(anatomy.model), Memo(tmp_path / "memo.sqlite")
-    monkeypatch.setattr(registry.objective, "_methods", dict(registry.objective._methods))
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
     recalled, found = [], []
     for values in ({}, {}, {changed: 3}):
         source = OBJECTIVE.format(**{"factor": 1, "helper": 1, "own": 1, **values})

@@ -6,8 +6,9 @@ import importlib.util
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from shallower.checkpoint.fingerprint import fingerprint
 from shallower.cli import main
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, ray_workers
-from shallower.engine.evaluator import Evaluator, Job
+from shallower.engine.evaluator import Evaluator, Job, Measured
+from shallower.engine.memo import Memo
 from shallower.engine.ray_session import connect
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
 from shallower.engine.states import States
@@ -90,6 +92,47 @@ def test_ray_threads_and_one_by_one_give_the_same_bits(ray: Any, folder: Path, o
         assert not set(doomed) & set(crews[0].processes)
         assert before[0] in crews[0].processes
         assert ablator.spent.tokens == with_threads.spent.tokens
+
+
+def test_an_objective_that_only_this_process_knows_comes_along(
+    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(target_logits: torch.Tensor, log_normalizer: torch.Tensor) -> torch.Tensor:
+        return 2 * (log_normalizer - target_logits)
+
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    registry.objective("a-double")(doubled)  # the first by name of those that come along
+    anatomy, text, memo = dissect(tiny_model("llama")), long_text(1), Memo(tmp_path / "memo.sqlite")
+    with closing(
+        Ablator(anatomy, text, "kl", memo=memo, fingerprint="f", workers=lambda own: RayWorkers(own, 1))
+    ) as far:
+        far.losses([frozenset()])
+    for name in ("a-double", "nll"):
+        recalling = Ablator(anatomy, text, name, memo=memo, fingerprint="f")
+        assert recalling.losses([frozenset()]) == Ablator(anatomy, text, name).losses([frozenset()])
+        assert recalling.spent.recalled == 1
+
+
+class _Forgetful:
+    """Workers of another version, which measure fewer objectives."""
+
+    count = 1
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
+        for done in map(self._evaluator.measure, jobs):
+            yield replace(done, sums={route: sums[:-1] for route, sums in done.sums.items()})
+
+    def close(self) -> None: ...
+
+
+def test_results_that_do_not_match_what_was_asked_are_not_remembered(tmp_path: Path) -> None:
+    memo = Memo(tmp_path / "memo.sqlite")
+    far = Ablator(dissect(tiny_model("llama")), long_text(1), "kl", memo=memo, fingerprint="f", workers=_Forgetful)
+    with pytest.raises(UserError, match=r"another shape \(rows: 1, asked for: 2\); install the same version"):
+        far.losses([frozenset()])
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
-from shallower.engine.evaluator import Evaluator, Job, Order
+from shallower.engine.evaluator import Evaluator, Job, Measured, Order
 from shallower.engine.memo import Memo, beside_weights, context_key
 from shallower.engine.race import Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
@@ -31,7 +31,7 @@ from shallower.engine.states import States
 from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import prove
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Threads, Workers, free_memory, thread_count
-from shallower.errors import CorpusError
+from shallower.errors import CorpusError, UserError
 from shallower.registry import Method
 from shallower.registry import objective as objectives
 from shallower.units import Unit
@@ -267,11 +267,20 @@ class Ablator:
         for done in self._workers.run(jobs, step):
             number = done.job.number
             if self._memo is not None:  # also for searches by the objectives that came along
-                for place, context in enumerate(self._contexts):
-                    self._memo.write(context, [(route, number, sums[place]) for route, sums in done.sums.items()])
+                self._remember(self._memo, done)
             self._measured.update({(route, number): sums[0] for route, sums in done.sums.items()})
             self.spent.tokens += done.tokens
             self.spent.block_tokens += done.block_tokens
+
+    def _remember(self, memo: Memo, done: Measured) -> None:
+        counts = {len(sums) for sums in done.sums.values()} - {len(self._contexts)}
+        if counts:  # rows are told apart by their place alone
+            raise UserError(
+                f"a worker sent results of another shape (rows: {counts.pop()}, asked for: {len(self._contexts)}); "
+                "install the same version of shallower on every machine."
+            )
+        for place, context in enumerate(self._contexts):
+            memo.write(context, [(route, done.job.number, sums[place]) for route, sums in done.sums.items()])
 
 
 def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDArray[np.int64]]:

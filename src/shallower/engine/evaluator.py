@@ -83,16 +83,18 @@ class Evaluator:
         states: States,
         memory: int,
         order: Order | None = None,
+        besides: Sequence[Method] | None = None,
     ) -> None:
         """states: what is kept between questions. memory: bytes for what a visit of one batch needs besides: half for
         the streams of a layer-major walk, half for the dense model's logits. order: None takes layer-major where the
-        streams of a few candidates fit, else depth-first.
+        streams of a few candidates fit, else depth-first. besides: objectives that come along; None takes those that
+        are registered here (`along_with`).
         """
         self.anatomy = anatomy
         self.batches = batches
         self.objective = objective
         self.options = options
-        self.besides = along_with(objective, options)
+        self.besides = along_with(objective, options) if besides is None else tuple(besides)
         self.memory = memory
         self.states = states
         self._head = find_head(anatomy)
@@ -116,6 +118,7 @@ class Evaluator:
             states=self.states,
             memory=self.memory,
             order=self.order,
+            besides=self.besides,
         )
 
     def measure(self, job: Job, tick: Callable[[], None] = lambda: None) -> Measured:

@@ -70,11 +70,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a worker needs besides the model. memory: bytes on each machine, None for a share of what is free."""
+    """All that a worker needs besides the model. memory: bytes on each machine, None for a share of what is free.
+
+    besides: objectives that come along; a worker's own registry may lack those of the user's script.
+    """
 
     batches: Sequence[Batch]
     objective: Method
     options: Mapping[str, Any]
+    besides: Sequence[Method]
     order: Order | None
     device: str
     threads: int
@@ -110,6 +114,7 @@ class Worker:
             states=States(share // 2),
             memory=share // 2,
             order=setup.order,
+            besides=setup.besides,
         )
         return True
 
@@ -216,6 +221,7 @@ class RayWorkers:
                 evaluator.batches,
                 evaluator.objective,
                 evaluator.options,
+                evaluator.besides,
                 evaluator.order,
                 device,
                 session.threads,
