@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -165,8 +166,6 @@ def test_memo_survives_a_kill(tmp_path):
 
 
 def _rows(path) -> int:
-    import sqlite3
-
     try:
         with sqlite3.connect(path) as connection:
             return connection.execute("SELECT count(*) FROM measured").fetchone()[0]
@@ -321,6 +320,39 @@ def test_a_damaged_memo_is_set_aside(tmp_path):
     path.write_bytes(b"this is not a database at all" * 100)
     assert Memo(path).read("x") == {}
     assert path.with_suffix(".damaged").exists()
+
+
+def test_a_memo_that_is_damaged_while_it_is_written_is_set_aside(tmp_path):
+    path = tmp_path / "memo.sqlite"
+    memo = Memo(path)
+    memo.write("context", [(f"route {number}", 0, np.zeros(64)) for number in range(500)])
+    memo.close()
+    pages = bytearray(path.read_bytes())
+    for page in range(4096, len(pages), 4096):  # all but the first, which says what the file is
+        pages[page : page + 64] = b"\xff" * 64
+    path.write_bytes(pages)
+    memo = Memo(path)
+    memo.write("context", [("route 0", 0, np.ones(2))])
+    assert {route: values.tolist() for (route, _), values in memo.read("context").items()} == {"route 0": [1, 1]}
+    assert path.with_suffix(".damaged").exists()
+
+
+def test_a_new_memo_waits_while_another_process_makes_it(tmp_path, monkeypatch):
+    real, refused = sqlite3.connect, []
+
+    class Busy(sqlite3.Connection):
+        def execute(self, statement, *parameters):
+            if "journal_mode" in statement and len(refused) < 3:
+                refused.append(statement)
+                raise sqlite3.OperationalError("database is locked")
+            return super().execute(statement, *parameters)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: real(*args, **kwargs, factory=Busy))
+    memo = Memo(tmp_path / "memo.sqlite")
+    memo.write("context", [("route", 0, np.ones(2))])
+    assert memo.read("context")
+    assert len(refused) == 3
+    memo.close()
 
 
 def raced(losses: np.ndarray, racing: Racing) -> tuple[bool, float]:

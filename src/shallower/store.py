@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ class Store:
             try:
                 self._open()
             except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
+                if not _is_damage(error):
                     raise
                 self._set_aside()
 
@@ -40,26 +41,50 @@ class Store:
             try:
                 return self._connection.execute(question, parameters).fetchall()
             except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
+                if not _is_damage(error):
                     raise
                 self._connection.close()
                 self._set_aside()
                 return []
 
     def write(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Run an INSERT for each row, in one transaction."""
-        with self._room(), self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(statement, rows)
+        """Run an INSERT for each row, in one transaction; into a new file when this one turns out to be damaged."""
+        kept = list(rows)
+        with self._room():
+            try:
+                self._insert(statement, kept)
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                self._connection.close()
+                self._set_aside()
+                self._insert(statement, kept)
 
     def close(self) -> None:
         self._connection.close()
 
+    def _insert(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(statement, rows)
+
     def _open(self) -> None:
         self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._write_ahead()
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute(self._schema)
+
+    def _write_ahead(self) -> None:
+        """SQLite does not wait, whatever its timeout, when several processes change the mode of a new file at once."""
+        until = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")  # no change where another process was first
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def _set_aside(self) -> None:
         self.path.replace(self.path.with_suffix(".damaged"))
@@ -76,3 +101,8 @@ class Store:
                 f"cannot keep {self._what} in {self.path}: {error}. Free some room there, or set SHALLOWER_CACHE to a "
                 "folder on another disk."
             ) from error
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file is damaged or no store. Whatever else may be wrong has a class of its own."""
+    return type(error) is sqlite3.DatabaseError
