@@ -752,6 +752,26 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
     assert sorted(path.name for path in files.iterdir()) == before
 
 
+def test_a_search_behind_repairs_keeps_to_the_memory_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int | None] = []
+
+    def spy(kind: type) -> None:
+        make = kind.__init__  # type: ignore[misc]
+
+        def noted(self: Any, *args: Any, **more: Any) -> None:
+            given.append(more.get("memory"))
+            make(self, *args, **more)
+
+        monkeypatch.setattr(kind, "__init__", noted)
+
+    spy(Repair)
+    spy(Ablator)
+    model = tiny_model("llama")
+    search(model, 1, calibration=sample_text(model, sequences=8), repair="low-rank", memory="1MB")
+    assert len(given) > 2 * 6  # a repair and a judge for each block
+    assert set(given) == {1_000_000}
+
+
 def test_a_search_judges_candidates_behind_their_repair() -> None:
     """Block 3 is linear and large: as it is cut its loss is worst, behind a full-rank map it costs nothing."""
     matrix = 0.6 * torch.randn(32, 32, generator=torch.Generator().manual_seed(3))

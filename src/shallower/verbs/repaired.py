@@ -38,9 +38,16 @@ class RepairedLosses:
     """Mean next-token loss of repaired candidates; answers what `Ablator.losses` answers for unrepaired ones."""
 
     def __init__(
-        self, subject: Subject, calibration: CalibrationSet, recovery: str, settings: dict[str, str] | None = None
+        self,
+        subject: Subject,
+        calibration: CalibrationSet,
+        recovery: str,
+        settings: dict[str, str] | None = None,
+        *,
+        memory: int | None = None,
     ) -> None:
-        """recovery: names, as `shallower recover --with` takes them. settings: their options.
+        """recovery: names, as `shallower recover --with` takes them. settings: their options. memory: bytes that a
+        repair and its judgement may keep besides the models, by default a quarter of what is free.
 
         Raises UnknownName for a recovery or option that does not exist, UserError for one that is trained,
         CorpusError when the text has fewer than `JUDGED` sequences.
@@ -54,6 +61,7 @@ class RepairedLosses:
             )
         judges = range(0, calibration.sequences, JUDGED)
         self.subject = subject
+        self.memory = memory
         self.judged = calibration.subset(judges)
         self.fitted = calibration.subset([row for row in range(calibration.sequences) if row not in set(judges)])
         self.spent = Spent()
@@ -76,12 +84,12 @@ class RepairedLosses:
         try:
             student = cut(self.subject.anatomy, removed)
             for method, options in self.steps if removed else ():
-                repair = Repair(dissect(student), self.subject.anatomy, removed, self.fitted)
+                repair = Repair(dissect(student), self.subject.anatomy, removed, self.fitted, memory=self.memory)
                 method.function(repair, **options)
                 self.spent.tokens += repair.tokens
         except ModelError:  # no such cut, or no such repair, in this family
             return float("inf")
-        with closing(Ablator(dissect(student), self.judged, "nll")) as ablator:
+        with closing(Ablator(dissect(student), self.judged, "nll", memory=self.memory)) as ablator:
             [loss] = ablator.losses([frozenset()])
             self.spent.tokens += ablator.spent.tokens
         return loss

@@ -120,7 +120,7 @@ def search(
     name, ranked_by = None, None
     with _ablator(ablator, subject, text, objective, judged, exact, memory, workers) as measuring:
         before = copy(measuring.spent)
-        judge: Judge = RepairedLosses(subject, text, repair) if repair else measuring
+        judge: Judge = RepairedLosses(subject, text, repair, memory=memory) if repair else measuring
         if request.budget is None:
             order = list(request.units)
         else:
