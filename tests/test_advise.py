@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from scipy.stats import spearmanr
 
+import shallower.verbs.advise
 from shallower.cli import main
 from shallower.corpus import build_calibration
 from shallower.engine import Ablator
 from shallower.errors import UserError
 from shallower.verbs.advise import advise
 from shallower.verbs.search import search
-from shallower.verbs.subject import Subject, open_subject, units_of
+from shallower.verbs.subject import Subject, make_ablator, open_subject, units_of
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,53 @@ def test_a_target_of_questions_is_judged_by_answers(place: Path, subject: Subjec
     )
     assert plan.made_by.calibration is not None
     assert plan.made_by.calibration.spec.startswith(str(place))
+
+
+def test_the_objective_is_asked_with_its_options(
+    place: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    def noted(*args: object, **more: object) -> Ablator:
+        ablator = make_ablator(*args, **more)  # type: ignore[arg-type]
+        asked.append((ablator.objective.name, ablator.options))
+        return ablator
+
+    monkeypatch.setattr(shallower.verbs.advise, "make_ablator", noted)
+    sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
+    options = {"temperature": 2.0}
+    for target in ("mine.txt", "quiz.jsonl"):
+        advise(
+            subject,
+            sources,
+            place / target,
+            units_of(subject, "block"),
+            sequences=8,
+            length=32,
+            objective="kl",
+            options=options,
+        )
+    assert asked[0] == ("kl", options)
+    assert asked[3] == ("task", {})
+    assert asked[1:3] == asked[4:] == 2 * [("kl", options)]
+    asked.clear()
+    settings = {"temperature": "2"}
+    shape = {"sequences": 8, "length": 32}
+    search(subject, "1", calibration=sources, target=place / "mine.txt", objective="kl", settings=settings, **shape)  # type: ignore[arg-type]
+    assert asked == 3 * [("kl", options)]
+
+
+def test_with_one_unit_that_may_go_there_is_nothing_to_choose_by(place: Path, subject: Subject) -> None:
+    sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
+    with pytest.raises(UserError, match=r"only block\.5 may: name the text \(--calibration\), or protect fewer"):
+        search(subject, "1", calibration=sources, target=place / "mine.txt", protect="first:5")
+
+
+def test_texts_that_rank_nothing_are_refused(place: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ablator, "differences", lambda self, candidates: [(0.0, None)] * len(candidates))
+    sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
+    with pytest.raises(UserError, match="by nll all 6 units matter the same; use another objective"):
+        advise(subject, sources, place / "mine.txt", units_of(subject, "block"), sequences=8, length=32)
 
 
 @pytest.mark.parametrize(("calibration", "target"), [("auto", None), ("tale.txt", "mine.txt"), (None, "mine.txt")])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import spearmanr
 
 from shallower import progress
 from shallower.corpus import DOMAINS, CalibrationSet
-from shallower.errors import CorpusError
+from shallower.errors import CorpusError, UserError
 from shallower.units import Unit
 from shallower.verbs.subject import Subject, calibrate, make_ablator
 
@@ -51,6 +53,7 @@ def advise(
     sequences: int = 32,
     length: int = 128,
     objective: str = "nll",
+    options: Mapping[str, Any] | None = None,
     seed: int = 0,
     memory: int | str | None = None,
     workers: int | str | None = None,
@@ -61,14 +64,22 @@ def advise(
     reads, not how the texts look: two texts that differ in every word may need the same blocks.
 
     calibration: `auto` for every domain that can be had here, or `auto:a.jsonl,b.jsonl` for these. target: a text, or a
-    .jsonl file of multiple-choice questions, on which the objective is then the margin of the right choice.
+    .jsonl file of multiple-choice questions, on which the objective is then the margin of the right choice. options: of
+    the objective.
 
-    Raises CorpusError when no source, or not the target, can be read.
+    Raises CorpusError when no source, or not the target, can be read, and UserError when there is nothing to rank, or
+    no text ranks the units at all.
     """
+    if len(units) < 2:
+        raise UserError(
+            f"--calibration auto chooses by how texts rank the units that may go, and only {units[0]} may: name the "
+            "text (--calibration), or protect fewer blocks."
+        )
     sources = [item.strip() for item in calibration.partition(":")[2].split(",") if item.strip()] or list(DOMAINS)
 
     def ranking(text: CalibrationSet, judged: str) -> list[float]:
-        with closing(make_ablator(subject, text, judged, memory=memory, workers=workers)) as ablator:
+        own = options if judged == objective else None
+        with closing(make_ablator(subject, text, judged, own, memory=memory, workers=workers)) as ablator:
             return [value for value, _ in ablator.differences([frozenset({unit}) for unit in units])]
 
     built: dict[str, CalibrationSet] = {}
@@ -93,9 +104,14 @@ def advise(
         step()
         found = []
         for source, text in built.items():
-            found.append(Candidate(source, float(spearmanr(wanted, ranking(text, objective)).statistic)))
+            found.append(Candidate(source, _correlation(wanted, ranking(text, objective))))
             step()
-    found.sort(key=lambda item: -item.correlation)
+    found.sort(key=lambda item: -math.inf if math.isnan(item.correlation) else item.correlation, reverse=True)
+    if math.isnan(found[0].correlation):
+        raise UserError(
+            f"--calibration auto cannot compare {', '.join(built)} with {target}: by {objective} all {len(units)} "
+            "units matter the same; use another objective, or name the text (--calibration)."
+        )
     told = ", ".join(f"{item.source} {item.correlation:.2f}" for item in found)
     why = (
         f"Calibration: {found[0].source}, which ranks {len(units)} units most as {Path(target).name} does (rank "
@@ -103,6 +119,13 @@ def advise(
     )
     progress.note(why)
     return Advice(tuple(found), built[found[0].source], why)
+
+
+def _correlation(wanted: Sequence[float], found: Sequence[float]) -> float:
+    """Spearman's; NaN where one side is the same for all."""
+    if len(set(wanted)) < 2 or len(set(found)) < 2:
+        return math.nan
+    return float(spearmanr(wanted, found).statistic)
 
 
 def _asks(target: str | Path) -> bool:

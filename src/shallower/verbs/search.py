@@ -113,6 +113,7 @@ def search(
             target,
             removable,
             objective=objective,
+            options=judged,
             memory=memory,
             workers=workers,
             **shape,
