@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 
 from shallower.budget import Amount, Budget, Limit, make_limit
 from shallower.errors import BudgetError
+from shallower.exchange import exchanges, random_exchange
+from shallower.plan import MadeBy, ModelIdentity
 from shallower.registry import search as searches
+from shallower.scores import Score, Scores
 from shallower.units import KINDS, Span, Unit, require_distinct
+from shallower.verbs.search import run_search
 
 Trail = list[frozenset[Unit]]
 Losses = Callable[..., list[float]]
@@ -75,6 +79,12 @@ def run(name: str, units: Sequence[Unit], budget: Budget, *, losses: Losses | No
     return list(method.function(**{parameter: supply[parameter] for parameter in method.parameters}))
 
 
+def scored(metric: str, values: Mapping[Unit, float] | Mapping[Span, float]) -> Scores:
+    """Scores of a made-up model."""
+    rows = tuple(Score(of, value) for of, value in values.items())
+    return Scores(ModelIdentity("made up", None, "", 9), metric, rows, MadeBy(None, None, metric, {}, 0, None, ""))
+
+
 def smallest(units: Sequence[Unit], budget: Budget, value: Mapping[Unit, float]) -> float:
     """The least sum among all sets of as many units as are needed."""
     for size in range(1, len(units) + 1):
@@ -128,6 +138,97 @@ def test_trails_are_nested_and_stop_as_soon_as_the_budget_is_met(
     assert [len(removed) for removed in trail] == list(range(1, len(trail) + 1))
     assert all(before < after for before, after in itertools.pairwise(trail))
     assert [budget.met(removed) for removed in trail] == [False] * (len(trail) - 1) + [True]
+
+
+# Units of different size
+
+
+def uneven(percent: int, attn: float = 1.0, mlp: float = 3.0) -> Budget:
+    """Grouped queries make attentions the smaller half of a block."""
+    return budget_of(
+        Amount(percent, True, "parameters"), {unit: attn if unit.kind == "attn" else mlp for unit in SUBLAYERS}
+    )
+
+
+@pytest.mark.parametrize(
+    "names", [method.name for method in searches if "kinds" not in method.traits] + ["random,swap", "greedy,annealing"]
+)
+@pytest.mark.parametrize("percent", [25, 40])
+def test_no_search_removes_a_unit_that_could_stay(names: str, percent: int) -> None:
+    budget = uneven(percent)
+    for seed in range(4):
+        methods = [searches.get(name) for name in names.split(",")]
+        if "starts" in methods[0].traits:
+            methods.insert(0, searches.get(methods[0].traits["starts"]))
+        rng = random.Random(seed)
+        value = {unit: rng.random() * (1.0 if unit.kind == "attn" else 0.2) for unit in SUBLAYERS}
+        scores = scored("loss", value)
+        for losses in (additive(value), entangled(seed)):
+            trail = run_search([(method, {}) for method in methods], SUBLAYERS, budget, losses, scores, seed)
+            assert budget.met(trail[-1])
+            assert budget.superfluous(trail[-1]) == []
+
+
+def test_what_a_search_could_keep_is_what_lowers_the_loss_most() -> None:
+    """Greedy takes the two attentions, then an MLP that makes one of them needless."""
+    cost = dict(zip(SUBLAYERS[:4], (1.0, 3.0, 1.0, 3.0), strict=True))
+    value = dict(zip(SUBLAYERS[:4], (0.2, 0.6, 0.3, 0.5), strict=True))
+    budget = budget_of(Amount(50, True, "parameters"), cost)
+    attn, last = Unit(0, "attn"), Unit(1, "mlp")
+    assert run("greedy", SUBLAYERS[:4], budget, losses=additive(value))[-1] == {attn, Unit(1, "attn"), last}
+    trail = run_search([(searches.get("greedy"), {})], SUBLAYERS[:4], budget, additive(value), None, 0)
+    assert trail == [{attn}, {attn, last}]
+
+
+def test_a_search_that_measures_nothing_keeps_what_it_chose_last() -> None:
+    cost = dict(zip(BLOCKS[:4], (1.0, 1.0, 1.0, 3.0), strict=True))
+    scores = scored("cosine", {unit: float(unit.index) for unit in cost})
+    budget = Budget((Limit("parameters", 4.0, 6.0, cost),))
+    trail = run_search([(searches.get("one-shot"), {})], BLOCKS[:4], budget, entangled(0), scores, 0)
+    assert trail == [{BLOCKS[0]}, {BLOCKS[0], BLOCKS[3]}]
+
+
+def test_a_span_stays_whole() -> None:
+    cost = dict(zip(BLOCKS[:4], (3.0, 1.0, 3.0, 9.0), strict=True))
+    scores = scored("angular", {Span(start, stop): 1.0 for start, stop in itertools.combinations(range(5), 2)})
+    budget = Budget((Limit("parameters", 6.0, 16.0, {unit: cost[unit] for unit in BLOCKS[:3]}),))
+    trail = run_search([(searches.get("contiguous"), {})], BLOCKS[:3], budget, entangled(0), scores, 0)
+    assert trail[-1] == set(BLOCKS[:3])
+
+
+@given(seed=st.integers(0, 999), percent=st.integers(5, 80), attn=st.integers(1, 3), mlp=st.integers(1, 5))
+def test_exchanges_remove_no_unit_that_could_stay(seed: int, percent: int, attn: int, mlp: int) -> None:
+    budget = uneven(percent, attn, mlp)
+    start = run("random", SUBLAYERS, budget, seed=seed)[-1]
+    there = exchanges(SUBLAYERS, budget, start)
+    assert len(set(there)) == len(there)
+    for found in (*there, random_exchange(SUBLAYERS, budget, start, random.Random(seed))):
+        assert budget.met(found)
+        assert found == start or not budget.superfluous(found)
+
+
+def test_exchanges_trade_one_large_for_several_small_units() -> None:
+    budget = uneven(25)  # 6 of 24
+    start = frozenset({Unit(0, "mlp"), Unit(1, "mlp")})
+    drawn = {random_exchange(SUBLAYERS, budget, start, random.Random(seed)) for seed in range(200)}
+    assert {len(found) for found in drawn} == {2, 4}
+    small = frozenset(unit for unit in SUBLAYERS if unit.kind == "attn")
+    assert all(len(found) == 4 for found in exchanges(SUBLAYERS, budget, small))
+
+
+@given(seed=st.integers(0, 999), number=st.integers(1, 8))
+def test_units_of_one_size_are_exchanged_one_for_one(seed: int, number: int) -> None:
+    """Every set that differs in one unit, and one draw for each unit of the exchange."""
+    budget = count(number, BLOCKS)
+    start = run("random", BLOCKS, budget, seed=seed)[-1]
+    assert exchanges(BLOCKS, budget, start) == [
+        start - {back} | {unit} for back in sorted(start) for unit in BLOCKS if unit not in start
+    ]
+    mine, theirs = random.Random(seed), random.Random(seed)
+    back = theirs.choice(sorted(start))
+    other = theirs.choice([unit for unit in BLOCKS if unit not in start])
+    assert random_exchange(BLOCKS, budget, start, mine) == start - {back} | {other}
+    assert mine.random() == theirs.random()
 
 
 # What each is for

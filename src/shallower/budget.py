@@ -55,6 +55,11 @@ class Budget:
         unmet = [limit for limit in self.limits if not limit.met(removed)]
         return any(limit.cost.get(unit) for limit in unmet or self.limits)
 
+    def superfluous(self, removed: Collection[Unit]) -> list[Unit]:
+        """Those of `removed` of which any one may stay, as the rest meets the budget; in depth order."""
+        chosen = frozenset(removed)
+        return [unit for unit in sorted(chosen) if self.met(chosen - {unit})]
+
     def __str__(self) -> str:
         return " and ".join(map(str, self.limits))
 

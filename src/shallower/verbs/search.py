@@ -280,7 +280,8 @@ def run_search(
     """Run registered searches one after another, each with what its signature asks for; returns the last one's trail.
 
     losses: the question that they may ask, of sets of plain units.
-    A search that finds nothing better than what it started from leaves the trail of the one before.
+    A search that finds nothing better than what it started from leaves the trail of the one before. Whatever a search
+    chose, no unit goes without which the budget would be met, too.
     Raises BudgetError when it ends without meeting the budget.
     """
 
@@ -304,8 +305,27 @@ def run_search(
             if any(unit.kind == "pair" for unit in units):
                 what += ", as single sublayers were left between pairs; remove less, or use --search exhaustive"
             raise BudgetError(f"{what}.")
+        trail = _without_superfluous(trail, budget, method, of_plain)
     require_distinct(trail[-1])
     return trail
+
+
+def _without_superfluous(trail: Trail, budget: Budget, method: Method, losses: Losses) -> list[frozenset[Unit]]:
+    """The trail with those units kept that its last set need not remove, such as small ones chosen before a large one.
+
+    A search that measures keeps the one whose return lowers the loss most, and so on; another keeps what it chose last.
+    A span stays whole: without a block in its middle it would be none.
+    """
+    chosen = trail[-1]
+    while "spans" not in method.parameters and (spare := budget.superfluous(chosen)):
+        if "losses" in method.parameters:
+            measured = losses([chosen - {unit} for unit in spare], keep=1)
+            chosen -= {spare[min(range(len(spare)), key=measured.__getitem__)]}
+        else:
+            chosen -= {max(spare, key=lambda unit: sum(unit not in removed for removed in trail))}
+    back = trail[-1] - chosen
+    before = dict.fromkeys(removed - back for removed in trail[:-1])
+    return [*(removed for removed in before if removed and removed != chosen), chosen] if back else list(trail)
 
 
 def _importance(scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
