@@ -284,6 +284,74 @@ def test_milp_finds_what_trying_everything_finds_under_two_budgets(
     assert math.fsum(value[unit] for unit in chosen) == pytest.approx(min(allowed), abs=1e-6)
 
 
+def overlapping(chosen: Sequence[Unit]) -> bool:
+    return any(one.overlaps(other) for one, other in itertools.combinations(chosen, 2))
+
+
+@given(
+    scores=st.lists(st.integers(-20, 20), min_size=12, max_size=12),
+    parameters=st.lists(st.integers(1, 9), min_size=12, max_size=12),
+    share=st.integers(5, 60),
+    cache=st.integers(0, 60),
+)
+@settings(max_examples=40, deadline=None)
+def test_milp_takes_negative_scores_for_what_they_are(
+    scores: list[int], parameters: list[int], share: int, cache: int
+) -> None:
+    """The best of all sets without a unit that could stay."""
+    units = (*MIXED[:9], *(Unit(index, "block") for index in range(3, 6)))
+    value = dict(zip(units, map(float, scores), strict=True))
+    costs = dict(zip(units, map(float, parameters), strict=True))
+    whole = math.fsum(costs.values())
+    limits = [Limit("parameters", share / 100 * whole, whole, costs)]
+    if cache:
+        limits.append(Limit("kv_bytes", cache / 100 * 6, 6.0, {unit: float(unit.kind != "mlp") for unit in units}))
+    budget = Budget(tuple(limits))
+    allowed = []
+    for size in range(1, len(units) + 1):
+        for chosen in itertools.combinations(units, size):
+            if budget.met(chosen) and not budget.superfluous(chosen) and not overlapping(chosen):
+                allowed.append(math.fsum(value[unit] for unit in chosen))
+    if not allowed:
+        with pytest.raises(BudgetError):
+            run("milp", units, budget, scores=value)
+        return
+    [chosen] = run("milp", units, budget, scores=value)
+    assert budget.met(chosen)
+    assert budget.superfluous(chosen) == []
+    assert math.fsum(value[unit] for unit in chosen) == pytest.approx(min(allowed), abs=1e-6)
+
+
+def test_milp_leaves_units_that_must_stay() -> None:
+    value = {unit: math.inf if unit.index < 6 else 1.0 for unit in BLOCKS}
+    assert run("milp", BLOCKS, count(3, BLOCKS), scores=value) == [frozenset(BLOCKS[6:])]
+    with pytest.raises(BudgetError, match=r"no set of the 3 units .*without 6 more the model overflows.* remove less"):
+        run("milp", BLOCKS, count(4, BLOCKS), scores=value)
+    with pytest.raises(BudgetError, match="no set of the 0 units"):
+        run("milp", BLOCKS, count(4, BLOCKS), scores=dict.fromkeys(BLOCKS, math.inf))
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_what_overflows_goes_last(missing: float) -> None:
+    for index in range(4):
+        values = {unit: missing if unit.index == index else 1.0 + unit.index for unit in BLOCKS[:4]}
+        spans = {
+            Span(start, stop): missing if start <= index < stop else float(stop)
+            for start, stop in itertools.combinations(range(5), 2)
+        }
+        for name, scores in (
+            ("one-shot", scored("cosine", values)),
+            ("milp", scored("loss", values)),
+            ("contiguous", scored("angular", spans)),
+        ):
+            written = Scores.from_json(scores.to_json())
+            for read in (scores, written):
+                trail = run_search([(searches.get(name), {})], BLOCKS[:4], count(1, BLOCKS[:4]), entangled(0), read, 0)
+                assert BLOCKS[index] not in trail[-1]
+                if read.units:
+                    assert read.ranked()[-1] == BLOCKS[index]
+
+
 def test_milp_removes_no_more_than_was_asked_for() -> None:
     """Scores so small that the solver takes their sums for equal."""
     scores = {unit: 1e-9 * unit.index for unit in BLOCKS}

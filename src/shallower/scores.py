@@ -22,12 +22,18 @@ SHEET_FORMAT = "shallower.scores/2"
 @dataclass(frozen=True)
 class Score:
     """Importance of one unit or span. `error` is the standard error of `value` over calibration sequences, or
-    over orders of removal where the metric samples these (`shapley`).
+    over orders of removal where the metric samples these (`shapley`). A file has null for what is no finite number: an
+    overflow, which is read as infinite importance.
     """
 
     of: Unit | Span
     value: float
     error: float | None = None
+
+
+def importance(value: float) -> float:
+    """What a value says when units are ranked: a unit without which the model overflows matters more than any other."""
+    return value if math.isfinite(value) else math.inf
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Scores:
 
     def ranked(self) -> list[Unit]:
         """Units from least to most important; ties go to the deeper one, which disturbs less of what follows."""
-        return sorted(self.units, key=lambda unit: (self.units[unit], -unit.index))
+        return sorted(self.units, key=lambda unit: (importance(self.units[unit]), -unit.index))
 
     def to_json(self) -> dict[str, Any]:
         rows = [{"of": str(row.of), "value": finite(row.value), "error": finite(row.error)} for row in self.rows]
@@ -83,7 +89,7 @@ class Scores:
             raise UserError("; ".join(faults) + ".")
         try:
             parsed = tuple(
-                Score(_parse(row["of"]), math.nan if row["value"] is None else row["value"], row["error"])
+                Score(_parse(row["of"]), math.inf if row["value"] is None else row["value"], row["error"])
                 for row in rows
             )
         except UserError as error:

@@ -113,7 +113,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
     blocks = spans.model.blocks
     distance = np.full((blocks, blocks), np.nan)
     for span, value in spans.spans.items():
-        distance[len(span) - 1, span.start] = value
+        distance[len(span) - 1, span.start] = value if math.isfinite(value) else np.nan
     lengths = [row for row in range(blocks) if np.isfinite(distance[row]).any()]
     if not lengths:
         return None

@@ -156,8 +156,8 @@ def number(value: float | None) -> str:
 
 def score(value: float | None) -> str:
     """Four significant digits: scores of one model can lie close together, and far from 1."""
-    if value is None or math.isnan(value):
-        return "–"
+    if value is None or not math.isfinite(value):
+        return number(value)
     if value and not 1e-4 <= abs(value) < 1e5:
         return f"{value:.3e}".replace("-", "−")
     return f"{value:#.4g}".rstrip(".").replace("-", "−")

@@ -6,8 +6,8 @@ what the signature asks for:
     units    what may be removed, in depth order; some may overlap (a block and its attention), and `budget.admits`
              never puts two such units together
     budget   a `Budget`: `met(removed)`, `admits(removed, unit)`
-    scores   {unit: importance} by the chosen metric
-    spans    {span: importance} by the chosen metric
+    scores   {unit: importance} by the chosen metric; infinite where the model overflows without the unit, never NaN
+    spans    {span: importance} by the chosen metric, likewise
     losses   `Losses`: objective of the model without each candidate
     start    the choice of the search before it, for searches that improve on a set
     rng      a seeded `random.Random`

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint
 from scipy.optimize import milp as solve
 
@@ -14,33 +16,83 @@ from shallower.errors import BudgetError
 from shallower.registry import search
 from shallower.units import Unit
 
+SCALE = 1e3  # what a budget asks for, in the solver's eyes: its tolerance is absolute, and small against this
+MARGIN = 1e-4  # by how much a budget is missed where it is missed
+
 
 @search("milp", metric="loss")
 def milp(scores: Mapping[Unit, float], budget: Budget) -> Iterator[frozenset[Unit]]:
     """Minimise the sum of scores of what is removed, subject to every budget at once, by integer programming.
 
-    Units that have a sublayer in common, such as a block and its attention, are not removed together.
+    Units that have a sublayer in common, such as a block and its attention, are not removed together. A unit whose
+    removal would better the model has a negative score: it is taken for that in the place of others, but not on top of
+    them. So the minimum is over those sets that would miss the budget with any one unit less. Units without which the
+    model overflows stay.
     """
-    units = sorted(scores)
-    least = 1e-9 + 1e-6 * max(map(abs, scores.values()))  # of equal sums the smaller set; never more than was asked for
+    units = [unit for unit in sorted(scores) if math.isfinite(scores[unit])]
+    left = f"the {len(units)} units that may go"
+    if len(units) < len(scores):
+        left += f" (without {len(scores) - len(units)} more the model overflows)"
+    if not units:
+        raise BudgetError(f"no set of {left} removes {budget}; remove less or protect fewer.")
+    removed = _cheapest(units, [scores[unit] for unit in units], budget)
+    if removed is None:
+        raise BudgetError(f"no set of {left} removes {budget}; remove less or protect fewer.")
+    for unit in sorted(removed, key=scores.__getitem__, reverse=True):
+        if budget.met(removed - {unit}):  # the solver's tolerance lets worthless units pass
+            removed -= {unit}
+    yield removed
+
+
+def _cheapest(units: Sequence[Unit], values: Sequence[float], budget: Budget) -> frozenset[Unit] | None:
+    """The set with the least sum of `values` that just meets the budget; None if there is none."""
+    value = np.array(values)
+    missing = len(budget.limits) * len(units) if (value < 0).any() else 0  # else what needs not go only costs
+    width = len(units) + missing
     constraints = [
-        LinearConstraint(np.array([limit.cost[unit] for unit in units]), lb=limit.least) for limit in budget.limits
+        LinearConstraint(_row(width, [limit.cost[unit] for unit in units]), lb=limit.least) for limit in budget.limits
     ]
     for one, other in itertools.combinations(units, 2):
         if one.overlaps(other):
-            constraints.append(LinearConstraint(np.array([float(unit in (one, other)) for unit in units]), ub=1.0))
+            constraints.append(LinearConstraint(_row(width, [float(unit in (one, other)) for unit in units]), ub=1.0))
+    if missing:
+        constraints += _none_superfluous(units, budget)
+    size = max(float(abs(value).max()), 1e-9)
     found = solve(
-        np.array([max(scores[unit], 0.0) for unit in units]) + least / len(units),
+        _row(width, value / size + 1e-6 / len(units)),  # of equal sums the smaller set
         constraints=constraints,
-        integrality=np.ones(len(units)),
+        integrality=np.ones(width),
         bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
-        raise BudgetError(f"no set of the {len(units)} units that may go removes {budget} ({found.message}).")
-    removed = frozenset(unit for unit, chosen in zip(units, found.x, strict=True) if chosen > 0.5)
-    for unit in sorted(
-        removed, key=scores.__getitem__, reverse=True
-    ):  # the solver's tolerance lets worthless units pass
-        if budget.met(removed - {unit}):
-            removed -= {unit}
-    yield removed
+        return None
+    return frozenset(unit for unit, chosen in zip(units, found.x[: len(units)], strict=True) if chosen > 0.5)
+
+
+def _none_superfluous(units: Sequence[Unit], budget: Budget) -> list[LinearConstraint]:
+    """For each unit that goes, there is a budget that would be missed without it.
+
+    One more variable for each unit and budget says which: it may be 1 only if the budget is missed by what else goes.
+    """
+    number = len(units)
+    width = number * (1 + len(budget.limits))
+    constraints = []
+    for place in range(number):
+        witnesses = [number * (1 + limit) + place for limit in range(len(budget.limits))]
+        needed = np.zeros(width)
+        needed[place], needed[witnesses] = 1.0, -1.0
+        constraints.append(LinearConstraint(needed, ub=0.0))  # the unit stays, or one of the budgets is the witness
+        for limit, witness in zip(budget.limits, witnesses, strict=True):
+            others = _row(width, [limit.cost[unit] / limit.least * SCALE for unit in units])
+            others[place] = 0.0
+            others[witness] = most = others.sum()  # enough to lift the constraint where the variable is 0
+            constraints.append(LinearConstraint(others, ub=SCALE - MARGIN + most))
+    return constraints
+
+
+def _row(width: int, values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """`values` of the units, and 0 for every other variable."""
+    row = np.zeros(width)
+    row[: len(values)] = values
+    return row

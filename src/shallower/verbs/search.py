@@ -23,7 +23,7 @@ from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
-from shallower.scores import Scores, ScoreSheet
+from shallower.scores import Scores, ScoreSheet, importance
 from shallower.searches import Losses
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain, require_distinct
@@ -297,7 +297,7 @@ def run_search(
             "start": trail[-1] if trail else frozenset(),
             "rng": random.Random(seed),
             "scores": _importance(scores, units) if scores else {},
-            "spans": scores.spans if scores else {},
+            "spans": {span: importance(value) for span, value in scores.spans.items()} if scores else {},
         }
         trail = list(method.function(**{name: supply[name] for name in method.parameters}, **options)) or trail
         if not trail or not budget.met(trail[-1]):
@@ -334,7 +334,7 @@ def _importance(scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
 
     Raises UserError when a sublayer was not scored.
     """
-    values = scores.units
+    values = {unit: importance(value) for unit, value in scores.units.items()}
     if not any(unit.kind == "pair" for unit in units):
         return {unit: values[unit] for unit in units if unit in values}
     missing = sorted({part for unit in units for part in unit.sublayers} - values.keys())
