@@ -374,6 +374,19 @@ def test_a_race_that_calls_a_worse_set_a_tie_is_not_believed(name: str) -> None:
     assert run(name, BLOCKS, budget, losses=losses, start=start) == []
 
 
+def test_beam_does_not_leave_its_choice_to_a_race() -> None:
+    """A race that ends early tells the sets in hand from the rest, but not from each other."""
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        exact = [float(sum(unit.index for unit in removed)) for removed in candidates]
+        if keep is None:
+            return exact
+        least = sorted(exact)[keep - 1]
+        return [-loss if loss <= least else math.inf for loss in exact]
+
+    assert run("beam", BLOCKS, count(1, BLOCKS), losses=losses) == [{BLOCKS[0]}]
+
+
 def test_greedy_asks_for_all_single_additions_at_once() -> None:
     asked: list[int] = []
     run("greedy", BLOCKS, count(3, BLOCKS), losses=additive(dict.fromkeys(BLOCKS, 1.0), asked))

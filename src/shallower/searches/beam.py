@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from shallower.budget import Budget
+from shallower.errors import UserError
 from shallower.registry import search
 from shallower.searches import Losses
 from shallower.units import Unit
@@ -16,8 +17,10 @@ def beam(units: Sequence[Unit], budget: Budget, losses: Losses, *, width: int = 
     """Grow the `width` best sets at once by every unit, and keep the `width` best of the results.
 
     Greedy is `width` 1. Sets that differ in size are compared only at equal numbers of removals; the first generation
-    in which a set meets the budget decides.
+    in which a set meets the budget decides, between all of its sets that do, on all of the text.
     """
+    if width < 1:
+        raise UserError(f"width={width}: beam keeps at least 1 set in hand; give --set width=1 or more.")
     hand: list[frozenset[Unit]] = [frozenset()]
     while True:
         candidates = list(
@@ -31,7 +34,8 @@ def beam(units: Sequence[Unit], budget: Budget, losses: Losses, *, width: int = 
         if not hand:
             return
         meeting = [removed for removed in hand if budget.met(removed)]
-        if meeting:
-            yield meeting[0]
+        if meeting:  # the race told who is among the best, not who is the best
+            final = losses(meeting)
+            yield meeting[min(range(len(meeting)), key=final.__getitem__)]
             return
         yield hand[0]
