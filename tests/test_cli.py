@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import resource
@@ -58,17 +59,19 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tiny models and a text; tests write nothing here."""
+    """A folder with three tiny models, two texts, and scores of attentions alone; tests write nothing here."""
     from shallower.testing.families import tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("cli")
-    for name, seed in (("tiny", 0), ("other", 1)):
-        tiny_model("llama", blocks=BLOCKS, seed=seed).save_pretrained(folder / name)
+    for name, family, seed in (("tiny", "llama", 0), ("other", "llama", 1), ("learned", "gpt2", 0)):
+        tiny_model(family, blocks=BLOCKS, seed=seed).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     sentences = [f"Number {n} is followed by {n + 1}, and {n} times {n} is {n * n}." for n in range(400)]
     paragraphs = [" ".join(sentences[start : start + 20]) for start in range(0, len(sentences), 20)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
     (folder / "held-out.txt").write_text("\n\n".join(reversed(paragraphs)).replace("followed", "succeeded"))
+    asked = ["score", folder / "tiny", "--units", "attn", "--out", folder / "attentions.json", "--quiet"]
+    assert main.run([str(word) for word in (*asked, "--calibration", folder / "text.txt", *SMALL)]) == 0
     return folder
 
 
@@ -414,7 +417,40 @@ def test_demo_ends_with_what_to_look_at(
         (["search", "{tiny}", "--remove", "0"], r"--remove 0 removes nothing"),
         (["search", "{tiny}", "--remove=-1"], r"--remove -1 removes nothing"),
         (["search", "{tiny}", "--remove", "6"], r"cannot remove 6 units"),
+        (["search", "{tiny}", "--remove", "99%"], r"only with all 6 blocks, and something must stay: remove less"),
+        (["search", "{tiny}", "--remove", "12", "--units", "all"], r"cannot remove 12 units"),
         (["search", "{tiny}", "--remove", "block.0-5"], r"names all 6 blocks"),
+        (["search", "{tiny}", "--remove", "attn.0-5,mlp.0-5"], r"names all 6 blocks, whole or by their sublayers"),
+        (["search", "{tiny}", "--remove", "block.0-2,attn.3-5,mlp.3-5"], r"names all 6 blocks"),
+        (
+            ["search", "{learned}", "--remove", "1", "--length", "300"],
+            r"300 tokens.* the 256 positions .* --length 256",
+        ),
+        (["search", "{tiny}", "--remove", "1", "--memory", "9" * 400], r"--memory 9{12}… is more than any machine has"),
+        (
+            ["search", "{tiny}", "--remove", "2", "--search", "milp", "--scores", "{attentions}"],
+            r"block\.0 \(one of 6\) has no score; score with --units block\.",
+        ),
+        (
+            ["search", "{tiny}", "--remove", "2", "--search", "one-shot", "--units", "all", "--scores", "{attentions}"],
+            r"block\.0 \(one of 12\) has no score; score with --units all\.",
+        ),
+        *(
+            (["search", "{tiny}", "--remove", "2", "--search", name, "--set", f"{option}={value}"], complaint)
+            for name, option, value, complaint in (
+                ("annealing", "cold", "0", r"option cold='0' does not fit: it takes a number above 0\."),
+                ("annealing", "hot", "-1", r"option hot='-1' does not fit"),
+                ("annealing", "hot", "nan", r"option hot='nan' does not fit"),
+                ("exhaustive", "limit", "-5", r"option limit='-5' does not fit: it takes a whole number above 0\."),
+                ("beam", "width", "0", r"option width='0' does not fit"),
+            )
+        ),
+        *(
+            (["search", "{tiny}", "--remove", "2", "--objective", name, "--set", f"temperature={value}"], complaint)
+            for name in ("kl", "js")
+            for value in ("0", "-1", "nan", "inf")
+            for complaint in [rf"option temperature='{value}' does not fit: it takes a number above 0\."]
+        ),
         (["search", "{tiny}", "--remove", "130%"], r"--remove 130% would remove every block"),
         (["search", "{tiny}", "--remove", "block.99"], r"block\.99 does not exist"),
         (["search", "{tiny}", "--remove", "blok.1"], r"'blok\.1' is not a unit"),
@@ -433,14 +469,45 @@ def test_demo_ends_with_what_to_look_at(
 def test_a_mistake_is_one_sentence(cli: Cli, place: Path, tmp_path: Path, asked: list[str], complaint: str) -> None:
     for name, content in (("empty.txt", b""), ("short.txt", b"Too short."), ("binary.txt", bytes(range(256)) * 64)):
         (place / name).write_bytes(content)
-    words = [word.format(tiny=place / "tiny", place=place) for word in asked]
-    if asked[0] in ("score", "search") and "{tiny}" in asked:
+    known = {"tiny": place / "tiny", "learned": place / "learned", "attentions": place / "attentions.json"}
+    words = [word.format(place=place, **known) for word in asked]
+    if asked[0] in ("score", "search") and {"{tiny}", "{learned}"} & set(asked):
         words += [] if "--calibration" in asked else ["--calibration", str(place / "text.txt")]
         words += ["--quiet"] + ([] if "--out" in asked else ["--out", str(tmp_path / "file.json")])
         words += [] if "--length" in asked or "--sequences" in asked else list(SMALL)[:4]
     elif asked[0] in ("inspect", "score", "eval"):
         words.append("--quiet")
     assert re.search(complaint, sentence(cli(*words)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overflows", "complaint"),
+    [
+        (
+            lambda removed: len(removed) > 1,
+            r"without block\.\d, block\.\d, the best that was found, the model gives no",
+        ),
+        (lambda removed: True, r"the model itself gives no finite nll on this text.* try --dtype float32"),
+    ],
+    ids=["without", "dense"],
+)
+def test_a_search_without_a_finite_loss_ends_with_a_sentence(
+    cli: Cli,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overflows: Callable[[Any], bool],
+    complaint: str,
+) -> None:
+    from shallower.engine import Ablator
+
+    def losses(self: Ablator, candidates: Any, keep: int | None = None) -> list[float]:
+        return [math.inf if overflows(removed) else 3.0 for removed in candidates]
+
+    monkeypatch.setattr(Ablator, "losses", losses)
+    asked = ("search", place / "tiny", "--remove", 2, "--calibration", place / "text.txt", "--quiet", *SMALL)
+    assert re.search(complaint, sentence(cli(*asked, "--out", tmp_path / "plan.json")))
     assert list(tmp_path.iterdir()) == []
 
 

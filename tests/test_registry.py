@@ -8,12 +8,12 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from shallower.errors import UnknownName, UserError
-from shallower.registry import REGISTRIES, Method, Registry
+from shallower.registry import REGISTRIES, Above, Method, Registry
 from shallower.registry import metric as metrics
 
 
@@ -47,6 +47,21 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "no_methods", raising=False)
     return Registry("metric", "no_methods")
+
+
+def with_bounds(*, rate: Annotated[float, Above(0)] = 0.5, steps: Annotated[int, Above(1)] = 4) -> None:
+    """Has numbers that must be above something."""
+
+
+def test_numbers_that_must_be_above_something(registry: Registry) -> None:
+    registry("bounded")(with_bounds)
+    method = registry.get("bounded")
+    assert method.parse_options({"rate": "0.001", "steps": "2"}) == {"rate": 0.001, "steps": 2}
+    for text in ("0", "-1", "nan", "inf"):
+        with pytest.raises(UserError, match=rf"option rate='{text}' does not fit: it takes a number above 0\."):
+            method.parse_options({"rate": text})
+    with pytest.raises(UserError, match=r"steps='1' does not fit: it takes a whole number above 1\."):
+        method.parse_options({"steps": "1"})
 
 
 def test_a_registered_function_is_found_and_left_as_it_is(registry: Registry) -> None:

@@ -406,6 +406,39 @@ def test_greedy_measures_the_rest_again() -> None:
     assert run("one-shot", units, count(2, units), scores={u: u.index for u in units})[-1] == {BLOCKS[0], BLOCKS[1]}
 
 
+def test_exhaustive_does_not_walk_where_no_set_is() -> None:
+    """Of 200 units 198: few sets, most of whose beginnings lead nowhere."""
+    many = tuple(Unit(index, "block") for index in range(200))
+    budget = count(198, many)
+    asked: list[int] = []
+    value = {unit: float(unit.index) for unit in many}
+    assert run("exhaustive", many, budget, losses=additive(value, asked))[-1] == set(many[:198])
+    assert asked == [math.comb(200, 2)]
+    with pytest.raises(BudgetError, match="more than 20,000 sets of 200 units remove 100 units"):
+        run("exhaustive", many, count(100, many))
+    asked.clear()
+    uneven = budget_of(Amount(98, True, "parameters"), {unit: 1.0 + unit.index % 2 for unit in many[:20]})
+    assert run("exhaustive", many[:20], uneven, losses=additive(value, asked))[-1] == set(many[:20])
+    assert asked == [1]
+
+
+@given(costs=st.lists(st.integers(1, 4), min_size=3, max_size=8), percent=st.integers(1, 99), alike=st.booleans())
+def test_exhaustive_tries_every_set_that_just_meets_the_budget(costs: list[int], percent: int, alike: bool) -> None:
+    units = BLOCKS[: len(costs)]
+    sizes = [costs[0]] * len(costs) if alike else costs
+    budget = budget_of(Amount(percent, True, "parameters"), dict(zip(units, map(float, sizes), strict=True)))
+    subsets = [frozenset(chosen) for size in range(len(units) + 1) for chosen in itertools.combinations(units, size)]
+    tried: list[frozenset[Unit]] = []
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        tried.extend(candidates)
+        return [0.0] * len(candidates)
+
+    run("exhaustive", units, budget, losses=losses)
+    assert len(set(tried)) == len(tried)
+    assert set(tried) == {chosen for chosen in subsets if budget.met(chosen) and not budget.superfluous(chosen)}
+
+
 def test_greedy_ends_when_nothing_can_go() -> None:
     units = (Unit(0, "block"), Unit(0, "attn"), Unit(1, "block"))
     budget = budget_of(Amount(9, False, "parameters"), {units[0]: 5.0, units[1]: 1.0, units[2]: 5.0})

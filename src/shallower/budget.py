@@ -114,7 +114,7 @@ def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limi
     Raises BudgetError when it takes the whole model, or more than the removable units can give.
     """
     needed = amount.value / 100 * total if amount.share else amount.value
-    removable = _most(cost)
+    removable = most(cost)
     if needed >= total * (1 - TOLERANCE):
         raise BudgetError(f"cannot remove {amount}: the model's blocks hold {total:g} and something must stay.")
     if math.isclose(removable, 0):
@@ -127,7 +127,7 @@ def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limi
     return Limit(amount.quantity, needed, total, cost)
 
 
-def _most(costs: Mapping[Unit, float]) -> float:
+def most(costs: Mapping[Unit, float]) -> float:
     """What can go at most where no sublayer goes twice: weighted interval scheduling, place by place."""
     ending: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for unit, cost in costs.items():

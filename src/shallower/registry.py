@@ -3,18 +3,19 @@ function; others may, too.
 
 A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
 package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options
-(`--set name=value`).
+(`--set name=value`), of numbers also such that must be above something: `Annotated[int, Above(0)]`.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from shallower.errors import UnknownName, UserError
 
@@ -24,12 +25,23 @@ ENTRY_POINTS = "shallower.methods"
 
 
 @dataclass(frozen=True)
+class Above:
+    """Marks a number as larger than `bound`, and finite: `temperature: Annotated[float, Above(0)] = 1.0`."""
+
+    bound: float
+
+    def __str__(self) -> str:
+        return f"above {self.bound:g}"
+
+
+@dataclass(frozen=True)
 class Option:
-    """A keyword-only parameter that a user may set."""
+    """A keyword-only parameter that a user may set. above: what a number must exceed, None for any."""
 
     name: str
     annotation: Any
     default: Any
+    above: Above | None = None
 
     def parse(self, text: str) -> Any:
         """Turn the text of `--set name=text` into a value.
@@ -37,14 +49,17 @@ class Option:
         Raises UserError when the text does not fit the annotation.
         """
         kind = self.annotation
-        allowed = _allowed(kind)
+        allowed = _allowed(kind) + ("" if self.above is None else f" {self.above}")
         try:
             if get_origin(kind) is Literal:
                 choices = {str(choice): choice for choice in get_args(kind)}
                 return choices[text]
             if kind is bool:
                 return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-            return kind(text)
+            value = kind(text)
+            if self.above is not None and not self.above.bound < value < math.inf:
+                raise ValueError(text)
+            return value
         except (KeyError, ValueError):
             raise UserError(f"option {self.name}={text!r} does not fit: it takes {allowed}.") from None
 
@@ -154,19 +169,22 @@ class Registry:
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Option]:
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
-        kind = hints.get(name)
+        kind, above = hints.get(name), None
+        if get_origin(kind) is Annotated:
+            kind, *marks = get_args(kind)
+            above = next((mark for mark in marks if isinstance(mark, Above)), None)
         if parameter.default is inspect.Parameter.empty or not (
             kind in (int, float, bool, str) or get_origin(kind) is Literal
         ):
             raise TypeError(
                 f"option {name!r} of {function.__qualname__} needs a default and int, float, bool, str or Literal"
             )
-        options[name] = Option(name, kind, parameter.default)
+        options[name] = Option(name, kind, parameter.default, above)
     return options
 
 

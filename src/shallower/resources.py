@@ -9,6 +9,7 @@ import re
 from shallower.errors import UserError
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_MOST = 1e18  # bytes
 _AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 
 
@@ -24,7 +25,10 @@ def parse_memory(text: str | int | None) -> int | None:
         raise UserError(f"--memory {str(text)!r} cannot be read: write bytes, as in 4GB, 500MB or 4GiB.")
     number, power, binary = found.groups()
     unit: int = (1024 if binary else 1000) ** _POWERS[(power or "").lower()]
-    return math.floor(float(number) * unit)
+    bytes_ = float(number) * unit
+    if bytes_ >= _MOST:
+        raise UserError(f"--memory {str(text)[:12]}… is more than any machine has: write bytes, as in 4GB or 500MB.")
+    return math.floor(bytes_)
 
 
 def parse_workers(text: str | int | None) -> int | str | None:

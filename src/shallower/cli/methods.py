@@ -71,7 +71,8 @@ def _takes(option: Option) -> str:
     kind = option.annotation
     if get_origin(kind) is not None:
         return " or ".join(str(choice) for choice in get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+    takes = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+    return takes if option.above is None else f"{takes} {option.above}"
 
 
 def _list(console: Console, found: Sequence[Method]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from shallower.registry import objective
+from shallower.registry import Above, objective
 
 
 @objective("js")
-def js(logits: Tensor, dense_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def js(logits: Tensor, dense_logits: Tensor, *, temperature: Annotated[float, Above(0)] = 1.0) -> Tensor:
     """Jensen-Shannon divergence of the pruned and the dense model's next-token distributions.
 
     logits, dense_logits: float32 [tokens, vocabulary]. Returns float32 [tokens], in nats, at most log 2.

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
-from shallower.registry import objective
+from shallower.registry import Above, objective
 
 
 @objective("kl", source="arXiv:2410.14649")
-def kl(log_normalizer: Tensor, dense_mean_logit: Tensor, dense_entropy: Tensor, *, temperature: float = 1.0) -> Tensor:
+def kl(
+    log_normalizer: Tensor,
+    dense_mean_logit: Tensor,
+    dense_entropy: Tensor,
+    *,
+    temperature: Annotated[float, Above(0)] = 1.0,
+) -> Tensor:
     """Kullback-Leibler divergence from the dense to the pruned model's next-token distribution.
 
     With dense probabilities p and pruned logits z it is log Σ exp z - Σ p z - entropy of p, so sums over the vocabulary

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from random import Random
+from typing import Annotated
 
 from shallower.budget import Budget
 from shallower.exchange import random_exchange
-from shallower.registry import search
+from shallower.registry import Above, search
 from shallower.searches import Losses
 from shallower.units import Unit
 
@@ -22,8 +23,8 @@ def annealing(
     rng: Random,
     *,
     steps: int = 200,
-    hot: float = 0.1,
-    cold: float = 0.002,
+    hot: Annotated[float, Above(0)] = 0.1,
+    cold: Annotated[float, Above(0)] = 0.002,
 ) -> Iterator[frozenset[Unit]]:
     """Walk by random exchanges; a worse set is accepted with probability exp(-increase / temperature).
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 from shallower.budget import Budget
-from shallower.errors import UserError
-from shallower.registry import search
+from shallower.registry import Above, search
 from shallower.searches import Losses
 from shallower.units import Unit
 
 
 @search("beam")
-def beam(units: Sequence[Unit], budget: Budget, losses: Losses, *, width: int = 4) -> Iterator[frozenset[Unit]]:
+def beam(
+    units: Sequence[Unit], budget: Budget, losses: Losses, *, width: Annotated[int, Above(0)] = 4
+) -> Iterator[frozenset[Unit]]:
     """Grow the `width` best sets at once by every unit, and keep the `width` best of the results.
 
     Greedy is `width` 1. Sets that differ in size are compared only at equal numbers of removals; the first generation
     in which a set meets the budget decides, between all of its sets that do, on all of the text.
     """
-    if width < 1:
-        raise UserError(f"width={width}: beam keeps at least 1 set in hand; give --set width=1 or more.")
     hand: list[frozenset[Unit]] = [frozenset()]
     while True:
         candidates = list(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
-from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
+from shallower.budget import Amount, Budget, Limit, make_limit, most, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, Spent, reads_stream
 from shallower.errors import BudgetError, ModelError, UserError
@@ -145,8 +146,15 @@ def search(
             trail = run_search(stages, request.units, request.budget, judge.losses, ranking, seed)
             if ordinary:
                 _require_ordinary(subject, plain(trail[-1]))
+            if _takes_all(subject, trail[-1]):
+                raise BudgetError(
+                    f"search {search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, "
+                    "and something must stay: remove less, or choose smaller --units."
+                )
             order = removal_order(trail, judge)
         measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+        if request.budget is not None:
+            _require_finite(measured, order, objective)
         progress.note(_cost(judge.spent if repair else judge.spent.since(before)))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
     options |= {
@@ -296,7 +304,7 @@ def run_search(
             "losses": of_plain,
             "start": trail[-1] if trail else frozenset(),
             "rng": random.Random(seed),
-            "scores": _importance(scores, units) if scores else {},
+            "scores": _importance(scores, units) if scores and "scores" in method.parameters else {},
             "spans": {span: importance(value) for span, value in scores.spans.items()} if scores else {},
         }
         trail = list(method.function(**{name: supply[name] for name in method.parameters}, **options)) or trail
@@ -332,15 +340,34 @@ def _importance(scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
     """The scores of the units that may go. Among pairs, each unit counts the sum of its two sublayers' scores: scores
     of blocks and of sublayers cannot be compared.
 
-    Raises UserError when a sublayer was not scored.
+    Raises UserError when one was not scored.
     """
     values = {unit: importance(value) for unit, value in scores.units.items()}
-    if not any(unit.kind == "pair" for unit in units):
-        return {unit: values[unit] for unit in units if unit in values}
-    missing = sorted({part for unit in units for part in unit.sublayers} - values.keys())
-    if missing:
-        raise UserError(f"--ordinary ranks by sublayers, but {missing[0]} has no score; score with --units sublayer.")
-    return {unit: sum(values[part] for part in unit.sublayers) for unit in units}
+    paired = any(unit.kind == "pair" for unit in units)
+    parts = {unit: unit.sublayers if paired else (unit,) for unit in units}
+    wanted = {part for needed in parts.values() for part in needed}
+    if missing := sorted(wanted - values.keys()):
+        kinds = {part.kind for part in wanted}
+        which = next(iter(kinds)) if len(kinds) == 1 else "all" if "block" in kinds else "sublayer"
+        raise UserError(
+            f"the scores by {scores.metric} do not cover what may go: {missing[0]} (one of {len(missing)}) has no "
+            f"score; score with --units {which}."
+        )
+    return {unit: sum(values[part] for part in needed) for unit, needed in parts.items()}
+
+
+def _require_finite(measured: Sequence[float], order: Sequence[Unit], objective: str) -> None:
+    """Raise ModelError when the model without the chosen units, or the dense one, overflows: nothing was compared."""
+    if not math.isfinite(measured[0]):
+        raise ModelError(
+            f"the model itself gives no finite {objective} on this text, so nothing can be compared with it: try "
+            "--dtype float32, or another calibration text."
+        )
+    if not math.isfinite(measured[-1]):
+        raise ModelError(
+            f"without {', '.join(map(str, sorted(order)))}, the best that was found, the model gives no finite "
+            f"{objective}: remove less, --protect blocks such as first:2, or try --dtype float32."
+        )
 
 
 def _cost(spent: Spent) -> str:
@@ -385,8 +412,8 @@ def budget_for(subject: Subject, amounts: Sequence[Amount], units: Sequence[Unit
 def _limit(subject: Subject, amount: Amount, units: Sequence[Unit]) -> Limit:
     if amount.quantity == "units":
         kinds = {unit.kind for unit in units}
-        everything = subject.anatomy.of_kind(*({"block"} if "block" in kinds else kinds))
-        return make_limit(amount, dict.fromkeys(units, 1.0), float(len(everything)))
+        everything = subject.anatomy.of_kind(*({"block"} if "block" in kinds and amount.share else kinds - {"pair"}))
+        return make_limit(amount, dict.fromkeys(units, 1.0), most(dict.fromkeys(everything, 1.0)))
     weights = subject.weights
     known = {**weights.units, **subject.pairs} if any(unit.kind == "pair" for unit in units) else weights.units
     cost = {unit: float(getattr(known[unit], amount.quantity)) for unit in units}
@@ -406,9 +433,15 @@ def _explicit(
             raise BudgetError(f"{unit} does not exist: {subject.identity.name} has blocks 0 to {blocks - 1}.")
         if unit.index in protected:
             raise BudgetError(f"{unit} is both to be removed and protected.")
-    if len({unit.index for unit in units if unit.kind == "block"}) == blocks:
-        raise BudgetError(f"--remove names all {blocks} blocks; something must stay.")
+    if _takes_all(subject, units):
+        raise BudgetError(f"--remove names all {blocks} blocks, whole or by their sublayers; something must stay.")
     return units
+
+
+def _takes_all(subject: Subject, units: Iterable[Unit]) -> bool:
+    """Whether nothing of any block would stay."""
+    gone = {part for unit in units for part in unit.sublayers}
+    return all({Unit(block.index, "attn"), Unit(block.index, "mlp")} <= gone for block in subject.anatomy.blocks)
 
 
 def _removable(

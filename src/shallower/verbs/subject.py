@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower.anatomy.dissect import Anatomy, dissect
@@ -21,6 +23,7 @@ from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
 from shallower.errors import BudgetError, CorpusError
+from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
@@ -28,6 +31,8 @@ from shallower.surgery.ordinary import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
 from shallower.verbs.supply import supply
 
+_POSITIONS = re.compile(r"(^|[._])(wpe|\w*positions?\w*)([._]|$)")  # of parameters
+_RESERVED = range(3)  # rows of such a table that are of no position (OPT: 2)
 DEFAULT_CALIBRATION = "python"  # the one text that every machine has; better: text like what the model will read
 
 
@@ -118,10 +123,45 @@ def calibrate(
     One document in ten is left for held-out evaluation unless the specification says `part=…`. For an objective that
     reads choices the specification is a .jsonl file of questions, and `sequences` are questions.
 
-    Raises CorpusError when the text is missing, too short, or not text.
+    Raises CorpusError when the text is missing, too short, or not text, or longer than what the model can read.
     """
     if isinstance(calibration, CalibrationSet):
-        return calibration
+        text = calibration
+    else:
+        require_room(subject.model, length)  # a model may have to write its text itself
+        text = _build(subject, calibration, sequences, length, seed, objective)
+    require_room(subject.model, text.length)
+    return text
+
+
+def require_room(model: PreTrainedModel, length: int) -> None:
+    """Raise CorpusError when sequences of `length` are more than a model can read.
+
+    Beyond the length that its config has, rotary positions go on, and a table of learned ones ends. Whatever else may
+    fail there (GPT-J's table of computed positions, MPT's bias) is found by reading one sequence.
+    """
+    limit = context_limit(model)
+    if limit is None or length <= limit:
+        return
+    ends = any(_POSITIONS.search(name) and len(table) - limit in _RESERVED for name, table in model.named_parameters())
+    if not ends:
+        try:
+            with torch.no_grad():
+                model.base_model(torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError):
+            ends = True
+    if ends:
+        raise CorpusError(
+            f"sequences of {length} tokens are longer than the {limit} positions that the model has: use --length "
+            f"{limit} or less."
+        )
+
+
+def _build(
+    subject: Subject, calibration: str | Path | None, sequences: int, length: int, seed: int, objective: str
+) -> CalibrationSet:
     if reads_choices(objectives.get(objective)):
         if calibration is None:
             raise CorpusError(
