@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from shallower.anatomy import dissect
+from shallower.anatomy.weigh import weigh
 from shallower.testing.families import (
     BLOCKS,
     CORE,
@@ -155,6 +157,19 @@ def test_a_wrong_kind_of_block_shows(family: str) -> None:
             model = type(_model(family))(wrong).eval()
             model.load_state_dict(_model(family).state_dict())
             assert (_logits(model) - _dense(family)).abs().max() > 1e-2, f"{name}: {swapped}"
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_family_can_be_weighed(family: str) -> None:
+    """Blocks weigh what is in them, and no weight is left as another found it."""
+    model = tiny_model(family)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    anatomy = dissect(model)
+    weights = weigh(anatomy)
+    held = {parameter for block in anatomy.blocks for parameter in block.module.parameters()}
+    assert weights.blocks.parameters == sum(parameter.numel() for parameter in held)
+    assert all(weights.units[unit].flops > 0 for unit in anatomy.of_kind("block"))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
 @pytest.mark.parametrize("blocks", [1, 9])

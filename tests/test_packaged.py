@@ -614,6 +614,9 @@ def test_inspect_says_what_can_be_exported() -> None:
     assert "DeciLM" in found.exports["packaged"]
     assert set(found.exports) == {"ordinary", "native", "packaged", "padded"}
     assert "pair up" not in shallower.inspect(tiny_model("gpt_neox")).exports["ordinary"]
+    unlike = shallower.inspect(tiny_model("dbrx")).exports  # its attention gives more than its output
+    assert "pair up" not in unlike["ordinary"]
+    assert unlike["packaged"].startswith("nothing: dbrx does not run without these units")
 
 
 def test_a_damaged_package_is_found(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,7 +97,7 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
         for handle in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
     ]
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), _frozen(anatomy.model), counter:
             cache = anatomy.model(input_ids=ids, use_cache=True).get("past_key_values")
     finally:
         for handle in handles:
@@ -106,6 +107,19 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
     for layer, index in zip(layers, _with_cache(anatomy), strict=False):
         stored[index] = _cached_bytes(layer)
     return {part: count // ids.numel() for part, count in flops.items()}, stored
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient: the counter fails on one that is an argument of a module (DBRX's experts)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _with_cache(anatomy: Anatomy) -> list[int]:
