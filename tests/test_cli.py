@@ -255,6 +255,7 @@ def test_plan_show_and_cut(cli: Cli, plan: Path, tmp_path: Path) -> None:
     out = tmp_path / "shorter.json"
     assert "Removes 1 of 6 blocks" in cli("plan", "cut", plan, "--remove", 1, "--out", out).out
     assert PruningPlan.load(out).order == PruningPlan.load(plan).order[:1]
+    assert [PruningPlan.load(path).made_by.options["remove"] for path in (plan, out)] == ["3", "1"]
     assert sentence(cli("plan", "cut", plan, "--remove", 1, "--out", out)).startswith(f"--out {out} exists")
     more = cli("plan", "cut", plan, "--remove", 4, "--out", tmp_path / "more.json")
     assert sentence(more) == "cannot cut the plan to 4 units: it holds 3."
@@ -452,6 +453,12 @@ def test_demo_ends_with_what_to_look_at(
             for complaint in [rf"option temperature='{value}' does not fit: it takes a number above 0\."]
         ),
         (["search", "{tiny}", "--remove", "130%"], r"--remove 130% would remove every block"),
+        (["search", "{tiny}", "--remove", "block.3", "--metric", "angular"], r"takes no --metric"),
+        (
+            ["search", "{tiny}", "--remove", "block.3", "--search", "last"],
+            r"--remove block\.3 names what goes, so --search would change nothing; drop it\.",
+        ),
+        (["search", "{tiny}", "--remove", "block.3", "--scores", "{attentions}"], r"so --scores would change nothing"),
         (["search", "{tiny}", "--remove", "block.99"], r"block\.99 does not exist"),
         (["search", "{tiny}", "--remove", "blok.1"], r"'blok\.1' is not a unit"),
         (["search", "{tiny}", "--remove", "block.1,block.1"], r"block\.1 is named twice"),

@@ -8,6 +8,7 @@ import math
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,26 @@ def test_a_prefix_of_a_plan_is_a_plan() -> None:
     for count in (0, 3):
         with pytest.raises(PlanError, match="it holds 2"):
             PLAN.at(count)
+
+
+def test_a_prefix_says_how_much_it_removes() -> None:
+    made_by = replace(MADE_BY, options={"remove": "25%", "units": "all"})
+    plan = replace(PLAN, made_by=made_by)
+    assert plan.at(1).made_by.options == {"remove": "1", "units": "all"}
+    assert plan.at(2) == plan
+    assert replace(PLAN, made_by=replace(MADE_BY, options={})).at(1).made_by.options == {}
+
+
+def test_a_prefix_parts_no_pair_of_an_ordinary_plan() -> None:
+    chosen = [Unit(3, "mlp"), Unit(4, "attn"), Unit(9, "block"), Unit(7, "mlp"), Unit(8, "attn")]
+    made_by = replace(MADE_BY, options={"remove": "10%", "ordinary": True})
+    plan = PruningPlan(MODEL, tuple(sorted(chosen)), tuple((unit, None) for unit in chosen), None, made_by)
+    with pytest.raises(PlanError, match=r"cut the plan to 1 units: mlp\.3 and attn\.4 go together.* cut it to 2\."):
+        plan.at(1)
+    with pytest.raises(PlanError, match=r"mlp\.7 and attn\.8 go together \(--ordinary\); cut it to 5 or 3\."):
+        plan.at(4)
+    assert [plan.at(count).made_by.options["remove"] for count in (2, 3, 5)] == ["1", "2", "10%"]
+    assert len(replace(plan, made_by=MADE_BY).at(4).remove) == 4
 
 
 def test_a_plan_for_another_model_is_refused_naming_both() -> None:

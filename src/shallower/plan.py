@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,33 @@ class PruningPlan:
         return frozenset(self.remove)
 
     def at(self, count: int) -> PruningPlan:
-        """The plan's first `count` removals.
+        """The plan's first `count` removals. It says of itself that as many units were to be removed.
 
-        Raises PlanError when the plan holds fewer.
+        Raises PlanError when the plan holds fewer, or when a pair of a plan made with `ordinary` would be parted.
         """
         if not 1 <= count <= len(self.order):
             raise PlanError(f"cannot cut the plan to {count} units: it holds {len(self.order)}.")
+        if count == len(self.order):
+            return self
         order = self.order[:count]
-        return PruningPlan(self.model, tuple(sorted(unit for unit, _ in order)), order, self.dense, self.made_by)
+        options = dict(self.made_by.options)
+        if options.get("ordinary"):
+            (last, _), (following, _) = self.order[count - 1 : count + 1]
+            if (last.kind, following) == ("mlp", Unit(last.index + 1, "attn")):
+                raise PlanError(
+                    f"cannot cut the plan to {count} units: {last} and {following} go together (--ordinary); cut it to "
+                    f"{count + 1}{f' or {count - 1}' if count > 1 else ''}."
+                )
+        if "remove" in options:  # the amount that was asked for is no longer met
+            pairs = sum(unit.kind == "attn" for unit, _ in order) if options.get("ordinary") else 0
+            options["remove"] = str(count - pairs)
+        return PruningPlan(
+            self.model,
+            tuple(sorted(unit for unit, _ in order)),
+            order,
+            self.dense,
+            replace(self.made_by, options=options),
+        )
 
     def require_for(self, model: ModelIdentity) -> None:
         """Raise PlanError, naming both models, unless the plan was made for `model`."""

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from shallower.budget import parse_remove
 from shallower.cli import options
 from shallower.cli.output import print_written, require_free
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
+from shallower.errors import UserError
 from shallower.resources import parse_memory, parse_workers
+from shallower.units import Unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +66,10 @@ def search(
 
     require_possible(remove, search, objective, metric, chosen, units=units, ordinary=ordinary)
     require_target(calibration, target)
+    searched = {"--search": search != "greedy", "--metric": metric is not None, "--scores": scores is not None}
+    idle = [flag for flag, given in searched.items() if given]
+    if idle and isinstance(parse_remove(remove)[0], Unit):
+        raise UserError(f"--remove {remove} names what goes, so {' and '.join(idle)} would change nothing; drop it.")
     parse_memory(memory)
     parse_workers(workers)
     subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
