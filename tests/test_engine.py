@@ -11,13 +11,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shallower import registry
+from shallower import progress, registry
 from shallower.anatomy import dissect
 from shallower.budget import Budget, Limit
 from shallower.checkpoint.fingerprint import fingerprint
@@ -32,7 +33,7 @@ from shallower.surgery import cut
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import FAMILIES, tiny_model
 from shallower.units import Unit, parse_units
-from shallower.verbs.search import run_search
+from shallower.verbs.search import run_search, search
 
 SETS = ("", "block.0", "block.5", "block.2", "block.1,block.2", "block.0,block.3,block.4")
 SUBLAYERS = ("attn.3", "mlp.1", "attn.1,mlp.4,block.2")
@@ -506,3 +507,15 @@ def test_exhaustive_search_is_the_oracle_on_a_small_model():
     assert found["greedy"] >= found["greedy,swap"] - 2e-5
     assert all(loss >= least for loss in found.values())
     assert found["beam"] == pytest.approx(least, abs=2e-5)  # 4 of 6 blocks in hand
+
+
+def test_a_search_counts_what_its_metric_measured_and_measures_nothing_twice():
+    model = tiny_model("llama")
+    text = sample_text(model, sequences=4, padded=False)
+    told = []
+    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
+        plan = search(model, 2, search="milp", calibration=text, exact=True)
+    singles, both = 1 + 6, 1  # the metric measured the dense model and each block alone; new is the pair of the plan
+    assert plan.made_by.metric == "loss"
+    [sentence] = told
+    assert sentence.startswith(f"The search read {(singles + both) * text.input_ids.numel():,} tokens")

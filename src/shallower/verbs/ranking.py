@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shallower.corpus import CalibrationSet
+from shallower.engine import Ablator
 from shallower.errors import UserError
 from shallower.registry import Method
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.scores import Scores, ScoreSheet
-from shallower.verbs.score import score
+from shallower.verbs.score import score_many
 from shallower.verbs.subject import Subject
 
 Stage = tuple[Method, Mapping[str, Any]]  # a search and its options
@@ -43,6 +44,7 @@ def rank(
     seed: int = 0,
     memory: int | str | None = None,
     workers: int | str | None = None,
+    ablator: Ablator | None = None,
 ) -> Scores | None:
     """Measure the scores that a ranking search reads; None for searches that only ask for losses. As in `search`."""
     ranking = that_rank(stages)
@@ -52,9 +54,9 @@ def rank(
         return None
     name = metric or str(ranking[0].traits["metric"])
     known = objectives.get(objective).options if "units" in metrics.get(name).parameters else {}
-    return score(
+    [found] = score_many(
         subject,
-        name,
+        [name],
         units=units,
         spans=any("spans" in method.parameters for method in ranking) or None,
         objective=objective,
@@ -63,7 +65,9 @@ def rank(
         seed=seed,
         memory=memory,
         workers=workers,
-    )
+        ablator=ablator,
+    ).scores
+    return found
 
 
 def ranked(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,6 +106,7 @@ def score_many(
     seed: int = 0,
     memory: int | str | None = None,
     workers: int | str | None = None,
+    ablator: Ablator | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -113,8 +114,8 @@ def score_many(
     """Score the units of a model by several metrics, which share their passes over the text.
 
     names: metrics, as a sequence or as in `cosine,taylor`; `all` is every static metric, and `loss`. An option of
-    `settings` goes to every metric that has it; `spans` and `positions` to the metrics of the stream. The rest is as
-    for `score`.
+    `settings` goes to every metric that has it; `spans` and `positions` to the metrics of the stream. ablator: one of
+    this model, text and objective, for adaptive metrics; it stays open. The rest is as for `score`.
 
     Raises what `score` raises.
     """
@@ -152,7 +153,10 @@ def score_many(
             rows[weight.metric.name] = found
     if adaptive:
         assert text is not None
-        with closing(make_ablator(subject, text, objective, judged, memory=memory, workers=workers)) as ablator:
+        with ExitStack() as stack:
+            if ablator is None:
+                ablator = make_ablator(subject, text, objective, judged, memory=memory, workers=workers)
+                stack.enter_context(closing(ablator))
             for method in adaptive:
                 rows[method.name] = _measured(method, given[method.name], ablator, wanted, seed)
                 given[method.name] = {**judged, **given[method.name]}

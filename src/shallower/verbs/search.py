@@ -139,6 +139,7 @@ def search(
                     seed=seed,
                     memory=memory,
                     workers=workers,
+                    ablator=measuring,  # what a metric measured need not be measured again, and is counted
                 )
             else:
                 ranking = ranked(subject, stages, metric, scores)
@@ -155,7 +156,10 @@ def search(
         measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
         if request.budget is not None:
             _require_finite(measured, order, objective)
-        progress.note(_cost(judge.spent if repair else judge.spent.since(before)))
+        spent = measuring.spent.since(before)
+        if repair:
+            spent.tokens += judge.spent.tokens
+        progress.note(_cost(spent))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
     options |= {
         **judged,
