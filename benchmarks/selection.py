@@ -37,8 +37,9 @@ from shallower.exchange import random_exchange
 from shallower.registry import search as searches
 from shallower.scores import Scores
 from shallower.units import Unit
-from shallower.verbs.search import budget_for, run_search
+from shallower.verbs.search import budget_for
 from shallower.verbs.subject import Subject, open_subject, units_of
+from shallower.verbs.trail import run_search
 
 Removed = frozenset[Unit]
 

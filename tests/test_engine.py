@@ -33,7 +33,8 @@ from shallower.surgery import cut
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import FAMILIES, tiny_model
 from shallower.units import Unit, parse_units
-from shallower.verbs.search import run_search, search
+from shallower.verbs.search import search
+from shallower.verbs.trail import run_search
 
 SETS = ("", "block.0", "block.5", "block.2", "block.1,block.2", "block.0,block.3,block.4")
 SUBLAYERS = ("attn.3", "mlp.1", "attn.1,mlp.4,block.2")

@@ -19,7 +19,7 @@ from shallower.plan import MadeBy, ModelIdentity
 from shallower.registry import search as searches
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Span, Unit, require_distinct
-from shallower.verbs.search import run_search
+from shallower.verbs.trail import run_search
 
 Trail = list[frozenset[Unit]]
 Losses = Callable[..., list[float]]

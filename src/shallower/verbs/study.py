@@ -30,9 +30,10 @@ from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Result, search_and_metric
 from shallower.units import Span, Unit, plain
 from shallower.verbs.ranking import Stage, rank
-from shallower.verbs.search import require_possible, resolve, run_search, search, search_stages
+from shallower.verbs.search import require_possible, resolve, search, search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
 from shallower.verbs.supply import supply
+from shallower.verbs.trail import run_search
 from shallower.version import __version__
 
 CELLS = "cells.jsonl"
