@@ -231,6 +231,16 @@ def test_sublayers_that_are_missing_alone_are_repaired_and_trained_too(files: Pa
     assert torch.allclose(full_logits(loaded, ids), full_logits(pruned.model, ids), atol=1e-5)
 
 
+def test_conversations_are_trained_on_and_measured_by(files: Path) -> None:
+    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(80)]
+    (files / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = asked(files, train_sequences=80, length=96) | {"instructions": files / "chat.jsonl"}
+    [_, stage] = recover(files / "pruned", "full", teacher=files / "dense", out=files / "out", **given).stages
+    first, *_, last = stage.curve
+    assert last["held_out"] < first["held_out"]
+    assert stage.tokens < 76 * 96
+
+
 def test_trained_maps_are_saved_in_place_of_a_block(files: Path) -> None:
     found = recover(files / "pruned", "low-rank-trained", teacher=files / "dense", out=files / "out", **asked(files))
     loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)

@@ -34,6 +34,7 @@ from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.training import loop, state, teacher
 from shallower.training.adapters import adapt, merge, projections, quantise
+from shallower.training.answers import answer_perplexity, split
 from shallower.training.feed import Feed
 from shallower.training.head_loss import Guide, head_losses
 from shallower.training.heal import own_parameters
@@ -745,6 +746,21 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path) -> None:
     run("full", model, text, batch=text.length * 2, at_once=10**4, folder=tmp_path / "run")
     [_, only] = json.loads((tmp_path / "run" / "training.json").read_text())["curve"]
     assert only["nll"] == pytest.approx(loss(cut(dissect(model), parse_units("block.2"))), rel=1e-5)
+
+
+def test_every_twentieth_conversation_measures_by_its_answers(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(80)]
+    whole = build_instructions(_jsonl(tmp_path / "rows.jsonl", rows), tiny_tokenizer(), length=120)
+    train, held = split(whole)
+    assert held is not None
+    assert (train.sequences, held.sequences) == (76, 4)
+    assert torch.equal(held.input_ids[0], whole.input_ids[19])
+    model = tiny_model("llama")
+    labels = held.input_ids.masked_fill(~held.scored, -100)
+    with torch.no_grad():
+        loss = model(input_ids=held.input_ids, attention_mask=held.attention_mask, labels=labels).loss
+    assert answer_perplexity(model, held) == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert split(whole.subset(range(79)))[1] is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +45,14 @@ class InstructionSet(CalibrationSet):
             )
         if not bool(self.scored[:, 1:].any(1).all()):
             raise CorpusError("every conversation needs an answer of at least one token that has one before it.")
+
+    def subset(self, indices: Sequence[int]) -> InstructionSet:
+        """The named conversations, in the order given."""
+        rows = torch.tensor(list(indices), dtype=torch.int64)
+        plain = super().subset(indices)
+        return InstructionSet(
+            plain.spec, plain.input_ids, plain.attention_mask, plain.sources, scored=self.scored[rows]
+        )
 
     def _contents(self) -> dict[str, Tensor | None]:
         return super()._contents() | {"scored": self.scored}

@@ -40,6 +40,7 @@ from shallower.surgery import cut, require_free
 from shallower.surgery.adopt import adopt
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
+from shallower.training.answers import answer_perplexity, split
 from shallower.training.instructions import build_instructions
 from shallower.training.patch import attach, cuts
 from shallower.training.recipe import HeldOut, check_recipe
@@ -151,9 +152,9 @@ def recover(
     it nothing is written.
     train_sequences: what recoveries that train read of the calibration text, as the others read `sequences`; a
     ready-made set is read whole by all. instructions: .jsonl file of conversations to train on instead. They keep the
-    weights that do best on the documents that calibration left out, never by `texts`. After a kill the same call
-    resumes, from a folder beside `out`, or in the cache. Of processes that `accelerate launch` started together, all
-    train, and the first one writes.
+    weights that do best on the documents that calibration left out, or on the answers of every 20th conversation, never
+    by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of processes that
+    `accelerate launch` started together, all train, and the first one writes.
 
     Raises UserError (PlanError, ModelError, CorpusError, OutputError, …) before anything is written.
     """
@@ -278,7 +279,10 @@ def training_text(
         return None
     text: CalibrationSet
     if instructions is not None:
-        text = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)
+        conversations = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)
+        text, held = split(conversations)
+        if held is not None:
+            return Training(text, lambda model: answer_perplexity(model, held), (held.digest,))
     else:
         try:
             text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
