@@ -302,6 +302,12 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
     # 4 calibration sets: 5 single removals, then 4 pairs; one-shot adds at most a pair of its own
     assert 4 * 9 <= told["candidates"] <= 4 * 10
     assert told["alone"] > told["seconds"] > 0
+    both = (place / "grid.yaml").read_text().replace("objectives: nll", "objectives: [nll, kl]")
+    (place / "both.yaml").write_text(both)
+    assert run("study", place / "both.yaml", "--out", place / "none", "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cells"] == 32
+    assert told["candidates"] <= 4 * (10 + 5)  # single removals by nll are at hand from kl's pass
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def estimate(
 ) -> Estimate:
     """What a study would cost, without running it.
 
-    Every search is run on made-up losses to count the sets that it asks for, and a few real sets are timed. Objectives
-    are counted as if they shared no pass. Raises UserError as `study` does.
+    Every search is run on made-up losses to count the sets that it asks for, and a few real sets are timed. Sets whose
+    loss is at hand from another objective's pass cost nothing. Raises UserError as `study` does.
     """
     given = file if isinstance(file, Study) else read_study(file)
     require_runnable(given)
@@ -146,7 +146,8 @@ def estimate(
         a_token = _seconds_a_token(subject, given, next(iter(contexts)))
         runner = _Runner(subject, given, ledger, _digests(_judging_texts(subject, given)))
         for context, cells in contexts.items():
-            for objective in given.objectives:
+            measured: dict[tuple[str, str], set[frozenset[Unit]]] = {}  # by objective and text
+            for objective in sorted(given.objectives, key=_companions_first):
                 text = _calibration(subject, given, context, objective)
                 asked: set[frozenset[Unit]] = set()
                 for cell in (cell for cell in cells if cell.objective == objective):
@@ -156,8 +157,11 @@ def estimate(
                     own = _simulated(subject, given, cell)
                     alone += len(own) * text.tokens * a_token
                     asked |= own
+                asked -= measured.get((objective, text.digest), set())
                 candidates += len(asked)
                 seconds += len(asked) * text.tokens * a_token
+                for companion in along_with(objectives.get(objective), {}):
+                    measured.setdefault((companion.name, text.digest), set()).update(asked)
     return Estimate(len(given.cells), done, candidates, seconds, alone)
 
 
@@ -225,7 +229,7 @@ class _Runner:
             for cell in cells:
                 start = time.perf_counter()
                 if cell.search not in ranked:
-                    ranked[cell.search] = self._ranked(cell, text)
+                    ranked[cell.search] = self._ranked(cell, text, ablator)
                 plan = self._plan(cell, text, ablator, ranked[cell.search])
                 seconds = round(time.perf_counter() - start, 2)
                 last, dense = (math.inf if loss is None else loss for loss in (plan.order[-1][1], plan.dense))
@@ -248,7 +252,7 @@ class _Runner:
         name, _ = search_and_metric(cell.search)
         return search_stages(name, cell.objective, _settings(self.study, name, cell.objective))
 
-    def _ranked(self, cell: Cell, text: CalibrationSet) -> Scores | None:
+    def _ranked(self, cell: Cell, text: CalibrationSet, ablator: Ablator) -> Scores | None:
         name, metric = search_and_metric(cell.search)
         return rank(
             self.subject,
@@ -261,6 +265,7 @@ class _Runner:
             seed=cell.seed,
             memory=self.memory,
             workers=self.workers,
+            ablator=ablator,
         )
 
     def _plan(self, cell: Cell, text: CalibrationSet, ablator: Ablator, scores: Scores | None) -> PruningPlan:
