@@ -18,6 +18,7 @@ from typing import Any
 from shallower import progress
 from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices
 from shallower.engine import Ablator, Racing, along_with, reads_choices
+from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import context_key
 from shallower.errors import CorpusError, UserError
 from shallower.plan import MadeBy, PruningPlan
@@ -215,6 +216,7 @@ class _Runner:
                 "how": [study.units, study.protect, sorted(study.settings.items()), study.exact],
                 "judged_on": sorted(self.judged_on.items()),
                 "dtype": str(self.subject.model.dtype),
+                "measured_as": MEASURED_AS,
                 "version": __version__,
             }
         )
