@@ -248,6 +248,44 @@ def test_one_shot_and_greedy_find_the_best_set_where_units_do_not_interact(
         assert math.fsum(sorted(values[unit] for unit in trail[-1])) == best
 
 
+OVERLAPPING = (*MIXED[:9], *(Unit(index, "block") for index in range(3, 6)))
+"""Three blocks with their sublayers and three more blocks: a block may not go together with its parts."""
+
+
+def two_budgets(parameters: Sequence[int], share: int, cache: int) -> Budget:
+    """A share of the parameters of `OVERLAPPING`, and one of its caches unless that is 0."""
+    costs = dict(zip(OVERLAPPING, map(float, parameters), strict=True))
+    whole = math.fsum(costs.values())
+    limits = [Limit("parameters", share / 100 * whole, whole, costs)]
+    if cache:
+        kept = {unit: float(unit.kind != "mlp") for unit in OVERLAPPING}
+        limits.append(Limit("kv_bytes", cache / 100 * 6, 6.0, kept))
+    return Budget(tuple(limits))
+
+
+def overlapping(chosen: Sequence[Unit]) -> bool:
+    return any(one.overlaps(other) for one, other in itertools.combinations(chosen, 2))
+
+
+def require_least(value: dict[Unit, float], budget: Budget, allowed: Callable[[Sequence[Unit]], bool]) -> None:
+    """milp's choice has the least sum of all sets that meet the budget, do not overlap and are allowed."""
+    sums = [
+        math.fsum(value[unit] for unit in chosen)
+        for size in range(1, len(value) + 1)
+        for chosen in itertools.combinations(value, size)
+        if budget.met(chosen) and allowed(chosen) and not overlapping(chosen)
+    ]
+    if not sums:
+        with pytest.raises(BudgetError):
+            run("milp", tuple(value), budget, scores=value)
+        return
+    [chosen] = run("milp", tuple(value), budget, scores=value)
+    require_distinct(chosen)
+    assert budget.met(chosen)
+    assert budget.superfluous(chosen) == []
+    assert math.fsum(value[unit] for unit in chosen) == pytest.approx(min(sums), abs=1e-6)
+
+
 @given(
     scores=st.lists(st.integers(0, 40), min_size=12, max_size=12),
     parameters=st.lists(st.integers(1, 9), min_size=12, max_size=12),
@@ -258,34 +296,8 @@ def test_one_shot_and_greedy_find_the_best_set_where_units_do_not_interact(
 def test_milp_finds_what_trying_everything_finds_under_two_budgets(
     scores: list[int], parameters: list[int], share: int, cache: int
 ) -> None:
-    """Three blocks with their sublayers and three more blocks: a block may not go together with its parts."""
-    units = (*MIXED[:9], *(Unit(index, "block") for index in range(3, 6)))
-    value = dict(zip(units, map(float, scores), strict=True))
-    costs = dict(zip(units, map(float, parameters), strict=True))
-    kept = {unit: 0.0 if unit.kind == "mlp" else 1.0 for unit in units}
-    whole = math.fsum(costs.values())
-    limits = [Limit("parameters", share / 100 * whole, whole, costs)]
-    if cache:
-        limits.append(Limit("kv_bytes", cache / 100 * 6, 6.0, kept))
-    budget = Budget(tuple(limits))
-    allowed = []
-    for size in range(1, len(units) + 1):
-        for chosen in itertools.combinations(units, size):
-            blocks = {unit.index for unit in chosen if unit.kind == "block"}
-            if budget.met(chosen) and not any(unit.kind != "block" and unit.index in blocks for unit in chosen):
-                allowed.append(math.fsum(value[unit] for unit in chosen))
-    if not allowed:
-        with pytest.raises(BudgetError):
-            run("milp", units, budget, scores=value)
-        return
-    [chosen] = run("milp", units, budget, scores=value)
-    require_distinct(chosen)
-    assert budget.met(chosen)
-    assert math.fsum(value[unit] for unit in chosen) == pytest.approx(min(allowed), abs=1e-6)
-
-
-def overlapping(chosen: Sequence[Unit]) -> bool:
-    return any(one.overlaps(other) for one, other in itertools.combinations(chosen, 2))
+    value = dict(zip(OVERLAPPING, map(float, scores), strict=True))
+    require_least(value, two_budgets(parameters, share, cache), lambda chosen: True)
 
 
 @given(
@@ -299,27 +311,9 @@ def test_milp_takes_negative_scores_for_what_they_are(
     scores: list[int], parameters: list[int], share: int, cache: int
 ) -> None:
     """The best of all sets without a unit that could stay."""
-    units = (*MIXED[:9], *(Unit(index, "block") for index in range(3, 6)))
-    value = dict(zip(units, map(float, scores), strict=True))
-    costs = dict(zip(units, map(float, parameters), strict=True))
-    whole = math.fsum(costs.values())
-    limits = [Limit("parameters", share / 100 * whole, whole, costs)]
-    if cache:
-        limits.append(Limit("kv_bytes", cache / 100 * 6, 6.0, {unit: float(unit.kind != "mlp") for unit in units}))
-    budget = Budget(tuple(limits))
-    allowed = []
-    for size in range(1, len(units) + 1):
-        for chosen in itertools.combinations(units, size):
-            if budget.met(chosen) and not budget.superfluous(chosen) and not overlapping(chosen):
-                allowed.append(math.fsum(value[unit] for unit in chosen))
-    if not allowed:
-        with pytest.raises(BudgetError):
-            run("milp", units, budget, scores=value)
-        return
-    [chosen] = run("milp", units, budget, scores=value)
-    assert budget.met(chosen)
-    assert budget.superfluous(chosen) == []
-    assert math.fsum(value[unit] for unit in chosen) == pytest.approx(min(allowed), abs=1e-6)
+    value = dict(zip(OVERLAPPING, map(float, scores), strict=True))
+    budget = two_budgets(parameters, share, cache)
+    require_least(value, budget, lambda chosen: not budget.superfluous(chosen))
 
 
 def test_milp_leaves_units_that_must_stay() -> None:

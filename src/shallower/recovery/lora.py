@@ -21,7 +21,9 @@ def lora(
     dropout: float = 0.05,
     first: int = 0,
 ) -> PreTrainedModel:
-    """Low-rank adapters (LoRA) on all linear maps of the blocks, trained and merged: no new parameters.
+    """Low-rank adapters (LoRA) on the linear maps of the blocks, trained and merged: no new parameters.
+
+    Routers, and experts that are one tensor, get none.
 
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them.
     """

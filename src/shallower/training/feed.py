@@ -14,6 +14,8 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.errors import CorpusError, UserError
 from shallower.training.instructions import InstructionSet
 
+SEEDS = 1 << 63  # generators take no larger ones
+
 
 @dataclass(frozen=True, eq=False)
 class Portion:
@@ -87,5 +89,5 @@ class Feed:
 
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(((seed << 20) + epoch) % (1 << 63))  # generators take no larger ones
+    generator = torch.Generator().manual_seed(((seed << 20) + epoch) % SEEDS)
     return tuple(torch.randperm(count, generator=generator).tolist())

@@ -31,7 +31,7 @@ from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.errors import UserError
 from shallower.launched import world_size
-from shallower.training.feed import Feed, Portion
+from shallower.training.feed import SEEDS, Feed, Portion
 from shallower.training.head_loss import Guide
 from shallower.training.recipe import HeldOut, Recipe, Task
 from shallower.training.state import State, Store, begun_options
@@ -42,7 +42,6 @@ SMOOTH = 0.8  # weight of the past in the running mean of the loss
 UNSETTLED = 5  # steps before that mean means something
 WORSE = 1.5  # a running mean so many times its least, and 1 nat above it, has diverged
 PARTS = 1000  # of the progress bar
-SEEDS = 1 << 63  # generators take no larger ones
 
 
 class Guiding(Protocol):
