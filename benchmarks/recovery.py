@@ -31,7 +31,7 @@ from shallower.plan import PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.surgery import cut
-from shallower.units import Span, Unit, parse_units
+from shallower.units import KINDS, Kind, Span, Unit, parse_units
 from shallower.verbs.repaired import RepairedLosses
 from shallower.verbs.subject import Subject, open_subject
 
@@ -84,27 +84,33 @@ def run(
     return student, sum(parameter.numel() for parameter in student.parameters()) - size, tokens, seconds
 
 
-def choose(subject: Subject, text: CalibrationSet, blocks: int, recipe: str) -> list[tuple[str, frozenset[Unit]]]:
-    """The span of so many blocks that is best as it is cut, and the one that is best behind the repair.
+def choose(subject: Subject, text: CalibrationSet, count: int, kind: Kind, recipe: str) -> list[tuple[str, str]]:
+    """What is best as it is cut, and what is best behind the repair, both judged on the same sequences.
 
-    Both are judged on the same sequences.
+    Of blocks the best span of `count`, of sublayers the `count` that are best when each goes alone.
     """
     judge = RepairedLosses(subject, text, recipe)
-    count = len(subject.anatomy.blocks)
-    spans = [frozenset(Span(start, start + blocks).units) for start in range(1, count - blocks)]
-    with closing(Ablator(subject.anatomy, judge.judged, "nll")) as ablator:
-        plain = ablator.losses(spans)
-    start = time.perf_counter()
-    repaired = judge.losses(spans)
-    print(f"# {len(spans)} spans of {blocks} blocks: loss as cut, and behind {recipe}", flush=True)
-    for span, before, after in zip(spans, plain, repaired, strict=True):
-        first = min(unit.index for unit in span)
-        print(f"#   [{first}, {first + blocks})  {before:.4f}  {after:.4f}", flush=True)
-    print(f"# {judge.spent.tokens:,} tokens read, {time.perf_counter() - start:.0f} s", flush=True)
-    return [
-        ("chosen as cut", spans[plain.index(min(plain))]),
-        ("chosen behind the repair", spans[repaired.index(min(repaired))]),
+    blocks = len(subject.anatomy.blocks)
+    alone = kind != "block"
+    starts = range(blocks) if alone else range(1, blocks - count)
+    candidates = [
+        frozenset({Unit(start, kind)}) if alone else frozenset(Span(start, start + count).units) for start in starts
     ]
+    with closing(Ablator(subject.anatomy, judge.judged, "nll")) as ablator:
+        plain = ablator.losses(candidates)
+    start = time.perf_counter()
+    repaired = judge.losses(candidates)
+    what = f"{blocks} {kind}" if alone else f"{len(candidates)} spans of {count} blocks"
+    print(f"# {what}: loss as cut, and behind {recipe}", flush=True)
+    for first, before, after in zip(starts, plain, repaired, strict=True):
+        print(f"#   {first if alone else f'[{first}, {first + count})'}  {before:.4f}  {after:.4f}", flush=True)
+    print(f"# {judge.spent.tokens:,} tokens read, {time.perf_counter() - start:.0f} s", flush=True)
+    plans = []
+    for how, losses in (("chosen as cut", plain), ("chosen behind the repair", repaired)):
+        ranked = sorted(range(len(candidates)), key=losses.__getitem__)
+        chosen = frozenset[Unit]().union(*(candidates[index] for index in ranked[: count if alone else 1]))
+        plans.append((how, ",".join(map(str, sorted(chosen)))))
+    return plans
 
 
 def main() -> None:
@@ -120,7 +126,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--choose", type=int, metavar="BLOCKS", help="compare spans chosen without and with the repair")
+    parser.add_argument(
+        "--choose", type=int, metavar="COUNT", help="compare what is chosen without and with the repair"
+    )
+    parser.add_argument("--units", default="block", choices=KINDS, help="what --choose chooses")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     subject = open_subject(asked.model, dtype=asked.dtype)
@@ -152,10 +161,9 @@ def main() -> None:
     if asked.choose:
         recipe = (asked.recovery or ["refit"])[0]
         asked.plan = []
-        for how, removed in choose(subject, text, asked.choose, recipe.partition(":")[0]):
-            first = min(unit.index for unit in removed)
-            print(f"# {how}: [{first}, {first + asked.choose})")
-            asked.plan.append(f"block.{first}-{first + asked.choose - 1}")
+        for how, plan in choose(subject, text, asked.choose, asked.units, recipe.partition(":")[0]):
+            print(f"# {how}: {plan}")
+            asked.plan.append(plan)
     for plan in asked.plan or PLANS:
         removed = removed_by(plan)
         broken = measure(cut(subject.anatomy, removed))
