@@ -22,7 +22,7 @@ from transformers.utils import logging
 from shallower import progress
 from shallower.checkpoint import cache, demo_files, dtype, gguf, shards
 from shallower.checkpoint.architecture import require_decoder
-from shallower.checkpoint.fingerprint import fingerprint, identity
+from shallower.checkpoint.fingerprint import checksum, fingerprint, identity
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.locate import locate
 from shallower.errors import CorpusError, ModelError, OutputError, UnknownName
@@ -373,6 +373,41 @@ def test_fingerprint_tells_models_apart() -> None:
         empty = tiny()
     with pytest.raises(ModelError, match="not in memory"):
         fingerprint(empty)
+
+
+def test_a_checksum_sees_every_bit_and_where_it_is() -> None:
+    model = tiny(tied=False)
+    model.register_buffer("table", torch.arange(20_000, dtype=torch.int16))
+    expected = checksum(model)
+    again = tiny(tied=False)
+    again.register_buffer("table", torch.arange(20_000, dtype=torch.int16))
+    assert re.fullmatch("sha256:[0-9a-f]{64}", expected)
+    assert checksum(again) == expected
+    for first, second in ((0, 4), (1, 9_999), (0, 4_096), (4_096, 8_192), (18_000, 19_998)):
+        table = model.get_buffer("table")
+        table[first], table[second] = int(table[second]), int(table[first])
+        assert checksum(model) != expected
+        table[first], table[second] = int(table[second]), int(table[first])
+    for parameter in model.parameters():
+        with torch.no_grad():
+            place, original = parameter.view(-1)[-2:-1], float(parameter.view(-1)[-2])
+            place.copy_(torch.nextafter(place, torch.tensor(9.0)))
+            assert checksum(model) != expected
+            place.fill_(original)
+    assert checksum(model) == expected
+    assert checksum(model.bfloat16()) != expected
+    with torch.device("meta"):
+        empty = tiny()
+    with pytest.raises(ModelError, match="not in memory"):
+        checksum(empty)
+
+
+def test_a_checksum_does_not_depend_on_where_in_memory_a_weight_begins() -> None:
+    model, moved = tiny(), tiny()
+    expected = checksum(model)
+    for parameter in moved.parameters():
+        parameter.data = torch.cat([torch.zeros(1), parameter.detach().view(-1)])[1:].view(parameter.shape)
+    assert checksum(moved) == expected
 
 
 # --- GGUF

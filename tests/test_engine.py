@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from shallower import progress, registry
 from shallower.anatomy import dissect
 from shallower.budget import Budget, Limit
-from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.fingerprint import checksum
+from shallower.checkpoint.load import load_model
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, prove
 from shallower.engine.memo import Memo, beside_weights
@@ -144,7 +145,7 @@ def test_blocks_that_share_more_than_one_stream_are_refused(monkeypatch):
 def _search_until_killed(path):
     anatomy = dissect(tiny_model("llama"))
     text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
-    ablator = Ablator(anatomy, text, memo=Memo(path), fingerprint="f")
+    ablator = Ablator(anatomy, text, memo=Memo(path))
     ablator.losses([frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)])
 
 
@@ -162,7 +163,7 @@ def test_memo_survives_a_kill(tmp_path):
     anatomy = dissect(tiny_model("llama"))
     text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
     candidates = [frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)]
-    resumed = Ablator(anatomy, text, memo=Memo(path), fingerprint="f")
+    resumed = Ablator(anatomy, text, memo=Memo(path))
     assert resumed.losses(candidates) == pytest.approx(Ablator(anatomy, text).losses(candidates), abs=1e-6)
     assert resumed.spent.recalled == kept
 
@@ -196,22 +197,43 @@ def test_two_processes_write_one_memo(tmp_path):
     }
 
 
-def test_memo_is_kept_apart_by_model_text_and_objective(tmp_path):
+def test_memo_is_kept_apart_by_text_and_objective(tmp_path):
     anatomy = dissect(tiny_model("llama"))
     text = sample_text(anatomy.model)
     path = tmp_path / "memo.sqlite"
-    Ablator(anatomy, text, memo=Memo(path), fingerprint="a").losses([frozenset()])
+    Ablator(anatomy, text, memo=Memo(path)).losses([frozenset()])
     for other in (
-        Ablator(anatomy, text, memo=Memo(path), fingerprint="b"),
-        Ablator(anatomy, text, "kl", memo=Memo(path), fingerprint="a"),
-        Ablator(anatomy, text.subset([0, 1]), memo=Memo(path), fingerprint="a"),
+        Ablator(anatomy, text, "kl", memo=Memo(path)),
+        Ablator(anatomy, text.subset([0, 1]), memo=Memo(path)),
     ):
         other.losses([frozenset()])
         assert other.spent.recalled == 0
-    same = Ablator(anatomy, text, memo=Memo(path), fingerprint="a")
+    same = Ablator(anatomy, text, memo=Memo(path))
     same.losses([frozenset()])
     assert same.spent.recalled
     assert not same.spent.tokens
+
+
+def test_memo_is_kept_apart_by_how_weights_were_stored(tmp_path):
+    model = tiny_model("llama")
+    text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")
+    Ablator(dissect(model), text, memo=memo).losses([frozenset()])
+    copy.deepcopy(model).bfloat16().save_pretrained(tmp_path / "rounded")
+    rounded = load_model(str(tmp_path / "rounded"), dtype="float32", device="cpu").model
+    asked = Ablator(dissect(rounded), text, memo=memo)
+    assert asked.losses([frozenset()]) == Ablator(dissect(rounded), text).losses([frozenset()])
+    assert not asked.spent.recalled
+
+
+def test_memo_is_kept_apart_by_a_single_neuron(tmp_path):
+    model = tiny_model("llama")
+    text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")
+    Ablator(dissect(model), text, memo=memo).losses([frozenset()])
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[:, 5] = 0
+    asked = Ablator(dissect(model), text, memo=memo)
+    assert asked.losses([frozenset()]) == Ablator(dissect(model), text).losses([frozenset()])
+    assert not asked.spent.recalled
 
 
 @pytest.mark.parametrize(
@@ -232,8 +254,8 @@ def test_memo_is_kept_apart_by_what_the_config_says(family, change, tmp_path):
     other.load_state_dict(model.state_dict())
     text = sample_text(model, length=48)
     memo = Memo(tmp_path / "memo.sqlite")
-    Ablator(dissect(model), text, memo=memo, fingerprint=fingerprint(model)).losses([frozenset()])
-    asked = Ablator(dissect(other), text, memo=memo, fingerprint=fingerprint(other))
+    Ablator(dissect(model), text, memo=memo).losses([frozenset()])
+    asked = Ablator(dissect(other), text, memo=memo)
     assert asked.losses([frozenset()]) == Ablator(dissect(other), text).losses([frozenset()])
     assert not asked.spent.recalled
 
@@ -241,10 +263,10 @@ def test_memo_is_kept_apart_by_what_the_config_says(family, change, tmp_path):
 def test_memo_is_kept_apart_by_persistent_buffers(tmp_path):
     model = tiny_model("deepseek_v3")
     text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")
-    Ablator(dissect(model), text, memo=memo, fingerprint="f").losses([frozenset()])
+    Ablator(dissect(model), text, memo=memo).losses([frozenset()])
     bias = model.get_buffer("model.layers.3.mlp.gate.e_score_correction_bias")
     bias += torch.linspace(-1, 1, len(bias))
-    asked = Ablator(dissect(model), text, memo=memo, fingerprint="f")
+    asked = Ablator(dissect(model), text, memo=memo)
     asked.losses([frozenset()])
     assert not asked.spent.recalled
 
@@ -254,12 +276,14 @@ def test_memo_is_shared_wherever_a_model_is_loaded_from(family, tmp_path):
     model = tiny_model(family)
     for place in ("here", "there"):
         model.save_pretrained(tmp_path / place)
-    digests = [beside_weights(AutoModelForCausalLM.from_pretrained(tmp_path / place)) for place in ("here", "there")]
+    loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / place) for place in ("here", "there")]
+    digests = [f"{beside_weights(one)} {checksum(one)}" for one in loaded]
     code = "import sys; from transformers import AutoModelForCausalLM as M; from shallower.engine.memo import *; "
-    code += "print(beside_weights(M.from_pretrained(sys.argv[1], dtype='bfloat16').float()))"
+    code += "from shallower.checkpoint.fingerprint import checksum; m = M.from_pretrained(sys.argv[1]); "
+    code += "print(beside_weights(m), checksum(m))"
     elsewhere = [sys.executable, "-c", code, str(tmp_path / "here")]
     digests.append(subprocess.run(elsewhere, check=True, capture_output=True, text=True).stdout.strip())
-    assert set(digests) == {beside_weights(model)}
+    assert set(digests) == {f"{beside_weights(model)} {checksum(model)}"}
 
 
 OBJECTIVE = """
@@ -292,7 +316,7 @@ def test_an_edited_objective_is_measured_anew(changed, typed, tmp_path, monkeypa
         namespace = {"torch": torch, "__name__": "mine"}
         exec(compile(source, "<stdin>" if typed else str(file), "exec"), namespace)
         registry.objective("mine")(namespace["mine"])
-        ablator = Ablator(anatomy, text, "mine", memo=memo, fingerprint="f")
+        ablator = Ablator(anatomy, text, "mine", memo=memo)
         found += ablator.losses([frozenset()])
         recalled.append(ablator.spent.recalled > 0)
     assert recalled == [False, True, False]
@@ -305,14 +329,14 @@ def test_with_kl_comes_nll(family, tmp_path):
     text = sample_text(anatomy.model)
     candidates = [frozenset(), *(frozenset({unit}) for unit in anatomy.units)]
     memo = Memo(tmp_path / "memo.sqlite")
-    kl = Ablator(anatomy, text, "kl", memo=memo, fingerprint="f").losses(candidates)
+    kl = Ablator(anatomy, text, "kl", memo=memo).losses(candidates)
     assert kl == pytest.approx(Ablator(anatomy, text, "kl").losses(candidates), abs=1e-6)
-    nll = Ablator(anatomy, text, memo=memo, fingerprint="f")
+    nll = Ablator(anatomy, text, memo=memo)
     assert nll.losses(candidates) == pytest.approx(Ablator(anatomy, text).losses(candidates), abs=1e-6)
     assert nll.spent.tokens == 0
-    warm = Ablator(anatomy, text, "kl", {"temperature": 2.0}, memo=Memo(tmp_path / "warm.sqlite"), fingerprint="f")
+    warm = Ablator(anatomy, text, "kl", {"temperature": 2.0}, memo=Memo(tmp_path / "warm.sqlite"))
     warm.losses(candidates)  # its logits are not those of nll
-    other = Ablator(anatomy, text, memo=Memo(tmp_path / "warm.sqlite"), fingerprint="f")
+    other = Ablator(anatomy, text, memo=Memo(tmp_path / "warm.sqlite"))
     other.losses(candidates)
     assert other.spent.recalled == 0
 

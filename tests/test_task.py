@@ -185,14 +185,14 @@ def test_memo_knows_set_and_options(tmp_path: Path, path: str) -> None:
     changed = build_choices(_jsonl(tmp_path / "questions.jsonl", other), tiny_tokenizer(), questions=6)
     assert torch.equal(text.input_ids, changed.input_ids)  # the same text with other answers
     memo = tmp_path / "memo.sqlite"
-    first = Ablator(anatomy, text, "task", memo=Memo(memo), fingerprint="a").losses([frozenset()])
-    again = Ablator(anatomy, text, "task", memo=Memo(memo), fingerprint="a")
+    first = Ablator(anatomy, text, "task", memo=Memo(memo)).losses([frozenset()])
+    again = Ablator(anatomy, text, "task", memo=Memo(memo))
     assert again.losses([frozenset()]) == first
     assert again.spent.tokens == 0
     for different in (
-        Ablator(anatomy, changed, "task", memo=Memo(memo), fingerprint="a"),
-        Ablator(anatomy, text, "task", {"of": "accuracy"}, memo=Memo(memo), fingerprint="a"),
-        Ablator(anatomy, text, "nll", memo=Memo(memo), fingerprint="a"),
+        Ablator(anatomy, changed, "task", memo=Memo(memo)),
+        Ablator(anatomy, text, "task", {"of": "accuracy"}, memo=Memo(memo)),
+        Ablator(anatomy, text, "nll", memo=Memo(memo)),
     ):
         assert different.losses([frozenset()]) != first
         assert different.spent.recalled == 0

@@ -103,12 +103,10 @@ def test_an_objective_that_only_this_process_knows_comes_along(
     monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
     registry.objective("a-double")(doubled)  # the first by name of those that come along
     anatomy, text, memo = dissect(tiny_model("llama")), long_text(1), Memo(tmp_path / "memo.sqlite")
-    with closing(
-        Ablator(anatomy, text, "kl", memo=memo, fingerprint="f", workers=lambda own: RayWorkers(own, 1))
-    ) as far:
+    with closing(Ablator(anatomy, text, "kl", memo=memo, workers=lambda own: RayWorkers(own, 1))) as far:
         far.losses([frozenset()])
     for name in ("a-double", "nll"):
-        recalling = Ablator(anatomy, text, name, memo=memo, fingerprint="f")
+        recalling = Ablator(anatomy, text, name, memo=memo)
         assert recalling.losses([frozenset()]) == Ablator(anatomy, text, name).losses([frozenset()])
         assert recalling.spent.recalled == 1
 
@@ -130,7 +128,7 @@ class _Forgetful:
 
 def test_results_that_do_not_match_what_was_asked_are_not_remembered(tmp_path: Path) -> None:
     memo = Memo(tmp_path / "memo.sqlite")
-    far = Ablator(dissect(tiny_model("llama")), long_text(1), "kl", memo=memo, fingerprint="f", workers=_Forgetful)
+    far = Ablator(dissect(tiny_model("llama")), long_text(1), "kl", memo=memo, workers=_Forgetful)
     with pytest.raises(UserError, match=r"another shape \(rows: 1, asked for: 2\); install the same version"):
         far.losses([frozenset()])
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
+from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
@@ -76,13 +77,13 @@ class Ablator:
         *,
         racing: Racing | None = None,
         memo: Memo | None = None,
-        fingerprint: str = "",
         memory: int | None = None,
         order: Order | None = None,
         threads: int | None = None,
         workers: Callable[[Evaluator], Workers] | None = None,
     ) -> None:
-        """Prepare to measure `objective`. racing: None evaluates exactly. `memo` needs the model's `fingerprint`.
+        """Prepare to measure `objective`. racing: None evaluates exactly. memo: knows the model by its weights, which
+        are read for that once, so change none while this is in use.
 
         memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
         order: how the tree is walked, by default what is faster on the device. threads: how many measure, by default
@@ -129,7 +130,7 @@ class Ablator:
         self._contexts: list[str] = []
         if memo is not None:
             same = {
-                "fingerprint": fingerprint,
+                "weights": checksum(anatomy.model),  # a fingerprint takes models for one that differ in single weights
                 "beside_weights": beside_weights(anatomy.model),
                 "calibration": calibration.digest,
                 "sequences_a_batch": sequences,

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from shallower.store import Store
@@ -40,16 +39,10 @@ def context_key(parts: Mapping[str, Any]) -> str:
 
 
 def beside_weights(model: PreTrainedModel) -> str:
-    """Digest of what a model computes with besides its weights: its config, but for names, places, number formats and
-    versions, and what it keeps in persistent buffers. The same in every process and for every place it is loaded from.
+    """Digest of what a model computes with besides its weights and buffers (see `checksum`): its config, but for names,
+    places, number formats and versions. The same in every process and for every place it is loaded from.
     """
-    digest = hashlib.sha256(json.dumps(_plain(model.config.to_dict()), sort_keys=True).encode())
-    for where, module in sorted(model.named_modules(), key=lambda item: item[0]):
-        for name, buffer in sorted(module.named_buffers(recurse=False)):
-            if name not in module._non_persistent_buffers_set:
-                digest.update(f"\n{where}.{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
-                digest.update(_bytes(buffer))
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(_plain(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -63,12 +56,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     return str(value) if isinstance(value, torch.dtype) else type(value).__qualname__  # not where it is in memory
-
-
-def _bytes(buffer: Tensor) -> bytes:
-    if buffer.is_meta:
-        return b""
-    return buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class Memo:

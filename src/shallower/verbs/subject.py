@@ -211,7 +211,6 @@ def make_ablator(
         options,
         racing=racing,
         memo=Memo(cache_root() / "measured.sqlite"),
-        fingerprint=subject.identity.fingerprint,
         memory=limit,
         workers=crew,
     )
