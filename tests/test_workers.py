@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from shallower.anatomy import dissect
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.cli import main
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, ray_workers
+from shallower.engine import Ablator, ray_workers, workers
 from shallower.engine.evaluator import Evaluator, Job, Measured
 from shallower.engine.memo import Memo
 from shallower.engine.ray_session import connect
@@ -166,6 +167,52 @@ def test_workers_that_die_again_and_again_are_an_error(ray: Any, monkeypatch: py
         pytest.raises(UserError, match="every worker died 1 times in a row"),
     ):
         list(crew.run([Job(0, ("......",))], lambda: None))
+
+
+@pytest.mark.parametrize("name", ["OutOfMemoryError", "NodeDiedError", "ObjectLostError", "RayActorError"])
+def test_a_worker_lost_in_whatever_way_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("ray").exceptions
+    lost = getattr(exceptions, name)
+    error = lost("00", None, "") if name == "ObjectLostError" else lost("00")
+
+    def get(reference: str) -> bool:
+        if reference == "dead":
+            raise error
+        raise exceptions.RayTaskError("measure", "traceback", UserError("no such unit"))
+
+    started = []
+    monkeypatch.setattr(RayWorkers, "_start", lambda self, place: started.append(place))
+    evaluator = Evaluator(
+        dissect(tiny_model("llama")), [], registry.objective.get("nll"), {}, states=States(0), memory=0
+    )
+    crew = RayWorkers(evaluator, 1)
+    crew.__dict__["_session"] = SimpleNamespace(ray=SimpleNamespace(exceptions=exceptions, get=get))
+    place = ray_workers._Place(actor="actor", waiting="dead", ready=True, job=Job(0, ("......",)))
+    assert crew._receive(place) is None
+    assert started == [place]
+    assert [job.number for job in place.queue] == [0]
+    place.waiting = "raised"
+    with pytest.raises(UserError, match="no such unit"):  # what the worker raised is not a loss
+        crew._receive(place)
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 500\ninactive_file 300\n"}, 400),
+        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 500\n"}, 100),
+        ({"memory.max": "max\n", "memory.current": "900\n", "memory.stat": "inactive_file 300\n"}, 5000),
+        ({}, 5000),
+    ],
+)
+def test_files_that_a_container_has_read_take_no_memory(
+    files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(workers, "CGROUP", tmp_path)
+    monkeypatch.setattr(workers, "_available", lambda: 5000)
+    assert workers.free_memory(torch.device("cpu")) == free
 
 
 def test_jobs_go_to_the_home_of_their_batch() -> None:

@@ -288,11 +288,11 @@ class RayWorkers:
         reference, place.waiting = place.waiting, None
         try:
             answer = self._session.ray.get(reference)
-        except exceptions.RayActorError as error:
+        except exceptions.RayTaskError as error:  # what the worker itself raised
+            raise error.cause from error
+        except exceptions.RayError as error:  # it died, was killed for its memory, or its machine or result is gone
             self._bury(place, error)
             return None
-        except exceptions.RayTaskError as error:
-            raise error.cause from error
         if isinstance(answer, Measured):
             job, place.job, place.deaths = place.job, None, 0
             return answer if job is not None else None

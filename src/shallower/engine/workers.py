@@ -20,6 +20,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.engine.evaluator import Evaluator, Job, Measured, shares
 
 SHARE_OF_FREE_MEMORY = 0.25  # for what the engine keeps besides the model, unless told
+CGROUP = Path("/sys/fs/cgroup")
 MOST_THREADS = 8  # beyond this Python itself, of which one thread runs at a time, holds them up
 
 
@@ -116,9 +117,12 @@ def _available() -> int:
 
 
 def _allowed() -> int:
-    """What a container's limit (cgroup version 2) leaves."""
-    group = Path("/sys/fs/cgroup")
+    """What a container's limit (cgroup version 2) leaves. Pages of files that were not read lately count as free: they
+    make way.
+    """
     try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such limit
         return sys.maxsize
+    return limit - used + int(held.get("inactive_file", 0))
