@@ -25,6 +25,7 @@ from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, prove
+from shallower.engine.evaluator import Evaluator
 from shallower.engine.memo import Memo, beside_weights
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import States
@@ -147,6 +148,17 @@ def _search_until_killed(path):
     text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
     ablator = Ablator(anatomy, text, memo=Memo(path))
     ablator.losses([frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)])
+
+
+def test_groups_on_a_processor_are_of_their_batch():
+    anatomy = dissect(tiny_model("llama"))
+    text = CalibrationSet("x", torch.randint(3, 120, (9, 128)), None, ())
+    batches = [*text.subset(range(8)).batches(8), *text.subset([8]).batches(1)]
+    nll = registry.objective.get("nll")
+    evaluator = Evaluator(anatomy, batches, nll, {}, states=States(0), memory=0)
+    prefixes = [f"{number}" for number in range(16)]
+    for number, expected in ((1, [8, 8]), (0, [1] * 16), (1, [8, 8])):
+        assert [len(group) for group in evaluator._grouped(number, prefixes)] == expected
 
 
 def test_memo_survives_a_kill(tmp_path):
@@ -361,6 +373,22 @@ def test_a_memo_that_is_damaged_while_it_is_written_is_set_aside(tmp_path):
     memo.write("context", [("route 0", 0, np.ones(2))])
     assert {route: values.tolist() for (route, _), values in memo.read("context").items()} == {"route 0": [1, 1]}
     assert path.with_suffix(".damaged").exists()
+
+
+def test_processes_that_meet_a_damaged_memo_go_on_in_one_new_file(tmp_path):
+    path = tmp_path / "memo.sqlite"
+    memo = Memo(path)
+    memo.write("context", [(f"route {number}", 0, np.zeros(64)) for number in range(500)])
+    memo.close()
+    first, second = Memo(path), Memo(path)
+    pages = bytearray(path.read_bytes())
+    pages[4096:] = b"\xff" * (len(pages) - 4096)
+    path.write_bytes(pages)
+    first.write("context", [("first", 0, np.ones(2))])
+    second.write("context", [("second", 0, np.ones(2))])
+    first.write("context", [("third", 0, np.ones(2))])
+    assert {route for route, _ in Memo(path).read("context")} == {"first", "second", "third"}
+    assert path.with_suffix(".damaged").read_bytes()[4096:] == bytes(pages[4096:])
 
 
 def test_a_new_memo_waits_while_another_process_makes_it(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,13 @@ class Store:
             self._connection.executemany(statement, rows)
 
     def _open(self) -> None:
-        self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+        while True:  # until it is certain which file was opened, though another process may set one aside
+            before = _inode(self.path)
+            self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            self._inode = _inode(self.path)
+            if before in (None, self._inode):
+                break
+            self._connection.close()
         self._write_ahead()
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute(self._schema)
@@ -87,9 +93,12 @@ class Store:
                 time.sleep(0.01)
 
     def _set_aside(self) -> None:
-        self.path.replace(self.path.with_suffix(".damaged"))
-        for companion in ("-wal", "-shm"):
-            Path(f"{self.path}{companion}").unlink(missing_ok=True)
+        """Begin anew; with the new file of another process where that met the damage first."""
+        if _inode(self.path) == self._inode:
+            for companion in ("-wal", "-shm"):
+                Path(f"{self.path}{companion}").unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # the other process did it just now
+                self.path.replace(self.path.with_suffix(".damaged"))
         self._open()
 
     @contextmanager
@@ -101,6 +110,15 @@ class Store:
                 f"cannot keep {self._what} in {self.path}: {error}. Free some room there, or set SHALLOWER_CACHE to a "
                 "folder on another disk."
             ) from error
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """What tells the file from another of its name; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:

@@ -222,8 +222,12 @@ class Evaluator:
             yield route, waiting[route]
 
     def _grouped(self, number: int, prefixes: list[str]) -> Iterator[list[str]]:
-        """Split into groups of the measured size, the rest into smaller powers of two."""
-        size = self._group or self._measure_group(number)
+        """Split into groups of the best size, the rest into smaller ones, each half as large."""
+        entry = self._trace(number).entry
+        if entry.device.type == "cpu":  # batches of questions differ in size
+            size = max(1, TOKENS_TOGETHER // (entry.shape[0] * entry.shape[1]))
+        else:
+            size = self._group or self._measure_group(number)
         start = 0
         while start < len(prefixes):
             while size > len(prefixes) - start:
@@ -238,11 +242,8 @@ class Evaluator:
         return [part.clone() for part in stacked.chunk(len(states))]  # else one that is kept keeps all of them
 
     def _measure_group(self, number: int) -> int:
-        """How many states are best run together on this device: seconds a state of a block in the middle."""
+        """How many states are best run together on an accelerator: seconds a state of a block in the middle."""
         entry = self._trace(number).entry
-        if entry.device.type == "cpu":
-            self._group = max(1, TOKENS_TOGETHER // (entry.shape[0] * entry.shape[1]))
-            return self._group
         best, self._group = float("inf"), 1
         for size in GROUPS:
             if size > 1 and 4 * size * entry.nbytes > self.memory:
