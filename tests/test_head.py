@@ -9,7 +9,7 @@ from torch import nn
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing
-from shallower.engine.head import WORDS, Head
+from shallower.engine.head import WORDS, Head, Reduced, _pieces
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model
 from shallower.units import Unit
@@ -63,6 +63,46 @@ def test_candidates_scored_together_agree_with_candidates_alone():
     both = head.reduce(torch.cat([rows, rows]), targets.repeat(2))
     for part in both.log_normalizer.chunk(2):
         assert torch.allclose(part, alone.log_normalizer, atol=2e-6)
+
+
+@pytest.mark.parametrize("most", [7, 20, 45])  # a part of a candidate, one, and two
+@pytest.mark.parametrize("compared", [False, True])
+@torch.no_grad()
+def test_pieces_of_rows_give_what_all_rows_give(most, compared):
+    head = head_of(bias=True)
+    rows, targets = torch.randn(60, 16) * 5, torch.randint(0, VOCABULARY, (60,))
+    probabilities = torch.softmax(torch.randn(20, VOCABULARY), -1) if compared else None
+    expected = head.reduce(rows, targets, probabilities)
+    parts = list(_pieces(60, 20 if compared else 1, most))
+    assert max(len(rows[part]) for part, _ in parts) <= most
+    assert torch.cat([rows[part] for part, _ in parts]).equal(rows)
+    found = [
+        head.reduce(rows[part], targets[part], None if probabilities is None else probabilities[of_one])
+        for part, of_one in parts
+    ]
+    for name in ("log_normalizer", "target_logits", *(["mean_logit"] if compared else [])):
+        joined = torch.cat([getattr(piece, name) for piece in found])
+        assert torch.allclose(joined, getattr(expected, name), atol=1e-5)
+
+
+@pytest.mark.parametrize(("memory", "most"), [(1 << 40, 1_638), (50_000_000, 610), (0, 16)])
+def test_buffers_of_an_accelerator_are_bounded(monkeypatch, memory, most):
+    """8,192 words take 10 bytes each a row in bfloat16; a batch of 8,192 tokens would have 670 MB of them."""
+    asked = []
+
+    def reduced(self, rows, targets, probabilities, temperature):
+        asked.append(len(rows))
+        return Reduced(torch.arange(sum(asked) - len(rows), sum(asked)), torch.zeros(len(rows)), None)
+
+    monkeypatch.setattr(Head, "_reduce", reduced)
+    head = Head(nn.Linear(16, 49_152, bias=False))
+    rows = torch.empty(8_190, 16, dtype=torch.bfloat16, device="meta")
+    found = head.reduce(rows, torch.empty(8_190, dtype=torch.int64, device="meta"), memory=memory)
+    assert max(asked) == most
+    assert torch.equal(found.log_normalizer, torch.arange(8_190))
+    asked.clear()
+    head.reduce(torch.empty(8_190, 16), torch.zeros(8_190, dtype=torch.int64), memory=memory)
+    assert asked == [8_190]  # few words at a time on a processor
 
 
 @pytest.mark.parametrize("objective", ["nll", "kl", "js", "hidden-cosine"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,10 @@ WORDS_ELSEWHERE = 8192
 # time, which takes as long as the product itself (docs/decisions.md has the measurements).
 ROW_CHUNK_BYTES = 24 << 20
 ROW_CHUNK_BYTES_ELSEWHERE = 256 << 20
+# Three buffers of a chunk of words, for as many rows at a time as this holds. On a processor all rows go at once: there
+# are few, and fewer words.
+BUFFER_BYTES_ELSEWHERE = 128 << 20
+FEWEST_ROWS = 16  # however little memory there is
 LARGE_LOGIT = 1e3  # beyond it the difference of a logit and its log_softmax has lost digits
 LOWEST = torch.finfo(torch.float32).min  # for a logit of minus infinity, whose product with a probability of 0 is NaN
 
@@ -63,17 +67,51 @@ class Head:
         return int(self.output.weight.shape[0])
 
     def reduce(
-        self, rows: Tensor, targets: Tensor, probabilities: Tensor | None = None, temperature: float = 1.0
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        probabilities: Tensor | None = None,
+        temperature: float = 1.0,
+        *,
+        memory: int = BUFFER_BYTES_ELSEWHERE,
     ) -> Reduced:
         """Normalizer, target logit and mean logit of logits / temperature, from chunks of the vocabulary.
 
         rows: the output embedding's input [rows, hidden], of one or several candidates. targets: int64 [rows].
-        probabilities: float32 [rows of one candidate, vocabulary].
+        probabilities: float32 [rows of one candidate, vocabulary]. memory: bytes for buffers on an accelerator.
         """
+        most = len(rows) if rows.device.type == "cpu" else self._rows_at_once(rows, memory)
+        if most >= len(rows):
+            return self._reduce(rows, targets, probabilities, temperature)
+        each = 1 if probabilities is None else len(probabilities)
+        pieces = [
+            self._reduce(
+                rows[part], targets[part], None if probabilities is None else probabilities[of_one], temperature
+            )
+            for part, of_one in _pieces(len(rows), each, most)
+        ]
+        means = [piece.mean_logit for piece in pieces if piece.mean_logit is not None]
+        return Reduced(
+            torch.cat([piece.log_normalizer for piece in pieces]),
+            torch.cat([piece.target_logits for piece in pieces]),
+            torch.cat(means) if means else None,
+        )
+
+    def _chunk(self, device: torch.device) -> int:
+        """Words at a time."""
+        return min(self.words, WORDS if device.type == "cpu" else WORDS_ELSEWHERE)
+
+    def _rows_at_once(self, rows: Tensor, memory: int) -> int:
+        """Rows whose buffers fit an accelerator's share."""
+        bytes_a_row = self._chunk(rows.device) * (rows.element_size() + 2 * torch.float32.itemsize)
+        return max(FEWEST_ROWS, min(memory, BUFFER_BYTES_ELSEWHERE) // bytes_a_row)
+
+    def _reduce(self, rows: Tensor, targets: Tensor, probabilities: Tensor | None, temperature: float) -> Reduced:
+        """`reduce`, in buffers for all rows."""
         assert type(self.output) is nn.Linear
         weight, bias = self.output.weight, self.output.bias
         count, vocabulary = len(rows), len(weight)
-        size = min(vocabulary, WORDS if rows.device.type == "cpu" else WORDS_ELSEWHERE)
+        size = self._chunk(rows.device)
         product = torch.empty(count, size, dtype=rows.dtype, device=rows.device)
         logits = torch.empty(count, size, dtype=torch.float32, device=rows.device)
         scratch = torch.empty_like(logits)
@@ -112,6 +150,20 @@ class Head:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+
+def _pieces(count: int, each: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Divide `count` rows, `each` of which are of one candidate, into pieces of at most `most`: whole candidates where
+    one fits, else parts of one. With each piece comes which rows of a candidate those are.
+    """
+    if most >= each:
+        step = most // each * each
+        yield from ((slice(start, start + step), slice(0, each)) for start in range(0, count, step))
+        return
+    for first in range(0, count, each):
+        for start in range(0, each, most):
+            stop = min(start + most, each)
+            yield slice(first + start, first + stop), slice(start, stop)
 
 
 def _mean(logits: Tensor, probabilities: Tensor, scratch: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class Scorer:
         rows = self._head_rows(*hiddens)
         targets = self.targets.repeat(len(hiddens)).to(rows.device)
         if "dense_mean_logit" not in self.asked:
-            reduced = self.head.reduce(rows, targets, None, temperature)
+            reduced = self.head.reduce(rows, targets, None, temperature, memory=self._memory)
             values = self._values(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
             return values.chunk(len(hiddens), dim=1)
         parts = []
@@ -177,7 +177,7 @@ class Scorer:
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             probabilities, entropy = self._dense_distribution(part, temperature)
-            reduced = self.head.reduce(rows[part], targets[part], probabilities, temperature)
+            reduced = self.head.reduce(rows[part], targets[part], probabilities, temperature, memory=self._memory)
             parts.append(
                 self._values(
                     log_normalizer=reduced.log_normalizer,
