@@ -544,9 +544,9 @@ def test_options_go_to_every_metric_that_has_them(llama: PreTrainedModel) -> Non
     sheet = score_many(llama, "cosine,magnitude,relative-l1", calibration=text, settings=settings, positions="last")
     options = {scores.metric: scores.made_by.options for scores in sheet.scores}
     assert options == {
-        "cosine": {"positions": "last"},
-        "magnitude": {"p": 2},
-        "relative-l1": {"below": "before", "positions": "last"},
+        "cosine": {"positions": "last", "dtype": "float32"},
+        "magnitude": {"p": 2, "dtype": "float32"},
+        "relative-l1": {"below": "before", "positions": "last", "dtype": "float32"},
     }
 
 

@@ -262,6 +262,8 @@ def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
     alone = search(subject, "2", calibration=text, exact=True)
     plan = search(subject, "2", calibration=text, exact=True, ablator=shared)
     assert (plan.order, plan.dense) == (alone.order, alone.dense)
+    told = search(subject, "1", calibration=text, exact=False, ablator=shared).made_by.options
+    assert (told["exact"], told["dtype"]) == (True, "float32")  # this ablator runs no races
     spent = shared.spent.tokens
     assert search(subject, "1", calibration=text, exact=True, ablator=shared).order == plan.order[:1]
     assert shared.spent.tokens == spent  # all of it was measured before

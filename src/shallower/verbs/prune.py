@@ -322,7 +322,7 @@ def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[
     rows = stream_scores(subject.anatomy, text, statistics, units_of(subject, "block"))
     found = []
     for statistic, scored in zip(statistics, rows, strict=True):
-        options = {"positions": statistic.positions}
+        options = {"positions": statistic.positions, "dtype": subject.dtype}
         made_by = MadeBy(None, None, statistic.metric.name, options, seed, text.identity, __version__)
         found.append(Scores(subject.identity, statistic.metric.name, scored, made_by))
     return found[0], found[1]
@@ -383,10 +383,9 @@ def _side(
 
 
 def _setting(speed: Speed, subject: Subject) -> str:
-    dtype = str(subject.model.dtype).removeprefix("torch.")
     return (
-        f"prompt {speed.prompt}, generate {speed.generate}, batch {speed.batch}, {dtype}, {subject.model.device.type}, "
-        f"{plural(torch.get_num_threads(), 'thread')}; medians of alternating runs"
+        f"prompt {speed.prompt}, generate {speed.generate}, batch {speed.batch}, {subject.dtype}, "
+        f"{subject.model.device.type}, {plural(torch.get_num_threads(), 'thread')}; medians of alternating runs"
     )
 
 

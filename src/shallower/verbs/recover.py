@@ -430,7 +430,7 @@ def _student(
         plan.require_for(dense.identity)
         folder = student.loaded.path
         stored = None if folder is None else stored_dtype(folder)
-        if stored in (None, _dtype(student)):
+        if stored in (None, student.dtype):
             return student, lambda: None
         wanted = {**options, "device": "cpu", "dtype": stored}
         name = dense.model if dense.loaded.path is None else dense.loaded.path
@@ -451,14 +451,10 @@ def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTra
     if folder is None:
         return None
     stored = stored_dtype(folder)
-    if stored in (None, _dtype(dense)):
+    if stored in (None, dense.dtype):
         return None
     anatomy = open_subject(folder, device="cpu", dtype=stored).anatomy
     return anatomy, cut(anatomy, removed)
-
-
-def _dtype(subject: Subject) -> str:
-    return str(subject.model.dtype).removeprefix("torch.")
 
 
 def _require_kin(student: Subject, dense: Subject) -> None:

@@ -165,7 +165,7 @@ def score_many(
             None,
             objective if method in adaptive else None,
             method.name,
-            given[method.name],
+            {**given[method.name], "dtype": subject.dtype},
             seed,
             text.identity if text is not None and _reads_text(method) else None,
             __version__,

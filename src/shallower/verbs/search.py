@@ -165,7 +165,8 @@ def search(
         "units": units,
         "ordinary": ordinary,
         "protect": protect,
-        "exact": exact,
+        "exact": measuring.racing is None,
+        "dtype": subject.dtype,
     }
     if repair:
         options["repair"] = repair

@@ -47,6 +47,11 @@ class Subject:
     def model(self) -> PreTrainedModel:
         return self.loaded.model
 
+    @property
+    def dtype(self) -> str:
+        """The number format that the model computes in, such as `bfloat16`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     @cached_property
     def identity(self) -> ModelIdentity:
         blocks = len(self.anatomy.blocks)
@@ -226,6 +231,6 @@ def _checkpoint(subject: Subject) -> Checkpoint | None:
         loaded.name,
         loaded.revision,
         subject.identity.fingerprint,
-        str(model.dtype).removeprefix("torch."),
+        subject.dtype,
         type(model).__module__.startswith("transformers_modules"),  # code of the Hub that the user trusted here
     )
