@@ -222,7 +222,10 @@ def test_memo_is_kept_apart_by_text_and_objective(tmp_path):
         assert other.spent.recalled == 0
     same = Ablator(anatomy, text, memo=Memo(path))
     same.losses([frozenset()])
-    assert same.spent.recalled
+    recalled = same.spent.recalled
+    assert recalled
+    same.losses([frozenset()])
+    assert same.spent.recalled == recalled  # not from before, the second time
     assert not same.spent.tokens
 
 
@@ -572,3 +575,4 @@ def test_a_search_counts_what_its_metric_measured_and_measures_nothing_twice():
     assert plan.made_by.metric == "loss"
     [sentence] = told
     assert sentence.startswith(f"The search read {(singles + both) * text.input_ids.numel():,} tokens")
+    assert "remembered" not in sentence  # what this search itself measured before is not told

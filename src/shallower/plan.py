@@ -65,6 +65,9 @@ class PruningPlan:
 
     order: the units of `remove` in removal order with the objective after each; None where it was not measured.
     dense: the objective of the dense model, None where it was not measured.
+    spent: what a search just cost, else None. `tokens` were read (calibration tokens times candidate sets), where races
+    took part in place of the `exhaustive` ones that they would have read without dropping anyone; `recalled`
+    measurements were kept from before. No part of the plan or its file: the same search again costs less.
     """
 
     model: ModelIdentity
@@ -72,6 +75,7 @@ class PruningPlan:
     order: tuple[tuple[Unit, float | None], ...]
     dense: float | None
     made_by: MadeBy = field(repr=False)
+    spent: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_distinct(self.remove)
@@ -143,7 +147,8 @@ class PruningPlan:
                 f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
                 "Update shallower or make the plan again with `shallower search`."
             )
-        faults = key_faults(where, data, ("format", "model", "remove", "order", "dense", "made_by"))
+        required = ("format", "model", "remove", "order", "dense", "made_by")
+        faults = key_faults(where, data, required, ("spent",))  # `search --json` says it besides
         faults += provenance_faults(where, data)
         for key in ("remove", "order"):
             if not isinstance(data.get(key, []), list):

@@ -57,7 +57,12 @@ def search(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Choose what to remove, and show what each removal costs. Cuts nothing."""
+    """Choose what to remove, and show what each removal costs. Cuts nothing.
+
+    The answer of --json is the plan, and what the search cost: spent.tokens were read (calibration tokens times
+    candidate sets), spent.exhaustive is what its races would have read without dropping anyone, and spent.recalled
+    measurements were remembered from before.
+    """
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
     from shallower.verbs.search import require_possible, require_target
@@ -102,4 +107,4 @@ def search(
         show_plan(console, plan, parameters=parameters)
         print_written(console, out, "the plan", f"shallower prune {model} --plan {out} --out FOLDER")
 
-    return Answer(plan.to_json(), show)
+    return Answer({**plan.to_json(), "spent": plan.spent}, show)

@@ -48,8 +48,8 @@ class Spent:
     """What evaluation has cost so far.
 
     tokens: calibration tokens × candidates measured. block_tokens: tokens run through one block. recalled: measurements
-    of one candidate on one batch that the memo knew. exhaustive: tokens that races would have cost without dropping
-    anyone.
+    of one candidate on one batch that were asked for and that the memo had kept from before. exhaustive: tokens that
+    races would have cost without dropping anyone.
     """
 
     tokens: int = 0
@@ -144,6 +144,7 @@ class Ablator:
                 for method, own in each
             ]
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._contexts[0]) if memo else {}
+        self._kept_before = set(self._measured)  # less what was asked for since
 
     def close(self) -> None:
         """Let workers in other processes go; what was measured can still be asked for."""
@@ -262,9 +263,10 @@ class Ablator:
             missing = sorted(route for route in routes if (route, number) not in self._measured)
             pieces = (missing[at : at + ROUTES_A_JOB] for at in range(0, len(missing), ROUTES_A_JOB))
             jobs += [Job(number, tuple(piece)) for piece in pieces]
-        recalled = len(routes) * len(numbers) - sum(len(job.routes) for job in jobs)
-        self.spent.recalled += recalled
-        step(recalled)
+        recalled = {(route, number) for route in routes for number in numbers} & self._kept_before
+        self._kept_before -= recalled
+        self.spent.recalled += len(recalled)
+        step(len(routes) * len(numbers) - sum(len(job.routes) for job in jobs))
         for done in self._workers.run(jobs, step):
             number = done.job.number
             if self._memo is not None:  # also for searches by the objectives that came along

@@ -172,7 +172,12 @@ def search(
         options["repair"] = repair
     made_by = MadeBy(name, objective, ranked_by, options, seed, text.identity, __version__)
     return PruningPlan(
-        subject.identity, tuple(sorted(order)), tuple(zip(order, measured[1:], strict=True)), measured[0], made_by
+        subject.identity,
+        tuple(sorted(order)),
+        tuple(zip(order, measured[1:], strict=True)),
+        measured[0],
+        made_by,
+        {"tokens": spent.tokens, "exhaustive": spent.exhaustive, "recalled": spent.recalled},
     )
 
 
