@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint
 from scipy.optimize import milp as solve
 
-from shallower.budget import Budget
+from shallower.budget import TOLERANCE, Budget, Limit
 from shallower.errors import BudgetError
 from shallower.registry import search
 from shallower.units import Unit
@@ -50,7 +50,7 @@ def _cheapest(units: Sequence[Unit], values: Sequence[float], budget: Budget) ->
     missing = len(budget.limits) * len(units) if (value < 0).any() else 0  # else what needs not go only costs
     width = len(units) + missing
     constraints = [
-        LinearConstraint(_row(width, [limit.cost[unit] for unit in units]), lb=limit.least) for limit in budget.limits
+        LinearConstraint(_row(width, _scaled(limit, units)), lb=SCALE * (1 - TOLERANCE)) for limit in budget.limits
     ]
     for one, other in itertools.combinations(units, 2):
         if one.overlaps(other):
@@ -84,11 +84,16 @@ def _none_superfluous(units: Sequence[Unit], budget: Budget) -> list[LinearConst
         needed[place], needed[witnesses] = 1.0, -1.0
         constraints.append(LinearConstraint(needed, ub=0.0))  # the unit stays, or one of the budgets is the witness
         for limit, witness in zip(budget.limits, witnesses, strict=True):
-            others = _row(width, [limit.cost[unit] / limit.least * SCALE for unit in units])
+            others = _row(width, _scaled(limit, units))
             others[place] = 0.0
             others[witness] = most = others.sum()  # enough to lift the constraint where the variable is 0
             constraints.append(LinearConstraint(others, ub=SCALE - MARGIN + most))
     return constraints
+
+
+def _scaled(limit: Limit, units: Sequence[Unit]) -> list[float]:
+    """What each unit gives of what the limit asks for, which is `SCALE`."""
+    return [limit.cost[unit] / limit.least * SCALE for unit in units]
 
 
 def _row(width: int, values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
