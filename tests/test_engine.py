@@ -463,6 +463,15 @@ def test_a_candidate_that_overflows_leaves_the_race_alone():
     assert survivors(sums, np.ones(8, dtype=np.int64), 1, Racing(), 32).tolist() == [True, False, False, True]
 
 
+@pytest.mark.parametrize("overflow", [np.nan, np.inf])
+def test_equal_answers_prove_nothing_beside_a_candidate_that_overflows(overflow):
+    sums = np.ones((4, 5))  # all of them wrong, each time
+    sums[2, 3] = overflow
+    counts = np.ones(5, dtype=np.int64)
+    assert survivors(sums, counts, 1, Racing(), 32).tolist() == [True, True, False, True]
+    assert survivors(np.full((2, 5), overflow), counts, 1, Racing(), 32).tolist() == [True, True]
+
+
 def test_racing_gives_greedys_answer_for_fewer_tokens():
     anatomy = dissect(tiny_model("llama"))
     ids = torch.randint(3, 120, (64, 64), generator=torch.Generator().manual_seed(1))

@@ -224,8 +224,6 @@ class Ablator:
                 self._measure(running, range(measured, upto), step)
                 measured = upto
                 sums = np.stack([self._joined(route, measured) for route in running])
-                if self._questions is not None and np.isin(sums, (0, 1)).all():
-                    continue  # right or wrong: a few equal answers have no spread, which is not certainty
                 alive = survivors(sums, counts[: sums.shape[1]], keep, racing, len(counts))
                 step(int((~alive).sum()) * (total - measured))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]

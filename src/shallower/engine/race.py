@@ -55,11 +55,13 @@ def survivors(
     estimate, so each is drawn towards the median of all (a moderated t, as in the analysis of gene expression). What is
     asked is the mean over this set and no other, so only sequences not yet seen are uncertain (the finite population
     correction). The correction for many candidates counts those still running, and is repeated when some have gone
-    (Holm's step-down). The error is divided among the `looks` of the whole race.
+    (Holm's step-down). The error is divided among the `looks` of the whole race. Where each item is only right or wrong
+    nobody is dropped but who overflows.
     """
     alive = np.asarray(np.isfinite(sums).all(axis=1))  # an overflow is as bad as can be
     sequences = sums.shape[1]
-    if alive.sum() <= keep or sequences < FEWEST_SEQUENCES:
+    right_or_wrong = (counts == 1).all() and np.isin(sums[alive], (0, 1)).all()  # a few equal answers have no spread,
+    if alive.sum() <= keep or sequences < FEWEST_SEQUENCES or right_or_wrong:  # which is not certainty
         return alive if alive.sum() >= keep else np.ones(len(sums), dtype=bool)
     if not alive.all():
         alive[alive] = survivors(sums[alive], counts, keep, racing, whole)
