@@ -143,6 +143,22 @@ def test_blocks_that_share_more_than_one_stream_are_refused(monkeypatch):
         prove(anatomy)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float16, r"in float16: use --dtype float32 \(or bfloat16\)"),
+        (torch.bfloat16, r"in bfloat16: use --dtype float32\."),
+        (torch.float32, "in float32: its weights are damaged"),
+    ],
+)
+def test_a_model_that_overflows_is_not_called_unsupported(dtype, advice):
+    model = tiny_model("llama").to(dtype)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(ModelError, match=f"^this llama model gives no finite logits {advice}"):
+        prove(dissect(model))
+
+
 def _search_until_killed(path):
     anatomy = dissect(tiny_model("llama"))
     text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())

@@ -105,7 +105,7 @@ def trace(anatomy: Anatomy, batch: Batch) -> Trace:
 def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
     """Check that trace and replay give the model's own logits on a few tokens.
 
-    Raises ModelError with the difference seen when they do not.
+    Raises ModelError with the difference seen when they do not, and when the model overflows in its number format.
     """
     if batch is None:
         batch = Batch(probe_ids(anatomy.model, 2), None)
@@ -114,6 +114,7 @@ def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
         batch = Batch(batch.input_ids[:2, :32], None if mask is None else mask[:2, :32])
     with torch.no_grad():
         expected = _forward(anatomy, batch).logits.float()
+        _require_finite(anatomy, expected)
         replay = trace(anatomy, batch)
         hidden = replay.entry
         for block in anatomy.blocks:
@@ -128,6 +129,17 @@ def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
             "residual "
             "stream. Please report the family."
         )
+
+
+def _require_finite(anatomy: Anatomy, logits: Tensor) -> None:
+    if bool(logits.isfinite().all()):
+        return
+    dtype = str(anatomy.model.dtype).removeprefix("torch.")
+    wider = {"float16": "use --dtype float32 (or bfloat16)", "bfloat16": "use --dtype float32"}
+    raise ModelError(
+        f"this {anatomy.family} model gives no finite logits in {dtype}: "
+        f"{wider.get(dtype, 'its weights are damaged, so load it from an undamaged checkpoint')}."
+    )
 
 
 def _forward(anatomy: Anatomy, batch: Batch) -> Any:
