@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -789,6 +790,67 @@ def test_a_search_judges_candidates_behind_their_repair() -> None:
     assert (plan.made_by.options["repair"], len(plan.remove)) == ("low-rank", 1)
     with pytest.raises(UserError, match="drop --objective"):
         search(model, 1, calibration=text, repair="low-rank", objective="kl")
+
+
+@pytest.mark.parametrize(
+    ("family", "how"), [("gemma2", "greedy"), ("gemma2", "annealing"), ("gemma2", "milp"), ("mixtral", "beam")]
+)
+def test_a_search_says_why_nothing_can_be_repaired(family: str, how: str) -> None:
+    """Also one that asks about one set at a time, or none at all."""
+    model = tiny_model(family)
+    text = sample_text(model, sequences=8)
+    steps = {"steps": "2"} if how == "annealing" else {}
+    with pytest.raises(ModelError, match=f"^{family} has no matrix .* use emulated-update or low-rank"):
+        search(model, 2, search=how, calibration=text, repair="linear-fold", settings=steps)
+
+
+def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:
+    model = tiny_model("llama")
+    judge = RepairedLosses(open_subject(model), sample_text(model, sequences=8), "linear-fold", {"ridge": "1"})
+    first, second = parse_units("block.0"), parse_units("block.1")
+    assert judge.losses([first]) == [math.inf]  # one alone may be a step of a walk
+    assert math.isfinite(judge.losses([first, second])[1])
+    assert judge.losses([first, first]) == [math.inf] * 2
+    with pytest.raises(ModelError, match=r"in front of block\.0"):
+        judge.require_possible(first)
+    judge.require_possible(second)
+
+
+def test_a_search_behind_repairs_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path))
+    own = RepairedLosses._judge
+    asked: list[frozenset[Unit]] = []
+
+    def run(until: int = 100, repair: str = "low-rank", **changed: Any) -> PruningPlan:
+        def judge(self: RepairedLosses, removed: frozenset[Unit]) -> float:
+            if len(asked) == until:
+                raise KeyboardInterrupt
+            asked.append(removed)
+            return own(self, removed)
+
+        asked.clear()
+        monkeypatch.setattr(RepairedLosses, "_judge", judge)
+        model = changed.pop("model", tiny_model("llama"))
+        text = sample_text(model, sequences=changed.pop("sequences", 8))
+        return search(model, 2, calibration=text, repair=repair, **changed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(until=7)
+    first = list(asked)
+    plan = run()
+    assert len(first) == 7
+    assert set(first).isdisjoint(asked)
+    assert len(first) + len(asked) == 1 + 6 + 5
+    assert run() == plan
+    assert asked == []
+    for other in (
+        {"model": tiny_model("llama", seed=1)},
+        {"sequences": 12},
+        {"repair": "emulated-update"},
+        {"dtype": "bfloat16", "model": tiny_model("llama").bfloat16()},
+    ):
+        run(**other)
+        assert len(asked) == 1 + 6 + 5
 
 
 def test_every_recovery_is_listed_with_what_it_does() -> None:

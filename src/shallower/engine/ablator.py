@@ -140,7 +140,7 @@ class Ablator:
             }
             each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
             self._contexts = [
-                context_key({**same, "objective": [method.name, _source(method), sorted(own.items())]})
+                context_key({**same, "objective": [method.name, code_of(method), sorted(own.items())]})
                 for method, own in each
             ]
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._contexts[0]) if memo else {}
@@ -149,6 +149,11 @@ class Ablator:
     def close(self) -> None:
         """Let workers in other processes go; what was measured can still be asked for."""
         self._workers.close()
+
+    @property
+    def memo(self) -> Memo | None:
+        """Where results are kept on disk."""
+        return self._memo
 
     @property
     def dense(self) -> float:
@@ -301,11 +306,11 @@ def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDA
     return mixed, np.array(order, dtype=np.int64)
 
 
-def _source(objective: Method) -> str:
-    """The objective's code and whatever stands beside it in its file, which it may call, so that an edited one does not
+def code_of(method: Method) -> str:
+    """A method's code and whatever stands beside it in its file, which it may call, so that an edited one does not
     recall what it measured before.
     """
-    function = inspect.unwrap(objective.function)
+    function = inspect.unwrap(method.function)
     try:
         return "".join(inspect.findsource(function)[0])
     except (OSError, TypeError):  # typed into an interpreter

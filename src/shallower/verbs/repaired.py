@@ -8,13 +8,18 @@ not win.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from contextlib import closing
+
+import numpy as np
 
 from shallower import progress
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Spent
+from shallower.engine.ablator import MEASURED_AS, code_of
+from shallower.engine.memo import Memo, beside_weights, context_key
 from shallower.errors import CorpusError, ModelError, UserError
 from shallower.recovery import Repair
 from shallower.surgery import cut
@@ -22,6 +27,7 @@ from shallower.units import Unit
 from shallower.verbs.recover import Stages, parse_recoveries
 from shallower.verbs.subject import Subject
 
+REPAIRED_AS = 1  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
 JUDGED = 4  # one sequence in so many judges, the others are what repairs are fitted on
 
 
@@ -45,9 +51,11 @@ class RepairedLosses:
         settings: dict[str, str] | None = None,
         *,
         memory: int | None = None,
+        memo: Memo | None = None,
     ) -> None:
         """recovery: names, as `shallower recover --with` takes them. settings: their options. memory: bytes that a
-        repair and its judgement may keep besides the models, by default a quarter of what is free.
+        repair and its judgement may keep besides the models, by default a quarter of what is free. memo: where losses
+        are kept from one search to the next.
 
         Raises UnknownName for a recovery or option that does not exist, UserError for one that is trained,
         CorpusError when the text has fewer than `JUDGED` sequences.
@@ -66,11 +74,20 @@ class RepairedLosses:
         self.fitted = calibration.subset([row for row in range(calibration.sequences) if row not in set(judges)])
         self.spent = Spent()
         self._known: dict[frozenset[Unit], float] = {}
+        self._refused: dict[frozenset[Unit], str] = {}
+        self._memo, self._context = memo, ""
+        self._remembered: dict[str, float] = {}
+        if memo is not None:
+            self._context = self._depends_on()
+            self._remembered = {name: float(loss) for (name, _), [loss] in memo.read(self._context).items()}
 
     def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
         """For each candidate the loss of the repaired model; infinity where it cannot be cut or repaired.
 
         keep: not used; all are measured on all of the text.
+
+        Raises ModelError, with the reason for the last, when no candidate of several can be repaired, nor could any
+        before.
         """
         asked = [frozenset(candidate) for candidate in candidates]
         new = [candidate for candidate in dict.fromkeys(asked) if candidate not in self._known]
@@ -78,18 +95,54 @@ class RepairedLosses:
             for candidate in new:
                 self._known[candidate] = self._loss(candidate)
                 step()
+        repaired = (removed for removed in self._known if removed and removed not in self._refused)
+        if len(set(asked)) > 1 and self._refused.keys() >= set(asked) and not any(repaired):
+            self.require_possible(asked[-1])
         return [self._known[candidate] for candidate in asked]
 
+    def require_possible(self, candidate: Collection[Unit]) -> None:
+        """Raise ModelError, with the reason, for a candidate that was found impossible to cut or repair."""
+        reason = self._refused.get(frozenset(candidate))
+        if reason is not None:
+            raise ModelError(reason)
+
     def _loss(self, removed: frozenset[Unit]) -> float:
+        name = ",".join(map(str, sorted(removed)))
+        if name in self._remembered:
+            self.spent.recalled += 1
+            return self._remembered[name]
         try:
-            student = cut(self.subject.anatomy, removed)
-            for method, options in self.steps if removed else ():
-                repair = Repair(dissect(student), self.subject.anatomy, removed, self.fitted, memory=self.memory)
-                method.function(repair, **options)
-                self.spent.tokens += repair.tokens
-        except ModelError:  # no such cut, or no such repair, in this family
-            return float("inf")
+            loss = self._judge(removed)
+        except ModelError as error:  # no such cut, or no such repair, in this family
+            self._refused[removed] = str(error)  # not the error itself, which would keep the model
+            return math.inf
+        if self._memo is not None:
+            self._memo.write(self._context, [(name, 0, np.array([loss]))])
+        return loss
+
+    def _judge(self, removed: frozenset[Unit]) -> float:
+        student = cut(self.subject.anatomy, removed)
+        for method, options in self.steps if removed else ():
+            repair = Repair(dissect(student), self.subject.anatomy, removed, self.fitted, memory=self.memory)
+            method.function(repair, **options)
+            self.spent.tokens += repair.tokens
         with closing(Ablator(dissect(student), self.judged, "nll", memory=self.memory)) as ablator:
             [loss] = ablator.losses([frozenset()])
             self.spent.tokens += ablator.spent.tokens
         return loss
+
+    def _depends_on(self) -> str:
+        """The key of everything besides the removed set that a loss depends on."""
+        model = self.subject.model
+        return context_key(
+            {
+                "fingerprint": self.subject.identity.fingerprint,
+                "beside_weights": beside_weights(model),
+                "repaired_by": [[method.name, code_of(method), sorted(given.items())] for method, given in self.steps],
+                "fitted": self.fitted.digest,
+                "judged": self.judged.digest,
+                "measured_as": [MEASURED_AS, REPAIRED_AS],
+                "dtype": str(model.dtype),
+                "device": model.device.type,
+            }
+        )

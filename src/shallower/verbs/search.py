@@ -120,7 +120,9 @@ def search(
     name, ranked_by = None, None
     with _ablator(ablator, subject, text, objective, judged, exact, memory, workers) as measuring:
         before = copy(measuring.spent)
-        judge: Judge = RepairedLosses(subject, text, repair, memory=memory) if repair else measuring
+        judge: Judge = measuring
+        if repair:
+            judge = RepairedLosses(subject, text, repair, memory=memory, memo=measuring.memo)
         if request.budget is None:
             order = list(request.units)
         else:
@@ -153,10 +155,13 @@ def search(
             order = removal_order(trail, judge.losses)
         measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
         if request.budget is not None:
+            if isinstance(judge, RepairedLosses):
+                judge.require_possible(order)
             _require_finite(measured, order, objective)
         spent = measuring.spent.since(before)
         if repair:
             spent.tokens += judge.spent.tokens
+            spent.recalled += judge.spent.recalled
         progress.note(_cost(spent))
     options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
     options |= {
