@@ -451,6 +451,11 @@ def test_demo_ends_with_what_to_look_at(
                 ("annealing", "hot", "nan", r"option hot='nan' does not fit"),
                 ("exhaustive", "limit", "-5", r"option limit='-5' does not fit: it takes a whole number above 0\."),
                 ("beam", "width", "0", r"option width='0' does not fit"),
+                ("annealing", "steps", "0", r"option steps='0' does not fit"),
+                ("swap", "rounds", "0", r"option rounds='0' does not fit"),
+                ("evolutionary", "generations", "-5", r"option generations='-5' does not fit"),
+                ("evolutionary", "offspring", "0", r"option offspring='0' does not fit"),
+                ("evolutionary", "patience", "0", r"option patience='0' does not fit"),
             )
         ),
         *(

@@ -22,7 +22,7 @@ def annealing(
     start: frozenset[Unit],
     rng: Random,
     *,
-    steps: int = 200,
+    steps: Annotated[int, Above(0)] = 200,
     hot: Annotated[float, Above(0)] = 0.1,
     cold: Annotated[float, Above(0)] = 0.002,
 ) -> Iterator[frozenset[Unit]]:

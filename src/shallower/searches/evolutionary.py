@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from random import Random
+from typing import Annotated
 
 from shallower.budget import Budget
 from shallower.exchange import random_exchange
-from shallower.registry import search
+from shallower.registry import Above, search
 from shallower.searches import Losses
 from shallower.units import Unit
 
@@ -20,9 +21,9 @@ def evolutionary(
     start: frozenset[Unit],
     rng: Random,
     *,
-    generations: int = 50,
-    offspring: int = 16,
-    patience: int = 15,
+    generations: Annotated[int, Above(0)] = 50,
+    offspring: Annotated[int, Above(0)] = 16,
+    patience: Annotated[int, Above(0)] = 15,
 ) -> Iterator[frozenset[Unit]]:
     """EvoPress: each generation switches a few removed units of the parent with kept ones; the best of all lives on.
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 from shallower.budget import Budget
 from shallower.exchange import exchanges
-from shallower.registry import search
+from shallower.registry import Above, search
 from shallower.searches import Losses
 from shallower.units import Unit
 
 
 @search("swap", starts="greedy")
 def swap(
-    units: Sequence[Unit], budget: Budget, losses: Losses, start: frozenset[Unit], *, rounds: int = 20
+    units: Sequence[Unit],
+    budget: Budget,
+    losses: Losses,
+    start: frozenset[Unit],
+    *,
+    rounds: Annotated[int, Above(0)] = 20,
 ) -> Iterator[frozenset[Unit]]:
     """Exchange one removed unit for one that is kept as long as the best exchange lowers the loss.
 
