@@ -306,11 +306,20 @@ def test_a_pair_weighs_what_the_model_gets_smaller(family: str) -> None:
         assert weight.flops == sum(opened.weights.units[half].flops for half in plain([pair]))
 
 
-@pytest.mark.parametrize(("remove", "number"), [("33.3%", 2), ("33.4%", 3), ("33.3%:kv_bytes", 2), ("50%:flops", 3)])
+@pytest.mark.parametrize(
+    ("remove", "number"), [("33.3%", 2), ("33.4%", 3), ("33.3%:kv_bytes", 2), ("50%:flops", 3), ("2:blocks", 2)]
+)
 def test_budgets_count_a_pair_as_a_block(text: CalibrationSet, remove: str, number: int) -> None:
     for seed in range(4):
         plan = ordinary(text, remove, "random", seed=seed)
         assert len(halves(plan.remove)) == 2 * number
+
+
+@pytest.mark.parametrize("remove", ["1.5:blocks", "20%:blocks"])
+def test_of_a_budget_in_blocks_a_lone_sublayer_is_half_a_block(text: CalibrationSet, remove: str) -> None:
+    for units, number in (("sublayer", 3), ("attn", 3), ("block", 2)):
+        plan = shallower.search(subject(blocks=6), remove, search="random", units=units, calibration=text)
+        assert len(plan.remove) == number
 
 
 # Families, and what is refused

@@ -384,6 +384,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         ("12.5%", (Amount(12.5, True, "parameters"),)),
         ("33%:kv_bytes", (Amount(33, True, "kv_bytes"),)),
         ("20%:units", (Amount(20, True, "units"),)),
+        ("20%:blocks", (Amount(20, True, "blocks"),)),
+        ("1.5:blocks", (Amount(1.5, False, "blocks"),)),
         ("1000000:parameters", (Amount(1e6, False, "parameters"),)),
         ("20%, 33%:kv_bytes", (Amount(20, True, "parameters"), Amount(33, True, "kv_bytes"))),
         ("block.3,attn.5", (Unit(3, "block"), Unit(5, "attn"))),
@@ -527,6 +529,7 @@ def test_every_limit_is_to_be_met_and_only_what_helps_is_admitted() -> None:
 
 def test_budgets_say_what_they_ask_for() -> None:
     assert str(Budget((Limit("units", 6, 30, {}),))) == "6 units"
+    assert str(Budget((Limit("blocks", 1.5, 30, {}),))) == "1.5 blocks"
     assert str(Amount(20, True, "parameters")) == "20% of the parameters"
 
 

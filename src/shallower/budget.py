@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from shallower.errors import BudgetError, UnknownName
 from shallower.units import Unit, parse_units
 
-QUANTITIES = ("units", "parameters", "bytes", "flops", "kv_bytes")
+QUANTITIES = ("units", "blocks", "parameters", "bytes", "flops", "kv_bytes")
 TOLERANCE = 1e-9  # 20 % of 30 equal blocks is 6 blocks, whatever the last bit says
 
 
@@ -31,8 +31,8 @@ class Limit:
         return sum(self.cost[unit] for unit in removed) >= self.least * (1 - TOLERANCE)
 
     def __str__(self) -> str:
-        if self.quantity == "units":
-            return f"{self.least:g} units"
+        if self.quantity in ("units", "blocks"):
+            return f"{self.least:g} {self.quantity}"
         return f"{self.least / self.total:.3g} of the {self.quantity} in blocks"
 
 
@@ -80,7 +80,8 @@ def parse_remove(text: str) -> tuple[Amount, ...] | tuple[Unit, ...]:
     """Read `--remove`: a list of units, or amounts that are all to be removed.
 
     `8` is a number of units, `25%` a share of the parameters in blocks, `33%:kv_bytes` a share of another quantity,
-    `20%,33%:kv_bytes` both. Raises BudgetError for what cannot be read, is zero or negative, or is 100 % and more.
+    `20%,33%:kv_bytes` both. Of `blocks` a lone sublayer is half of one. Raises BudgetError for what cannot be read, is
+    zero or negative, or is 100 % and more.
     """
     text = text.strip()
     if re.match(r"[a-z]", text):

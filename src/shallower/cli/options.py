@@ -49,8 +49,9 @@ Metric = Annotated[
 _REMOVE = Option(
     "--remove",
     metavar="AMOUNT",
-    help="How many units (6), a share of the parameters in blocks (25%), of another quantity (33%:kv_bytes), several "
-    "of these (20%,33%:kv_bytes), or which units (block.13-18,attn.22).",
+    help="How many units (6), a share of the parameters in blocks (25%), of another quantity (33%:kv_bytes; also "
+    "blocks, of which a sublayer is half of one, bytes and flops), several of these (20%,33%:kv_bytes), or which units "
+    "(block.13-18,attn.22).",
 )
 Remove = Annotated[str, _REMOVE]
 RemoveOrPlan = Annotated[str | None, _REMOVE]
