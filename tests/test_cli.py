@@ -220,6 +220,15 @@ def test_several_metrics_side_by_side(cli: Cli, place: Path, tmp_path: Path) -> 
     assert cli(*chosen, "--metric", "taylor", "--json").json["made_by"]["metric"] == "taylor"
 
 
+@pytest.mark.parametrize("units", ["block", "attn", "mlp", "sublayer", "all"])
+def test_what_is_advised_after_scores_can_be_typed(cli: Cli, place: Path, tmp_path: Path, units: str) -> None:
+    text = ("--calibration", place / "text.txt", *SMALL)
+    ran = cli("score", place / "tiny", "--units", units, *text, "--out", tmp_path / "scores.json")
+    [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
+    found = cli(*advice.split(), *text, "--json")
+    assert found.code == 0, found.err
+
+
 def test_search_by_scores(cli: Cli, place: Path, tmp_path: Path) -> None:
     text = ("--calibration", place / "text.txt")
     assert cli("score", place / "tiny", *text, *SMALL, "--out", tmp_path / "s.json", "--quiet").code == 0

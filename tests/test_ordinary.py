@@ -375,7 +375,8 @@ def test_a_search_that_runs_into_a_dead_end_says_so(text: CalibrationSet) -> Non
             assert len(halves(plan.remove)) == 10
     assert told
     assert "single sublayers were left between pairs" in told[0]
-    assert len(halves(ordinary(text, 5, "exhaustive").remove)) == 10
+    assert "use --search milp" in told[0]
+    assert len(halves(ordinary(text, 5, "milp").remove)) == 10
 
 
 # Saving

@@ -19,7 +19,7 @@ from shallower.plan import MadeBy, ModelIdentity
 from shallower.registry import search as searches
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Span, Unit, require_distinct
-from shallower.verbs.trail import run_search
+from shallower.verbs.trail import removal_order, run_search
 
 Trail = list[frozenset[Unit]]
 Losses = Callable[..., list[float]]
@@ -186,6 +186,21 @@ def test_a_search_that_measures_nothing_keeps_what_it_chose_last() -> None:
     budget = Budget((Limit("parameters", 4.0, 6.0, cost),))
     trail = run_search([(searches.get("one-shot"), {})], BLOCKS[:4], budget, entangled(0), scores, 0)
     assert trail == [{BLOCKS[0]}, {BLOCKS[0], BLOCKS[3]}]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_order_of_removal_asks_only_for_the_best(seed: int) -> None:
+    """So races may drop the others, which come back as infinity."""
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        assert keep == 1
+        found = entangled(seed)(candidates)
+        return [loss if loss == min(found) else math.inf for loss in found]
+
+    order: list[Unit] = []
+    while len(order) < 4:
+        order.append(min(set(BLOCKS[:4]) - set(order), key=lambda unit: entangled(seed)([{*order, unit}])[0]))
+    assert removal_order([frozenset(BLOCKS[:4])], losses) == order
 
 
 def test_a_span_stays_whole() -> None:

@@ -85,7 +85,9 @@ def score(
             console.print(correlations_table(sheet.metrics, alike))
         else:
             console.print(scores_table(sheet.scores[0]))
-        step = f"shallower search {model} --remove 25% --search one-shot --scores {out}"
+        # attentions alone may hold less than a quarter of the parameters
+        amount = "25%" if units == "block" else f"25%:units --units {units}"
+        step = f"shallower search {model} --remove {amount} --search one-shot --scores {out}"
         print_written(console, out, "the scores", step + (f" --metric {sheet.metrics[0]}" if several else ""))
 
     told = sheet.to_json()

@@ -50,7 +50,7 @@ def run_search(
         if not trail or not budget.met(trail[-1]):
             what = f"search {method.name!r} could not remove {budget} from the {len(units)} units that may go"
             if any(unit.kind == "pair" for unit in units):
-                what += ", as single sublayers were left between pairs; remove less, or use --search exhaustive"
+                what += ", as single sublayers were left between pairs; remove less, or use --search milp"
             raise BudgetError(f"{what}.")
         trail = _without_superfluous(trail, budget, method, of_plain)
     require_distinct(trail[-1])
@@ -114,7 +114,7 @@ def removal_order(trail: Trail, losses: Losses) -> list[Unit]:
     left, order = set(trail[-1]), []
     while left:
         candidates = sorted(left)
-        measured = losses([frozenset(plain([*order, unit])) for unit in candidates])
+        measured = losses([frozenset(plain([*order, unit])) for unit in candidates], keep=1)
         order.append(candidates[min(range(len(candidates)), key=measured.__getitem__)])
         left.remove(order[-1])
     return plain(order)
