@@ -4,7 +4,7 @@ The reference runs one full forward of the stock model, with its own loss, for e
 do. It takes 2,048 tokens a forward, as SLEB and EvoPress do, or what `--reference-tokens` says. Ours asks the engine.
 Both compute in the same number format. Runs alternate; the answers are compared.
 
-    python benchmarks/selection.py --text c4.jsonl [--model demo] [--task greedy-blocks] [--json] [--tokens 2048]
+    python benchmarks/selection.py --text c4.jsonl [--model demo] [--task greedy-blocks] [--json] [--tokens 4096]
 
 With one repeat a task with racing takes the reference's time from the exact task before it. One line a task: seconds of
 both (medians over --repeats), their ratio, tokens read by both, whether the plans are the
@@ -46,7 +46,11 @@ Removed = frozenset[Unit]
 
 @dataclass(frozen=True)
 class Task:
-    """A selection problem with the published algorithm for it. racing: whether ours may drop candidates early."""
+    """A selection problem with the published algorithm for it.
+
+    racing: whether ours may drop candidates early. tokens: of calibration, unless `--tokens` says otherwise; as many as
+    the reference gets through in a quarter of an hour or so, as races need sequences.
+    """
 
     name: str
     units: str
@@ -54,6 +58,7 @@ class Task:
     reference: Callable[[Reference, Sequence[Unit], int], Removed]
     search: str
     racing: bool
+    tokens: int
 
 
 class Reference:
@@ -142,13 +147,13 @@ def _child(units: Sequence[Unit], budget: Budget, parent: Removed, rng: Random) 
 
 
 TASKS = (
-    Task("one-shot", "block", 8, shortened_llama, "one-shot", racing=False),
-    Task("greedy-blocks-exact", "block", 8, sleb, "greedy", racing=False),
-    Task("greedy-blocks", "block", 8, sleb, "greedy", racing=True),
-    Task("greedy-sublayers-exact", "sublayer", 15, sleb, "greedy", racing=False),
-    Task("greedy-sublayers", "sublayer", 15, sleb, "greedy", racing=True),
-    Task("evolutionary-exact", "block", 8, evopress, "evolutionary", racing=False),
-    Task("evolutionary", "block", 8, evopress, "evolutionary", racing=True),
+    Task("one-shot", "block", 8, shortened_llama, "one-shot", racing=False, tokens=4096),
+    Task("greedy-blocks-exact", "block", 8, sleb, "greedy", racing=False, tokens=4096),
+    Task("greedy-blocks", "block", 8, sleb, "greedy", racing=True, tokens=4096),
+    Task("greedy-sublayers-exact", "sublayer", 15, sleb, "greedy", racing=False, tokens=3072),
+    Task("greedy-sublayers", "sublayer", 15, sleb, "greedy", racing=True, tokens=3072),
+    Task("evolutionary-exact", "block", 8, evopress, "evolutionary", racing=False, tokens=2048),
+    Task("evolutionary", "block", 8, evopress, "evolutionary", racing=True, tokens=2048),
 )
 
 
@@ -180,7 +185,7 @@ def run(
         subject, [amount for amount in parse_remove(str(task.remove)) if not isinstance(amount, Unit)], units
     )
     ours, theirs = [], []
-    key = f"{task.reference.__name__} {task.units}"
+    key = f"{task.reference.__name__} {task.units} {text.digest}"
     for _ in range(repeats):
         start = time.perf_counter()
         ablator = Ablator(subject.anatomy, text, racing=Racing() if task.racing else None)
@@ -275,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", required=True, help="calibration text, such as c4.jsonl")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, help="of calibration; default: as many as suit the task")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--reference-tokens", type=int, default=2048, help="tokens a forward of the reference takes")
@@ -284,29 +289,35 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     subject = open_subject(given.model, dtype=given.dtype)
-    text = build_calibration(given.text, subject.tokenizer, sequences=given.tokens // given.length, length=given.length)
-    Reference(subject, text, given.reference_tokens).loss(frozenset())  # warm-up
-    Ablator(subject.anatomy, text).losses([frozenset()])
+    warm_up = build_calibration(given.text, subject.tokenizer, sequences=16, length=given.length)
+    Reference(subject, warm_up, given.reference_tokens).loss(frozenset())
+    Ablator(subject.anatomy, warm_up).losses([frozenset()])
     for name in given.task or ALONE:
         if name in ALONE:
             for line in ALONE[name](subject, given.text):
                 print(json.dumps({"task": name, **line}) if given.json else f"{name:24} {line}", flush=True)
     if not given.json:
         print(
-            f"{text.sequences} sequences of {text.length} tokens, {subject.model.dtype}, "
+            f"sequences of {given.length} tokens, {subject.model.dtype}, "
             f"{torch.get_num_threads()} threads, reference {given.reference_tokens} tokens a forward"
         )
-        print(f"{'task':24} {'ours s':>8} {'plain s':>8} {'ratio':>6} {'tokens':>10} {'plain':>10} same plan  loss gap")
+        print(
+            f"{'task':24} {'text':>6} {'ours s':>8} {'plain s':>8} {'ratio':>6} {'tokens':>10} {'plain':>10} "
+            "same plan  loss gap"
+        )
     known: dict[str, tuple[float, int, Removed]] = {}
     for task in TASKS:
         if given.task and task.name not in given.task:
             continue
+        tokens = given.tokens or task.tokens
+        text = build_calibration(given.text, subject.tokenizer, sequences=tokens // given.length, length=given.length)
         row = run(task, subject, text, given.repeats, given.reference_tokens, known)
         if given.json:
             print(json.dumps(asdict(row)), flush=True)
         else:
             print(
-                f"{row.task:24} {row.ours_s:8.1f} {row.reference_s:8.1f} {row.speedup:6.2f} {row.tokens_ours:10,} "
+                f"{row.task:24} {text.input_ids.numel():6,} {row.ours_s:8.1f} {row.reference_s:8.1f} "
+                f"{row.speedup:6.2f} {row.tokens_ours:10,} "
                 f"{row.tokens_reference:10,} {row.same_plan!s:>9}  {row.loss_gap:+.3%}",
                 flush=True,
             )

@@ -16,6 +16,7 @@ import numpy as np
 
 from shallower import progress
 from shallower.anatomy import dissect
+from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Spent
 from shallower.engine.ablator import MEASURED_AS, code_of
@@ -136,7 +137,7 @@ class RepairedLosses:
         model = self.subject.model
         return context_key(
             {
-                "fingerprint": self.subject.identity.fingerprint,
+                "weights": checksum(model),
                 "beside_weights": beside_weights(model),
                 "repaired_by": [[method.name, code_of(method), sorted(given.items())] for method, given in self.steps],
                 "fitted": self.fitted.digest,
