@@ -41,13 +41,13 @@ from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
 from shallower.verbs.evaluate import TaskScores, held_out, read_questions, task_scores, text_name, text_perplexity
-from shallower.verbs.recover import (
+from shallower.verbs.recover import as_stored
+from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
     TRAIN_SEQUENCES,
     Resume,
     Stages,
-    as_stored,
     parse_recoveries,
     perplexities,
     require_place,

@@ -2,99 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
-from shallower.anatomy.patch import Patch
-from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.load import LoadedModel
 from shallower.checkpoint.locate import stored_dtype
 from shallower.corpus import CalibrationSet
-from shallower.errors import CorpusError, ModelError, PlanError, UserError
-from shallower.evaluation.perplexity import perplexity
+from shallower.errors import ModelError, PlanError, UserError
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import save
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, stock_type
 from shallower.plan import PruningPlan
-from shallower.recovery import Repair
-from shallower.registry import Method, share_options
-from shallower.registry import recovery as recoveries
 from shallower.reporting.data import RecoveryStage
-from shallower.reporting.wording import plural, recovery_rows
 from shallower.resources import parse_memory
 from shallower.surgery import cut, require_free
 from shallower.surgery.adopt import adopt
-from shallower.surgery.mapping import mapped
-from shallower.surgery.patch import patches
-from shallower.training.answers import answer_perplexity, split
-from shallower.training.instructions import build_instructions
-from shallower.training.patch import attach, cuts
-from shallower.training.recipe import HeldOut, check_recipe
-from shallower.training.state import ENDED
 from shallower.units import Unit
-from shallower.verbs.evaluate import fitting, held_out, text_name, text_perplexity
+from shallower.verbs.evaluate import held_out
+from shallower.verbs.recoveries import (
+    LENGTH,
+    SEQUENCES,
+    TRAIN_SEQUENCES,
+    Resume,
+    parse_recoveries,
+    perplexities,
+    recovery_card,
+    require_place,
+    run_recoveries,
+    training_text,
+    with_maps_inside,
+)
 from shallower.verbs.subject import Subject, calibrate, open_subject
 from shallower.verbs.supply import supply
 
 PLAN = "plan.json"
-SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
-TRAIN_SEQUENCES = 4096  # training reads on, and a million tokens are more than a processor trains on in an hour
-Stages = Sequence[tuple[Method, Mapping[str, Any]]]  # recoveries and their options
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """What recoveries that train read. held_out: perplexity on text that nothing is trained on, by which the best
-    weights are kept; None where there is no such text. measured: what tells this measure from others.
-    """
-
-    text: CalibrationSet
-    held_out: HeldOut | None
-    measured: tuple[object, ...] = ()
-
-
-class Resume:
-    """Where the trainings of one command keep their state, so that the same command goes on after a kill: beside what
-    it writes, in `.NAME.training`, or in the cache where it writes nothing.
-    """
-
-    def __init__(self, out: str | Path | None) -> None:
-        target = None if out is None else Path(out).absolute()
-        self._own = target is not None
-        self._root = target.with_name(f".{target.name}.training") if target else cache_root() / "training"
-        self._made: list[Path] = []
-
-    def folder(self, *what: object) -> Path:
-        """One for all that decides the result, `what`; another one for anything else."""
-        key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
-        self._made.append(self._root / key)
-        return self._made[-1]
-
-    def tidy(self) -> None:
-        """Remove the folders in which nothing is kept."""
-        for folder in (*self._made, self._root):
-            with suppress(OSError):
-                folder.rmdir()
-
-    def clear(self) -> None:
-        """Remove what was kept: the command came to its end."""
-        for folder in (self._root,) if self._own else self._made:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.tidy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,182 +169,6 @@ def recover(
         resume.clear()
     wait()
     return Recovered(student.model, given, stages, notes, folder, form)
-
-
-def parse_recoveries(names: str, settings: Mapping[str, str], what: str = "") -> Stages:
-    """Recoveries by name with their options. what: whom to name in the error about an option that none of them has.
-
-    Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has,
-    or a value out of range.
-    """
-    methods = [recoveries.get(name.strip()) for name in names.split(",") if name.strip()]
-    if not methods:
-        known = ", ".join(method.name for method in recoveries)
-        raise UserError(f"no recovery is named in {names!r}: name one or several of {known}, as in refit.")
-    options = share_options(what or f"recovery {names!r}", methods, settings)
-    for method, given in zip(methods, options, strict=True):
-        if method.traits.get("trained"):
-            check_recipe(given)
-    return list(zip(methods, options, strict=True))
-
-
-def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
-    """Raise ModelError where maps that these recoveries put at cuts could not be saved: before they are fitted."""
-    maps = [method for method, _ in steps if method.traits.get("maps")]
-    if not maps:
-        return
-    trial = cut(dense, removed)
-    generator = torch.Generator().manual_seed(0)
-    for _ in maps:
-        for patch in attach(trial, cuts(trial, dense, removed), rank=1, seed=0):
-            assert isinstance(patch, Patch)
-            for part in (patch.up, patch.bias):  # a map that shows
-                part.data = torch.randn(part.shape, generator=generator).to(part)
-    try:
-        mapped(trial, dense, removed)
-    except ModelError as error:
-        raise ModelError(f"what {maps[0].name} makes could not be saved: {error} Use refit, lora or full.") from None
-
-
-def training_text(
-    dense: Subject,
-    steps: Stages,
-    calibration: str | Path | CalibrationSet | None,
-    *,
-    sequences: int,
-    length: int,
-    instructions: str | Path | None,
-    window: int,
-    max_windows: int | None,
-    seed: int,
-) -> Training | None:
-    """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
-
-    Raises UserError for instructions that nothing would read, CorpusError when there is too little text.
-    """
-    if not any(method.traits.get("trained") for method, _ in steps):
-        if instructions is not None:
-            raise UserError("--instructions is for recoveries that train, such as full or lora: name one, or drop it.")
-        return None
-    text: CalibrationSet
-    if instructions is not None:
-        conversations = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)
-        text, held = split(conversations)
-        if held is not None:
-            return Training(text, lambda model: answer_perplexity(model, held), (held.digest,))
-    else:
-        try:
-            text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
-        except CorpusError as error:
-            raise CorpusError(f"{error} For training, sequences are set with --train-sequences.") from None
-    left_out = next(iter(held_out(calibration).values()), None)
-    if left_out is None:
-        return Training(text, None)
-    tokenizer = dense.tokenizer
-    ids = torch.tensor(tokenizer(left_out, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def measure(model: PreTrainedModel) -> float:
-        label, fits = "on what calibration left out", fitting(dense, window)
-        return perplexity(model, tokenizer, ids, window=fits, max_windows=max_windows, label=label).perplexity
-
-    digest = hashlib.sha256(left_out.encode()).hexdigest()
-    return Training(text, measure, (digest, fitting(dense, window), max_windows))
-
-
-def run_recoveries(
-    student: Subject,
-    dense: Subject,
-    removed: frozenset[Unit],
-    steps: Stages,
-    text: CalibrationSet,
-    *,
-    training: Training | None,
-    resume: Resume,
-    measure: Callable[[Subject], Mapping[str, float]],
-    seed: int,
-    memory: int | None,
-) -> tuple[Subject, tuple[RecoveryStage, ...], tuple[str, ...]]:
-    """Change the student's model in place, one recovery after another. Returns the student, which is another one where
-    weights were spread over processes.
-
-    text: for those in closed form. training: for those that train. measure: perplexities of the student as it is,
-    called before the first and behind each.
-    """
-    stages = [RecoveryStage("cut", measure(student))]
-    notes: list[str] = []
-    begun = [fingerprint(student.model), dense.identity.fingerprint, sorted(map(str, removed)), text.digest, seed]
-    try:
-        for number, (method, options) in enumerate(steps):
-            size = _parameters(student.model)
-            start = time.perf_counter()
-            repair = Repair(dissect(student.model), dense.anatomy, removed, text, seed, memory)
-            supplied: dict[str, Any] = {
-                "repair": repair,
-                "student": student.model,
-                "anatomy": dense.anatomy,
-                "removed": removed,
-                "seed": seed,
-            }
-            folder: Path | None = None
-            if method.traits.get("trained"):
-                assert training is not None
-                done = [(one.name, given) for one, given in steps[: number + 1]]
-                folder = resume.folder(*begun, training.text.digest, training.measured, done)
-                supplied |= {"calibration": training.text, "held_out": training.held_out, "folder": folder}
-            with progress.task(f"recovery {method.name}"):
-                made = method.function(**{name: supplied[name] for name in method.parameters}, **options)
-            if made is not None and made is not student.model:
-                student = Subject(replace(student.loaded, model=made), dissect(made))
-            seconds, tokens = time.perf_counter() - start, repair.tokens
-            curve: tuple[dict[str, float], ...] = ()
-            if folder is not None and (folder / ENDED).is_file():  # a method from elsewhere may keep nothing
-                told = json.loads((folder / ENDED).read_text(encoding="utf-8"))
-                seconds, tokens, curve = max(seconds, told["seconds"]), told["tokens"], tuple(told["curve"])
-                repair.notes.append(_told(told))
-            notes += [f"{method.name}: {note}" for note in repair.notes]
-            gained = _parameters(student.model) - size
-            stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1), curve))
-    finally:
-        resume.tidy()
-    return student, tuple(stages), tuple(notes)
-
-
-def _told(told: Mapping[str, Any]) -> str:
-    """A training in a sentence. told: its training.json."""
-    sentence = f"{plural(told['step'], 'step')} of training in {told['seconds'] / 60:.1f} minutes"
-    sentence += f", which stopped early: {told['stopped']}" if told["stopped"] else ""
-    return f"{sentence}; the weights of step {told['kept']} are kept."
-
-
-def perplexities(
-    subject: Subject, contents: Mapping[str, str], window: int, max_windows: int | None
-) -> dict[str, float]:
-    """Perplexity on each text, by the text's name."""
-    return {
-        text_name(name): text_perplexity(
-            subject, content, window=window, max_windows=max_windows, label=f"on {text_name(name)}"
-        ).perplexity
-        for name, content in contents.items()
-    }
-
-
-def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:
-    """The model that can be saved: itself, or where maps stand at cuts, one that has them in place of what is missing.
-
-    dense: of the model it was cut from, in the same precision.
-    """
-    return mapped(model, dense, removed) if any(patches(model)) else model
-
-
-def recovery_card(stages: Sequence[RecoveryStage]) -> str:
-    """The stages as a Markdown table for the model card."""
-    head, rows = recovery_rows(stages)
-    lines = ["## Recovery", "", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:

@@ -25,7 +25,7 @@ from shallower.errors import CorpusError, ModelError, UserError
 from shallower.recovery import Repair
 from shallower.surgery import cut
 from shallower.units import Unit
-from shallower.verbs.recover import Stages, parse_recoveries
+from shallower.verbs.recoveries import Stages, parse_recoveries
 from shallower.verbs.subject import Subject
 
 REPAIRED_AS = 1  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number

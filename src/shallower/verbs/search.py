@@ -28,7 +28,7 @@ from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain
 from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.ranking import Stage, rank, ranked, refuse_ranking, that_rank
-from shallower.verbs.recover import parse_recoveries
+from shallower.verbs.recoveries import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, require_closed
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.verbs.trail import removal_order, run_search
