@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from shallower import prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
-from shallower.errors import ModelError, OutputError, UserError
+from shallower.errors import ModelError, OutputError, PlanError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.reporting.data import ReportData
 from shallower.surgery import cut, save
@@ -247,6 +247,19 @@ def test_trained_maps_are_saved_in_place_of_a_block(files: Path) -> None:
     ids = torch.arange(3, 27)[None]
     assert torch.allclose(full_logits(loaded, ids), full_logits(found.model, ids), atol=1e-5)
     assert loaded.config.num_hidden_layers == found.model.config.num_hidden_layers + 1
+
+
+def test_a_checkpoint_with_maps_is_trained_further_but_not_repaired_again(files: Path) -> None:
+    given = {**asked(files), "settings": {}}
+    few = {key: value for key, value in given.items() if key != "train_sequences"}
+    prune(files / "dense", "attn.2", recover="low-rank", out=files / "mapped", speed=False, **few)
+    for again in ("refit", "low-rank", "low-rank-trained", "full,refit"):
+        with pytest.raises(PlanError, match=r"has maps .* trained further .* not repaired again by (refit|low-rank)"):
+            recover(files / "mapped", again, teacher=files / "dense", **given)
+    found = recover(files / "mapped", "full", teacher=files / "dense", out=files / "out", **asked(files))
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
+    ids = torch.arange(3, 27)[None]
+    assert torch.allclose(full_logits(loaded, ids), full_logits(found.model, ids), atol=1e-5)
 
 
 @pytest.mark.parametrize(

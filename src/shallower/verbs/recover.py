@@ -19,7 +19,7 @@ from shallower.errors import ModelError, PlanError, UserError
 from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import save
 from shallower.launched import leads, wait
-from shallower.packaged import LeavesOut, stock_type
+from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryStage
 from shallower.resources import parse_memory
@@ -32,6 +32,7 @@ from shallower.verbs.recoveries import (
     SEQUENCES,
     TRAIN_SEQUENCES,
     Resume,
+    Stages,
     parse_recoveries,
     perplexities,
     recovery_card,
@@ -116,6 +117,7 @@ def recover(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     dense = open_subject(model if teacher is None else teacher, tokenizer, **options)
     student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
+    _require_first_repair(student, steps)
     text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
     contents = contents or held_out(calibration)
     if out is not None:
@@ -214,6 +216,19 @@ def _student(
         loaded = LoadedModel(smaller, dense.loaded.tokenizer, dense.loaded.name, dense.loaded.revision, None)
 
     return Subject(loaded, dissect(smaller)), lambda: as_stored(dense, plan.removed)
+
+
+def _require_first_repair(student: Subject, steps: Stages) -> None:
+    """Raise PlanError for repairs of a model in which maps make up already for what is missing: it would be made up
+    for twice.
+    """
+    repairs = [method.name for method, _ in steps if method.traits.get("maps") or not method.traits.get("trained")]
+    if repairs and isinstance(student.model, LeavesOut) and has_maps(student.model.config):
+        raise PlanError(
+            f"{student.loaded.name} has maps in the place of what is missing, as an earlier recovery left them: it can "
+            f"be trained further (--with full), but not repaired again by {repairs[0]}. Repair the plain cut: give the "
+            f"dense model with the plan (--plan {PLAN})."
+        )
 
 
 def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTrainedModel] | None:
