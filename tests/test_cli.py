@@ -577,6 +577,10 @@ def test_a_plan_with_a_fault(
         (["tiny"], r"say what to remove"),
         (["tiny", "--remove", "2", "--plan", "{plan}"], r"say what to remove"),
         (["tiny", "--plan", "{plan}", "--search", "last"], r"--plan says what goes, so --search would change nothing"),
+        (["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "rigde=0.1"], r"'rigde'; did you mean 'ridge'\?"),
+        (["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "beam=4"], r"unknown option of .*refit.* 'beam'"),
+        (["tiny", "--plan", "{plan}", "--recover", "refit", "--memory", "4XB"], r"4XB"),  # a repair keeps to it
+        (["tiny", "--plan", "{plan}", "--memory", "4GB"], r"--plan says what goes, so --memory would change nothing"),
         (["tiny", "--remove", "2", "--search", "gredy"], r"unknown search 'gredy'; did you mean 'greedy'\?"),
         (["tiny", "--remove", "2", "--metric", "cosin"], r"unknown metric 'cosin'; did you mean 'cosine'\?"),
         (["tiny", "--remove", "0"], r"removes nothing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,19 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
         search(files / "dense", 1, repair="full", dtype="float32")
     with pytest.raises(UserError, match="a padded checkpoint has no place"):
         prune(files / "dense", "attn.2", recover="refit", form="padded")
+    with pytest.raises(UserError, match="the settings ridge would change nothing"):
+        prune(files / "dense", plan=files / "plan.json", settings={"ridge": "0.1"})
+
+
+@pytest.mark.parametrize("place", ["pruned", "dense"])
+def test_a_model_that_is_read_is_not_written_over(files: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded first")
+
+    for module in ("recover", "prune"):
+        monkeypatch.setattr(sys.modules[f"shallower.verbs.{module}"], "open_subject", loaded)
+    given = {"out": files / place, "force": True, **asked(files)}
+    with pytest.raises(OutputError, match="is the model itself"):
+        recover(files / "pruned", "full", teacher=files / "dense", **given)
+    with pytest.raises(OutputError, match="is the model itself"):
+        prune(files / place, 1, recover="full", **given)

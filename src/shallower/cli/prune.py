@@ -84,7 +84,7 @@ def prune(
         "--protect": bool(protect),
         "--set": bool(chosen) and not recover,
         "--exact": exact,
-        "--memory": memory is not None,
+        "--memory": memory is not None and not recover,
         "--workers": workers is not None,
     }
     idle = [flag for flag, given in searched.items() if given]

@@ -3,7 +3,7 @@
 from shallower.surgery.config import cut_config
 from shallower.surgery.cut import cut, leftovers, require_whole, skipping
 from shallower.surgery.pairing import Layer, re_pair
-from shallower.surgery.save import Export, ordinary, require_free, require_ordinary, save
+from shallower.surgery.save import Export, ordinary, require_apart, require_free, require_ordinary, save
 from shallower.surgery.verify import verify_saved
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "leftovers",
     "ordinary",
     "re_pair",
+    "require_apart",
     "require_free",
     "require_ordinary",
     "require_whole",

@@ -98,9 +98,7 @@ def save(
     require_no_maps(model)
     target = Path(os.path.abspath(folder))
     require_free(target, force=force)
-    for source in (model.config._name_or_path, None if plan is None else plan.model.name):
-        if source and target.is_dir() and os.path.isdir(source) and os.path.samefile(source, target):
-            raise OutputError(f"{target} is the model itself; choose another folder for what becomes of it.")
+    require_apart(target, model.config._name_or_path, None if plan is None else plan.model.name)
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _BESIDES_WEIGHTS
     temporary: Path | None = None
@@ -178,6 +176,15 @@ def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
             f"{target} is not a checkpoint (no config.json with a model_type), so --force does not replace it; choose "
             "another folder or remove it yourself."
         )
+
+
+def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
+    """Raise OutputError when `folder` is one of the `sources`, folders of the models that are read."""
+    for source in sources:
+        if source and os.path.isdir(source) and os.path.isdir(folder) and os.path.samefile(source, folder):
+            raise OutputError(
+                f"{os.path.abspath(folder)} is the model itself; choose another folder for what becomes of it."
+            )
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -35,7 +35,7 @@ from shallower.reporting.page import render
 from shallower.reporting.wording import plural
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
-from shallower.surgery import Export, cut, require_free, require_whole, save
+from shallower.surgery import Export, cut, require_whole, save
 from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
@@ -58,7 +58,7 @@ from shallower.verbs.recoveries import (
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve, search_stages
 from shallower.verbs.search import search as search_plan
-from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
+from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, units_of
 from shallower.verbs.supply import supply
 from shallower.version import __version__
 
@@ -133,7 +133,7 @@ def prune(
         raise UserError(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
-    steps, settings = _recoveries(recover, settings or {}, search, objective)
+    steps, settings = _recoveries(recover, settings or {}, search, objective, planned=plan is not None)
     if world_size() > 1:
         raise UserError(
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
@@ -148,7 +148,7 @@ def prune(
     memory, workers = parse_memory(memory), parse_workers(workers)
     require_form(form)
     if out is not None:
-        require_free(out, force=force)
+        require_place_for(out, model, force=force)
     clock = _Clock()
     contents = {text: read_evaluation_text(text, supply()) for text in texts}
     asked = read_questions((), tasks, (), settings=TaskSettings(task_items), task_data=task_data) if tasks else None
@@ -303,10 +303,22 @@ def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], for
     return (subject.anatomy, measured) if again is None else (again[0], export(again[0], removed, again[1], form))
 
 
-def _recoveries(names: str, settings: Mapping[str, str], search: str, objective: str) -> tuple[Stages, dict[str, str]]:
-    """Recoveries with their options, and the options of search and objective; one that both sides have is for both."""
+def _recoveries(
+    names: str, settings: Mapping[str, str], search: str, objective: str, *, planned: bool = False
+) -> tuple[Stages, dict[str, str]]:
+    """Recoveries with their options, and the options of search and objective; one that both sides have is for both.
+
+    planned: nothing is searched, so that all options have to be for the recoveries.
+    """
+    if planned and settings and not names:
+        raise UserError(
+            f"a plan says what goes, so the settings {', '.join(settings)} would change nothing; drop them, or name "
+            "the recovery that they are for."
+        )
     if not names:
         return [], dict(settings)
+    if planned:
+        return parse_recoveries(names, settings), {}
     known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
     stages, _ = search_stages(search, objective, {})
     methods = [objectives.get(objective), *(method for method, _ in stages)]

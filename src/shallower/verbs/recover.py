@@ -23,7 +23,7 @@ from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryStage
 from shallower.resources import parse_memory
-from shallower.surgery import cut, require_free
+from shallower.surgery import cut
 from shallower.surgery.adopt import adopt
 from shallower.units import Unit
 from shallower.verbs.evaluate import held_out
@@ -41,7 +41,7 @@ from shallower.verbs.recoveries import (
     training_text,
     with_maps_inside,
 )
-from shallower.verbs.subject import Subject, calibrate, open_subject
+from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for
 from shallower.verbs.supply import supply
 
 PLAN = "plan.json"
@@ -111,7 +111,7 @@ def recover(
     steps = parse_recoveries(methods, settings or {})
     memory = parse_memory(memory)
     if out is not None:
-        require_free(out, force=force)
+        require_place_for(out, model, teacher, force=force)
     contents = {text: read_evaluation_text(text, supply()) for text in texts}
     given = _plan(model, teacher, plan)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}

@@ -17,6 +17,7 @@ from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
+from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet, build_calibration, build_choices
 from shallower.corpus.questions import EXAMPLE
 from shallower.engine import Ablator, Racing, reads_choices
@@ -27,6 +28,7 @@ from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
+from shallower.surgery import require_apart, require_free
 from shallower.surgery.ordinary import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
 from shallower.verbs.supply import supply
@@ -97,6 +99,20 @@ def open_subject(
     else:
         loaded = load_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return Subject(loaded, dissect(loaded.model))
+
+
+def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | Subject | None, force: bool) -> None:
+    """Raise OutputError unless a checkpoint can be written to `out`: it is free, or may be replaced and is none of the
+    `models` that are read. Before anything is loaded.
+    """
+    require_free(out, force=force)
+    for model in models:
+        if isinstance(model, Subject):
+            require_apart(out, model.loaded.path)
+        elif isinstance(model, PreTrainedModel):
+            require_apart(out, model.config._name_or_path)
+        elif model is not None:
+            require_apart(out, locate(str(model)).path)
 
 
 def units_of(subject: Subject, which: str, protected: frozenset[int] = frozenset()) -> tuple[Unit, ...]:
