@@ -216,6 +216,27 @@ def test_prune_trains_what_it_cut(files: Path) -> None:
     assert torch.allclose(full_logits(loaded, ids), full_logits(pruned.model, ids), atol=1e-5)
 
 
+def test_text_that_was_read_and_is_evaluated_is_noted_and_texts_of_one_name_are_told_apart(files: Path) -> None:
+    (files / "other").mkdir()
+    (files / "other" / "text.jsonl").write_text(json.dumps({"text": "Nobody has seen one of these dogs before. " * 40}))
+    texts = [str(files / "text.jsonl"), str(files / "other" / "text.jsonl")]
+    given = {**asked(files), "train_sequences": 40, "texts": texts, "settings": {**SMALL, "epochs": "0.1"}}
+    found = recover(files / "pruned", "refit,full", teacher=files / "dense", **given)
+    pruned = prune(files / "dense", plan=files / "plan.json", recover="refit,full", speed=False, **given)
+    for stage in (*found.stages, *pruned.report.recovery):
+        assert list(stage.perplexity) == [f"{files.name}/text.jsonl", "other/text.jsonl"]
+    assert set(pruned.report.pruned.perplexity) == set(stage.perplexity)
+    seen, _ = stage.perplexity
+    for notes, model in ((found.notes, "repaired"), (pruned.report.notes, "pruned")):
+        told = [note for note in notes if "runs of 13 tokens" in note]
+        assert all(note.startswith(f"{seen} shares ") and note.endswith(f"the {model} model.") for note in told)
+        assert [note for note in told if "with the text of the repair" in note]
+        assert [note for note in told if "with the training text" in note]
+    by_training = recover(files / "pruned", "full", teacher=files / "dense", **given).notes
+    assert not any("text of the repair" in note for note in by_training)  # which nothing was fitted on
+    assert [note for note in by_training if "with the training text" in note]
+
+
 def test_sublayers_that_are_missing_alone_are_repaired_and_trained_too(files: Path) -> None:
     pruned = prune(
         files / "dense",

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower.checkpoint.cache import cache_root
-from shallower.corpus import CalibrationSet, build_calibration, build_choices, overlap, text_of
-from shallower.corpus.overlap import rows_in
+from shallower.corpus import CalibrationSet, text_of
 from shallower.errors import CorpusError, OutputError, UserError
 from shallower.evaluation.generation import Generation, continue_prompts
 from shallower.evaluation.pairs import Difference, paired
@@ -28,6 +26,7 @@ from shallower.evaluation.tasks import LM_EVAL_SEED, LoadedTasks, TaskResult, Ta
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import PruningPlan, without_folders
 from shallower.reporting.wording import distinct_names
+from shallower.verbs.contamination import contamination
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, open_subject
 from shallower.verbs.supply import supply
 
@@ -229,8 +228,7 @@ def read_questions(
     limits = [suite.limit for suite in chosen if suite.limit is not None]
     if settings.limit is None and limits:
         settings = TaskSettings(**{**vars(settings), "limit": min(limits)})
-    names = distinct_names([text_name(text) for text in texts], texts)
-    contents = {name: read_evaluation_text(text, supply()) for name, text in zip(names, texts, strict=True)}
+    contents = read_texts(texts)
     loaded = None
     if tasks or chosen:
         loaded = open_tasks(tasks, suites, data=task_data, limit=settings.limit)
@@ -318,72 +316,6 @@ def fitting(subject: Subject, window: int) -> int:
     return window if limit is None else min(window, limit)
 
 
-def contamination(
-    subject: Subject,
-    plan: PruningPlan | None,
-    calibration: str | Path | None,
-    asked: Questions,
-    tokens: int | None,
-) -> Iterator[str]:
-    """Sentences about texts and questions that share 13 tokens in a row with what the model was calibrated on.
-
-    tokens: how many of each text are read, None for all.
-    """
-    label = subject.identity.name
-    text, told = _calibration_of(subject, plan, calibration)
-    if text is None:
-        if told:
-            yield f"{label}: {told}"
-        return
-    encode = subject.tokenizer
-    for name, content in asked.contents.items():
-        ids = torch.tensor(encode(content, add_special_tokens=False, verbose=False).input_ids)
-        shared = overlap(text, ids[:tokens])
-        if shared.shared:
-            yield (
-                f"{name} shares {shared.shared} of {shared.total} runs of 13 tokens with the calibration text {told}: "
-                f"its perplexity flatters what was pruned on it."
-            )
-    if asked.tasks is None:
-        return
-    by_task: dict[str, list[str]] = {}
-    for task, question in asked.tasks.questions(asked.settings.limit):
-        by_task.setdefault(task, []).append(question)
-    for task, questions in by_task.items():
-        rows = encode(questions, add_special_tokens=False, verbose=False).input_ids
-        found = rows_in(text, rows)
-        if found:
-            yield (
-                f"{len(found)} of {len(rows)} questions of {task} share 13 tokens in a row with the calibration text "
-                f"{told}: its score flatters what was pruned on it."
-            )
-
-
-def _calibration_of(
-    subject: Subject, plan: PruningPlan | None, named: str | Path | None
-) -> tuple[CalibrationSet | None, str]:
-    """The calibration set and its name; without a set, why the overlap cannot be told, if there is anything to tell."""
-    made = None if plan is None else plan.made_by
-    recorded = None if made is None else made.calibration
-    spec = str(named) if named is not None else None if recorded is None else recorded.spec
-    if spec is None:
-        return None, ""
-    found: CalibrationSet
-    try:
-        if made is not None and made.objective == "task":
-            found = build_choices(spec, subject.tokenizer)
-        else:
-            found = build_calibration(spec, subject.tokenizer, supply=supply(subject.model, subject.tokenizer))
-    except UserError as error:
-        if named is not None:
-            raise
-        reason = str(error).rstrip(".")
-        return None, f"whether it was calibrated on what is evaluated is not known ({reason}); name it: --calibration."
-    if named is None and recorded is not None and found.identity.digest != recorded.digest:
-        return None, f"its calibration text {recorded.title} is not what it was, so overlaps are not known."
-    return found, found.identity.title.partition("?")[0]
-
-
 def _plan_of(model: str | Path | PreTrainedModel | Subject) -> PruningPlan | None:
     """The plan inside a checkpoint's folder."""
     if isinstance(model, (str, Path)) and (file := Path(model).expanduser() / "plan.json").is_file():
@@ -455,13 +387,25 @@ def _head(each: Evaluation) -> dict[str, Any]:
     return told if each.removed is None else {**told, "removed": each.removed}
 
 
+def read_texts(texts: Sequence[str]) -> dict[str, str]:
+    """Held-out texts, by what to call each: files of one name in different folders are told apart.
+
+    Raises CorpusError when one cannot be read.
+    """
+    given = list(dict.fromkeys(texts))
+    names = distinct_names([text_name(text) for text in given], given)
+    return {name: read_evaluation_text(text, supply()) for name, text in zip(names, given, strict=True)}
+
+
 def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
-    """Documents of the calibration source that were left out of calibration; nothing for a ready-made set of ids."""
+    """Documents of the calibration source that were left out of calibration, by what to call them; nothing for a
+    ready-made set of ids.
+    """
     if isinstance(calibration, CalibrationSet):
         return {}
     try:
         spec = f"{text_of(str(calibration or DEFAULT_CALIBRATION))}?part=held-out"
-        return {spec: read_evaluation_text(spec, supply())}
+        return {text_name(spec): read_evaluation_text(spec, supply())}
     except CorpusError:
         return {}  # too few documents to leave any out: the report then shows no perplexity
 

@@ -18,12 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import LoadedModel
-from shallower.corpus import CalibrationSet, overlap
+from shallower.corpus import CalibrationSet
 from shallower.engine import stream_scores
 from shallower.errors import UserError
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskSettings
-from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import export
 from shallower.forms import require_form
 from shallower.launched import world_size
@@ -40,7 +39,8 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
-from shallower.verbs.evaluate import TaskScores, held_out, read_questions, task_scores, text_name, text_perplexity
+from shallower.verbs.contamination import shared_runs
+from shallower.verbs.evaluate import TaskScores, held_out, read_questions, read_texts, task_scores, text_perplexity
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     LENGTH,
@@ -52,6 +52,7 @@ from shallower.verbs.recoveries import (
     perplexities,
     require_place,
     run_recoveries,
+    texts_read,
     training_text,
     with_maps_inside,
 )
@@ -59,7 +60,6 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve, search_stages
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, units_of
-from shallower.verbs.supply import supply
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -150,7 +150,7 @@ def prune(
     if out is not None:
         require_place_for(out, model, force=force)
     clock = _Clock()
-    contents = {text: read_evaluation_text(text, supply()) for text in texts}
+    contents = read_texts(texts)
     asked = read_questions((), tasks, (), settings=TaskSettings(task_items), task_data=task_data) if tasks else None
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     with clock("loading"):
@@ -231,7 +231,10 @@ def prune(
             scores = task_scores(subject, smaller, asked)
     with clock("speed"):
         speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
-    notes = (*_notes(subject, text, contents, window, max_windows), *scores.notes, *stored.notes, *said)
+    read = {"the calibration text": text, **texts_read(steps, fitted, training)}
+    tokens = None if max_windows is None else window * max_windows
+    shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
+    notes = (*shared, *scores.notes, *stored.notes, *said)
     data = ReportData(
         plan=given,
         influence=(influence,),
@@ -343,37 +346,19 @@ def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[
 def _perplexities(
     sides: Sequence[Subject], contents: Mapping[str, str], window: int, max_windows: int | None
 ) -> list[dict[str, Perplexity]]:
-    names = {text: text_name(text) for text in contents}
-    if len(set(names.values())) < len(names):  # texts of one name in different folders
-        names = {text: text for text in contents}
     return [
         {
-            names[text]: text_perplexity(
+            name: text_perplexity(
                 side,
                 content,
                 window=window,
                 max_windows=max_windows,
-                label=f"with {len(side.anatomy.blocks)} blocks on {names[text]}",
+                label=f"with {len(side.anatomy.blocks)} blocks on {name}",
             )
-            for text, content in contents.items()
+            for name, content in contents.items()
         }
         for side in sides
     ]
-
-
-def _notes(
-    subject: Subject, text: CalibrationSet, contents: Mapping[str, str], window: int, max_windows: int | None
-) -> Iterator[str]:
-    """Warnings about text that was both calibrated and evaluated on."""
-    for name, content in contents.items():
-        ids = torch.tensor(subject.tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
-        shared = overlap(text, ids if max_windows is None else ids[: window * max_windows])
-        if shared.shared:
-            yield (
-                f"{text_name(name)} shares {shared.shared} of {shared.total} runs of 13 tokens with the calibration "
-                "text: "
-                "its perplexity flatters the pruned model."
-            )
 
 
 def _side(

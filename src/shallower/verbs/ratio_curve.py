@@ -22,11 +22,11 @@ from shallower.plan import PruningPlan
 from shallower.reporting.curves import curve_files
 from shallower.resources import parse_memory
 from shallower.surgery import cut
+from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluate import (
     Comparison,
     Evaluation,
     Questions,
-    contamination,
     fitting,
     read_questions,
     require_free,

@@ -16,7 +16,6 @@ from shallower.checkpoint.load import LoadedModel
 from shallower.checkpoint.locate import stored_dtype
 from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, PlanError, UserError
-from shallower.evaluation.text import read_evaluation_text
 from shallower.exporters import save
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
@@ -26,7 +25,8 @@ from shallower.resources import parse_memory
 from shallower.surgery import cut
 from shallower.surgery.adopt import adopt
 from shallower.units import Unit
-from shallower.verbs.evaluate import held_out
+from shallower.verbs.contamination import shared_runs
+from shallower.verbs.evaluate import held_out, read_texts
 from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
@@ -38,11 +38,11 @@ from shallower.verbs.recoveries import (
     recovery_card,
     require_place,
     run_recoveries,
+    texts_read,
     training_text,
     with_maps_inside,
 )
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for
-from shallower.verbs.supply import supply
 
 PLAN = "plan.json"
 
@@ -112,7 +112,7 @@ def recover(
     memory = parse_memory(memory)
     if out is not None:
         require_place_for(out, model, teacher, force=force)
-    contents = {text: read_evaluation_text(text, supply()) for text in texts}
+    contents = read_texts(texts)
     given = _plan(model, teacher, plan)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     dense = open_subject(model if teacher is None else teacher, tokenizer, **options)
@@ -135,7 +135,10 @@ def recover(
     )
     resume = Resume(out)
     untouched = [*student.model.parameters()]
-    student, stages, notes = run_recoveries(
+    tokens = None if max_windows is None else window * max_windows
+    flattered = shared_runs(dense, texts_read(steps, text, training), contents, tokens, flattered="the repaired model")
+    shared = tuple(flattered)
+    student, stages, said = run_recoveries(
         student,
         dense,
         given.removed,
@@ -147,6 +150,7 @@ def recover(
         seed=seed,
         memory=memory,
     )
+    notes = (*shared, *said)
     wait()  # until all have read what the trainings left
     folder, form = None, ""
     if leads() and out is not None:

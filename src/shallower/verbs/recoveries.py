@@ -37,7 +37,7 @@ from shallower.training.patch import attach, cuts
 from shallower.training.recipe import HeldOut, check_recipe
 from shallower.training.state import ENDED
 from shallower.units import Unit
-from shallower.verbs.evaluate import fitting, held_out, text_name, text_perplexity
+from shallower.verbs.evaluate import fitting, held_out, text_perplexity
 from shallower.verbs.subject import Subject, calibrate
 
 SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
@@ -236,11 +236,16 @@ def perplexities(
 ) -> dict[str, float]:
     """Perplexity on each text, by the text's name."""
     return {
-        text_name(name): text_perplexity(
-            subject, content, window=window, max_windows=max_windows, label=f"on {text_name(name)}"
-        ).perplexity
+        name: text_perplexity(subject, content, window=window, max_windows=max_windows, label=f"on {name}").perplexity
         for name, content in contents.items()
     }
+
+
+def texts_read(steps: Stages, text: CalibrationSet, training: Training | None) -> dict[str, CalibrationSet]:
+    """What the recoveries read, by what to call it. text: for those in closed form. training: for those that train."""
+    closed = any(not method.traits.get("trained") for method, _ in steps)
+    found = {"the text of the repair": text} if closed else {}
+    return found if training is None else {**found, "the training text": training.text}
 
 
 def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:

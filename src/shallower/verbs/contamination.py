@@ -1,0 +1,106 @@
+"""Whether a model is evaluated on text that it was cut, repaired or trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from shallower.corpus import CalibrationSet, build_calibration, build_choices, overlap
+from shallower.corpus.overlap import rows_in
+from shallower.errors import UserError
+from shallower.plan import PruningPlan
+from shallower.verbs.subject import Subject
+from shallower.verbs.supply import supply
+
+if TYPE_CHECKING:
+    from shallower.verbs.evaluate import Questions
+
+
+def shared_runs(
+    subject: Subject,
+    read: Mapping[str, CalibrationSet],
+    contents: Mapping[str, str],
+    tokens: int | None,
+    *,
+    flattered: str,
+) -> Iterator[str]:
+    """Sentences about evaluated texts that share runs of 13 tokens with what a model was made with.
+
+    read: sets by what to call them. contents: evaluated texts by name. tokens: how many of each are evaluated, None for
+    all. flattered: which model its perplexity then flatters.
+    """
+    sets: dict[str, tuple[str, CalibrationSet]] = {}
+    for what, made_with in read.items():
+        sets.setdefault(made_with.digest, (what, made_with))  # of two that are one, one sentence
+    for name, content in contents.items():
+        ids = torch.tensor(subject.tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
+        for what, made_with in sets.values():
+            shared = overlap(made_with, ids[:tokens])
+            if shared.shared:
+                yield (
+                    f"{name} shares {shared.shared} of {shared.total} runs of 13 tokens with {what}: its perplexity "
+                    f"flatters {flattered}."
+                )
+
+
+def contamination(
+    subject: Subject,
+    plan: PruningPlan | None,
+    calibration: str | Path | None,
+    asked: Questions,
+    tokens: int | None,
+) -> Iterator[str]:
+    """Sentences about texts and questions that share 13 tokens in a row with what the model was calibrated on.
+
+    tokens: how many of each text are read, None for all.
+    """
+    label = subject.identity.name
+    text, told = _calibration_of(subject, plan, calibration)
+    if text is None:
+        if told:
+            yield f"{label}: {told}"
+        return
+    named = f"the calibration text {told}"
+    yield from shared_runs(subject, {named: text}, asked.contents, tokens, flattered="what was pruned on it")
+    if asked.tasks is None:
+        return
+    by_task: dict[str, list[str]] = {}
+    for task, question in asked.tasks.questions(asked.settings.limit):
+        by_task.setdefault(task, []).append(question)
+    encode = subject.tokenizer
+    for task, questions in by_task.items():
+        rows = encode(questions, add_special_tokens=False, verbose=False).input_ids
+        found = rows_in(text, rows)
+        if found:
+            yield (
+                f"{len(found)} of {len(rows)} questions of {task} share 13 tokens in a row with the calibration text "
+                f"{told}: its score flatters what was pruned on it."
+            )
+
+
+def _calibration_of(
+    subject: Subject, plan: PruningPlan | None, named: str | Path | None
+) -> tuple[CalibrationSet | None, str]:
+    """The calibration set and its name; without a set, why the overlap cannot be told, if there is anything to tell."""
+    made = None if plan is None else plan.made_by
+    recorded = None if made is None else made.calibration
+    spec = str(named) if named is not None else None if recorded is None else recorded.spec
+    if spec is None:
+        return None, ""
+    found: CalibrationSet
+    try:
+        if made is not None and made.objective == "task":
+            found = build_choices(spec, subject.tokenizer)
+        else:
+            found = build_calibration(spec, subject.tokenizer, supply=supply(subject.model, subject.tokenizer))
+    except UserError as error:
+        if named is not None:
+            raise
+        reason = str(error).rstrip(".")
+        return None, f"whether it was calibrated on what is evaluated is not known ({reason}); name it: --calibration."
+    if named is None and recorded is not None and found.identity.digest != recorded.digest:
+        return None, f"its calibration text {recorded.title} is not what it was, so overlaps are not known."
+    return found, found.identity.title.partition("?")[0]
