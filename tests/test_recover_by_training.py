@@ -210,6 +210,12 @@ def test_prune_trains_what_it_cut(files: Path) -> None:
     assert "While lora trained" in page
     again = ReportData.from_json(json.loads((files / "out" / "report.json").read_text()))
     assert again.recovery == pruned.report.recovery
+    assert again.recovery[2].options["rank"] == 4
+    made = again.recovery_made_by
+    assert made is not None
+    assert made.calibration is not None
+    assert made.training is not None
+    assert made.training.digest != made.calibration.digest
     assert any(note.startswith("lora: ") for note in pruned.report.notes)
     loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32)
     ids = torch.arange(3, 27)[None]

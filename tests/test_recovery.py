@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import recovery
-from shallower.reporting.data import ReportData
+from shallower.reporting.data import RecoveryMadeBy, ReportData
 from shallower.surgery import cut, save
 from shallower.surgery.fold import fold_constant, fold_map, fold_scale
 from shallower.surgery.mapping import mapped
@@ -647,6 +648,20 @@ def test_a_pruned_checkpoint_is_recovered_into_an_ordinary_one(files: Path) -> N
     assert PruningPlan.load(files / "out" / "plan.json") == found.plan
     written = json.loads((files / "out" / "recovery.json").read_text())
     assert [row["method"] for row in written["recovery"]] == ["cut", "emulated-update", "refit"]
+    assert written["recovery"][2]["options"] == {
+        name: option.default for name, option in recovery.get("refit").options.items()
+    }
+    made = RecoveryMadeBy.from_json(written["made_by"])
+    assert made == found.made_by
+    assert made.teacher.fingerprint == found.plan.model.fingerprint
+    assert (made.seed, made.version) == (0, shallower.__version__)
+    assert made.calibration is not None
+    assert (made.calibration.tokens, made.training) == (16 * 32, None)
+    assert str(files / "text.jsonl") in made.calibration.spec
+    card = (files / "out" / "README.md").read_text()
+    assert "What is left was then changed by emulated-update, refit" in card
+    assert "not changed" not in card
+    assert "\n- Repaired on text.jsonl" in card
     again = recover(files / "dense", "emulated-update,refit", plan=files / "plan.json", **asked(files))
     assert torch.allclose(logits(again.model, text), logits(found.model, text), atol=1e-4)
 
@@ -717,8 +732,24 @@ def test_prune_recovers_in_one_command(files: Path) -> None:
     assert last == pytest.approx(dict(pruned.report.pruned.perplexity))
     report = ReportData.load(files / "out" / "report.json")
     assert report.recovery == pruned.report.recovery
+    assert report.recovery[2].options["ridge"] == 0.1
+    assert report.recovery_made_by == pruned.report.recovery_made_by
+    assert report.recovery_made_by is not None
+    assert report.recovery_made_by.teacher == report.plan.model
+    card = (files / "out" / "README.md").read_text()
+    assert "What is left was then changed by emulated-update, refit" in card
+    assert "not changed" not in card
+    assert "\n| refit | " in card
+    assert re.search(r"\n- `refit`: .*ridge=0.1", card)
     assert "Recovery" in (files / "out" / "report.html").read_text()
     old = json.loads((files / "out" / "report.json").read_text())
+    for stage in old["recovery"]:
+        del stage["options"]
+    del old["recovery_made_by"]
+    assert [stage.options for stage in ReportData.from_json(old).recovery] == [{}, {}, {}]
+    faulty = {**json.loads((files / "out" / "report.json").read_text()), "recovery_made_by": {"seed": "0"}}
+    with pytest.raises(UserError, match=r"'recovery_made_by' of the report lacks 'teacher'.*'seed' of .* is '0'"):
+        ReportData.from_json(faulty)
     del old["recovery"]
     assert ReportData.from_json(old).recovery == ()
 

@@ -132,7 +132,18 @@ def prune(
 def pruned_answer(data: ReportData, folder: Path) -> Answer:
     """What was removed, what it cost, where it is and how to load it."""
     page, form = folder / "report.html", FORMS[data.form]
-    told = ("plan", "form", "dense", "pruned", "speed_setting", "seconds", "machine", "notes", "recovery")
+    told = (
+        "plan",
+        "form",
+        "dense",
+        "pruned",
+        "speed_setting",
+        "seconds",
+        "machine",
+        "notes",
+        "recovery",
+        "recovery_made_by",
+    )
     everything = data.to_json()
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}
 

@@ -43,8 +43,8 @@ def export(anatomy: Anatomy, units: Collection[Unit], model: PreTrainedModel, fo
 def save(model: PreTrainedModel, folder: str | Path, **options: Any) -> Path:
     """Write a cut model: as an ordinary checkpoint, or as a packaged one where sublayers are missing.
 
-    options: `plan` (required; may be None), `tokenizer`, `card`, `pages`, `force`, `max_shard_size`, `verify_ids`, as
-    for `shallower.surgery.save`. For a padded checkpoint, save what `cut(..., padded=True)` gives.
+    options: `plan` (required; may be None), `tokenizer`, `card`, `recoveries`, `pages`, `force`, `max_shard_size`,
+    `verify_ids`, as for `shallower.surgery.save`. For a padded checkpoint, save what `cut(..., padded=True)` gives.
 
     Raises ModelError, OutputError or VerificationError, and leaves nothing behind then.
     """

@@ -6,15 +6,15 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shallower.errors import UserError
 from shallower.forms import FORMS
-from shallower.plan import PruningPlan
+from shallower.plan import CalibrationIdentity, ModelIdentity, PruningPlan
 from shallower.scores import Scores
-from shallower.strict_json import key_faults, write_json
+from shallower.strict_json import key_faults, record_faults, write_json
 
 FORMAT = "shallower.report/1"
 
@@ -53,9 +53,9 @@ class Side:
 class RecoveryStage:
     """The model behind one recovery, or, with the method `cut`, ahead of the first.
 
-    perplexity: by name of the text. parameters: that the model gained. tokens: of calibration text read, counted once a
-    pass. curve: of a training, a row for each measurement: `step`, `tokens`, `minutes`, the step's `loss`, and
-    `held_out` perplexity where it was measured.
+    options: of the method, also those that nobody gave. perplexity: by name of the text. parameters: that the model
+    gained. tokens: of calibration text read, counted once a pass. curve: of a training, a row for each measurement:
+    `step`, `tokens`, `minutes`, the step's `loss`, and `held_out` perplexity where it was measured.
     """
 
     method: str
@@ -64,6 +64,7 @@ class RecoveryStage:
     tokens: int = 0
     seconds: float = 0.0
     curve: tuple[Mapping[str, float], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {key: _plain(getattr(self, key)) for key in _STAGE}
@@ -71,7 +72,37 @@ class RecoveryStage:
     @classmethod
     def from_json(cls, data: Any, where: str = "the stage") -> RecoveryStage:
         """Build from parsed JSON. Raises UserError naming every fault."""
-        return cls(**_fields(data, where, _STAGE, optional=("curve",)))
+        return cls(**_fields(data, where, _STAGE, optional=("curve", "options")))
+
+
+@dataclass(frozen=True)
+class RecoveryMadeBy:
+    """What the recoveries of a model worked with, besides their options. calibration: what those in closed form read,
+    training: what those that train read; None where there was none of that kind.
+    """
+
+    teacher: ModelIdentity
+    calibration: CalibrationIdentity | None
+    training: CalibrationIdentity | None
+    seed: int
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the recovery") -> RecoveryMadeBy:
+        """Build from parsed JSON. Raises UserError naming every fault."""
+        faults = record_faults(where, data, cls)
+        if not faults:
+            faults += record_faults(f"'teacher' of {where}", data["teacher"], ModelIdentity)
+            for key in ("calibration", "training"):
+                if data[key] is not None:
+                    faults += record_faults(f"{key!r} of {where}", data[key], CalibrationIdentity)
+        if faults:
+            raise UserError("; ".join(faults) + ".")
+        texts = {key: data[key] and CalibrationIdentity(**data[key]) for key in ("calibration", "training")}
+        return cls(**{**data, **texts, "teacher": ModelIdentity(**data["teacher"])})
 
 
 @dataclass(frozen=True)
@@ -81,7 +112,7 @@ class ReportData:
     influence: scores of units, one entry a metric. spans: angular distance of every span [l, l + n).
     base_model: what the dense model is called. folder: what the pruned one is loaded from. form: how it is stored
     there, a name of `shallower.forms`. recovery: the cut model, and the model behind each recovery, in order; none
-    where nothing was repaired.
+    where nothing was repaired. recovery_made_by: what these worked with.
     speed_setting: how speed was measured, in one line. seconds: by stage. notes: what the reader must know.
     """
 
@@ -98,6 +129,7 @@ class ReportData:
     notes: tuple[str, ...] = ()
     form: str = "ordinary"
     recovery: tuple[RecoveryStage, ...] = ()
+    recovery_made_by: RecoveryMadeBy | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,6 +147,7 @@ class ReportData:
             "notes": list(self.notes),
             "form": self.form,
             "recovery": [stage.to_json() for stage in self.recovery],
+            "recovery_made_by": None if self.recovery_made_by is None else self.recovery_made_by.to_json(),
         }
 
     @classmethod
@@ -127,7 +160,7 @@ class ReportData:
                 f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
                 "Update shallower or prune again with `shallower prune`."
             )
-        fields = _fields({"recovery": [], **data}, where, _REPORT)  # reports from before there was recovery
+        fields = _fields({"recovery": [], **data}, where, _REPORT, optional=("recovery_made_by",))  # older reports
         del fields["format"]
         return cls(**fields)
 
@@ -244,6 +277,7 @@ _STAGE: dict[str, _Reader] = {
     "tokens": _integer,
     "seconds": _number,
     "curve": _many(_named(_number)),
+    "options": _named(lambda value, where: value),
 }
 _REPORT: dict[str, _Reader] = {
     "format": _text,
@@ -260,4 +294,5 @@ _REPORT: dict[str, _Reader] = {
     "notes": _many(_text),
     "form": _form,
     "recovery": _many(RecoveryStage.from_json),
+    "recovery_made_by": _or_none(RecoveryMadeBy.from_json),
 }

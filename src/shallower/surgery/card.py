@@ -20,6 +20,7 @@ def model_card(
     form: Form = FORMS["ordinary"],
     notes: Sequence[str] = (),
     tokenizer: bool = True,
+    recoveries: Sequence[str] = (),
 ) -> str:
     """README.md of a checkpoint: where it comes from, what is missing, how to load it.
 
@@ -30,6 +31,7 @@ def model_card(
         form: In which it is stored.
         notes: What else a user of this form should know, one sentence each.
         tokenizer: Whether one is stored, too.
+        recoveries: What changed the cut model afterwards, by name, in order.
     """
     name = plan.model.name if plan is not None else str(model.config._name_or_path)
     if os.path.isabs(name) or os.path.exists(name):
@@ -42,7 +44,7 @@ def model_card(
         lines += [f"base_model: {name}", "base_model_relation: finetune"]
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- shallower", "- depth-pruning"]
     lines += ["---", "", f"# {name or model.config.model_type}, made shallower", ""]
-    lines += [_what(model, plan, form), ""]
+    lines += [_what(model, plan, form, recoveries), ""]
     if plan is not None:
         lines += _how(plan)
     code = form.loading("path/to/this/folder", tokenizer=tokenizer).replace("'", '"')
@@ -53,7 +55,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form) -> str:
+def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveries: Sequence[str]) -> str:
     blocks = model.config.get_text_config().num_hidden_layers
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{blocks} blocks and {parameters:,} parameters"
@@ -61,7 +63,9 @@ def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form) -> str:
         return f"A language model of {size}."
     removed = ", ".join(f"`{unit}`" for unit in plan.remove)
     changed = "The weights that are left were not changed by the removal."
-    if form.name == "padded":
+    if recoveries:
+        changed = f"What is left was then changed by {', '.join(recoveries)}, as told under Recovery."
+    elif form.name == "padded":
         changed = (
             "Of the sublayers that are still there the output projections are zero; no other weights were changed."
         )

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -65,6 +65,7 @@ def save(
     plan: PruningPlan | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
+    recoveries: Sequence[str] = (),
     pages: Mapping[str, str] | None = None,
     force: bool = False,
     max_shard_size: str = "5GB",
@@ -80,6 +81,7 @@ def save(
         plan: Goes into plan.json and the model card.
         tokenizer: Saved with its chat template.
         card: Markdown that the model card ends with: what was measured.
+        recoveries: Names of those that changed what is left, in order, for the model card.
         pages: Further text files to put into the folder, by name, such as the report.
         force: Replace an existing checkpoint, at the last moment.
         max_shard_size: As transformers takes it.
@@ -99,6 +101,15 @@ def save(
     target = Path(os.path.abspath(folder))
     require_free(target, force=force)
     require_apart(target, model.config._name_or_path, None if plan is None else plan.model.name)
+    readme = model_card(
+        model,
+        plan,
+        card,
+        form=export.form,
+        notes=export.notes,
+        tokenizer=tokenizer is not None,
+        recoveries=recoveries,
+    )
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _BESIDES_WEIGHTS
     temporary: Path | None = None
@@ -118,7 +129,7 @@ def save(
                 _write_tokenizer(tokenizer, temporary)
             if plan is not None:
                 plan.save(temporary / "plan.json")
-            for name, text in {"README.md": _card(export, plan, card, tokenizer is not None), **(pages or {})}.items():
+            for name, text in {"README.md": readme, **(pages or {})}.items():
                 write_text(temporary / name, text)
             step()
             ids = probe_ids(model) if verify_ids is None else verify_ids
@@ -155,10 +166,6 @@ def require_no_maps(model: PreTrainedModel) -> None:
             f"(the first is {found[0]}): save what surgery.mapping.mapped makes of it, or recover with refit or "
             "linear-fold, which fold into weights."
         )
-
-
-def _card(export: Export, plan: PruningPlan | None, measured: str | None, tokenizer: bool) -> str:
-    return model_card(export.model, plan, measured, form=export.form, notes=export.notes, tokenizer=tokenizer)
 
 
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def shared_runs(
     subject: Subject,
-    read: Mapping[str, CalibrationSet],
+    read: Mapping[str, CalibrationSet | None],
     contents: Mapping[str, str],
     tokens: int | None,
     *,
@@ -29,12 +29,13 @@ def shared_runs(
 ) -> Iterator[str]:
     """Sentences about evaluated texts that share runs of 13 tokens with what a model was made with.
 
-    read: sets by what to call them. contents: evaluated texts by name. tokens: how many of each are evaluated, None for
-    all. flattered: which model its perplexity then flatters.
+    read: sets by what to call them, None for one that was not read. contents: evaluated texts by name. tokens: how many
+    of each are evaluated, None for all. flattered: which model its perplexity then flatters.
     """
     sets: dict[str, tuple[str, CalibrationSet]] = {}
     for what, made_with in read.items():
-        sets.setdefault(made_with.digest, (what, made_with))  # of two that are one, one sentence
+        if made_with is not None:
+            sets.setdefault(made_with.digest, (what, made_with))  # of two that are one, one sentence
     for name, content in contents.items():
         ids = torch.tensor(subject.tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
         for what, made_with in sets.values():

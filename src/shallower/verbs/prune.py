@@ -48,8 +48,10 @@ from shallower.verbs.recoveries import (
     TRAIN_SEQUENCES,
     Resume,
     Stages,
+    made_by,
     parse_recoveries,
     perplexities,
+    recovery_card,
     require_place,
     run_recoveries,
     texts_read,
@@ -231,7 +233,8 @@ def prune(
             scores = task_scores(subject, smaller, asked)
     with clock("speed"):
         speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
-    read = {"the calibration text": text, **texts_read(steps, fitted, training)}
+    repaired, trained = texts_read(steps, fitted, training)
+    read = {"the calibration text": text, "the text of the repair": repaired, "the training text": trained}
     tokens = None if max_windows is None else window * max_windows
     shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
     notes = (*shared, *scores.notes, *stored.notes, *said)
@@ -249,6 +252,7 @@ def prune(
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
+        recovery_made_by=made_by(subject, steps, fitted, training, seed) if steps else None,
     )
     if out is None:
         resume.clear()
@@ -266,6 +270,7 @@ def prune(
             plan=given,
             tokenizer=subject.loaded.tokenizer,
             card=_card(data),
+            recoveries=[stage.method for stage in stages[1:]],
             pages={"report.json": json.dumps(data.to_json(), indent=1), "report.html": render(data)},
             force=force,
             verify_ids=text.input_ids[:1, :64],
@@ -406,4 +411,8 @@ def _card(data: ReportData) -> str:
         if before is not None and after is not None:
             rows.append((label, f"{before:.1f}", f"{after:.1f}"))
     lines = ["| | dense | pruned |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + (f"\n\nSpeed: {data.speed_setting}." if data.speed_setting else "")
+    if data.speed_setting:
+        lines += ["", f"Speed: {data.speed_setting}."]
+    if data.recovery and data.recovery_made_by is not None:
+        lines += ["", recovery_card(data.recovery, data.recovery_made_by)]
+    return "\n".join(lines)

@@ -20,7 +20,7 @@ from shallower.exporters import save
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
-from shallower.reporting.data import RecoveryStage
+from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.resources import parse_memory
 from shallower.surgery import cut
 from shallower.surgery.adopt import adopt
@@ -33,6 +33,7 @@ from shallower.verbs.recoveries import (
     TRAIN_SEQUENCES,
     Resume,
     Stages,
+    made_by,
     parse_recoveries,
     perplexities,
     recovery_card,
@@ -44,13 +45,14 @@ from shallower.verbs.recoveries import (
 )
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for
 
+FORMAT = "shallower.recovery/1"
 PLAN = "plan.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Recovered:
-    """A repaired model. stages: the cut model, then what each recovery made of it. folder: None when not saved; form:
-    that of the checkpoint (`shallower.forms`), then empty.
+    """A repaired model. stages: the cut model, then what each recovery made of it. made_by: what these worked with.
+    folder: None when not saved; form: that of the checkpoint (`shallower.forms`), then empty.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -58,6 +60,7 @@ class Recovered:
     stages: tuple[RecoveryStage, ...]
     notes: tuple[str, ...]
     folder: Path | None
+    made_by: RecoveryMadeBy
     form: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class Recovered:
             "form": self.form,
             "plan": self.plan.to_json(),
             "recovery": [stage.to_json() for stage in self.stages],
+            "made_by": self.made_by.to_json(),
             "notes": list(self.notes),
         }
 
@@ -135,9 +139,10 @@ def recover(
     )
     resume = Resume(out)
     untouched = [*student.model.parameters()]
+    made = made_by(dense, steps, text, training, seed)
+    read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = None if max_windows is None else window * max_windows
-    flattered = shared_runs(dense, texts_read(steps, text, training), contents, tokens, flattered="the repaired model")
-    shared = tuple(flattered)
+    shared = tuple(shared_runs(dense, read, contents, tokens, flattered="the repaired model"))
     student, stages, said = run_recoveries(
         student,
         dense,
@@ -159,13 +164,19 @@ def recover(
             anatomy, stored = again
             adopt(stored, student.model, untouched)
         stored = with_maps_inside(stored, anatomy, given.removed)
-        document = {"recovery": [stage.to_json() for stage in stages], "notes": list(notes)}
+        document = {
+            "format": FORMAT,
+            "made_by": made.to_json(),
+            "recovery": [stage.to_json() for stage in stages],
+            "notes": list(notes),
+        }
         folder = save(
             stored,
             out,
             plan=given,
             tokenizer=dense.loaded.tokenizer,
-            card=recovery_card(stages),
+            card=recovery_card(stages, made),
+            recoveries=[stage.method for stage in stages[1:]],
             pages={"recovery.json": json.dumps(document, indent=1)},
             force=force,
             verify_ids=text.input_ids[:1, :64],
@@ -174,7 +185,7 @@ def recover(
     if leads():
         resume.clear()
     wait()
-    return Recovered(student.model, given, stages, notes, folder, form)
+    return Recovered(student.model, given, stages, notes, folder, made, form)
 
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:

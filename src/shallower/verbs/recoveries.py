@@ -26,7 +26,7 @@ from shallower.evaluation.perplexity import perplexity
 from shallower.recovery import Repair
 from shallower.registry import Method, share_options
 from shallower.registry import recovery as recoveries
-from shallower.reporting.data import RecoveryStage
+from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.reporting.wording import plural, recovery_rows
 from shallower.surgery import cut
 from shallower.surgery.mapping import mapped
@@ -39,6 +39,7 @@ from shallower.training.state import ENDED
 from shallower.units import Unit
 from shallower.verbs.evaluate import fitting, held_out, text_perplexity
 from shallower.verbs.subject import Subject, calibrate
+from shallower.version import __version__
 
 SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
 TRAIN_SEQUENCES = 4096  # training reads on, and a million tokens are more than a processor trains on in an hour
@@ -218,7 +219,8 @@ def run_recoveries(
                 repair.notes.append(_told(told))
             notes += [f"{method.name}: {note}" for note in repair.notes]
             gained = _parameters(student.model) - size
-            stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1), curve))
+            used = {name: option.default for name, option in method.options.items()} | dict(options)
+            stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1), curve, used))
     finally:
         resume.tidy()
     return student, tuple(stages), tuple(notes)
@@ -241,11 +243,12 @@ def perplexities(
     }
 
 
-def texts_read(steps: Stages, text: CalibrationSet, training: Training | None) -> dict[str, CalibrationSet]:
-    """What the recoveries read, by what to call it. text: for those in closed form. training: for those that train."""
+def texts_read(
+    steps: Stages, text: CalibrationSet, training: Training | None
+) -> tuple[CalibrationSet | None, CalibrationSet | None]:
+    """What the recoveries in closed form read, and what those that train do; None where there is none of that kind."""
     closed = any(not method.traits.get("trained") for method, _ in steps)
-    found = {"the text of the repair": text} if closed else {}
-    return found if training is None else {**found, "the training text": training.text}
+    return text if closed else None, None if training is None else training.text
 
 
 def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:
@@ -256,11 +259,26 @@ def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[
     return mapped(model, dense, removed) if any(patches(model)) else model
 
 
-def recovery_card(stages: Sequence[RecoveryStage]) -> str:
-    """The stages as a Markdown table for the model card."""
+def made_by(
+    dense: Subject, steps: Stages, text: CalibrationSet, training: Training | None, seed: int
+) -> RecoveryMadeBy:
+    """What makes the same repair again, besides the stages' options."""
+    repaired, trained = (None if read is None else read.identity for read in texts_read(steps, text, training))
+    return RecoveryMadeBy(dense.identity, repaired, trained, seed, __version__)
+
+
+def recovery_card(stages: Sequence[RecoveryStage], made: RecoveryMadeBy) -> str:
+    """The stages as a Markdown table for the model card, and what they were made with."""
     head, rows = recovery_rows(stages)
     lines = ["## Recovery", "", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines.append("")
+    for stage in stages[1:]:
+        options = ", ".join(f"{name}={value}" for name, value in stage.options.items())
+        lines.append(f"- `{stage.method}`" + (f": {options}" if options else ""))
+    texts = {"Repaired": made.calibration, "Trained": made.training}
+    lines += [f"- {done} on {text.title}, {text.tokens:,} tokens" for done, text in texts.items() if text is not None]
+    return "\n".join([*lines, f"- Seed {made.seed}"])
 
 
 def _parameters(model: PreTrainedModel) -> int:
