@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from shallower import prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
-from shallower.errors import ModelError, OutputError, PlanError, UserError
+from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.reporting.data import ReportData
 from shallower.surgery import cut, save
@@ -25,6 +25,7 @@ from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.training import loop
 from shallower.units import parse_units
 from shallower.verbs import recover as verb
+from shallower.verbs import subject
 from shallower.verbs.prune import _recoveries
 from shallower.verbs.subject import open_subject
 
@@ -267,6 +268,55 @@ def test_conversations_are_trained_on_and_measured_by(files: Path) -> None:
     first, *_, last = stage.curve
     assert last["held_out"] < first["held_out"]
     assert stage.tokens < 76 * 96
+
+
+def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:
+    words = {3: "A long story. " * 40, 60: "Another. " * 90}
+    rows = [{"instruction": f"Say {n}.", "output": words.get(n, f"It is {n}.")} for n in range(70)]
+    (files / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {**SMALL, "epochs": "0.1"}
+
+    def notes(most: int, length: int) -> list[str]:
+        given = asked(files, train_sequences=most, length=length, settings=settings)
+        told = recover(
+            files / "pruned", "full", teacher=files / "dense", instructions=files / "chat.jsonl", **given
+        ).notes
+        return [note for note in told if "conversation" in note]
+
+    assert notes(80, 1000) == []
+    assert notes(80, 96) == [
+        "68 of the first 70 conversations of chat.jsonl are used; longer than 96 tokens (--length): 2."
+    ]
+    assert notes(20, 96) == [
+        "20 of the first 21 conversations of chat.jsonl are used; longer than 96 tokens (--length): 1; more were "
+        "not read (--train-sequences 20)."
+    ]
+
+
+def test_pruning_repairs_and_trains_on_longer_text_where_asked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    build = subject.build_calibration
+
+    def noted(spec: str, tokenizer: Any, **given: Any) -> Any:
+        read.append((given["sequences"], given["length"]))
+        return build(spec, tokenizer, **given)
+
+    monkeypatch.setattr(subject, "build_calibration", noted)
+
+    def sizes(sequences: int, length: int) -> list[tuple[int, int]]:
+        given = asked(files, sequences=sequences, length=length, train_sequences=4, settings={**SMALL, "epochs": "0.1"})
+        read.clear()
+        prune(files / "dense", plan=files / "plan.json", recover="refit,full", speed=False, **given)
+        return list(read)
+
+    assert sizes(16, 32) == [(16, 32), (128, 256), (4, 256)]
+    assert sizes(130, 260) == [(130, 260), (130, 260), (4, 260)]
+    narrow = json.loads((files / "dense" / "config.json").read_text()) | {"max_position_embeddings": 200}
+    (files / "dense" / "config.json").write_text(json.dumps(narrow))
+    assert sizes(16, 32) == [(16, 32), (128, 200), (4, 200)]
+    (files / "text.jsonl").write_text("".join(json.dumps({"text": "A cat and a dog. " * 40}) + "\n" for _ in range(9)))
+    with pytest.raises(CorpusError, match=r"A repair in prune reads 128 sequences of 200 .* with less"):
+        sizes(1, 32)
 
 
 def test_trained_maps_are_saved_in_place_of_a_block(files: Path) -> None:

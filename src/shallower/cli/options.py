@@ -134,7 +134,8 @@ TrainSequences = Annotated[
         "--train-sequences",
         metavar="N",
         min=1,
-        help="Sequences of the calibration text for recoveries that train (full, lora, qlora, low-rank-trained).",
+        help="Sequences of the calibration text, or conversations, for recoveries that train (full, lora, qlora, "
+        "low-rank-trained).",
     ),
 ]
 Instructions = Annotated[
@@ -142,8 +143,8 @@ Instructions = Annotated[
     Option(
         "--instructions",
         metavar="FILE",
-        help="Train on the answers of this .jsonl file (instruction, input, output; or messages). "
-        "Default: the calibration text.",
+        help="Train on the answers of this .jsonl file (instruction, input, output; or messages): the first "
+        "--train-sequences conversations that are not longer than --length. Default: the calibration text.",
     ),
 ]
 RepairBy = Annotated[

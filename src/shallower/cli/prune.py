@@ -37,8 +37,22 @@ def prune(
     ordinary: options.Ordinary = False,
     protect: options.Protect = "",
     calibration: options.Calibration = None,
-    sequences: options.Sequences = 32,
-    length: options.Length = 128,
+    sequences: Annotated[
+        int,
+        Option(
+            "--sequences", metavar="N", min=1, help="Calibration sequences, or questions. A repair reads at least 128."
+        ),
+    ] = 32,
+    length: Annotated[
+        int,
+        Option(
+            "--length",
+            metavar="N",
+            min=2,
+            help="Tokens in each sequence. Where there is a repair, its sequences (and conversations that it trains "
+            "on) have up to 256 or, if that is more, this many.",
+        ),
+    ] = 128,
     settings: options.Settings = None,
     exact: options.Exact = False,
     recover: options.Recover = "",

@@ -71,7 +71,8 @@ def build_instructions(
     and `answer`, or of `messages` with `role` and `content`, of which the last is the assistant's.
 
     length: longest conversation in tokens; a longer one is left out, as half an answer teaches to stop anywhere.
-    sequences: only that many. In file order: training shuffles.
+    sequences: only the first so many of those that fit. In file order: training shuffles. The source's record says how
+    many rows were read for the conversations that are in the set.
 
     Raises CorpusError when the file is not such rows, the tokenizer has no chat template, or nothing is short enough.
     """
@@ -94,13 +95,15 @@ def build_instructions(
             if len(found) == sequences:
                 break
     if not found:
-        raise CorpusError(f"none of the {read} conversations of {path} fits length={length}: set a larger length.")
+        raise CorpusError(
+            f"none of the {read} conversations of {path} fits length={length}: set a larger one (--length)."
+        )
     width = max(len(ids) for ids, _ in found)
     filler = pad_id(tokenizer)
     rows = torch.tensor([ids + [filler] * (width - len(ids)) for ids, _ in found], dtype=torch.int64)
     real = torch.arange(width)[None, :] < torch.tensor([len(ids) for ids, _ in found])[:, None]
     scored = real & (torch.arange(width)[None, :] >= torch.tensor([begin for _, begin in found])[:, None])
-    source = SourceRecord(path.name, f"sha256:{total.hexdigest()}", len(found))
+    source = SourceRecord(path.name, f"sha256:{total.hexdigest()}", len(found), read)
     return InstructionSet(f"{path.name}?length={length}", rows, real.to(torch.int64), (source,), scored=scored)
 
 

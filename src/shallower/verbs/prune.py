@@ -19,9 +19,9 @@ from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import LoadedModel
 from shallower.corpus import CalibrationSet
-from shallower.engine import stream_scores
-from shallower.errors import UserError
-from shallower.evaluation.perplexity import Perplexity
+from shallower.engine import reads_choices, stream_scores
+from shallower.errors import CorpusError, UserError
+from shallower.evaluation.perplexity import Perplexity, context_limit
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.forms import require_form
@@ -120,8 +120,9 @@ def prune(
 
     remove, search, objective, metric, units, ordinary, protect, settings, exact, memory, workers: as for `search`.
     plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit,full`); `settings`
-    are theirs, too. They read 128 sequences of 256 tokens of the calibration text, those that train `train_sequences`,
-    or all of a ready-made set; or `instructions`: see `recover`.
+    are theirs, too. Those in closed form read `sequences` sequences of the calibration text, but at least 128; those
+    that train `train_sequences` of them, or `instructions`: see `recover`. Their sequences have `length` tokens, but at
+    least 256 where the model can read so many. A ready-made set is read whole.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
     and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.
@@ -165,15 +166,23 @@ def prune(
     with clock("calibration text"):
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
         contents = contents or held_out(calibration)
-        fitted = text
+        fitted, longest = text, length
         if steps:
-            fitted = calibrate(subject, calibration, sequences=SEQUENCES, length=LENGTH, seed=seed)
+            size = (0, 0) if reads_choices(objectives.get(objective)) else (sequences, length)  # of text, not questions
+            most, longest = _repair_size(subject, *size)
+            try:
+                fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
+            except CorpusError as error:
+                raise CorpusError(
+                    f"{error} A repair in prune reads {most} sequences of {longest} tokens; 'shallower recover' can do "
+                    "with less."
+                ) from None
         training = training_text(
             subject,
             steps,
             calibration,
             sequences=train_sequences,
-            length=LENGTH,
+            length=longest,
             instructions=instructions,
             window=window,
             max_windows=max_windows,
@@ -334,6 +343,15 @@ def _recoveries(
     theirs = {key: text for key, text in settings.items() if key in known}
     others = {key: text for key, text in settings.items() if key not in known or key in wanted}
     return parse_recoveries(names, theirs), others
+
+
+def _repair_size(subject: Subject, sequences: int, length: int) -> tuple[int, int]:
+    """Sequences and their length that a repair reads: what the search reads, but not less than it needs itself.
+
+    A model that cannot read the usual length is repaired on what it can read.
+    """
+    limit = context_limit(subject.model)
+    return max(sequences, SEQUENCES), max(length, LENGTH if limit is None else min(LENGTH, limit))
 
 
 def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from shallower.surgery import cut
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
 from shallower.training.answers import answer_perplexity, split
-from shallower.training.instructions import build_instructions
+from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
 from shallower.training.recipe import HeldOut, check_recipe
 from shallower.training.state import ENDED
@@ -50,11 +50,13 @@ Stages = Sequence[tuple[Method, Mapping[str, Any]]]  # recoveries and their opti
 class Training:
     """What recoveries that train read. held_out: perplexity on text that nothing is trained on, by which the best
     weights are kept; None where there is no such text. measured: what tells this measure from others.
+    notes: what of the text is not read.
     """
 
     text: CalibrationSet
     held_out: HeldOut | None
     measured: tuple[object, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Resume:
@@ -143,11 +145,13 @@ def training_text(
             raise UserError("--instructions is for recoveries that train, such as full or lora: name one, or drop it.")
         return None
     text: CalibrationSet
+    notes: tuple[str, ...] = ()
     if instructions is not None:
         conversations = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)
+        notes = tuple(_left_out(conversations, length, sequences))
         text, held = split(conversations)
         if held is not None:
-            return Training(text, lambda model: answer_perplexity(model, held), (held.digest,))
+            return Training(text, lambda model: answer_perplexity(model, held), (held.digest,), notes)
     else:
         try:
             text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
@@ -155,7 +159,7 @@ def training_text(
             raise CorpusError(f"{error} For training, sequences are set with --train-sequences.") from None
     left_out = next(iter(held_out(calibration).values()), None)
     if left_out is None:
-        return Training(text, None)
+        return Training(text, None, notes=notes)
     tokenizer = dense.tokenizer
     ids = torch.tensor(tokenizer(left_out, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -164,7 +168,19 @@ def training_text(
         return perplexity(model, tokenizer, ids, window=fits, max_windows=max_windows, label=label).perplexity
 
     digest = hashlib.sha256(left_out.encode()).hexdigest()
-    return Training(text, measure, (digest, fitting(dense, window), max_windows))
+    return Training(text, measure, (digest, fitting(dense, window), max_windows), notes)
+
+
+def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Iterator[str]:
+    """How many conversations of a file are learned, where it is not all of them."""
+    [source] = conversations.sources
+    assert source.read is not None
+    too_long = source.read - source.documents
+    if too_long or source.documents == sequences:
+        told = f"{source.documents:,} of the first {plural(source.read, 'conversation')} of {source.name} are used"
+        told += f"; longer than {length} tokens (--length): {too_long:,}" if too_long else ""
+        ended = source.documents == sequences
+        yield told + (f"; more were not read (--train-sequences {sequences})." if ended else ".")
 
 
 def run_recoveries(
@@ -187,7 +203,7 @@ def run_recoveries(
     called before the first and behind each.
     """
     stages = [RecoveryStage("cut", measure(student))]
-    notes: list[str] = []
+    notes: list[str] = [] if training is None else [*training.notes]
     begun = [fingerprint(student.model), dense.identity.fingerprint, sorted(map(str, removed)), text.digest, seed]
     try:
         for number, (method, options) in enumerate(steps):
