@@ -509,7 +509,7 @@ def test_a_stream_that_cannot_be_rescaled_stays_as_it_was() -> None:
 # Patches
 
 
-@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "falcon_alibi"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "falcon_alibi", "bloom"])  # bloom's give the stream
 @pytest.mark.parametrize("where", ["entry", "middle", "exit"])
 def test_a_patch_changes_the_stream_where_it_stands(family: str, where: Any) -> None:
     anatomy = dissect(cut(dissect(tiny_model(family)), ()))
@@ -549,7 +549,10 @@ def test_a_patch_changes_the_stream_where_it_stands(family: str, where: Any) -> 
     assert torch.allclose(cached_logits(anatomy.model, ids), expected, atol=1e-3)
     again = dissect(anatomy.model)
     assert again.units == anatomy.units
+    assert [(block.attn, block.mlp) for block in again.blocks] == [(b.attn, b.mlp) for b in anatomy.blocks]
     prove(again)
+    with again.blocks[2].without("attn"):
+        assert bool(full_logits(anatomy.model, ids).isfinite().all())
     smaller = cut(again, parse_units("block.4"))
     assert len(list(patches(smaller))) == 1
 

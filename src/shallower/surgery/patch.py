@@ -7,6 +7,7 @@ in, on the way out, or between attention and MLP. So whatever finds, replays, co
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import wraps
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -34,11 +35,13 @@ def attach(anatomy: Anatomy, index: int, where: Where, patch: Patch, halves: Hal
             raise ModelError(
                 f"{anatomy.family} has no point between attention and MLP where a map could stand (block {index})."
             )
-        assert anatomy.blocks[index].attn is not None
-        name = anatomy.blocks[index].attn.names[-1]  # type: ignore[union-attr]
-        _subclass(block.get_submodule(name), _AttentionPatched)
-        _hold(block.get_submodule(name), "middle", patch)
-        block.get_submodule(name)._factor = halves.attn.factor  # type: ignore[assignment]
+        part = anatomy.blocks[index].attn
+        assert part is not None
+        name = part.names[-1]
+        attention = block.get_submodule(name)
+        _subclass(attention, _AttentionPatched)
+        _hold(attention, "middle", patch)
+        vars(attention).update(_factor=halves.attn.factor, _adds_residual=part.adds_residual)
         _subclass(block, _BlockPatched)
         block._patched_attention = name  # type: ignore[assignment]
         return
@@ -105,8 +108,14 @@ def _hold(module: nn.Module, where: Where, patch: Patch) -> None:
 
 def _subclass(module: nn.Module, mixin: type) -> None:
     if not isinstance(module, mixin):
-        kind = type(module)
-        module.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+        kind, forward = type(module), mixin.forward  # type: ignore[attr-defined]
+
+        @wraps(kind.forward)  # what looks at its arguments goes on seeing the original's
+        def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return forward(self, *args, **kwargs)
+
+        own = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": patched}
+        module.__class__ = type(kind.__name__, (mixin, kind), own)
 
 
 class _BlockPatched:
@@ -135,18 +144,20 @@ class _BlockPatched:
 
 
 class _AttentionPatched:
-    """Mixin of an attention: what it gives back also holds the change of the stream that it makes."""
+    """Mixin of an attention: what it gives back, its update or the stream itself, also holds what the patch adds."""
 
     _modules: dict[str, nn.Module | None]
     _entering: Tensor | None = None
     _factor: float = 1.0
+    _adds_residual: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        update, middle = unpack(output), self._modules["middle_patch"]
+        given, middle = unpack(output), self._modules["middle_patch"]
         assert self._entering is not None
         assert middle is not None
-        before = self._entering + self._factor * update
+        factor = 1.0 if self._adds_residual else self._factor
+        before = given if self._adds_residual else self._entering + factor * given
         self._entering = None
-        update = update + (middle(before) - before) / self._factor
-        return (update, *output[1:]) if isinstance(output, tuple) else pack(update, None)
+        given = given + (middle(before) - before) / factor
+        return (given, *output[1:]) if isinstance(output, tuple) else pack(given, None)
