@@ -297,23 +297,70 @@ class Sharding(loop.Accelerator):  # accelerate itself shards on accelerators on
         assert self.is_fsdp2
 
 
-loop.Accelerator = Sharding
-healed = test_training.run("full", tiny_model("llama"), epochs=0.5, distill=0.5, folder=sys.argv[1] + "/state")
+if "ACCELERATE_USE_FSDP" in os.environ:
+    loop.Accelerator = Sharding
+model = tiny_model("llama")
+options = {"epochs": 0.5, "distill": 0.5, "first": 2}
+healed = test_training.run("full", model, folder=sys.argv[1] + "/state", **options)
+own = dict(model.named_parameters())
+for name, parameter in healed.named_parameters():  # what was not trained are the tensors that there were
+    untouched = any(part in name for part in ("embed", "lm_head", "layers.0.", "layers.1."))
+    assert (parameter.data_ptr() == own[name].data_ptr()) == untouched, name
+healed = test_training.run("lora", model, student=healed, dropout=0.0, **options)
 weights = {name: p.detach().clone() for name, p in healed.named_parameters()}
 save_file(weights, f"{sys.argv[1]}/{os.environ['RANK']}.safetensors")
 """
 
 
-def test_weights_that_are_spread_over_processes_learn_as_whole_ones(tmp_path: Path, start_together: Any) -> None:
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+@pytest.mark.parametrize("sharded", [{}, SHARDED], ids=["whole", "spread"])
+def test_weights_that_processes_share_or_spread_learn_as_those_of_one(
+    sharded: dict[str, str], tmp_path: Path, start_together: Any
+) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     ended = start_together("-c", SPREAD, str(tmp_path), PYTHONPATH=path, **sharded)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    expected = run("full", tiny_model("llama"), epochs=0.5, distill=0.5)
+    options = {"epochs": 0.5, "distill": 0.5, "first": 2}
+    expected = run("full", tiny_model("llama"), **options)
+    expected = run("lora", tiny_model("llama"), student=expected, dropout=0.0, **options)
     for rank in "01":
         weights = load_file(tmp_path / f"{rank}.safetensors")
         for name, parameter in expected.named_parameters():
             torch.testing.assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_was_spread_comes_back_to_its_device() -> None:
+    student = cut(dissect(tiny_model("llama")), parse_units("block.2")).to("meta")
+    filled = loop._filled(loop._untrained(student), student, student.device)
+    assert {parameter.device.type for parameter in filled.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("name", "options"), [("qlora", {}), ("low-rank-trained", {"by": "mse"})])
+def test_what_needs_the_whole_model_is_refused_where_weights_are_spread(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"needs the whole model in every process, and --use_fsdp spreads it"):
+        run(name, tiny_model("llama"), **options)
+
+
+class _Elsewhere(loop.Accelerator):
+    """Of a process whose devices accelerate counts from another one than the model is on."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def test_a_model_is_trained_on_the_device_that_it_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run("full", tiny_model("llama"), held_out=lambda model: float(logits(model).abs().max()))
+    monkeypatch.setattr(loop, "Accelerator", _Elsewhere)
+    found = run("full", tiny_model("llama"), held_out=lambda model: float(logits(model).abs().max()))
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_another_training_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

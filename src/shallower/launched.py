@@ -20,6 +20,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def spreads() -> bool:
+    """Whether they spread the weights of what they train (`--use_fsdp`), instead of holding all of them each."""
+    return world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
 def wait() -> None:
     """Return when all processes have come here. Does nothing before they trained together."""
     import torch.distributed

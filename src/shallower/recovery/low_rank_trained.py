@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from shallower.errors import UserError
 from shallower.registry import recovery
 from shallower.surgery import cut
-from shallower.training.heal import finish, heal, own_parameters
+from shallower.training.heal import finish, heal, own_parameters, require_whole
 from shallower.training.loop import settled, train
 from shallower.training.objective import equal
 from shallower.training.patch import UnitObjective, attach, cuts
@@ -33,6 +33,8 @@ def low_rank_trained(
         raise UserError(f"rank={rank} is below 0: give the rank of the map, or 0 for a bias alone (--set rank=8).")
     if recipe.distill:
         raise UserError(f"distill={recipe.distill:g} and by={by} both say what is learned: leave distill out.")
+    if by == "mse":
+        require_whole("by=mse")
     if by == "mse" and not _is_plain(student, task):
         raise UserError(
             "by=mse teaches all that the missing units did, and this model was repaired before: use by=kl, or let "

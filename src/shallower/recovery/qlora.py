@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from shallower.registry import recovery
 from shallower.training.adapters import adapt, merge, projections, quantise, require_packages
-from shallower.training.heal import finish, heal, own_parameters
+from shallower.training.heal import finish, heal, own_parameters, require_whole
 from shallower.training.recipe import Recipe, Task, trainable
 
 
@@ -26,6 +26,7 @@ def qlora(
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them; those before keep
     their precision.
     """
+    require_whole("qlora")
     require_packages("qlora", "peft", "bitsandbytes")
     own_parameters(student)
     names = projections(student, first)

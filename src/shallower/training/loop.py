@@ -57,7 +57,8 @@ class Outcome:
     """How a training went.
 
     student: the one that was given, or where its weights were spread over processes, one that holds them all, on the
-    CPU. stopped: why it ended early, empty when it did not. kept: the step whose weights were best. curve: as in State.
+    same device; what was not trained are the tensors that there were. stopped: why it ended early, empty when it did
+    not. kept: the step whose weights were best. curve: as in State.
     """
 
     student: PreTrainedModel
@@ -100,7 +101,11 @@ class _Loop:
     def __init__(self, objective: nn.Module, student: PreTrainedModel, task: Task, teacher: Guiding | None) -> None:
         self.student, self.task, self.recipe, self.teacher = student, task, task.recipe, teacher
         launched = world_size() > 1
-        self.accelerator = Accelerator(cpu=student.device.type == "cpu", device_placement=launched)
+        on_cpu = student.device.type == "cpu"
+        # alone, or on processors, the model stays where it is: accelerate's device is another one, or a copy's (cpu:1)
+        moves = launched and not on_cpu
+        self.accelerator = Accelerator(cpu=launched and on_cpu, device_placement=moves)
+        self.device = self.accelerator.device if moves else student.device
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)
         settings = task.settings() | {"student": fingerprint(student)}
@@ -119,12 +124,13 @@ class _Loop:
             betas=BETAS,
             fused=True,
         )
-        self.plain = _unweighted(student) if self.accelerator.distributed_type == DistributedType.FSDP else None
+        spread = self.accelerator.distributed_type == DistributedType.FSDP
+        self.plain, self.home = _untrained(student) if spread else None, student.device
         self.objective, self.optimizer = self.accelerator.prepare(whole, optimizer)
         inner = self.accelerator.unwrap_model(self.objective)
         self.trained: dict[str, nn.Parameter] = {name: inner.get_parameter(name) for name in names}
         if teacher is not None and launched:
-            teacher.place(self.accelerator.device)
+            teacher.place(self.device)
         self.state = State(settings)
         self.begun = self.saved = time.monotonic()
         self.before = 0.0  # seconds of earlier processes
@@ -171,7 +177,7 @@ class _Loop:
         """The first process's value, which all follow."""
         if self.accelerator.num_processes == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
         torch.distributed.broadcast(shared, 0)
         return float(shared)
 
@@ -183,7 +189,7 @@ class _Loop:
         torch.manual_seed((((self.task.seed << 24) + self.state.step) * 1024 + here) % SEEDS)
         portions = list(self.feed.portions(rows[here::processes]))
         self.objective.train()
-        sums = torch.zeros(3, dtype=torch.float32, device=self.accelerator.device)
+        sums = torch.zeros(3, dtype=torch.float32, device=self.device)
         for number, portion in enumerate(portions):
             guide = None if self.teacher is None else self.teacher.guide(portion)
             last = number == len(portions) - 1
@@ -261,7 +267,7 @@ class _Loop:
         return state.smoothed is None or not _spoiled(state.smoothed, min(seen))
 
     def _held_out(self, measure: HeldOut) -> float:
-        device, compute = self.accelerator.device.type, number_format(self.recipe, self.student)
+        device, compute = self.device.type, number_format(self.recipe, self.student)
         if hasattr(self.objective, "unshard") and not self.state.step:
             # FSDP makes its buffers at the first pass, and those that inference mode makes take no gradients after
             with torch.no_grad():
@@ -322,7 +328,7 @@ class _Loop:
 
     def _outcome(self, stopped: str) -> Outcome:
         state = self.state
-        student = self.student if self.plain is None else _filled(self.plain, self.student)
+        student = self.student if self.plain is None else _filled(self.plain, self.student, self.home)
         return Outcome(student, state.step, state.tokens, state.seconds, stopped, state.kept, tuple(state.curve))
 
 
@@ -367,22 +373,28 @@ def _spoiled(loss: float, least: float) -> bool:
     return not loss <= max(WORSE * least, least + 1)
 
 
-def _unweighted(student: PreTrainedModel) -> PreTrainedModel:
-    """The student's modules without weights, before they are spread over processes."""
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in student.parameters()}
-    return copy.deepcopy(student, dict(empty))
+def _untrained(student: PreTrainedModel) -> PreTrainedModel:
+    """The student's modules before they are spread over processes, without the weights that are to be trained."""
+    held = {
+        id(p): nn.Parameter(p.detach().to("meta") if p.requires_grad else p.detach(), requires_grad=False)
+        for p in student.parameters()
+    }
+    return copy.deepcopy(student, dict(held))
 
 
-def _filled(plain: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
-    """`plain` with the weights of `student`; all processes take part, and each gets all of them."""
+def _filled(plain: PreTrainedModel, student: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`plain` with the trained weights of `student`; all processes take part, and each gets all of them."""
     owners = dict(plain.named_modules())
     filled: dict[int, nn.Parameter] = {}
     for name, parameter in student.named_parameters(remove_duplicate=False):
         owner, _, key = name.rpartition(".")
+        parameters = owners[owner]._parameters
+        if (empty := parameters[key]) is None or not empty.is_meta:
+            continue
         if id(parameter) not in filled:
-            filled[id(parameter)] = nn.Parameter(_whole(parameter.detach()).cpu(), requires_grad=False)
-        owners[owner]._parameters[key] = filled[id(parameter)]
-    return plain.cpu()
+            filled[id(parameter)] = nn.Parameter(_whole(parameter.detach()).to(device), requires_grad=False)
+        parameters[key] = filled[id(parameter)]
+    return plain.to(device)
 
 
 def _whole(tensor: Tensor) -> Tensor:
