@@ -487,6 +487,19 @@ def test_a_map_is_folded_exactly(family: str) -> None:
     assert torch.allclose(full_logits(anatomy.model, ids), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_refit_has_a_bias_only_where_the_family_can_have_one(family: str) -> None:
+    model, removed = tiny_model(family), frozenset(parse_units("block.2,mlp.4"))
+    with_bias, without = (repair_of(model, removed, text_of(model)) for _ in range(2))
+    recovery.get("refit").function(with_bias, bias=True)
+    recovery.get("refit").function(without, bias=False)
+    mine, other = (repair.student.model.model.layers for repair in (with_bias, without))
+    assert torch.equal(mine[1].mlp.down_proj.weight, other[1].mlp.down_proj.weight)
+    assert (mine[3].self_attn.o_proj.bias is not None) == (family == "qwen3")
+    places = "mlp.1" if family == "qwen3" else "mlp.1, attn.3"
+    assert with_bias.notes == [f"{family} has no bias at {places}, which were fitted without."]
+
+
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "gpt_neox", "opt", "gpt2"])
 def test_a_rescaled_stream_is_the_same_model_in_other_numbers(family: str) -> None:
     """Rescaled at its end, all of the stream is twice as long, and the final norm takes it out again."""

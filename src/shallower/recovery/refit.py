@@ -7,7 +7,7 @@ from typing import Literal
 from shallower.engine.statistics import Aim
 from shallower.recovery import Repair, require_ridge
 from shallower.registry import recovery
-from shallower.surgery.fold import fold_constant
+from shallower.surgery.fold import can_have_bias, fold_constant
 
 
 @recovery("refit")
@@ -36,13 +36,16 @@ def refit(
             repair.require_writer(station)
     require_ridge(ridge)
     twins = repair.twins()
-    started = False
+    started, without = False, list[str]()
     for station in repair.stations:
         started = started or bool(station.missing)
         writer = repair.writer(station)
         follows = started and reach == "rest" and sublayers in ("both", writer.kind if writer else "both")
         if writer is None or not (station.missing or follows):
             continue
+        has_bias = bias and can_have_bias(repair.student, writer)
+        if bias and not has_bias:
+            without.append(f"{writer.kind}.{writer.block.index}")
         moments = repair.moments(writer.weight.shape[1], least=f"{writer.path} of block {writer.block.index}")
         for reading, weights in repair.samples(
             twins,
@@ -55,7 +58,9 @@ def refit(
         ):
             assert reading.inputs is not None
             moments.add(reading.inputs, (reading.target - reading.stream) / writer.factor, weights)
-        change = moments.ridge(ridge, centred=bias)
+        change = moments.ridge(ridge, centred=has_bias)
         writer.replace(writer.weight.double() + change.T)
-        if bias:
+        if has_bias:
             fold_constant(repair.student, writer, (moments.y_mean - moments.x_mean @ change) * writer.factor)
+    if without:
+        repair.notes.append(f"{repair.dense.family} has no bias at {', '.join(without)}, which were fitted without.")

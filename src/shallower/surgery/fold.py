@@ -42,6 +42,11 @@ def fold_map(writer: Writer, matrix: Tensor) -> None:
     writer.replace(matrix @ writer.weight.double(), bias)
 
 
+def can_have_bias(anatomy: Anatomy, writer: Writer) -> bool:
+    """Whether `writer` has a bias, or a config field gives it one."""
+    return writer.bias is not None or bias_switch(anatomy, writer) is not None
+
+
 def give_bias(anatomy: Anatomy, writer: Writer) -> int:
     """Turn on the config field that gives `writer` a bias; all new biases are zero.
 
