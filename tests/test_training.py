@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -541,7 +542,12 @@ def test_four_bits_train_on_a_processor_and_merge_into_what_they_stand_for(recwa
     start = logits(student)
     own_parameters(student)
     names = projections(student)
+    weights = {name: student.get_submodule(name).weight.detach().clone() for name in names}
+    for name in names:
+        student.get_submodule(name).weight = nn.Parameter(weights[name], requires_grad=False)
+    held = [weakref.ref(student.get_submodule(name).weight) for name in names]
     plain = quantise(student, names)
+    assert not any(reference() is not None for reference in held)  # no weights of full precision are kept
     assert float((logits(student) - start).abs().max()) > 0
     adapt(student, names, rank=4, alpha=8.0, dropout=0.0, seed=0)
     _moved(student)
@@ -596,6 +602,25 @@ def test_a_patch_that_does_nothing_has_an_error_of_one_and_learns_a_constant() -
         if by == "mse":
             after = UnitObjective(anatomy, places, nn.ModuleList(learned))(feed.portion(rows), None)[0].detach()
             assert float(after) < 0.9 * float(total)
+
+
+def test_what_maps_learn_of_conversations_is_the_same_together_and_apart(tmp_path: Path) -> None:
+    text = build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tiny_tokenizer(), length=120)
+    anatomy, removed = dissect(tiny_model("llama")), frozenset(parse_units("block.2"))
+    student = cut(anatomy, removed)
+    places = cuts(student, anatomy, removed)
+    made = attach(student, places, rank=3, seed=0)
+    for parameter in made.parameters():
+        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    objective, feed = UnitObjective(anatomy, places, made), Feed(text, 1, 1000, seed=0)
+    found = []
+    for portions in ([(0, 1)], [(0,), (1,)]):
+        total = torch.stack([objective(feed.portion(rows), None)[0] for rows in portions]).sum()
+        total.backward()
+        found.append([total.detach(), *(parameter.grad.clone() for parameter in made.parameters())])
+        made.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapters on weights of four bits, for models that would not fit otherwise."""
+"""Adapters on weights of four bits, as QLoRA trains them. The dense model is in memory beside them all the same."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def qlora(
     first: int = 0,
 ) -> PreTrainedModel:
     """Low-rank adapters trained on weights of four bits (NF4), then merged into what these stand for.
+
+    It takes 0.56 bytes a weight more memory than lora: these are a copy, and the dense model stays beside it in full.
 
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them; those before keep
     their precision.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Collection, Mapping
@@ -81,7 +82,7 @@ def adapt(
 def merge(student: PreTrainedModel, plain: Mapping[str, nn.Module] | None = None) -> None:
     """Add each adapter to a copy of the weights that it stands beside, and take it out.
 
-    plain: by name, the modules that were quantised, which get the sum of what they were rounded to and the adapter.
+    plain: by name, what `quantise` returned; these get the sum of what they were rounded to and the adapter.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -96,7 +97,8 @@ def merge(student: PreTrainedModel, plain: Mapping[str, nn.Module] | None = None
 
 
 def quantise(student: PreTrainedModel, names: Collection[str]) -> dict[str, nn.Module]:
-    """Replace the named linear maps by ones of four bits (NF4). Returns the maps that were replaced, by name.
+    """Replace the named linear maps by ones of four bits (NF4). Returns the maps that were replaced, by name, without
+    their weights (on `meta`).
 
     Raises ModelError for a map that bitsandbytes cannot quantise.
     """
@@ -118,7 +120,9 @@ def quantise(student: PreTrainedModel, names: Collection[str]) -> dict[str, nn.M
         small.weight = Params4bit(module.weight.detach().clone(), requires_grad=False, quant_type="nf4", module=small)
         small.bias = module.bias
         small.support_avx512bf16_for_cpu = False  # it would repack, and round, the weights at each measurement
-        replaced[name] = module
+        empty = nn.Parameter(module.weight.detach().to("meta"), requires_grad=False)
+        kept = {id(module.weight): empty, id(module.bias): module.bias}
+        replaced[name] = copy.deepcopy(module, dict(kept))
         student.set_submodule(name, small.to(module.weight.device))
     return replaced
 

@@ -59,17 +59,19 @@ class UnitObjective(nn.Module):
         self._places = places
 
     def forward(self, portion: Portion, guide: Guide | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean over patches of |error|² / |update|², summed over the portion's tokens, for as many as are scored of
-        them; the same again, and 0. A sequence's first token counts, too: the models lean on it.
+        """The mean over patches of |error|² / |update|²: of each sequence's mean as often as it has scored tokens; the
+        same again, and 0. A sequence's first token counts, too: the models lean on it.
         """
         device = self._dense.model.device
         real = portion.attention_mask.bool().to(device)
+        shares = portion.scored.sum(1).to(device) / real.sum(1)  # of a sequence's tokens, so that sequences add up
+        weights = shares[:, None].expand(real.shape)[real]
         losses = []
         for patch, (before, after) in zip(self.patches, self._streams(portion), strict=True):
             before, after = before[real].float(), after[real].float()
             error = (patch(before) - after).square().sum(-1)
-            losses.append((error / (after - before).square().sum(-1).clamp_min(1e-12)).mean())
-        total = torch.stack(losses).mean() * portion.scored.sum()
+            losses.append((error / (after - before).square().sum(-1).clamp_min(1e-12) * weights).sum())
+        total = torch.stack(losses).mean()
         return total, total.detach(), total.detach() * 0
 
     @torch.no_grad()
