@@ -619,6 +619,16 @@ def test_a_place_holds_as_many_maps_as_sublayers_are_missing() -> None:
 # What can go wrong
 
 
+@pytest.mark.parametrize("per", ["stream", "channel"])
+def test_a_stream_behind_maps_is_not_rescaled(per: str) -> None:
+    model = tiny_model("llama")
+    repair = repair_of(model, frozenset(parse_units("block.2")), text_of(model))
+    recovery.get("low-rank").function(repair, rank=2)
+    again = Repair(dissect(repair.student.model), repair.dense, repair.removed, repair.calibration)
+    with pytest.raises(ModelError, match=r"maps of an earlier recovery stand at the cuts"):
+        recovery.get("magnitude").function(again, per=per)
+
+
 def plan_for(model: PreTrainedModel, units: str = "block.2-3") -> PruningPlan:
     identity = open_subject(model).identity
     removed = parse_units(units)

@@ -94,18 +94,22 @@ class Repair:
     def require_writer(self, station: Station) -> Writer:
         """Raise ModelError where nothing writes to the stream that a repair could be folded into."""
         writer = self.writer(station)
-        if writer is None and any(patches(self.student.model)):
-            raise ModelError(
-                "maps of an earlier recovery stand at the cuts, and behind a map nothing can be folded: run this one "
-                "first, as in --with refit,low-rank."
-            )
         if writer is None:
+            self.require_no_maps()
             first = station.missing[0] if station.missing else "the block"
             raise ModelError(
                 f"{self.student.family} has no matrix in front of {first} whose output is the stream's change (it is "
                 "the embedding, a norm, or several experts): use emulated-update or low-rank, which need none."
             )
         return writer
+
+    def require_no_maps(self) -> None:
+        """Raise ModelError where an earlier recovery put maps at cuts."""
+        if any(patches(self.student.model)):
+            raise ModelError(
+                "maps of an earlier recovery stand at the cuts, and behind a map nothing can be folded: run this one "
+                "first, as in --with refit,low-rank."
+            )
 
     def samples(
         self,

@@ -21,6 +21,8 @@ def magnitude(
     before the cut (a tied embedding is untied); `channel` gives every channel of what the last sublayer writes its own
     factor, by least squares, folded into its matrix: no new parameters. sinks, relative: as for emulated-update.
     """
+    if per == "stream":
+        repair.require_no_maps()  # they know the stream as long as it was
     twins = repair.twins()
     for station in repair.cuts:
         writer = repair.require_writer(station) if per == "channel" else None
