@@ -92,12 +92,13 @@ def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
         shared=shared,
     )
     try:
-        return train(objective, student, task, teacher).student
+        student = train(objective, student, task, teacher).student
     finally:
         if recipe.recompute:
             student.gradient_checkpointing_disable()
         if isinstance(teacher, CachedTeacher):
             teacher.close()
+    return student
 
 
 def finish(student: PreTrainedModel, formats: Mapping[str, torch.dtype]) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -80,7 +81,8 @@ def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: G
     Raises CorpusError when the text is too short for a step, OutputError when a state cannot be written, UserError when
     the folder holds another training. One that diverges stops, and goes back to the best weights it had.
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # of models that use all
         return _Loop(objective, student, task, teacher).run()
 
 
@@ -104,7 +106,8 @@ class _Loop:
         on_cpu = student.device.type == "cpu"
         # alone, or on processors, the model stays where it is: accelerate's device is another one, or a copy's (cpu:1)
         moves = launched and not on_cpu
-        self.accelerator = Accelerator(cpu=launched and on_cpu, device_placement=moves)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms of missing halves, experts not met
+        self.accelerator = Accelerator(cpu=launched and on_cpu, device_placement=moves, kwargs_handlers=[unused])
         self.device = self.accelerator.device if moves else student.device
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)
