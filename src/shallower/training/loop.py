@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -81,8 +81,7 @@ def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: G
     Raises CorpusError when the text is too short for a step, OutputError when a state cannot be written, UserError when
     the folder holds another training. One that diverges stops, and goes back to the best weights it had.
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # of models that use all
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return _Loop(objective, student, task, teacher).run()
 
 
@@ -106,7 +105,7 @@ class _Loop:
         on_cpu = student.device.type == "cpu"
         # alone, or on processors, the model stays where it is: accelerate's device is another one, or a copy's (cpu:1)
         moves = launched and not on_cpu
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # norms of missing halves, experts not met
+        unused = DistributedDataParallelKwargs(find_unused_parameters=_may_lack_gradients(student, task))
         self.accelerator = Accelerator(cpu=launched and on_cpu, device_placement=moves, kwargs_handlers=[unused])
         self.device = self.accelerator.device if moves else student.device
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
@@ -374,6 +373,12 @@ def number_format(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
 
 def _spoiled(loss: float, least: float) -> bool:
     return not loss <= max(WORSE * least, least + 1)
+
+
+def _may_lack_gradients(student: PreTrainedModel, task: Task) -> bool:
+    """Whether a step may use no part of some weight: norms of missing halves, experts that it does not meet."""
+    halves = any(unit.kind != "block" for unit in task.removed)
+    return halves or any(re.search(r"\.experts\.\d", name) for name, _ in student.named_parameters())
 
 
 def _untrained(student: PreTrainedModel) -> PreTrainedModel:
