@@ -853,12 +853,15 @@ def test_a_search_judges_candidates_behind_their_repair() -> None:
     ("family", "how"), [("gemma2", "greedy"), ("gemma2", "annealing"), ("gemma2", "milp"), ("mixtral", "beam")]
 )
 def test_a_search_says_why_nothing_can_be_repaired(family: str, how: str) -> None:
-    """Also one that asks about one set at a time, or none at all."""
+    """Also one that asks about one set at a time, or none at all; and so do units that are named."""
     model = tiny_model(family)
     text = sample_text(model, sequences=8)
     steps = {"steps": "2"} if how == "annealing" else {}
-    with pytest.raises(ModelError, match=f"^{family} has no matrix .* use emulated-update or low-rank"):
+    reason = f"^{family} has no matrix .* use emulated-update or low-rank"
+    with pytest.raises(ModelError, match=reason):
         search(model, 2, search=how, calibration=text, repair="linear-fold", settings=steps)
+    with pytest.raises(ModelError, match=reason):
+        search(model, "block.1", calibration=text, repair="linear-fold")
 
 
 def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:

@@ -154,9 +154,9 @@ def search(
                 )
             order = removal_order(trail, judge.losses)
         measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+        if isinstance(judge, RepairedLosses):
+            judge.require_possible(order)
         if request.budget is not None:
-            if isinstance(judge, RepairedLosses):
-                judge.require_possible(order)
             _require_finite(measured, order, objective)
         spent = measuring.spent.since(before)
         if repair:
