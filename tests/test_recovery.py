@@ -692,6 +692,25 @@ def test_a_pruned_checkpoint_is_recovered_into_an_ordinary_one(files: Path) -> N
     assert torch.allclose(logits(again.model, text), logits(found.model, text), atol=1e-4)
 
 
+def test_a_repair_of_what_was_repaired_tells_of_both(files: Path) -> None:
+    prune(files / "dense", "block.2", recover="refit", out=files / "once", speed=False, **asked(files))
+    recover(files / "once", "magnitude", teacher=files / "dense", out=files / "twice", **asked(files))
+    found = recover(files / "twice", "refit", teacher=files / "dense", out=files / "out", **asked(files))
+    assert [stage.method for stage in found.stages] == ["repaired", "refit"]
+    written = json.loads((files / "out" / "recovery.json").read_text())
+    twice = written["before"]
+    once = twice["before"]
+    assert [[row["method"] for row in told["recovery"]] for told in (once, twice)] == [
+        ["cut", "refit"],
+        ["repaired", "magnitude"],
+    ]
+    assert once["made_by"]["seed"] == 0
+    assert "then changed by refit, magnitude, refit" in (files / "out" / "README.md").read_text()
+    (files / "twice" / "recovery.json").write_text("{")
+    with pytest.raises(UserError, match=r"recovery\.json, which tells how the model was repaired, cannot be read"):
+        recover(files / "twice", "refit", teacher=files / "dense", **asked(files))
+
+
 def test_a_packaged_checkpoint_is_recovered_as_the_plan_it_was_cut_by(files: Path) -> None:
     plan = prune(files / "dense", "attn.1-2", out=files / "packaged", speed=False, **asked(files)).plan
     assert len(plan.removed) == 2
@@ -845,6 +864,7 @@ def test_a_search_judges_candidates_behind_their_repair() -> None:
     assert judge.fitted.sequences + judge.judged.sequences == 32
     plan = search(model, 1, calibration=text, repair="low-rank")
     assert (plan.made_by.options["repair"], len(plan.remove)) == ("low-rank", 1)
+    assert plan.made_by.options["exact"]
     with pytest.raises(UserError, match="drop --objective"):
         search(model, 1, calibration=text, repair="low-rank", objective="kl")
 
@@ -871,6 +891,8 @@ def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:
     assert judge.losses([first]) == [math.inf]  # one alone may be a step of a walk
     assert math.isfinite(judge.losses([first, second])[1])
     assert judge.losses([first, first]) == [math.inf] * 2
+    third = parse_units("block.2")
+    assert judge.losses([[*first, *third], [*first, *third, *second]])[0] == math.inf  # a parent and its only child
     with pytest.raises(ModelError, match=r"in front of block\.0"):
         judge.require_possible(first)
     judge.require_possible(second)

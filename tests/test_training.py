@@ -338,17 +338,24 @@ import sys
 import test_training
 from safetensors.torch import save_file
 from shallower.testing.families import tiny_model
-healed = test_training.run("full", tiny_model("bloom"), remove="attn.2,mlp.4", epochs=0.5)
+healed = test_training.run("full", tiny_model(sys.argv[2]), remove=sys.argv[3], epochs=0.5)
 weights = {name: p.detach().clone() for name, p in healed.named_parameters()}
 save_file(weights, f"{sys.argv[1]}/{os.environ['RANK']}.safetensors")
 """
 
 
-def test_processes_train_what_has_weights_that_nothing_uses(tmp_path: Path, start_together: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "remove"),
+    [("bloom", "attn.2,mlp.4"), ("ernie4_5_moe", "block.2")],
+    ids=["norms of missing halves", "biases that choose experts"],
+)
+def test_processes_train_what_has_weights_that_nothing_uses(
+    family: str, remove: str, tmp_path: Path, start_together: Any
+) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    ended = start_together("-c", UNUSED, str(tmp_path), PYTHONPATH=path)
+    ended = start_together("-c", UNUSED, str(tmp_path), family, remove, PYTHONPATH=path)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    expected = run("full", tiny_model("bloom"), remove="attn.2,mlp.4", epochs=0.5)
+    expected = run("full", tiny_model(family), remove=remove, epochs=0.5)
     weights = load_file(tmp_path / "0.safetensors")
     for name, parameter in expected.named_parameters():
         if name.endswith("query_key_value.bias"):  # that of the keys changes nothing, and Adam moves it by rounding

@@ -19,7 +19,7 @@ import torch
 
 from shallower import progress, registry
 from shallower.anatomy import dissect
-from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.fingerprint import checksum
 from shallower.cli import main
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, ray_workers, workers
@@ -73,7 +73,7 @@ def test_ray_threads_and_one_by_one_give_the_same_bits(ray: Any, folder: Path, o
     with_threads = Ablator(anatomy, text, objective, threads=2)
     assert with_threads.losses(first) + with_threads.losses(second) + with_threads.losses(few) == naive
 
-    checkpoint = Checkpoint(str(folder / "tiny"), "tiny", None, fingerprint(model), "float32", False)
+    checkpoint = Checkpoint(str(folder / "tiny"), "tiny", None, checksum(model), "float32", False)
     crews = []
 
     def crew(evaluator: Evaluator) -> RayWorkers:
@@ -329,9 +329,9 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_checkpoint_of_another_model_is_not_taken(folder: Path) -> None:
-    mine = Checkpoint(str(folder / "tiny"), "tiny", None, fingerprint(tiny_model("llama")), "float32", False)
+    mine = Checkpoint(str(folder / "tiny"), "tiny", None, checksum(tiny_model("llama")), "float32", False)
     assert mine.load("cpu") is not None
     other = Checkpoint(str(folder / "tiny"), "tiny", None, "sha256:0", "float32", False)
-    nowhere = Checkpoint(str(folder / "gone"), "tiny", None, mine.fingerprint, "float32", False)
+    nowhere = Checkpoint(str(folder / "gone"), "tiny", None, mine.checksum, "float32", False)
     assert other.load("cpu") is None
     assert nowhere.load("cpu") is None

@@ -80,7 +80,7 @@ class Head:
         rows: the output embedding's input [rows, hidden], of one or several candidates. targets: int64 [rows].
         probabilities: float32 [rows of one candidate, vocabulary]. memory: bytes for buffers on an accelerator.
         """
-        most = len(rows) if rows.device.type == "cpu" else self._rows_at_once(rows, memory)
+        most = self._rows_at_once(rows, memory)
         if most >= len(rows):
             return self._reduce(rows, targets, probabilities, temperature)
         each = 1 if probabilities is None else len(probabilities)
@@ -102,7 +102,9 @@ class Head:
         return min(self.words, WORDS if device.type == "cpu" else WORDS_ELSEWHERE)
 
     def _rows_at_once(self, rows: Tensor, memory: int) -> int:
-        """Rows whose buffers fit an accelerator's share."""
+        """All rows on a processor, which takes few words at a time; else those whose buffers fit their share."""
+        if rows.device.type == "cpu":
+            return len(rows)
         bytes_a_row = self._chunk(rows.device) * (rows.element_size() + 2 * torch.float32.itemsize)
         return max(FEWEST_ROWS, min(memory, BUFFER_BYTES_ELSEWHERE) // bytes_a_row)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy.dissect import dissect
-from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
 from shallower.corpus.calibration import Batch
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order, shares
@@ -38,12 +38,12 @@ PATIENCE = 600  # seconds that nothing happens while no worker has its model
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the weights can be read on another machine; `fingerprint` tells whether it is the same model."""
+    """Where the weights can be read on another machine; `checksum` tells whether they are the same ones."""
 
     folder: str
     name: str
     revision: str | None
-    fingerprint: str
+    checksum: str
     dtype: str
     trust_remote_code: bool
 
@@ -63,7 +63,7 @@ class Checkpoint:
                 )
             except ShallowerError:
                 continue
-            if fingerprint(loaded.model) == self.fingerprint:
+            if checksum(loaded.model) == self.checksum:
                 return loaded.model
         return None
 

@@ -16,7 +16,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from shallower import progress
-from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.fingerprint import checksum
+from shallower.engine.memo import beside_weights
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import ModelError, UserError
 from shallower.evaluation.answered import Answered, digest
@@ -230,13 +231,7 @@ def _positions(requests: Iterable[Encoded]) -> int:
 
 def context_of(model: PreTrainedModel, *more: Any) -> str:
     """Digest of what an answer depends on besides the request: weights, configuration, precision, device."""
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    }
-    numbers = [str(model.dtype), model.device.type]
-    return digest(fingerprint(model), [f"{key}={value}" for key, value in sorted(config.items())], numbers, *more)
+    return digest(checksum(model), beside_weights(model), [str(model.dtype), model.device.type], *more)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -51,7 +51,8 @@ class Side:
 
 @dataclass(frozen=True)
 class RecoveryStage:
-    """The model behind one recovery, or, with the method `cut`, ahead of the first.
+    """The model behind one recovery, or ahead of the first: with the method `cut`, or `repaired` where that was done
+    before.
 
     options: of the method, also those that nobody gave. perplexity: by name of the text. parameters: that the model
     gained. tokens: of calibration text read, counted once a pass. curve: of a training, a row for each measurement:

@@ -85,9 +85,9 @@ def recovery_rows(stages: Sequence[RecoveryStage]) -> tuple[tuple[str, ...], lis
     texts = list(dict.fromkeys(name for stage in stages for name in stage.perplexity))
     head = ("", *(f"Perplexity on {name}" for name in texts), "Parameters added", "Tokens read", "Time")
     rows = []
-    for stage in stages:
+    for place, stage in enumerate(stages):
         cost = ("", "", "")
-        if stage.method != "cut":
+        if place:  # the first is what there was
             cost = (f"{stage.parameters:,}", f"{stage.tokens:,}", duration(stage.seconds))
         rows.append((stage.method, *(number(stage.perplexity.get(name)) for name in texts), *cost))
     return head, rows

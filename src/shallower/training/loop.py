@@ -43,6 +43,7 @@ SMOOTH = 0.8  # weight of the past in the running mean of the loss
 UNSETTLED = 5  # steps before that mean means something
 WORSE = 1.5  # a running mean so many times its least, and 1 nat above it, has diverged
 PARTS = 1000  # of the progress bar
+_PERHAPS_UNUSED = re.compile(r"\.experts\.\d|(expert|correction)_bias$")
 
 
 class Guiding(Protocol):
@@ -376,9 +377,11 @@ def _spoiled(loss: float, least: float) -> bool:
 
 
 def _may_lack_gradients(student: PreTrainedModel, task: Task) -> bool:
-    """Whether a step may use no part of some weight: norms of missing halves, experts that it does not meet."""
+    """Whether a step may use no part of some weight: norms of missing halves, experts that it does not meet, biases by
+    which experts are only chosen.
+    """
     halves = any(unit.kind != "block" for unit in task.removed)
-    return halves or any(re.search(r"\.experts\.\d", name) for name, _ in student.named_parameters())
+    return halves or any(_PERHAPS_UNUSED.search(name) for name, _ in student.named_parameters())
 
 
 def _untrained(student: PreTrainedModel) -> PreTrainedModel:

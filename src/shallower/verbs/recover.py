@@ -34,12 +34,14 @@ from shallower.verbs.recoveries import (
     Resume,
     Stages,
     made_by,
+    methods_of,
     parse_recoveries,
     perplexities,
     recovery_card,
     require_place,
     run_recoveries,
     texts_read,
+    told_before,
     training_text,
     with_maps_inside,
 )
@@ -138,6 +140,7 @@ def recover(
         seed=seed,
     )
     resume = Resume(out)
+    before = told_before(student.loaded.path) if teacher is not None else None
     untouched = [*student.model.parameters()]
     made = made_by(dense, steps, text, training, seed)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
@@ -154,6 +157,7 @@ def recover(
         measure=lambda repaired: perplexities(repaired, contents, window, max_windows),
         seed=seed,
         memory=memory,
+        repaired=before is not None,
     )
     notes = (*shared, *said)
     wait()  # until all have read what the trainings left
@@ -169,6 +173,7 @@ def recover(
             "made_by": made.to_json(),
             "recovery": [stage.to_json() for stage in stages],
             "notes": list(notes),
+            **({} if before is None else {"before": before}),
         }
         folder = save(
             stored,
@@ -176,7 +181,7 @@ def recover(
             plan=given,
             tokenizer=dense.loaded.tokenizer,
             card=recovery_card(stages, made),
-            recoveries=[stage.method for stage in stages[1:]],
+            recoveries=[*methods_of(before), *(stage.method for stage in stages[1:])],
             pages={"recovery.json": json.dumps(document, indent=1)},
             force=force,
             verify_ids=text.input_ids[:1, :64],

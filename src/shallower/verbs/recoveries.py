@@ -180,7 +180,7 @@ def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Ite
         told = f"{source.documents:,} of the first {plural(source.read, 'conversation')} of {source.name} are used"
         told += f"; longer than {length} tokens (--length): {too_long:,}" if too_long else ""
         ended = source.documents == sequences
-        yield told + (f"; more were not read (--train-sequences {sequences})." if ended else ".")
+        yield told + (f"; what follows is not read (--train-sequences {sequences})." if ended else ".")
 
 
 def run_recoveries(
@@ -195,14 +195,15 @@ def run_recoveries(
     measure: Callable[[Subject], Mapping[str, float]],
     seed: int,
     memory: int | None,
+    repaired: bool = False,
 ) -> tuple[Subject, tuple[RecoveryStage, ...], tuple[str, ...]]:
     """Change the student's model in place, one recovery after another. Returns the student, which is another one where
     weights were spread over processes.
 
     text: for those in closed form. training: for those that train. measure: perplexities of the student as it is,
-    called before the first and behind each.
+    called before the first and behind each. repaired: the student is no plain cut any more.
     """
-    stages = [RecoveryStage("cut", measure(student))]
+    stages = [RecoveryStage("repaired" if repaired else "cut", measure(student))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun = [fingerprint(student.model), dense.identity.fingerprint, sorted(map(str, removed)), text.digest, seed]
     try:
@@ -281,6 +282,35 @@ def made_by(
     """What makes the same repair again, besides the stages' options."""
     repaired, trained = (None if read is None else read.identity for read in texts_read(steps, text, training))
     return RecoveryMadeBy(dense.identity, repaired, trained, seed, __version__)
+
+
+def told_before(folder: Path | None) -> dict[str, Any] | None:
+    """What a checkpoint says of how it was repaired: its recovery.json, or the same of its report.json; None where it
+    says nothing.
+
+    Raises UserError when the file cannot be read.
+    """
+    for name, key in (("recovery.json", "made_by"), ("report.json", "recovery_made_by")):
+        if folder is None or not (folder / name).is_file():
+            continue
+        try:
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+            told = {"made_by": data.get(key), "recovery": data.get("recovery", [])}
+            [stage["method"] for stage in told["recovery"]]
+        except (OSError, ValueError, AttributeError, TypeError, KeyError):
+            raise UserError(
+                f"{folder / name}, which tells how the model was repaired, cannot be read: restore it, or delete it."
+            ) from None
+        if told["recovery"]:
+            return told | ({"before": data["before"]} if "before" in data else {})
+    return None
+
+
+def methods_of(told: Mapping[str, Any] | None) -> list[str]:
+    """The recoveries of `told_before`, in order, and those before them."""
+    if told is None:
+        return []
+    return [*methods_of(told.get("before")), *(stage["method"] for stage in told["recovery"][1:])]
 
 
 def recovery_card(stages: Sequence[RecoveryStage], made: RecoveryMadeBy) -> str:

@@ -87,8 +87,7 @@ class RepairedLosses:
 
         keep: not used; all are measured on all of the text.
 
-        Raises ModelError, with the reason for the last, when no candidate of several can be repaired, nor could any
-        before.
+        Raises ModelError, with the reason for the last, when every single unit is asked for and none can be repaired.
         """
         asked = [frozenset(candidate) for candidate in candidates]
         new = [candidate for candidate in dict.fromkeys(asked) if candidate not in self._known]
@@ -96,8 +95,8 @@ class RepairedLosses:
             for candidate in new:
                 self._known[candidate] = self._loss(candidate)
                 step()
-        repaired = (removed for removed in self._known if removed and removed not in self._refused)
-        if len(set(asked)) > 1 and self._refused.keys() >= set(asked) and not any(repaired):
+        alone = len(set(asked)) > 1 and all(len(removed) == 1 for removed in asked)
+        if alone and self._refused.keys() >= set(asked):  # larger sets may yet be found that can be repaired
             self.require_possible(asked[-1])
         return [self._known[candidate] for candidate in asked]
 

@@ -170,7 +170,7 @@ def search(
         "units": units,
         "ordinary": ordinary,
         "protect": protect,
-        "exact": measuring.racing is None,
+        "exact": bool(repair) or measuring.racing is None,
         "dtype": subject.dtype,
     }
     if repair:

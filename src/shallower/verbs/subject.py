@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet, build_calibration, build_choices
@@ -246,7 +246,7 @@ def _checkpoint(subject: Subject) -> Checkpoint | None:
         str(loaded.path.resolve()),
         loaded.name,
         loaded.revision,
-        subject.identity.fingerprint,
+        checksum(model),
         subject.dtype,
         type(model).__module__.startswith("transformers_modules"),  # code of the Hub that the user trusted here
     )
