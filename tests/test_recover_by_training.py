@@ -288,7 +288,7 @@ def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:
         "68 of the first 70 conversations of chat.jsonl are used; longer than 96 tokens (--length): 2."
     ]
     assert notes(20, 96) == [
-        "20 of the first 21 conversations of chat.jsonl are used; longer than 96 tokens (--length): 1; more were "
+        "20 of the first 21 conversations of chat.jsonl are used; longer than 96 tokens (--length): 1; what follows is "
         "not read (--train-sequences 20)."
     ]
 
