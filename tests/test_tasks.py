@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -255,10 +256,11 @@ def test_an_interrupted_run_resumes_at_the_item(
     calls[:] = []
     run_tasks(respondent(model, answered=store), tasks, TaskSettings())
     assert calls == []
-    other = tiny_model("llama", seed=1).float() if "seed" in tiny_model.__code__.co_varnames else None
-    if other is not None:  # another model's answers are its own
-        run_tasks(respondent(other, answered=store), tasks, TaskSettings(limit=2))
-        assert calls
+    other = copy.deepcopy(model)  # another model's answers are its own, though the two differ by a rounding
+    with torch.no_grad():
+        other.get_parameter("model.layers.0.mlp.down_proj.weight")[0, 1] *= 1 + 2**-12
+    run_tasks(respondent(other, answered=store), tasks, TaskSettings(limit=2))
+    assert calls
 
 
 def test_a_full_memory_halves_the_batch(

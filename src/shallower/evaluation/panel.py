@@ -6,10 +6,11 @@ What they answer with is the engine's; here a request only finds its way there a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from shallower.engine.likelihood import Asked, Likelihoods
-from shallower.evaluation.answered import Answered
+from shallower.evaluation.answered import Answered, digest
 from shallower.evaluation.respondent import Answer, Encoded, Respondent, context_of
 
 if TYPE_CHECKING:
@@ -32,9 +33,17 @@ class Member(Respondent):
         self.panel = panel
         self.number = number
         self.likelihoods = likelihoods
-        self.context = context_of(likelihoods.anatomy.model, "engine", likelihoods.routes[number])
         self._cut_model = cut
         self._ahead: dict[str, Answer] = {}
+
+    @cached_property
+    def context(self) -> str:
+        return digest(self.panel[0]._of_dense, "engine", self.likelihoods.routes[self.number])
+
+    @cached_property
+    def _of_dense(self) -> str:
+        """Worked out once for the panel."""
+        return context_of(self.likelihoods.anatomy.model)
 
     def _answers(self, todo: dict[str, Encoded]) -> Iterator[dict[str, Answer]]:
         if not todo:

@@ -10,6 +10,7 @@ import copy
 import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -59,13 +60,17 @@ class Respondent(HFLM):  # type: ignore[misc]
             super().__init__(pretrained=model, tokenizer=own, batch_size=batch or 1)
         self.batch = batch
         self.answered = answered
-        self.context = context_of(model)
         self.truncate = truncate
         self.label = label
         self.cut = 0
         self._asked: Sequence[Any] = ()
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._keep: int | None = None
+
+    @cached_property
+    def context(self) -> str:
+        """What an answer depends on besides the request. All weights are read for it: only where answers are kept."""
+        return context_of(self.model)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Answer]:
         self._asked = requests
@@ -229,9 +234,9 @@ def _positions(requests: Iterable[Encoded]) -> int:
     return max(longest - length + scored for length, scored in read)
 
 
-def context_of(model: PreTrainedModel, *more: Any) -> str:
+def context_of(model: PreTrainedModel) -> str:
     """Digest of what an answer depends on besides the request: weights, configuration, precision, device."""
-    return digest(checksum(model), beside_weights(model), [str(model.dtype), model.device.type], *more)
+    return digest(checksum(model), beside_weights(model), [str(model.dtype), model.device.type])
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -48,10 +48,10 @@ from shallower.verbs.recoveries import (
     TRAIN_SEQUENCES,
     Resume,
     Stages,
-    made_by,
     parse_recoveries,
     perplexities,
     recovery_card,
+    recovery_made_by,
     require_place,
     run_recoveries,
     texts_read,
@@ -261,7 +261,7 @@ def prune(
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
-        recovery_made_by=made_by(subject, steps, fitted, training, seed) if steps else None,
+        recovery_made_by=recovery_made_by(subject, steps, fitted, training, seed) if steps else None,
     )
     if out is None:
         resume.clear()

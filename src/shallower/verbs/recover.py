@@ -33,11 +33,11 @@ from shallower.verbs.recoveries import (
     TRAIN_SEQUENCES,
     Resume,
     Stages,
-    made_by,
     methods_of,
     parse_recoveries,
     perplexities,
     recovery_card,
+    recovery_made_by,
     require_place,
     run_recoveries,
     texts_read,
@@ -142,7 +142,7 @@ def recover(
     resume = Resume(out)
     before = told_before(student.loaded.path) if teacher is not None else None
     untouched = [*student.model.parameters()]
-    made = made_by(dense, steps, text, training, seed)
+    made = recovery_made_by(dense, steps, text, training, seed)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = None if max_windows is None else window * max_windows
     shared = tuple(shared_runs(dense, read, contents, tokens, flattered="the repaired model"))

@@ -276,7 +276,7 @@ def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[
     return mapped(model, dense, removed) if any(patches(model)) else model
 
 
-def made_by(
+def recovery_made_by(
     dense: Subject, steps: Stages, text: CalibrationSet, training: Training | None, seed: int
 ) -> RecoveryMadeBy:
     """What makes the same repair again, besides the stages' options."""
@@ -296,12 +296,12 @@ def told_before(folder: Path | None) -> dict[str, Any] | None:
         try:
             data = json.loads((folder / name).read_text(encoding="utf-8"))
             told = {"made_by": data.get(key), "recovery": data.get("recovery", [])}
-            [stage["method"] for stage in told["recovery"]]
-        except (OSError, ValueError, AttributeError, TypeError, KeyError):
+            stages = [RecoveryStage.from_json(stage) for stage in told["recovery"]]
+        except (OSError, ValueError, AttributeError, TypeError, UserError):
             raise UserError(
                 f"{folder / name}, which tells how the model was repaired, cannot be read: restore it, or delete it."
             ) from None
-        if told["recovery"]:
+        if stages:
             return told | ({"before": data["before"]} if "before" in data else {})
     return None
 
