@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pandas
 import pytest
 import statsmodels.api
 import statsmodels.formula.api
+import torch
 
 from shallower.cli import main
 from shallower.errors import UserError
@@ -210,7 +212,6 @@ def test_a_study_measures_every_cell_and_writes_its_page(place: Path, capsys: py
     assert told["cells"] == 16
     assert told["answer"] in " ".join(capsys.readouterr().out.split())
     # perplexity and plan are those that the verbs give
-    import torch
 
     from shallower.corpus import build_calibration
     from shallower.engine import Ablator
@@ -294,6 +295,31 @@ def test_a_study_that_was_killed_goes_on(place: Path) -> None:
     assert len(after) == 16
     plans = [{row["key"]: row["order"] for row in lines_of(place / name)} for name in ("whole", "killed")]
     assert plans[0] == plans[1]
+
+
+def test_cells_of_a_model_that_differs_in_one_weight_are_not_recalled(place: Path, tmp_path: Path) -> None:
+    from shallower.checkpoint.fingerprint import fingerprint
+    from shallower.checkpoint.load import load_model
+
+    first = load_model(str(place / "tiny"), dtype="float32").model
+    before = fingerprint(first)
+    with torch.no_grad():
+        first.get_submodule("model.layers.2.mlp.down_proj").weight.view(-1)[1] += 1
+    assert fingerprint(first) == before  # a sample, which does not read this one
+    shutil.copytree(place / "tiny", tmp_path / "tiny")
+    for name in ("a", "other"):
+        shutil.copy(place / f"{name}.txt", tmp_path)
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "models: tiny\ntexts: {a: a.txt}\nsequences: 4\nlength: 24\nobjectives: nll\nsearches: one-shot\nremove: [1]\n"
+        "held_out: {other: other.txt}\nheld_out_sequences: 2\nheld_out_length: 32\n"
+    )
+    assert run("study", grid, "--out", tmp_path / "out") == 0
+    first.save_pretrained(tmp_path / "tiny")
+    assert run("study", grid, "--out", tmp_path / "out") == 0
+    one, other = lines_of(tmp_path / "out")
+    assert one["key"] != other["key"]
+    assert one["held_out"] != other["held_out"]
 
 
 def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy, unpack
-from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.fingerprint import checksum
 from shallower.engine.head import Head, find_head
 from shallower.errors import ModelError, OutputError, UserError
 from shallower.training.feed import Portion
@@ -141,7 +141,7 @@ def open_cache(
             f"teacher_cache of {budget / 1e6:.1f} MB holds {words} words for each of {tokens:,} tokens, and less than "
             f"{FEWEST_WORDS} say too little: give {least / 1e6:.1f} MB or more, or leave it out."
         )
-    what = f"{fingerprint(teacher.anatomy.model)} {digest} {temperature} {words}"
+    what = f"{checksum(teacher.anatomy.model)} {digest} {temperature} {words}"
     folder = place / f"teacher-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.patch import Patch
 from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus import CalibrationSet
 from shallower.errors import CorpusError, ModelError, UserError
 from shallower.evaluation.perplexity import perplexity
@@ -205,7 +205,7 @@ def run_recoveries(
     """
     stages = [RecoveryStage("repaired" if repaired else "cut", measure(student))]
     notes: list[str] = [] if training is None else [*training.notes]
-    begun = [fingerprint(student.model), dense.identity.fingerprint, sorted(map(str, removed)), text.digest, seed]
+    begun = [checksum(student.model), checksum(dense.model), sorted(map(str, removed)), text.digest, seed]
     try:
         for number, (method, options) in enumerate(steps):
             size = _parameters(student.model)

@@ -210,7 +210,7 @@ class _Runner:
         study = self.study
         return context_key(
             {
-                "model": self.subject.identity.fingerprint,
+                "model": self.subject.checksum,
                 "calibration": text.digest,
                 "cell": [cell.seed, cell.objective, cell.search, cell.remove],
                 "how": [study.units, study.protect, sorted(study.settings.items()), study.exact],

@@ -60,6 +60,11 @@ class Subject:
         return ModelIdentity(self.loaded.name, self.loaded.revision, fingerprint(self.model), blocks)
 
     @cached_property
+    def checksum(self) -> str:
+        """Of all bits of the weights, as they are when it is first asked for."""
+        return checksum(self.model)
+
+    @cached_property
     def weights(self) -> Weights:
         return weigh(self.anatomy)
 
