@@ -29,7 +29,7 @@ import shallower
 from shallower.anatomy import dissect
 from shallower.anatomy.weigh import weigh
 from shallower.cli import main
-from shallower.errors import ModelError, UnknownName, VerificationError
+from shallower.errors import BudgetError, ModelError, UnknownName, VerificationError
 from shallower.exporters import export, save
 from shallower.exporters.native import skip_words
 from shallower.exporters.packaged import ffn_mult
@@ -614,9 +614,11 @@ def test_inspect_says_what_can_be_exported() -> None:
     assert "DeciLM" in found.exports["packaged"]
     assert set(found.exports) == {"ordinary", "native", "packaged", "padded"}
     assert "pair up" not in shallower.inspect(tiny_model("gpt_neox")).exports["ordinary"]
-    unlike = shallower.inspect(tiny_model("dbrx")).exports  # its attention gives more than its output
-    assert "pair up" not in unlike["ordinary"]
-    assert unlike["packaged"].startswith("nothing: dbrx does not run without these units")
+    unlike = shallower.inspect(tiny_model("dbrx"))  # its attention gives the stream besides its output
+    assert unlike.parts["attn"] == ()
+    assert "pair up" not in unlike.exports["ordinary"]
+    with pytest.raises(BudgetError, match="dbrx has no attn units that can be told apart"):
+        shallower.search(tiny_model("dbrx"), "1", units="attn")
 
 
 def test_a_damaged_package_is_found(folder: Path, tmp_path: Path) -> None:

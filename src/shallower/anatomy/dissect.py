@@ -160,12 +160,18 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     path, modules = find_blocks(model)
     named = [(_attention_names(block), _mlp_names(block)) for block in modules]
     returned: dict[nn.Module, int | None] = {}
+    entangled: set[nn.Module] = (
+        set()
+    )  # give the stream besides their output (DBRX's attention), so nothing replaces them
     watched = list(modules) + [
         block.get_submodule(name) for block, names in zip(modules, named, strict=True) for name in sum(names, ())
     ]
 
     def remember(module: nn.Module, args: Any, output: Any) -> None:
         returned[module] = len(output) if isinstance(output, tuple) else None
+        more = output[1:] if isinstance(output, tuple) else ()
+        if any(isinstance(one, Tensor) and one.shape == output[0].shape for one in more):
+            entangled.add(module)
 
     handles = [module.register_forward_hook(remember) for module in watched]
     try:
@@ -177,7 +183,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
     def part(block: nn.Module, names: tuple[str, ...]) -> Part | None:
         called = tuple(name for name in names if block.get_submodule(name) in returned)
-        if not called:
+        if not called or entangled & {block.get_submodule(name) for name in called}:
             return None
         last = block.get_submodule(called[-1])
         arities = tuple(returned[block.get_submodule(name)] for name in called)

@@ -129,7 +129,12 @@ def units_of(subject: Subject, which: str, protected: frozenset[int] = frozenset
     kinds |= {"sublayer": ("attn", "mlp"), "all": KINDS}
     if which not in kinds:
         raise BudgetError(f"--units {which!r} is not one of {', '.join(kinds)}.")
-    units = tuple(unit for unit in subject.anatomy.of_kind(*kinds[which]) if unit.index not in protected)
+    there = subject.anatomy.of_kind(*kinds[which])
+    if not there:
+        raise BudgetError(
+            f"{subject.anatomy.family} has no {which} units that can be told apart: see `shallower inspect`."
+        )
+    units = tuple(unit for unit in there if unit.index not in protected)
     if not units:
         raise BudgetError(f"no {which} unit is left to remove after protecting {len(protected)} blocks.")
     return units
