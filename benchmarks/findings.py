@@ -216,8 +216,10 @@ def _nested(order: Sequence[Unit]) -> tuple[Removed, ...]:
 
 def page(found: Measured, command: str) -> str:
     parts = [
-        f"# What the literature found, on {found.subject.identity.name}",
-        f"Made by `{command}`; numbers and wording are computed, nothing was written by hand.\n\n{found.setting}",
+        f"# Do the papers' findings hold on {found.subject.identity.name}?",
+        f"Made by `{command}`; numbers and wording are computed, nothing was written by hand. "
+        "Findings 1 and 2 are those of arXiv:2407.16286, 4 is of 2403.17887; for 3 see [recovery.md](recovery.md).\n\n"
+        f"{found.setting}",
         *_dense(found),
         *_first(found),
         *_second(found),

@@ -3,7 +3,7 @@
     import shallower
     pruned = shallower.prune("HuggingFaceTB/SmolLM2-135M", "20%", calibration="text.jsonl", out="smaller")
 
-Each verb of the command line is a function here, on a path or on a model in memory. Importing this package imports no
+Most verbs of the command line are functions here, on a path or on a model in memory. Importing this package imports no
 torch.
 """
 

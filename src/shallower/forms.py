@@ -33,7 +33,7 @@ class Form:
             lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where})")
         if self.carries_code:
             lines[0] += "  # runs the two short files in the folder: read them first"
-            lines += ["", "import shallower  # or so, which runs no code of the folder", ""]
+            lines += ["", "import shallower  # or, without running code of the folder:", ""]
             lines.append(f"model = shallower.load({folder!r})")
         return "\n".join(lines)
 
