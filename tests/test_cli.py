@@ -314,6 +314,17 @@ def test_prune_by_plan_and_json(cli: Cli, place: Path, plan: Path, tmp_path: Pat
     assert ran.err == ""
 
 
+def test_a_plan_chosen_behind_a_repair_says_so(cli: Cli, plan: Path, tmp_path: Path) -> None:
+    told = json.loads(plan.read_text())
+    told["made_by"]["options"]["repair"] = "low-rank"
+    repaired = tmp_path / "plan.json"
+    repaired.write_text(json.dumps(told))
+    shown = [" ".join(cli("plan", "show", path).out.split()) for path in (plan, repaired)]
+    assert ["nll after low-rank Difference" in text for text in shown] == [False, True]
+    assert ["objective nll after low-rank" in text for text in shown] == [False, True]
+    assert ["fitted on three quarters" in text for text in shown] == [False, True]
+
+
 def test_report(cli: Cli, pruned: Path) -> None:
     page = (pruned / "report.html").read_text(encoding="utf-8")
     (pruned / "report.html").unlink()

@@ -869,6 +869,18 @@ def test_a_search_judges_candidates_behind_their_repair() -> None:
         search(model, 1, calibration=text, repair="low-rank", objective="kl")
 
 
+def test_a_cut_by_a_plan_that_was_chosen_behind_a_repair_says_that_none_was_made(files: Path) -> None:
+    given = asked(files)
+    text = {key: given[key] for key in ("calibration", "sequences", "length", "dtype")}
+    told = {}
+    for repair, recover_by in (("", ""), ("low-rank", ""), ("low-rank", "low-rank")):
+        plan = search(files / "dense", "block.2", repair=repair, **text)
+        notes = prune(files / "dense", plan=plan, recover=recover_by, speed=False, **given).report.notes
+        told[repair, recover_by] = [note for note in notes if "was not repaired" in note]
+    assert [len(notes) for notes in told.values()] == [0, 1, 0]
+    assert told["low-rank", ""][0].endswith("Add --recover low-rank.")
+
+
 @pytest.mark.parametrize(
     ("family", "how"), [("gemma2", "greedy"), ("gemma2", "annealing"), ("gemma2", "milp"), ("mixtral", "beam")]
 )

@@ -280,6 +280,19 @@ def test_perplexity_axis_only_beside_nll():
     assert "perplexity" not in (loss_curve(other) or "")
 
 
+def test_losses_behind_a_repair_are_not_shown_as_those_of_the_cut():
+    data = report()
+    made = data.plan.made_by
+    page = render(replace(data, plan=replace(data.plan, made_by=replace(made, options={"repair": "linear-fold"}))))
+    assert "nll after linear-fold (nats per token), lower is better" in page
+    assert "perplexity after linear-fold<" in page
+    assert "on the part of the calibration text that this was not fitted on" in page
+    assert "The objective on the calibration text" not in page
+    assert '<th scope="col">nll after linear-fold</th>' in page
+    for word in (" after linear-fold", "not fitted on"):
+        assert word not in render(data)
+
+
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 2000.0, math.inf])
 def test_extreme_losses_can_be_drawn(factor):
     plan = report().plan

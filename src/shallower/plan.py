@@ -58,12 +58,23 @@ class MadeBy:
     calibration: CalibrationIdentity | None
     version: str
 
+    @property
+    def repair(self) -> str:
+        """The recoveries behind which candidates were judged (`search --repair`); empty when as they were cut."""
+        return str(self.options.get("repair") or "")
+
+    @property
+    def measure(self) -> str:
+        """What the losses of a plan are: `nll`, `nll after linear-fold`."""
+        return (self.objective or "objective") + (f" after {self.repair}" if self.repair else "")
+
 
 @dataclass(frozen=True)
 class PruningPlan:
     """The chosen set with its provenance.
 
-    order: the units of `remove` in removal order with the objective after each; None where it was not measured.
+    order: the units of `remove` in removal order with the objective after each, or where candidates were judged behind
+    a repair the loss after that; None where it was not measured.
     dense: the objective of the dense model, None where it was not measured.
     spent: what a search just cost, else None. `tokens` were read (calibration tokens times candidate sets), where races
     took part in place of the `exhaustive` ones that they would have read without dropping anyone; `recalled`

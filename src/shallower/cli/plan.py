@@ -61,7 +61,7 @@ def show_plan(console: Console, plan: PruningPlan, *, parameters: tuple[int, int
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("Step", justify="right")
     table.add_column("Removed")
-    table.add_column(made.objective or "Objective", justify="right")
+    table.add_column(made.measure if made.objective else "Objective", justify="right")
     table.add_column("Difference", justify="right")
     for step, (unit, loss) in enumerate([("nothing", plan.dense), *plan.order]):
         change = "" if loss is None or plan.dense is None or not step else signed(loss - plan.dense, form)
@@ -69,8 +69,10 @@ def show_plan(console: Console, plan: PruningPlan, *, parameters: tuple[int, int
     console.print(table)
     print_removed(console, plan.remove, plan.model, parameters)
     how = [f"search {made.search}" if made.search else "naming units"]
-    how += [f"{kind} {name}" for kind, name in (("metric", made.metric), ("objective", made.objective)) if name]
+    how += [f"metric {made.metric}"] if made.metric else []
+    how += [f"objective {made.measure}"] if made.objective else []
     if made.calibration is not None:
         source = without_folders(made.calibration.spec.partition("?")[0])
-        how.append(f"{made.calibration.tokens:,} tokens of {source}")
+        judged = " (the repair was fitted on three quarters, and judged on the rest)" if made.repair else ""
+        how.append(f"{made.calibration.tokens:,} tokens of {source}{judged}")
     console.print(f"For {plan.model.name}, by {', '.join(how)}, seed {made.seed}; shallower {made.version}.")

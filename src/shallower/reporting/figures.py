@@ -169,14 +169,15 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
 def loss_curve(plan: PruningPlan) -> str | None:
     """The objective after each removal, in removal order, from the dense model on.
 
-    The loss of `nll` is also read as perplexity on the right. None when the objective was not measured.
+    The loss of `nll` is also read as perplexity on the right. The axes name the repair behind which candidates were
+    judged. None when the objective was not measured.
     """
     steps: list[tuple[int, Unit | None, float]] = [] if plan.dense is None else [(0, None, plan.dense)]
     steps += [(place, unit, loss) for place, (unit, loss) in enumerate(plan.order, start=1) if loss is not None]
     steps = [step for step in steps if math.isfinite(step[2])]
     if not any(place for place, _, _ in steps):
         return None
-    objective = plan.made_by.objective or "objective"
+    made = plan.made_by
     total = len(plan.order)
     with styled():
         figure, axes = _canvas(3.1)
@@ -203,14 +204,15 @@ def loss_curve(plan: PruningPlan) -> str | None:
         axes.margins(y=0.14)
         axes.grid(axis="y")
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.set_ylabel(f"{objective}, lower is better")
-        if objective == "nll":
-            axes.set_ylabel("nll (nats per token), lower is better")
-            _perplexity_axis(axes)
+        axes.set_ylabel(f"{made.measure}, lower is better")
+        if made.objective == "nll":
+            axes.set_ylabel(f"{made.measure} (nats per token), lower is better")
+            _perplexity_axis(axes, f"perplexity after {made.repair}" if made.repair else "perplexity")
         if kinds != ["block"]:
             _legend(axes, [_dot(_COLOURS[kind], KIND_NAMES[kind], marker=_MARKERS[kind]) for kind in kinds])
         told = f"From {score(losses[0])} at {places[0]} removals to {score(losses[-1])} at {places[-1]}."
-        return svg(figure, f"{objective} on the calibration text after each removal", told)
+        where = "part of the calibration text" if made.repair else "the calibration text"
+        return svg(figure, f"{made.measure} on {where} after each removal", told)
 
 
 _WIDTH = 9.2  # inches, at 72 units each; the page scales it
@@ -311,7 +313,7 @@ def _removal_axis(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlabel("removed, one after the other →")
 
 
-def _perplexity_axis(axes: Axes) -> None:
+def _perplexity_axis(axes: Axes, label: str) -> None:
     """Ticks at round perplexities on the right. Their places are logarithmic, so the automatic ones would crowd."""
     low, high = axes.get_ylim()
     right = axes.twinx()
@@ -320,7 +322,7 @@ def _perplexity_axis(axes: Axes) -> None:
     ticks = round_values(*(math.exp(max(-300.0, min(loss, 300.0))) for loss in (low, high)))  # floats end at e^709
     labels = [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]
     right.set_yticks([math.log(tick) for tick in ticks], labels=labels)
-    right.set_ylabel("perplexity")
+    right.set_ylabel(label)
 
 
 def round_values(low: float, high: float) -> list[float]:

@@ -140,7 +140,12 @@ def _figures(data: ReportData) -> str:
         title = f"Distance across every span of blocks ({data.spans.metric})"
         parts.append(html_figure(span_heatmap(data.spans, removed), title, told))
     told = "The objective on the calibration text, in the order of removal."
-    parts.append(html_figure(loss_curve(data.plan), "Objective after each removal", told, _order_table(data)))
+    if repair := data.plan.made_by.repair:
+        told = (
+            f"The loss after {repair}, on the part of the calibration text that this was not fitted on, in the order "
+            "of removal: not that of the model as it was cut."
+        )
+    parts.append(html_figure(loss_curve(data.plan), _after(data), told, _order_table(data)))
     return "".join(parts)
 
 
@@ -164,7 +169,12 @@ def _influence_table(scores: Scores, removed: frozenset[Unit]) -> str:
 def _order_table(data: ReportData) -> str:
     rows = [] if data.plan.dense is None else [("dense", score(data.plan.dense))]
     rows += [(str(unit), score(loss)) for unit, loss in data.plan.order]
-    return html_table(("Removed", data.plan.made_by.objective or "objective"), rows, "Objective after each removal")
+    return html_table(("Removed", data.plan.made_by.measure), rows, _after(data))
+
+
+def _after(data: ReportData) -> str:
+    repair = data.plan.made_by.repair
+    return "Objective after each removal" + (f" and {repair}" if repair else "")
 
 
 def _calibration(scores: Scores) -> str:

@@ -246,7 +246,8 @@ def prune(
     read = {"the calibration text": text, "the text of the repair": repaired, "the training text": trained}
     tokens = None if max_windows is None else window * max_windows
     shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
-    notes = (*shared, *scores.notes, *stored.notes, *said)
+    unrepaired = () if steps else _left_unrepaired(given)
+    notes = (*shared, *scores.notes, *unrepaired, *stored.notes, *said)
     data = ReportData(
         plan=given,
         influence=(influence,),
@@ -343,6 +344,17 @@ def _recoveries(
     theirs = {key: text for key, text in settings.items() if key in known}
     others = {key: text for key, text in settings.items() if key not in known or key in wanted}
     return parse_recoveries(names, theirs), others
+
+
+def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
+    """What to know of a plan that was chosen behind a repair, where the cut model gets none."""
+    repair = plan.made_by.repair
+    if not repair:
+        return ()
+    return (
+        f"The plan was chosen by what {repair} makes of the cut (--repair), and this model was not repaired: losses "
+        f"in the plan are not its own, and without repair another may be better. Add --recover {repair}.",
+    )
 
 
 def _repair_size(subject: Subject, sequences: int, length: int) -> tuple[int, int]:
