@@ -441,6 +441,14 @@ def test_demo_ends_with_what_to_look_at(
             ["search", "{tiny}", "--remove", "2", "--search", "gredy"],
             r"unknown search 'gredy'; did you mean 'greedy'\?",
         ),
+        *(
+            (["search", "{place}/no-model", "--remove", "2", "--search", names], complaint)
+            for names, complaint in (
+                ("evolutionary,greedy", r"throws away what evolutionary finds, as greedy starts anew"),
+                ("greedy,one-shot", r"can stand \(annealing, evolutionary, swap\); drop greedy or one-shot\."),
+                ("greedy,swap,milp", r"throws away what swap finds, as milp starts anew"),
+            )
+        ),
         (["search", "{tiny}", "--remove", "2", "--objective", "nl"], r"unknown objective 'nl'; did you mean 'nll'\?"),
         (["search", "{tiny}", "--remove", "0"], r"--remove 0 removes nothing"),
         (["search", "{tiny}", "--remove=-1"], r"--remove -1 removes nothing"),

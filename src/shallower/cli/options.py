@@ -60,7 +60,8 @@ Search = Annotated[
     Option(
         "--search",
         metavar="NAME",
-        help=f"How to choose: {_shipped('searches')}, or one after another (greedy,swap).",
+        help=f"How to choose: {_shipped('searches')}, or one after another, each on what the one before found "
+        "(greedy,swap).",
     ),
 ]
 Objective = Annotated[

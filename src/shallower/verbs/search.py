@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -77,7 +78,8 @@ def search(
     metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead; where they
     are by several metrics, `metric` names the one.
     settings: options of the search and of the objective as text. search: one, or several that improve on each other
-    (`greedy,swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
+    (`greedy,swap`), of which all but the first start from what was found before them (`annealing`, `evolutionary`,
+    `swap`). exact: measure every candidate on all of the text, instead of dropping those that are clearly worse
     after a part of it. repair: judge every candidate behind these recoveries (`linear-fold`), by its loss on the
     quarter of the text that they were not fitted on.
     target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
@@ -270,9 +272,17 @@ def resolve(
 def _methods(names: str) -> list[Method]:
     """The searches of `greedy,swap`; one that improves on a set is preceded by one that makes it.
 
-    Raises UnknownName for one that does not exist.
+    Raises UnknownName for one that does not exist, and UserError for one that would not look at what the search before
+    it found.
     """
     methods = [searches.get(name.strip()) for name in names.split(",")]
+    for earlier, later in itertools.pairwise(methods):
+        if "start" not in later.parameters:
+            improving = ", ".join(sorted(method.name for method in searches if "start" in method.parameters))
+            raise UserError(
+                f"--search {names} throws away what {earlier.name} finds, as {later.name} starts anew: after the first "
+                f"only searches that improve on a set can stand ({improving}); drop {earlier.name} or {later.name}."
+            )
     before = methods[0].traits.get("starts")
     if before:
         methods.insert(0, searches.get(before))
