@@ -410,6 +410,18 @@ def test_beam_does_not_leave_its_choice_to_a_race() -> None:
     assert run("beam", BLOCKS, count(1, BLOCKS), losses=losses) == [{BLOCKS[0]}]
 
 
+def test_exhaustive_runs_no_race() -> None:
+    """Else it would be no oracle: a race may call a tie what is a little worse."""
+    value = {unit: 1.0 - 0.001 * unit.index for unit in BLOCKS}
+
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        measured = additive(value)(candidates)
+        return measured if keep is None else [math.inf] * (len(candidates) - 1) + [0.0]
+
+    chosen = run("exhaustive", BLOCKS, count(2, BLOCKS), losses=losses)[-1]
+    assert chosen == set(sorted(BLOCKS, key=value.__getitem__)[:2])
+
+
 def test_greedy_asks_for_all_single_additions_at_once() -> None:
     asked: list[int] = []
     run("greedy", BLOCKS, count(3, BLOCKS), losses=additive(dict.fromkeys(BLOCKS, 1.0), asked))

@@ -12,7 +12,10 @@ from shallower.units import Unit
 
 @search("greedy", source="arXiv:2402.09025, arXiv:2406.10594")
 def greedy(units: Sequence[Unit], budget: Budget, losses: Losses) -> Iterator[frozenset[Unit]]:
-    """Remove the unit whose absence costs least, then measure the rest again (SLEB, BlockPruner)."""
+    """Remove the unit whose absence costs least, then measure the rest again (SLEB, BlockPruner).
+
+    Each step is a race, so it may take one that costs a little more; with `--exact` it does not.
+    """
     removed: frozenset[Unit] = frozenset()
     while not budget.met(removed):
         candidates = [removed | {unit} for unit in units if budget.admits(removed, unit)]

@@ -24,6 +24,7 @@ def swap(
     """Exchange one removed unit for one that is kept as long as the best exchange lowers the loss.
 
     Starts from the search before it (`--search greedy,swap`), by default from greedy. rounds: exchanges at most.
+    Exchanges race: one that gains less than what a race calls a tie may be passed over, and none is made for nothing.
     """
     removed = start
     for _ in range(rounds):
