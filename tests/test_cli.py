@@ -171,6 +171,16 @@ def test_the_help_names_every_method_that_ships() -> None:
     assert shipped == registered
 
 
+def test_what_a_race_may_get_wrong_is_told(cli: Cli, root: Path) -> None:
+    from shallower.engine import Racing
+
+    racing = Racing()
+    stated = f"each race may choose one more than {100 * racing.tie:g} % worse than the best, with a probability of "
+    stated += f"{100 * racing.error:g} %"
+    for told in (cli("search", "--help").out, (root / "README.md").read_text(encoding="utf-8")):
+        assert stated in " ".join(told.split())
+
+
 # Each verb
 
 

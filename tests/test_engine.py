@@ -500,6 +500,36 @@ def test_racing_gives_greedys_answer_for_fewer_tokens():
     assert int(np.argmin(fast.losses(candidates, keep=1))) == best
     assert fast.spent.tokens < exact.spent.tokens
     assert fast.spent.exhaustive == exact.spent.tokens
+    more = [*candidates, *(candidate | {units[best]} for candidate in candidates)]
+    for again in (candidates, more):  # what was raced before would not be read again by those who measure exactly
+        exact.losses(again, keep=1)
+        fast.losses(again, keep=1)
+        assert fast.spent.exhaustive == exact.spent.tokens
+
+
+def test_what_a_memo_knows_is_not_counted_as_saved(tmp_path):
+    anatomy = dissect(tiny_model("llama"))
+    text = CalibrationSet("x", torch.randint(3, 120, (64, 64), generator=torch.Generator().manual_seed(1)), None, ())
+    candidates = [frozenset({unit}) for unit in anatomy.of_kind("block")]
+    first = Ablator(anatomy, text, "kl", racing=Racing(), memo=Memo(tmp_path / "memo"))
+    found = first.losses(candidates, keep=1)
+    again = Ablator(anatomy, text, "kl", racing=Racing(), memo=Memo(tmp_path / "memo"))
+    assert again.losses(candidates, keep=1) == found
+    assert (again.spent.tokens, again.spent.races) == (0, 1)
+    assert again.spent.exhaustive == first.spent.exhaustive - first.spent.tokens
+
+
+def test_a_plan_says_what_its_races_were_allowed_to_get_wrong():
+    model = tiny_model("llama")
+    text = CalibrationSet("x", torch.randint(3, 120, (64, 64), generator=torch.Generator().manual_seed(1)), None, ())
+    raced, *exact = (
+        search(model, 2, objective="kl", calibration=text, **given).made_by.options
+        for given in ({}, {"exact": True}, {"search": "last"})
+    )
+    assert (raced["races"], raced["error_a_race"], raced["tie_of_a_race"]) == (2, Racing().error, Racing().tie)
+    assert not any("race" in name for options in exact for name in options)
+    short = CalibrationSet("x", text.input_ids[:3], None, ())  # too few sequences to drop anyone by
+    assert "races" not in search(model, 2, objective="kl", calibration=short).made_by.options
 
 
 def test_a_race_does_not_take_the_first_document_for_the_whole_text():

@@ -110,7 +110,8 @@ Exact = Annotated[
     bool,
     Option(
         "--exact",
-        help="Measure every candidate on all of the text. Default: drop those that a part of it shows to be worse.",
+        help="Measure every candidate on all of the text. Default: races, which drop those that a part of it shows to "
+        "be worse: each race may choose one more than 0.2 % worse than the best, with a probability of 5 %.",
     ),
 ]
 ScoresFile = Annotated[

@@ -60,8 +60,9 @@ def search(
     """Choose what to remove, and show what each removal costs. Cuts nothing.
 
     The answer of --json is the plan, and what the search cost: spent.tokens were read (calibration tokens times
-    candidate sets), spent.exhaustive is what its races would have read without dropping anyone, and spent.recalled
-    measurements were remembered from before.
+    candidate sets), spent.exhaustive is what its races would have read, besides what was known before, without
+    dropping anyone, and spent.recalled measurements were remembered from before. made_by.options says how many races
+    dropped candidates, and what each was allowed to get wrong (races, error_a_race, tie_of_a_race).
     """
     require_free(out, force=force)
     chosen = options.parse_settings(settings)

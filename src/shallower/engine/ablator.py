@@ -49,13 +49,15 @@ class Spent:
 
     tokens: calibration tokens × candidates measured. block_tokens: tokens run through one block. recalled: measurements
     of one candidate on one batch that were asked for and that the memo had kept from before. exhaustive: tokens that
-    races would have cost without dropping anyone.
+    races would have read, besides what was known, without dropping anyone. races: those that dropped someone before the
+    end of the text, so that they may have erred.
     """
 
     tokens: int = 0
     block_tokens: int = 0
     recalled: int = 0
     exhaustive: int = 0
+    races: int = 0
 
     def since(self, before: Spent) -> Spent:
         """What was added to an earlier state."""
@@ -145,6 +147,7 @@ class Ablator:
             ]
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._contexts[0]) if memo else {}
         self._kept_before = set(self._measured)  # less what was asked for since
+        self._raced: set[Route] = set()
 
     def close(self) -> None:
         """Let workers in other processes go; what was measured can still be asked for."""
@@ -218,10 +221,10 @@ class Ablator:
     def _race(self, routes: list[Route], keep: int, racing: Racing) -> list[float]:
         """Losses of the survivors on what was measured, infinity for the rest."""
         running = list(dict.fromkeys(routes))
-        self.spent.exhaustive += len(running) * sum(batch.input_ids.numel() for batch in self._batches)
+        self.spent.exhaustive += self._unread(running)
         total = len(self._batches)
         counts = self.counts[self._order]
-        measured = 0
+        measured, early = 0, False
         with progress.task(f"racing {len(running)} candidates", len(running) * total) as step:
             for upto in self._looks:
                 if len(running) <= keep:
@@ -231,12 +234,21 @@ class Ablator:
                 sums = np.stack([self._joined(route, measured) for route in running])
                 alive = survivors(sums, counts[: sums.shape[1]], keep, racing, len(counts))
                 step(int((~alive).sum()) * (total - measured))
+                early = early or (measured < total and not bool(alive.all()))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]
+        self.spent.races += early
         losses = {}
         for route in running:
             sums = self._joined(route, measured)
             losses[route] = _finite(float(sums.sum() / counts[: len(sums)].sum()))
         return [losses.get(route, math.inf) for route in routes]
+
+    def _unread(self, routes: Sequence[Route]) -> int:
+        """Tokens that it would take to measure candidates in full; those of earlier races would have been by then."""
+        new = [route for route in routes if route not in self._raced]
+        self._raced.update(new)
+        sizes = [batch.input_ids.numel() for batch in self._batches]
+        return sum(size for route in new for number, size in enumerate(sizes) if (route, number) not in self._measured)
 
     @property
     def _looks(self) -> list[int]:
