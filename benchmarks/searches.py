@@ -3,7 +3,7 @@
 Every search removes 10, 20 and 30 % of the parameters in blocks, one after the other with what it measured before,
 from the same calibration tokens. The perplexity of each cut is taken on held-out texts; the seconds and the tokens read
 are those of all three. Searches that rank (`one-shot cosine`, `contiguous angular`) are given a metric, others an
-objective. Nothing is recalled from disk.
+objective; `random` and `last` look at neither, and `random` is one draw, that of --seed. Nothing is recalled from disk.
 
     python benchmarks/searches.py --calibration c4.jsonl --held-out wikitext2.test.txt --held-out books.jsonl
         [--rows "greedy nll" "greedy,swap kl" "greedy kl sublayer"] [--sequences 32] [--length 128] [--json]
@@ -38,7 +38,10 @@ SHARES = ("10%", "20%", "30%")
 BASELINES = ("one-shot cosine", "contiguous angular", "greedy nll")
 ROWS = (
     *BASELINES,
+    "random nll",
+    "last nll",
     "one-shot loss",
+    "milp loss",
     "greedy kl",
     "greedy js",
     "greedy logit-l2",

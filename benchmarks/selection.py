@@ -6,10 +6,14 @@ Both compute in the same number format. Runs alternate; the answers are compared
 
     python benchmarks/selection.py --text c4.jsonl [--model demo] [--task greedy-blocks] [--json] [--tokens 4096]
 
+The reference of `evolutionary` is EvoPress without its staged token budgets (few tokens for all children, more for the
+best of them): every child is measured on all tokens.
+
 With one repeat a task with racing takes the reference's time from the exact task before it. One line a task: seconds of
 both (medians over --repeats), their ratio, tokens read by both, whether the plans are the
 same, and how much higher the calibration loss of our plan is (relative). Two more tasks show what has no reference:
 `memory` (what the head takes beyond the model at 16 × 2,048 tokens) and `growth` (seconds against calibration tokens).
+With --json each line is an object with `task` and `threads`; that of these two has `rows` besides.
 """
 
 from __future__ import annotations
@@ -124,7 +128,9 @@ GENERATIONS, OFFSPRING = 12, 16
 def evopress(
     reference: Reference, units: Sequence[Unit], count: int, generations: int = GENERATIONS, seed: int = 0
 ) -> Removed:
-    """An EvoPress-like (1 + λ) run (2410.14649): every child on all tokens; only the parent is remembered."""
+    """An EvoPress-like (1 + λ) run (2410.14649): every child on all tokens, where EvoPress gives the tokens in stages;
+    only the parent is remembered.
+    """
     budget = _budget(units, count)
     parent = frozenset(Random(seed).sample(list(units), count))
     best = reference.loss(parent)
@@ -162,6 +168,7 @@ class Row:
     """One line of the result."""
 
     task: str
+    threads: int
     ours_s: float
     reference_s: float
     speedup: float
@@ -178,6 +185,7 @@ def run(
     repeats: int,
     tokens_a_forward: int,
     known: dict[str, tuple[float, int, Removed]],
+    threads: int,
 ) -> Row:
     """Time one task; the reference of a task that only differs in racing is run once for both."""
     units = units_of(subject, task.units)
@@ -202,6 +210,7 @@ def run(
     mine, best = ablator.losses([chosen, found])
     return Row(
         task.name,
+        threads,
         statistics.median(ours),
         reference_s,
         reference_s / statistics.median(ours),
@@ -292,14 +301,18 @@ def main() -> None:
     warm_up = build_calibration(given.text, subject.tokenizer, sequences=16, length=given.length)
     Reference(subject, warm_up, given.reference_tokens).loss(frozenset())
     Ablator(subject.anatomy, warm_up).losses([frozenset()])
+    threads = torch.get_num_threads()
     for name in given.task or ALONE:
-        if name in ALONE:
+        if name in ALONE and given.json:
+            told = {"task": name, "threads": threads, "rows": list(ALONE[name](subject, given.text))}
+            print(json.dumps(told), flush=True)
+        elif name in ALONE:
             for line in ALONE[name](subject, given.text):
-                print(json.dumps({"task": name, **line}) if given.json else f"{name:24} {line}", flush=True)
+                print(f"{name:24} {line}", flush=True)
     if not given.json:
         print(
             f"sequences of {given.length} tokens, {subject.model.dtype}, "
-            f"{torch.get_num_threads()} threads, reference {given.reference_tokens} tokens a forward"
+            f"{threads} threads, reference {given.reference_tokens} tokens a forward"
         )
         print(
             f"{'task':24} {'text':>6} {'ours s':>8} {'plain s':>8} {'ratio':>6} {'tokens':>10} {'plain':>10} "
@@ -311,7 +324,7 @@ def main() -> None:
             continue
         tokens = given.tokens or task.tokens
         text = build_calibration(given.text, subject.tokenizer, sequences=tokens // given.length, length=given.length)
-        row = run(task, subject, text, given.repeats, given.reference_tokens, known)
+        row = run(task, subject, text, given.repeats, given.reference_tokens, known, threads)
         if given.json:
             print(json.dumps(asdict(row)), flush=True)
         else:

@@ -1,0 +1,52 @@
+"""Benchmarks at a size that says nothing: that their rows can be run, and what they print."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from shallower.testing.conformance import sample_text
+from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.verbs.subject import open_subject
+
+
+@pytest.fixture
+def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which they set for themselves
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module
+
+
+def test_searches_that_look_at_nothing_are_compared_too(script: Callable[[str], ModuleType]) -> None:
+    searches = script("searches")
+    model = tiny_model("llama")
+    text = sample_text(model, padded=False)
+    for row in ("random nll", "last nll", "milp loss"):
+        assert row in searches.ROWS
+        found = searches.run(row, open_subject(model), text, [], 0)
+        assert [len(removed) for removed in found.removed] == [1, 2, 2]
+
+
+def test_selection_prints_one_object_a_task(
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_model("llama", blocks=9).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    lines = (json.dumps({"text": " ".join(str(n * n) for n in range(i, i + 60))}) for i in range(200))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    asked = ["selection", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.jsonl"), "--json"]
+    monkeypatch.setattr(sys, "argv", [*asked, "--tokens", "128", "--task", "growth", "--task", "one-shot"])
+    script("selection").main()
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["task"] for line in told] == ["growth", "one-shot"]
+    assert all(line["threads"] > 0 for line in told)
+    assert [row["tokens"] for row in told[0]["rows"]] == [512, 1024, 2048, 4096]
