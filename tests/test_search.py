@@ -412,7 +412,7 @@ def test_beam_does_not_leave_its_choice_to_a_race() -> None:
 
 def test_exhaustive_runs_no_race() -> None:
     """Else it would be no oracle: a race may call a tie what is a little worse."""
-    value = {unit: 1.0 - 0.001 * unit.index for unit in BLOCKS}
+    value = {unit: 1.0 + 0.001 * unit.index for unit in BLOCKS}
 
     def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
         measured = additive(value)(candidates)
