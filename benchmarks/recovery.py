@@ -32,7 +32,8 @@ from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.surgery import cut
 from shallower.units import KINDS, Kind, Span, Unit, parse_units
-from shallower.verbs.repaired import RepairedLosses
+from shallower.verbs.recoveries import parse_recoveries
+from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.subject import Subject, open_subject
 
 PLANS = ("block.13-18", "block.4-5,block.12-18")
@@ -89,7 +90,7 @@ def choose(subject: Subject, text: CalibrationSet, count: int, kind: Kind, recip
 
     Of blocks the best span of `count`, of sublayers the `count` that are best when each goes alone.
     """
-    judge = RepairedLosses(subject, text, recipe)
+    judge = RepairedLosses(subject, split(text), parse_recoveries(recipe, {}))
     blocks = len(subject.anatomy.blocks)
     alone = kind != "block"
     starts = range(blocks) if alone else range(1, blocks - count)

@@ -609,6 +609,9 @@ def test_a_plan_with_a_fault(
         (["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "rigde=0.1"], r"'rigde'; did you mean 'ridge'\?"),
         (["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "beam=4"], r"unknown option of .*refit.* 'beam'"),
         (["tiny", "--plan", "{plan}", "--recover", "refit", "--memory", "4XB"], r"4XB"),  # a repair keeps to it
+        (["tiny", "--plan", "{plan}", "--repair", "refit"], r"--plan says what goes, so --repair would change nothing"),
+        (["tiny", "--remove", "2", "--search", "last", "--repair", "refit"], r"'last' judges no candidates"),
+        (["tiny", "--remove", "2", "--repair", "refit", "--workers", "2"], r"drop --objective and --workers"),
         (["tiny", "--plan", "{plan}", "--memory", "4GB"], r"--plan says what goes, so --memory would change nothing"),
         (["tiny", "--remove", "2", "--search", "gredy"], r"unknown search 'gredy'; did you mean 'greedy'\?"),
         (["tiny", "--remove", "2", "--metric", "cosin"], r"unknown metric 'cosin'; did you mean 'cosine'\?"),

@@ -38,9 +38,11 @@ from shallower.surgery.verify import cached_logits, full_logits
 from shallower.testing.conformance import sample_text, with_identity_block
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
+from shallower.verbs import recoveries
 from shallower.verbs.prune import prune
 from shallower.verbs.recover import recover
-from shallower.verbs.repaired import RepairedLosses
+from shallower.verbs.recoveries import parse_recoveries
+from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
 
@@ -854,7 +856,7 @@ def test_a_search_judges_candidates_behind_their_repair() -> None:
     matrix = 0.6 * torch.randn(32, 32, generator=torch.Generator().manual_seed(3))
     model = linear_block(tiny_model("llama"), 3, matrix)
     text = text_of(model, 32)
-    judge = RepairedLosses(open_subject(model), text, "low-rank", {"rank": "0", "ridge": "0"})
+    judge = RepairedLosses(open_subject(model), split(text), parse_recoveries("low-rank", {"rank": "0", "ridge": "0"}))
     dense, linear, other = judge.losses([frozenset(), parse_units("block.3"), parse_units("block.2")])
     assert linear == pytest.approx(dense, abs=1e-3)
     with closing(Ablator(dissect(model), judge.judged, "nll")) as ablator:
@@ -882,10 +884,10 @@ def test_a_cut_by_a_plan_that_was_chosen_behind_a_repair_says_that_none_was_made
 
 
 @pytest.mark.parametrize(
-    ("family", "how"), [("gemma2", "greedy"), ("gemma2", "annealing"), ("gemma2", "milp"), ("mixtral", "beam")]
+    ("family", "how"), [("gemma2", "greedy"), ("gemma2", "annealing"), ("gemma2", "last,swap"), ("mixtral", "beam")]
 )
 def test_a_search_says_why_nothing_can_be_repaired(family: str, how: str) -> None:
-    """Also one that asks about one set at a time, or none at all; and so do units that are named."""
+    """Also one that asks about one set at a time, or after another; and so do units that are named."""
     model = tiny_model(family)
     text = sample_text(model, sequences=8)
     steps = {"steps": "2"} if how == "annealing" else {}
@@ -896,9 +898,84 @@ def test_a_search_says_why_nothing_can_be_repaired(family: str, how: str) -> Non
         search(model, "block.1", calibration=text, repair="linear-fold")
 
 
+@pytest.mark.parametrize("how", ["one-shot", "milp", "contiguous", "random", "last", "last,one-shot"])
+def test_a_search_that_judges_nothing_is_not_judged_behind_repairs(how: str) -> None:
+    model = tiny_model("llama")
+    text = sample_text(model, sequences=8)
+    with pytest.raises(UserError, match=rf"^search '{how}' judges no candidates.*annealing, beam.*swap\), alone"):
+        search(model, 2, search=how, calibration=text, repair="low-rank")
+    plan = search(model, 2, search=f"{how.partition(',')[0]},swap", calibration=text, repair="low-rank")
+    assert len(plan.remove) == 2
+
+
+def test_options_reach_the_repair_that_judges() -> None:
+    model = tiny_model("llama")
+    text = sample_text(model, sequences=8)
+    plans = [
+        search(model, "block.2", calibration=text, repair="low-rank,emulated-update", settings=settings)
+        for settings in ({}, {"rank": "1"}, {"rank": "1", "measured": "cut"})
+    ]
+    assert len({plan.order[-1][1] for plan in plans}) == 3
+    assert plans[2].made_by.options.items() >= {"rank": 1, "measured": "cut"}.items()
+    walk = {"steps": "2", "rank": "1"}
+    assert search(model, 1, search="annealing", calibration=text, repair="low-rank", settings=walk)
+    with pytest.raises(UnknownName, match=r"search 'greedy', objective 'nll' or repair 'low-rank' .*rank"):
+        search(model, 1, calibration=text, repair="low-rank", settings={"rnk": "1"})
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"), [("", (24, 8 + 2)), ("?sequences=16", (12, 4)), ("?sequences=5&length=8", (3, 2))]
+)
+def test_candidates_are_judged_on_other_text_than_repairs_need(
+    options: str, rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Twenty sequences of eight tokens judge, in sequences as long as a repair's; more are read for the repair."""
+    monkeypatch.setattr(recoveries, "SEQUENCES", 24)
+    monkeypatch.setattr(recoveries, "LENGTH", 16)
+    given: list[RepairedLosses] = []
+    make = RepairedLosses.__init__
+
+    def noted(self: RepairedLosses, *args: Any, **more: Any) -> None:
+        given.append(self)
+        make(self, *args, **more)
+
+    monkeypatch.setattr(RepairedLosses, "__init__", noted)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{n} and {n * n} are words of a text." for n in range(2000)))
+    asked: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "sequences": 20, "length": 8, "repair": "emulated-update"}
+    plan = search(tiny_model("llama"), 1, calibration=f"{tmp_path / 'text.txt'}{options}", **asked)
+    [judge] = given
+    assert (judge.fitted.sequences, judge.judged.sequences) == rows
+    fitted, judged = ({tuple(row.tolist()) for row in text.input_ids} for text in (judge.fitted, judge.judged))
+    assert not fitted & judged
+    assert plan.made_by.calibration is not None
+    assert plan.made_by.calibration.tokens == judge.fitted.tokens + judge.judged.tokens
+    assert plan.spent["tokens"] == 6 * judge.fitted.tokens + 7 * judge.judged.tokens
+    few = {**asked, "sequences": 10**5}
+    with pytest.raises(CorpusError, match=r"fitted on 100000 sequences of 16 tokens and judged on 50000 others"):
+        search(tiny_model("llama"), 1, calibration=tmp_path / "text.txt", **few)
+
+
+def test_prune_searches_behind_the_repair_that_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As search does, on the same text; an option that the repair shares with the recovery is for both."""
+    monkeypatch.setattr(recoveries, "SEQUENCES", 24)
+    monkeypatch.setattr(recoveries, "LENGTH", 16)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{n} and {n * n} are words of a text." for n in range(2000)))
+    model, text = tiny_model("llama"), tmp_path / "text.txt"
+    asked: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "calibration": text, "sequences": 20, "length": 8}
+    asked |= {"repair": "low-rank", "settings": {"rank": "2", "aim": "cut"}}
+    done = prune(model, 1, recover="refit", speed=False, window=16, max_windows=1, **asked)
+    assert done.plan == search(model, 1, **asked)
+    assert done.plan.made_by.options.items() >= {"repair": "low-rank", "rank": 2, "aim": "cut"}.items()
+    assert {**done.report.recovery[1].options}["aim"] == "cut"
+    plan = PruningPlan(done.plan.model, done.plan.remove, done.plan.order, None, done.plan.made_by)
+    with pytest.raises(UserError, match=r"--repair low-rank would change nothing: drop it, or .*--recover low-rank"):
+        prune(model, plan=plan, repair="low-rank")
+
+
 def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:
     model = tiny_model("llama")
-    judge = RepairedLosses(open_subject(model), sample_text(model, sequences=8), "linear-fold", {"ridge": "1"})
+    text = split(sample_text(model, sequences=8))
+    judge = RepairedLosses(open_subject(model), text, parse_recoveries("linear-fold", {"ridge": "1"}))
     first, second = parse_units("block.0"), parse_units("block.1")
     assert judge.losses([first]) == [math.inf]  # one alone may be a step of a walk
     assert math.isfinite(judge.losses([first, second])[1])

@@ -103,7 +103,7 @@ Settings = Annotated[
     Option(
         "--set",
         metavar="NAME=VALUE",
-        help="An option of the method; repeatable. 'shallower methods NAME' lists them. Default: none.",
+        help="An option of a method that is named; repeatable. 'shallower methods NAME' lists them. Default: none.",
     ),
 ]
 Exact = Annotated[
@@ -154,7 +154,8 @@ RepairBy = Annotated[
     Option(
         "--repair",
         metavar="NAME",
-        help="Judge every candidate behind this recovery (linear-fold), by its loss. Default: as it was cut.",
+        help="Judge every candidate behind this recovery (linear-fold), by its loss on the text to measure on; the "
+        "recovery is fitted on other text, of at least 128 sequences of 256 tokens. Default: as it was cut.",
     ),
 ]
 Texts = Annotated[

@@ -55,6 +55,7 @@ def prune(
     ] = 128,
     settings: options.Settings = None,
     exact: options.Exact = False,
+    repair: options.RepairBy = "",
     recover: options.Recover = "",
     train_sequences: options.TrainSequences = 4096,
     instructions: options.Instructions = None,
@@ -98,6 +99,7 @@ def prune(
         "--protect": bool(protect),
         "--set": bool(chosen) and not recover,
         "--exact": exact,
+        "--repair": bool(repair),
         "--memory": memory is not None and not recover,
         "--workers": workers is not None,
     }
@@ -124,6 +126,7 @@ def prune(
         length=length,
         settings=chosen,
         exact=exact,
+        repair=repair,
         recover=recover,
         train_sequences=train_sequences,
         instructions=instructions,

@@ -70,7 +70,9 @@ def search(
     from shallower.verbs.search import search as run
     from shallower.verbs.subject import open_subject
 
-    require_possible(remove, search, objective, metric, chosen, units=units, ordinary=ordinary)
+    require_possible(
+        remove, search, objective, metric, chosen, units=units, ordinary=ordinary, repair=repair, workers=workers
+    )
     require_target(calibration, target)
     searched = {"--search": search != "greedy", "--metric": metric is not None, "--scores": scores is not None}
     idle = [flag for flag, given in searched.items() if given]

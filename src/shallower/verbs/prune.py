@@ -21,7 +21,7 @@ from shallower.checkpoint.load import LoadedModel
 from shallower.corpus import CalibrationSet
 from shallower.engine import reads_choices, stream_scores
 from shallower.errors import CorpusError, UserError
-from shallower.evaluation.perplexity import Perplexity, context_limit
+from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.forms import require_form
@@ -43,21 +43,22 @@ from shallower.verbs.contamination import shared_runs
 from shallower.verbs.evaluate import TaskScores, held_out, read_questions, read_texts, task_scores, text_perplexity
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
-    LENGTH,
-    SEQUENCES,
     TRAIN_SEQUENCES,
     Resume,
     Stages,
+    named_recoveries,
     parse_recoveries,
     perplexities,
     recovery_card,
     recovery_made_by,
+    repair_size,
     require_place,
     run_recoveries,
     texts_read,
     training_text,
     with_maps_inside,
 )
+from shallower.verbs.repaired import Parts, judging_text
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve, search_stages
 from shallower.verbs.search import search as search_plan
@@ -96,6 +97,7 @@ def prune(
     length: int = 128,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
+    repair: str = "",
     recover: str = "",
     train_sequences: int = TRAIN_SEQUENCES,
     instructions: str | Path | None = None,
@@ -118,11 +120,12 @@ def prune(
     """Choose what to remove (or take a plan), cut it out, measure before and after, and write a checkpoint with its
     report.
 
-    remove, search, objective, metric, units, ordinary, protect, settings, exact, memory, workers: as for `search`.
-    plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit,full`); `settings`
-    are theirs, too. Those in closed form read `sequences` sequences of the calibration text, but at least 128; those
-    that train `train_sequences` of them, or `instructions`: see `recover`. Their sequences have `length` tokens, but at
-    least 256 where the model can read so many. A ready-made set is read whole.
+    remove, search, objective, metric, units, ordinary, protect, settings, exact, repair, memory, workers: as for
+    `search`. plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit,full`);
+    `settings` are theirs, too, and where `repair` has the same option, for both. Those in closed form read `sequences`
+    sequences of the calibration text, but at least 128; those that train `train_sequences` of them, or `instructions`:
+    see `recover`. Their sequences have `length` tokens, but at least 256 where the model can read so many. A ready-made
+    set is read whole.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
     and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.
@@ -136,7 +139,12 @@ def prune(
         raise UserError(
             "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
         )
-    steps, settings = _recoveries(recover, settings or {}, search, objective, planned=plan is not None)
+    if plan is not None and repair:
+        raise UserError(
+            f"a plan says what goes, so --repair {repair} would change nothing: drop it, or repair what the plan "
+            f"leaves with --recover {repair}."
+        )
+    steps, settings = _recoveries(recover, settings or {}, search, objective, repair, planned=plan is not None)
     if world_size() > 1:
         raise UserError(
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
@@ -147,7 +155,9 @@ def prune(
             "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."
         )
     if remove is not None:
-        require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
+        require_possible(
+            remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
+        )
     memory, workers = parse_memory(memory), parse_workers(workers)
     require_form(form)
     if out is not None:
@@ -164,12 +174,18 @@ def prune(
         if remove is not None:
             resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     with clock("calibration text"):
-        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+        searched: CalibrationSet | Parts
+        if repair:
+            searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
+            whole, text = parts.whole, parts.judged
+        else:
+            text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+            searched = whole = text
         contents = contents or held_out(calibration)
         fitted, longest = text, length
         if steps:
             size = (0, 0) if reads_choices(objectives.get(objective)) else (sequences, length)  # of text, not questions
-            most, longest = _repair_size(subject, *size)
+            most, longest = repair_size(subject, *size)
             try:
                 fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
             except CorpusError as error:
@@ -203,9 +219,10 @@ def prune(
                 units=units,
                 ordinary=ordinary,
                 protect=protect,
-                calibration=text,
+                calibration=searched,
                 settings=settings,
                 exact=exact,
+                repair=repair,
                 seed=seed,
                 memory=memory,
                 workers=workers,
@@ -243,7 +260,7 @@ def prune(
     with clock("speed"):
         speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
     repaired, trained = texts_read(steps, fitted, training)
-    read = {"the calibration text": text, "the text of the repair": repaired, "the training text": trained}
+    read = {"the calibration text": whole, "the text of the repair": repaired, "the training text": trained}
     tokens = None if max_windows is None else window * max_windows
     shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
     unrepaired = () if steps else _left_unrepaired(given)
@@ -322,9 +339,10 @@ def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], for
 
 
 def _recoveries(
-    names: str, settings: Mapping[str, str], search: str, objective: str, *, planned: bool = False
+    names: str, settings: Mapping[str, str], search: str, objective: str, repair: str, *, planned: bool = False
 ) -> tuple[Stages, dict[str, str]]:
-    """Recoveries with their options, and the options of search and objective; one that both sides have is for both.
+    """Recoveries with their options, and the options of search, objective and the repair that judges; one that both
+    sides have is for both.
 
     planned: nothing is searched, so that all options have to be for the recoveries.
     """
@@ -340,6 +358,7 @@ def _recoveries(
     known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
     stages, _ = search_stages(search, objective, {})
     methods = [objectives.get(objective), *(method for method, _ in stages)]
+    methods += named_recoveries(repair) if repair else []
     wanted = {option for method in methods for option in method.options}
     theirs = {key: text for key, text in settings.items() if key in known}
     others = {key: text for key, text in settings.items() if key not in known or key in wanted}
@@ -355,15 +374,6 @@ def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
         f"The plan was chosen by what {repair} makes of the cut (--repair), and this model was not repaired: losses "
         f"in the plan are not its own, and without repair another may be better. Add --recover {repair}.",
     )
-
-
-def _repair_size(subject: Subject, sequences: int, length: int) -> tuple[int, int]:
-    """Sequences and their length that a repair reads: what the search reads, but not less than it needs itself.
-
-    A model that cannot read the usual length is repaired on what it can read.
-    """
-    limit = context_limit(subject.model)
-    return max(sequences, SEQUENCES), max(length, LENGTH if limit is None else min(LENGTH, limit))
 
 
 def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:

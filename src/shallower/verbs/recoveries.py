@@ -22,7 +22,7 @@ from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus import CalibrationSet
 from shallower.errors import CorpusError, ModelError, UserError
-from shallower.evaluation.perplexity import perplexity
+from shallower.evaluation.perplexity import context_limit, perplexity
 from shallower.recovery import Repair
 from shallower.registry import Method, share_options
 from shallower.registry import recovery as recoveries
@@ -89,16 +89,34 @@ class Resume:
         self.tidy()
 
 
+def repair_size(subject: Subject, sequences: int, length: int) -> tuple[int, int]:
+    """Sequences and their length that a repair reads: what the search reads, but not less than it needs itself.
+
+    A model that cannot read the usual length is repaired on what it can read.
+    """
+    limit = context_limit(subject.model)
+    return max(sequences, SEQUENCES), max(length, LENGTH if limit is None else min(LENGTH, limit))
+
+
+def named_recoveries(names: str) -> list[Method]:
+    """The recoveries of `refit,low-rank`.
+
+    Raises UserError when there is no name, UnknownName for one that does not exist.
+    """
+    methods = [recoveries.get(name.strip()) for name in names.split(",") if name.strip()]
+    if not methods:
+        known = ", ".join(method.name for method in recoveries)
+        raise UserError(f"no recovery is named in {names!r}: name one or several of {known}, as in refit.")
+    return methods
+
+
 def parse_recoveries(names: str, settings: Mapping[str, str], what: str = "") -> Stages:
     """Recoveries by name with their options. what: whom to name in the error about an option that none of them has.
 
     Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has,
     or a value out of range.
     """
-    methods = [recoveries.get(name.strip()) for name in names.split(",") if name.strip()]
-    if not methods:
-        known = ", ".join(method.name for method in recoveries)
-        raise UserError(f"no recovery is named in {names!r}: name one or several of {known}, as in refit.")
+    methods = named_recoveries(names)
     options = share_options(what or f"recovery {names!r}", methods, settings)
     for method, given in zip(methods, options, strict=True):
         if method.traits.get("trained"):

@@ -3,7 +3,7 @@ repaired?
 
 What is removed best is not what matters least but what is replaced best. Each candidate is cut, repaired in closed form
 on one part of the calibration text, and judged on the other part, so that a repair that learned its text by heart does
-not win.
+not win. The first part is as large as what a repair needs, which is more than what a search reads to judge.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -18,23 +20,75 @@ from shallower import progress
 from shallower.anatomy import dissect
 from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus import CalibrationSet
+from shallower.corpus.choices import ChoiceSet
 from shallower.engine import Ablator, Spent
 from shallower.engine.ablator import MEASURED_AS, code_of
 from shallower.engine.memo import Memo, beside_weights, context_key
 from shallower.errors import CorpusError, ModelError, UserError
 from shallower.recovery import Repair
+from shallower.registry import Method
 from shallower.surgery import cut
 from shallower.units import Unit
-from shallower.verbs.recoveries import Stages, parse_recoveries
-from shallower.verbs.subject import Subject
+from shallower.verbs.recoveries import Stages, repair_size
+from shallower.verbs.subject import Subject, calibrate
 
 REPAIRED_AS = 1  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
-JUDGED = 4  # one sequence in so many judges, the others are what repairs are fitted on
+JUDGED = 4  # of a ready-made set one sequence in so many judges, the others are what repairs are fitted on
 
 
-def require_closed(steps: Stages) -> None:
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A calibration text in two parts without a sequence in common: repairs are fitted on one, candidates are judged on
+    the other.
+    """
+
+    whole: CalibrationSet
+    fitted: CalibrationSet
+    judged: CalibrationSet
+
+
+def split(whole: CalibrationSet, judges: int | None = None) -> Parts:
+    """Let `judges` sequences, from all over the text, judge, by default one in `JUDGED`.
+
+    Raises CorpusError when the text has fewer than `JUDGED` sequences.
+    """
+    there = whole.questions if isinstance(whole, ChoiceSet) else whole.sequences
+    if there < JUDGED:
+        raise CorpusError(
+            f"{there} sequences are too few to repair on some and judge on others: use a text of {JUDGED} or more."
+        )
+    count = -(-there // JUDGED) if judges is None else judges
+    judging = {number * there // count for number in range(count)}
+    rest = [row for row in range(there) if row not in judging]
+    return Parts(whole, whole.subset(rest), whole.subset(sorted(judging)))
+
+
+def judging_text(
+    subject: Subject, calibration: str | Path | CalibrationSet | None, *, sequences: int, length: int, seed: int
+) -> Parts:
+    """Text of the size that a repair needs, and, to judge, other text of as many tokens as `sequences` of `length` are.
+
+    A ready-made set, or one whose specification says how many sequences it has, is split as it is.
+
+    Raises CorpusError as `calibrate` does, and when there is less text than that.
+    """
+    if isinstance(calibration, CalibrationSet):
+        return split(calibrate(subject, calibration, sequences=sequences, length=length, seed=seed))
+    most, longest = repair_size(subject, sequences, length)
+    judges = -(-sequences * length // longest)
+    try:
+        whole = calibrate(subject, calibration, sequences=most + judges, length=longest, seed=seed)
+    except CorpusError as error:
+        raise CorpusError(
+            f"{error} Behind --repair a candidate is fitted on {most} sequences of {longest} tokens and judged on "
+            f"{judges} others; a text that says how many it has (text.txt?sequences=64) is split as it is."
+        ) from None
+    return split(whole, judges if whole.sequences == most + judges else None)
+
+
+def require_closed(methods: Sequence[Method]) -> None:
     """Raise UserError for a recovery that is trained."""
-    if trained := [method.name for method, _ in steps if method.traits.get("trained")]:
+    if trained := [method.name for method in methods if method.traits.get("trained")]:
         raise UserError(
             f"{trained[0]} is trained, which takes too long to judge every candidate by: use a recovery in closed form "
             "(--repair linear-fold), and train what is left afterwards (shallower recover)."
@@ -47,32 +101,22 @@ class RepairedLosses:
     def __init__(
         self,
         subject: Subject,
-        calibration: CalibrationSet,
-        recovery: str,
-        settings: dict[str, str] | None = None,
+        text: Parts,
+        steps: Stages,
         *,
         memory: int | None = None,
         memo: Memo | None = None,
     ) -> None:
-        """recovery: names, as `shallower recover --with` takes them. settings: their options. memory: bytes that a
-        repair and its judgement may keep besides the models, by default a quarter of what is free. memo: where losses
-        are kept from one search to the next.
+        """steps: recoveries with their options. memory: bytes that a repair and its judgement may keep besides the
+        models, by default a quarter of what is free. memo: where losses are kept from one search to the next.
 
-        Raises UnknownName for a recovery or option that does not exist, UserError for one that is trained,
-        CorpusError when the text has fewer than `JUDGED` sequences.
+        Raises UserError for a recovery that is trained.
         """
-        self.steps: Stages = parse_recoveries(recovery, settings or {})
-        require_closed(self.steps)
-        if calibration.sequences < JUDGED:
-            raise CorpusError(
-                f"{calibration.sequences} sequences are too few to repair on some and judge on others: use --sequences "
-                f"{JUDGED} or more."
-            )
-        judges = range(0, calibration.sequences, JUDGED)
+        require_closed([method for method, _ in steps])
+        self.steps = steps
         self.subject = subject
         self.memory = memory
-        self.judged = calibration.subset(judges)
-        self.fitted = calibration.subset([row for row in range(calibration.sequences) if row not in set(judges)])
+        self.judged, self.fitted = text.judged, text.fitted
         self.spent = Spent()
         self._known: dict[frozenset[Unit], float] = {}
         self._refused: dict[frozenset[Unit], str] = {}

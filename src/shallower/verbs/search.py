@@ -29,8 +29,8 @@ from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain
 from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.ranking import Stage, rank, ranked, refuse_ranking, that_rank
-from shallower.verbs.recoveries import parse_recoveries
-from shallower.verbs.repaired import RepairedLosses, require_closed
+from shallower.verbs.recoveries import Stages, named_recoveries
+from shallower.verbs.repaired import Parts, RepairedLosses, judging_text, require_closed
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
@@ -53,7 +53,7 @@ def search(
     units: str = "block",
     ordinary: bool = False,
     protect: str = "",
-    calibration: str | Path | CalibrationSet | None = None,
+    calibration: str | Path | CalibrationSet | Parts | None = None,
     target: str | Path | None = None,
     sequences: int = 32,
     length: int = 128,
@@ -77,40 +77,38 @@ def search(
     with the attention after it. Each counts as one unit; a plan lists the sublayers of a pair one after the other.
     metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead; where they
     are by several metrics, `metric` names the one.
-    settings: options of the search and of the objective as text. search: one, or several that improve on each other
-    (`greedy,swap`), of which all but the first start from what was found before them (`annealing`, `evolutionary`,
-    `swap`). exact: measure every candidate on all of the text. Otherwise they race, and those are dropped that are
-    clearly worse after a part of it: what a race chooses may be worse than the best by more than 0.2 % of the loss with
-    a probability of 5 %, which is each race's own; `made_by.options` of the plan says how many races dropped any
-    (`races`), and both numbers (`error_a_race`, `tie_of_a_race`). repair: judge every candidate behind these recoveries
-    (`linear-fold`), by its loss on the quarter of the text that they were not fitted on.
+    settings: options of the search, the objective and the repair as text. search: one, or several that improve on each
+    other (`greedy,swap`), of which all but the first start from what was found before them (`annealing`,
+    `evolutionary`, `swap`). exact: measure every candidate on all of the text. Otherwise they race, and those are
+    dropped that are clearly worse after a part of it: what a race chooses may be worse than the best by more than 0.2 %
+    of the loss with a probability of 5 %, which is each race's own; `made_by.options` of the plan says how many races
+    dropped any (`races`), and both numbers (`error_a_race`, `tie_of_a_race`). repair: judge every candidate after these
+    recoveries (`linear-fold`), by its loss on as much text as is asked for; they are fitted on other text, of at least
+    128 sequences of 256 tokens. Of a ready-made set, and one whose specification says how many sequences it has, a
+    quarter judges.
     target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
     many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
     ablator: one of this model, calibration and objective that earlier searches used; it keeps its streams and workers,
-    and stays open. It knows whether races are run, so `exact`, `memory` and `workers` are not looked at.
+    and stays open. It knows whether races are run, so `exact`, `memory` and `workers` are not looked at. With a repair
+    its calibration is the part that judges.
 
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says, and UserError for an
     ablator of something else.
     """
-    require_possible(remove, search, objective, metric, settings, units=units, ordinary=ordinary)
-    require_target(calibration, target)
     memory, workers = parse_memory(memory), parse_workers(workers)
-    if repair:
-        require_closed(parse_recoveries(repair, {}))
-        if objective != "nll" or workers is not None:
-            raise UserError(
-                "--repair judges the repaired model by its loss in this process: drop --objective and --workers."
-            )
-    stages, judged = search_stages(search, objective, settings or {})
+    require_possible(
+        remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
+    )
+    require_target(calibration, target)
+    stages, judged, repairs = _stages(search, objective, repair, settings or {})
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
-    if target is None:
-        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
-    else:
-        shape = {"sequences": sequences, "length": length, "seed": seed}
+    shape: dict[str, Any] = {"sequences": sequences, "length": length, "seed": seed}
+    read: CalibrationSet | Parts | None = calibration if isinstance(calibration, Parts) else None
+    if target is not None:
         removable = units_of(subject, units, parse_protect(protect, len(subject.anatomy.blocks)))
-        text = advise(
+        advice = advise(
             subject,
             str(calibration),
             target,
@@ -120,13 +118,26 @@ def search(
             memory=memory,
             workers=workers,
             **shape,
-        ).text
+        )
+        calibration, read = advice.candidates[0].source, None if repair else advice.text
+    if read is None:
+        assert not isinstance(calibration, Parts)
+        if repair:
+            read = judging_text(subject, calibration, **shape)
+        else:
+            read = calibrate(subject, calibration, objective=objective, **shape)
+    whole, text = (read.whole, read.judged) if isinstance(read, Parts) else (read, read)
     name, ranked_by = None, None
     with _ablator(ablator, subject, text, objective, judged, exact, memory, workers) as measuring:
         before = copy(measuring.spent)
         judge: Judge = measuring
         if repair:
-            judge = RepairedLosses(subject, text, repair, memory=memory, memo=measuring.memo)
+            assert isinstance(read, Parts)
+            judge = RepairedLosses(subject, read, repairs, memory=memory, memo=measuring.memo)
+            progress.note(
+                f"A candidate is repaired on {read.fitted.tokens:,} tokens, read once a fit, and judged on "
+                f"{text.tokens:,} others."
+            )
         if request.budget is None:
             order = list(request.units)
         else:
@@ -163,11 +174,11 @@ def search(
         if request.budget is not None:
             _require_finite(measured, order, objective)
         spent = measuring.spent.since(before)
-        if repair:
+        if isinstance(judge, RepairedLosses):
             spent.tokens += judge.spent.tokens
             spent.recalled += judge.spent.recalled
-        progress.note(_cost(spent))
-    options: dict[str, object] = {key: value for _, given in stages for key, value in given.items()}
+        progress.note(_cost(spent, repaired=bool(repair)))
+    options: dict[str, object] = {key: value for _, given in (*stages, *repairs) for key, value in given.items()}
     options |= {
         **judged,
         "remove": str(remove),
@@ -185,7 +196,7 @@ def search(
             "error_a_race": measuring.racing.error,
             "tie_of_a_race": measuring.racing.tie,
         }
-    made_by = MadeBy(name, objective, ranked_by, options, seed, text.identity, __version__)
+    made_by = MadeBy(name, objective, ranked_by, options, seed, whole.identity, __version__)
     return PruningPlan(
         subject.identity,
         tuple(sorted(order)),
@@ -216,13 +227,15 @@ def require_possible(
     *,
     units: str = "block",
     ordinary: bool = False,
+    repair: str = "",
+    workers: object = None,
 ) -> None:
     """Refuse what is wrong with any model, before one is loaded.
 
     Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
-    `ordinary` would restrict nothing.
+    `ordinary` would restrict nothing, or `repair` change nothing, or nothing that can be done.
     """
-    stages, _ = search_stages(search, objective, settings or {})
+    stages, _, _ = _stages(search, objective, repair, settings or {})
     if metric is not None:
         chosen = metrics.get(metric)
         readers = that_rank(stages)
@@ -234,6 +247,16 @@ def require_possible(
                 "the stream, such as angular or cosine."
             )
     asked = parse_remove(str(remove))
+    if repair and (objective != "nll" or workers is not None):
+        raise UserError(
+            "--repair judges the repaired model by its loss in this process: drop --objective and --workers."
+        )
+    if repair and isinstance(asked[0], Amount) and not any("losses" in method.parameters for method, _ in stages):
+        judging = ", ".join(method.name for method in searches if "losses" in method.parameters)
+        raise UserError(
+            f"search {search!r} judges no candidates, so --repair {repair} would not change what it chooses: use one "
+            f"that does ({judging}), alone or afterwards ({search},swap), or drop --repair."
+        )
     if ordinary and isinstance(asked[0], Unit):
         raise UserError(f"--ordinary restricts a search, but --remove {remove} names the units; drop one of the two.")
     if ordinary and units not in PAIRING:
@@ -302,10 +325,25 @@ def search_stages(names: str, objective: str, settings: Mapping[str, str]) -> tu
 
     Raises UnknownName for a method, or an option that none of them has.
     """
-    methods = _methods(names)
-    what = f"search {names!r} or objective {objective!r}"
-    *options, judged = share_options(what, [*methods, objectives.get(objective)], settings)
-    return list(zip(methods, options, strict=True)), judged
+    stages, judged, _ = _stages(names, objective, "", settings)
+    return stages, judged
+
+
+def _stages(
+    names: str, objective: str, repair: str, settings: Mapping[str, str]
+) -> tuple[list[Stage], dict[str, Any], Stages]:
+    """As `search_stages`, and the recoveries that candidates are judged behind, with their options.
+
+    Raises UserError, besides, for a recovery that is trained.
+    """
+    methods, repairs = _methods(names), named_recoveries(repair) if repair else []
+    require_closed(repairs)
+    known = f"search {names!r}, objective {objective!r} or repair {repair!r}"
+    what = known if repair else f"search {names!r} or objective {objective!r}"
+    options = share_options(what, [*methods, *repairs, objectives.get(objective)], settings)
+    stages: list[Stage] = list(zip(methods, options[: len(methods)], strict=True))
+    steps: Stages = list(zip(repairs, options[len(methods) : -1], strict=True))
+    return stages, options[-1], steps
 
 
 def _require_finite(measured: Sequence[float], order: Sequence[Unit], objective: str) -> None:
@@ -322,8 +360,9 @@ def _require_finite(measured: Sequence[float], order: Sequence[Unit], objective:
         )
 
 
-def _cost(spent: Spent) -> str:
-    sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times candidate sets)"
+def _cost(spent: Spent, *, repaired: bool) -> str:
+    times = "passes of repairs and of those who judge" if repaired else "candidate sets"
+    sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times {times})"
     if spent.recalled:
         sentence += f"; {spent.recalled:,} measurements were remembered from before"
     if spent.races and spent.exhaustive:
