@@ -23,7 +23,7 @@ from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import CalibrationSet
 from shallower.engine import Ablator, prove, statistics
-from shallower.engine.statistics import SINK_WEIGHT, Moments, Point, Reading, token_weights
+from shallower.engine.statistics import SINK_WEIGHT, Moments, Point, Reading, Twins, token_weights
 from shallower.errors import CorpusError, ModelError, PlanError, UnknownName, UserError
 from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan
@@ -848,7 +848,7 @@ def test_a_search_behind_repairs_keeps_to_the_memory_that_it_was_given(monkeypat
     model = tiny_model("llama")
     search(model, 1, calibration=sample_text(model, sequences=8), repair="low-rank", memory="1MB")
     assert len(given) > 2 * 6  # a repair and a judge for each block
-    assert set(given) == {1_000_000}
+    assert set(given) == {1_000_000, 500_000}  # the dense model's streams have the other half
 
 
 def test_a_search_judges_candidates_behind_their_repair() -> None:
@@ -896,6 +896,50 @@ def test_a_search_says_why_nothing_can_be_repaired(family: str, how: str) -> Non
         search(model, 2, search=how, calibration=text, repair="linear-fold", settings=steps)
     with pytest.raises(ModelError, match=reason):
         search(model, "block.1", calibration=text, repair="linear-fold")
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        ("linear-fold", {}),
+        ("low-rank", {"aim": "cut"}),
+        ("magnitude,refit", {"reach": "rest"}),  # the first changes all that is ahead of a cut
+        ("refit,low-rank", {"bias": "true"}),
+        ("emulated-update", {"measured": "cut"}),
+    ],
+)
+@pytest.mark.parametrize(("depths", "share"), [(0, 1.0), (2, 0.85), (100, 0.6)])
+def test_candidates_share_what_the_dense_model_computes(
+    steps: str, settings: dict[str, str], depths: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses are those of repairs that share nothing, and less is run; with memory for none, two, or all depths."""
+    model = tiny_model("llama", blocks=8)
+    subject, text = open_subject(model), split(sample_text(model, sequences=20))
+    twins: list[Twins] = []
+    make = Twins.__init__
+
+    def noted(self: Twins, *args: Any, **more: Any) -> None:
+        twins.append(self)
+        make(self, *args, **more)
+
+    monkeypatch.setattr(Twins, "__init__", noted)
+    sets = (*(f"block.{index}" for index in range(1, 8)), "block.5-6", "block.3,mlp.6", "attn.3", "block.1,attn.7")
+    chosen = [frozenset(parse_units(units)) for units in sets]
+    memory = 2 * depths * text.fitted.input_ids.numel() * 32 * 4
+    found: list[list[float]] = []
+    spent: list[int] = []
+    for shares in (False, True):
+        twins.clear()
+        judge = RepairedLosses(subject, text, parse_recoveries(steps, settings), memory=memory)
+        if not shares:
+            monkeypatch.setattr(judge, "_streams", None)
+        found.append(judge.losses(chosen))
+        spent.append(sum(pair.tokens for pair in twins))
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    assert len(set(found[0])) == len(chosen)
+    assert spent[1] <= share * spent[0]
+    batches = len(twins[0].batches)
+    assert len(judge._streams._kept) <= batches * depths
 
 
 @pytest.mark.parametrize("how", ["one-shot", "milp", "contiguous", "random", "last", "last,one-shot"])

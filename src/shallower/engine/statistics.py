@@ -77,6 +77,47 @@ class Reading:
     sequence: Tensor
 
 
+class Streams:
+    """The dense model's streams on one text, kept from one cut model to the next: at depths a fixed number of blocks
+    apart, as many as there is memory for.
+    """
+
+    def __init__(self, dense: Anatomy, calibration: CalibrationSet, memory: int) -> None:
+        """memory: bytes that they may take."""
+        room = memory // _bytes(dense, calibration)
+        self._apart = -(-len(dense.blocks) // room) if room else 0
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def keep(self, number: int, depth: int, stream: Tensor) -> None:
+        """Keep a batch's stream that enters block `depth`, where that is one of the depths."""
+        if self._apart and depth % self._apart == 0:
+            self._kept[number, depth] = stream
+
+    def deepest(self, number: int, depth: int) -> tuple[int, Tensor] | None:
+        """The deepest kept stream of a batch down to `depth`, with its own depth."""
+        for index in range(depth, 0, -1):
+            if (number, index) in self._kept:
+                return index, self._kept[number, index]
+        return None
+
+
+def _bytes(dense: Anatomy, calibration: CalibrationSet) -> int:
+    """What the stream of a text takes at one depth."""
+    hidden = dense.model.config.get_text_config(decoder=True).hidden_size
+    return int(calibration.input_ids.numel() * hidden * dense.model.dtype.itemsize)
+
+
+def _alike(student: Anatomy, dense: Anatomy) -> int:
+    """How many blocks, from the first on, both models have in common, tensor for tensor: weights that a repair changes
+    are replaced, never written to.
+    """
+    for depth, (one, other) in enumerate(zip(student.blocks, dense.blocks, strict=False)):
+        ours, theirs = one.module.state_dict(keep_vars=True), other.module.state_dict(keep_vars=True)
+        if ours.keys() != theirs.keys() or any(tensor is not theirs[name] for name, tensor in ours.items()):
+            return depth
+    return min(len(student.blocks), len(dense.blocks))
+
+
 class Twins:
     """A cut and a dense model that read the same text. Ask for stations in the order of depth.
 
@@ -84,15 +125,25 @@ class Twins:
     """
 
     def __init__(
-        self, student: Anatomy, dense: Anatomy, calibration: CalibrationSet, *, memory: int | None = None
+        self,
+        student: Anatomy,
+        dense: Anatomy,
+        calibration: CalibrationSet,
+        *,
+        memory: int | None = None,
+        streams: Streams | None = None,
     ) -> None:
-        """memory: bytes that streams may take; by default a quarter of what is free."""
+        """memory: bytes that streams may take; by default a quarter of what is free. streams: of the dense model on
+        this text, besides: where they are kept from one student to the next. What they hold is not run again, neither
+        in the dense model nor in the blocks that the student has in common with it.
+        """
         self.student, self.dense = student, dense
         self.batches = list(calibration.batches(max(1, TOKENS_A_BATCH // calibration.length)))
-        hidden = dense.model.config.get_text_config(decoder=True).hidden_size
-        needed = 2 * calibration.input_ids.numel() * hidden * dense.model.dtype.itemsize
+        needed = 2 * _bytes(dense, calibration)
         allowed = int(free_memory(dense.model.device) * SHARE_OF_FREE_MEMORY) if memory is None else memory
         self._holds = needed <= allowed
+        self._streams = streams
+        self._shared = 0
         self._held: dict[tuple[int, bool], tuple[int, Tensor]] = {}
         self.tokens = 0
         """Tokens that went through one of the two models' blocks, counted once a block."""
@@ -117,6 +168,7 @@ class Twins:
 
         Raises ModelError when the missing units cannot be run on the cut model's stream.
         """
+        self._shared = 0 if self._streams is None else _alike(self.student, self.dense)
         with progress.task(label or "reading both models", len(self.batches)) as step:
             for number, batch in enumerate(self.batches):
                 with torch.no_grad():
@@ -127,24 +179,25 @@ class Twins:
         self, number: int, batch: Batch, station: Station, writer: Writer | None, aim: Aim, start: bool
     ) -> Reading:
         seen: list[Tensor] = []
-        student = trace(self.student, batch)
+        student, dense = trace(self.student, batch), trace(self.dense, batch)
+        shared = self._shared if torch.equal(student.entry, dense.entry) else 0
         # The block in front of the station is run again next time: by then its writer may have changed.
         ahead = station.here.index - (0 if station.here.without else 1)
-        self._stream(number, student, True, Point(max(ahead, 0)))
+        self._stream(number, student, True, Point(max(ahead, 0)), shared)
         handle = None
         if writer is not None:
             handle = writer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
-            stream = self._stream(number, student, True, station.here, hold=False)
+            shared = shared if writer is None else min(shared, max(ahead, 0))  # the writer is to be seen at work
+            stream = self._stream(number, student, True, station.here, shared, hold=False)
         finally:
             if handle is not None:
                 handle.remove()
-        dense = trace(self.dense, batch)
-        began = None
+        began, depths = None, len(self.dense.blocks)
         if aim == "dense" or not station.missing:
             if start:
-                began = self._stream(number, dense, False, station.before)
-            target = self._stream(number, dense, False, station.after)
+                began = self._stream(number, dense, False, station.before, depths)
+            target = self._stream(number, dense, False, station.after, depths)
         else:
             began = stream
             target = self._pass_through(dense, station, stream)
@@ -157,15 +210,24 @@ class Twins:
         began = began[chosen].float() if start and began is not None else None
         return Reading(stream[chosen].float(), target[chosen].float(), began, inputs, sequence)
 
-    def _stream(self, number: int, replay: Trace, of_student: bool, point: Point, *, hold: bool = True) -> Tensor:
-        """The stream of a batch at a point, from where it was held or from the embedding."""
+    def _stream(
+        self, number: int, replay: Trace, of_student: bool, point: Point, shared: int, *, hold: bool = True
+    ) -> Tensor:
+        """The stream of a batch at a point, from where it was held or from the embedding. shared: blocks that are the
+        dense model's.
+        """
         index, hidden = self._held.get((number, of_student), (0, replay.entry))
         if index > point.index:
             index, hidden = 0, replay.entry
+        kept = None if self._streams is None else self._streams.deepest(number, min(point.index, shared))
+        if kept is not None and kept[0] > index:
+            index, hidden = kept
         while index < point.index:
             hidden = replay.run(index, hidden)
             self.tokens += hidden.shape[0] * hidden.shape[1]
             index += 1
+            if self._streams is not None and index <= shared:
+                self._streams.keep(number, index, hidden)
         if self._holds and hold:
             self._held[number, of_student] = index, hidden
         if point.without:

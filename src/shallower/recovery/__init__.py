@@ -28,7 +28,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import Halves, Writer, find_writers
 from shallower.corpus.calibration import CalibrationSet
-from shallower.engine.statistics import Aim, Moments, Reading, Station, Twins, token_weights
+from shallower.engine.statistics import Aim, Moments, Reading, Station, Streams, Twins, token_weights
 from shallower.errors import CorpusError, ModelError, UserError
 from shallower.surgery.fold import fold_constant
 from shallower.surgery.patch import attach_at, patches
@@ -48,7 +48,7 @@ class Repair:
 
     student: anatomy of the cut model, which is changed. dense: of the model that it was cut from, which is not.
     removed: what is missing, by its place in the dense model. memory: bytes that may be used besides the models, None
-    for a quarter of what is free.
+    for a quarter of what is free. streams: the dense model's on this text, where other cut models read them, too.
     """
 
     student: Anatomy
@@ -57,6 +57,7 @@ class Repair:
     calibration: CalibrationSet
     seed: int = 0
     memory: int | None = None
+    streams: Streams | None = None
     notes: list[str] = field(default_factory=list)
     """What was found on the way, a sentence each, for the person who asked."""
     tokens: int = 0
@@ -82,7 +83,7 @@ class Repair:
 
     def twins(self) -> Twins:
         """Both models on the calibration text; for a run through stations in order of depth."""
-        return Twins(self.student, self.dense, self.calibration, memory=self.memory)
+        return Twins(self.student, self.dense, self.calibration, memory=self.memory, streams=self.streams)
 
     def writer(self, station: Station) -> Writer | None:
         """The map that writes to the stream right before a station."""

@@ -24,6 +24,8 @@ from shallower.corpus.choices import ChoiceSet
 from shallower.engine import Ablator, Spent
 from shallower.engine.ablator import MEASURED_AS, code_of
 from shallower.engine.memo import Memo, beside_weights, context_key
+from shallower.engine.statistics import Streams
+from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import CorpusError, ModelError, UserError
 from shallower.recovery import Repair
 from shallower.registry import Method
@@ -107,16 +109,19 @@ class RepairedLosses:
         memory: int | None = None,
         memo: Memo | None = None,
     ) -> None:
-        """steps: recoveries with their options. memory: bytes that a repair and its judgement may keep besides the
-        models, by default a quarter of what is free. memo: where losses are kept from one search to the next.
+        """steps: recoveries with their options. memory: bytes that may be kept besides the models, by default a quarter
+        of what is free: half for a repair and its judgement, half for the dense model's streams, which all repairs
+        read. memo: where losses are kept from one search to the next.
 
         Raises UserError for a recovery that is trained.
         """
         require_closed([method for method, _ in steps])
         self.steps = steps
         self.subject = subject
-        self.memory = memory
         self.judged, self.fitted = text.judged, text.fitted
+        free = int(free_memory(subject.model.device) * SHARE_OF_FREE_MEMORY)
+        self.memory = (free if memory is None else memory) // 2
+        self._streams = Streams(subject.anatomy, self.fitted, self.memory)
         self.spent = Spent()
         self._known: dict[frozenset[Unit], float] = {}
         self._refused: dict[frozenset[Unit], str] = {}
@@ -167,7 +172,8 @@ class RepairedLosses:
     def _judge(self, removed: frozenset[Unit]) -> float:
         student = cut(self.subject.anatomy, removed)
         for method, options in self.steps if removed else ():
-            repair = Repair(dissect(student), self.subject.anatomy, removed, self.fitted, memory=self.memory)
+            anatomy, dense = dissect(student), self.subject.anatomy
+            repair = Repair(anatomy, dense, removed, self.fitted, memory=self.memory, streams=self._streams)
             method.function(repair, **options)
             self.spent.tokens += repair.tokens
         with closing(Ablator(dissect(student), self.judged, "nll", memory=self.memory)) as ablator:
