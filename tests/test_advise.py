@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy.stats import spearmanr
@@ -13,6 +14,7 @@ from shallower.cli import main
 from shallower.corpus import build_calibration
 from shallower.engine import Ablator
 from shallower.errors import UserError
+from shallower.verbs import recoveries
 from shallower.verbs.advise import advise
 from shallower.verbs.search import search
 from shallower.verbs.subject import Subject, make_ablator, open_subject, units_of
@@ -109,6 +111,21 @@ def test_the_objective_is_asked_with_its_options(
     shape = {"sequences": 8, "length": 32}
     search(subject, "1", calibration=sources, target=place / "mine.txt", objective="kl", settings=settings, **shape)  # type: ignore[arg-type]
     assert asked == 3 * [("kl", options)]
+
+
+def test_a_search_behind_a_repair_reads_more_of_the_text_that_was_chosen(
+    place: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recoveries, "SEQUENCES", 12)
+    monkeypatch.setattr(recoveries, "LENGTH", 32)
+    sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
+    asked: dict[str, Any] = {"target": place / "mine.txt", "sequences": 8, "length": 32}
+    chosen = search(subject, "1", calibration=sources, **asked).made_by.calibration
+    read = search(subject, "1", calibration=sources, repair="emulated-update", **asked).made_by.calibration
+    assert chosen is not None
+    assert read is not None
+    assert (chosen.tokens, read.tokens) == (8 * 32, (12 + 8) * 32)
+    assert read.spec.partition("?")[0] == chosen.spec.partition("?")[0]
 
 
 def test_with_one_unit_that_may_go_there_is_nothing_to_choose_by(place: Path, subject: Subject) -> None:
