@@ -154,7 +154,7 @@ RepairBy = Annotated[
     Option(
         "--repair",
         metavar="NAME",
-        help="Judge every candidate behind this recovery (linear-fold), by its loss on the text to measure on; the "
+        help="Judge every candidate after this recovery (linear-fold), by its loss on the text to measure on; the "
         "recovery is fitted on other text, of at least 128 sequences of 256 tokens. Default: as it was cut.",
     ),
 ]

@@ -73,6 +73,6 @@ def show_plan(console: Console, plan: PruningPlan, *, parameters: tuple[int, int
     how += [f"objective {made.measure}"] if made.objective else []
     if made.calibration is not None:
         source = without_folders(made.calibration.spec.partition("?")[0])
-        judged = " (the repair was fitted on three quarters, and judged on the rest)" if made.repair else ""
+        judged = " (a part judged, on which repairs were not fitted)" if made.repair else ""
         how.append(f"{made.calibration.tokens:,} tokens of {source}{judged}")
     console.print(f"For {plan.model.name}, by {', '.join(how)}, seed {made.seed}; shallower {made.version}.")

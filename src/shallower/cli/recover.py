@@ -64,7 +64,7 @@ def recover(
 ) -> Answer:
     """Repair a cut model, and show what each step gives.
 
-    Held-out perplexity is measured before and behind each recovery. Recoveries work in closed form (refit, linear-fold,
+    Held-out perplexity is measured before and after each recovery. Recoveries work in closed form (refit, linear-fold,
     …), in minutes, or by training (full, lora, …), as long as --set minutes=30 says. A training that was killed goes on
     when the same command is given again.
     """

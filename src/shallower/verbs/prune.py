@@ -366,7 +366,7 @@ def _recoveries(
 
 
 def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
-    """What to know of a plan that was chosen behind a repair, where the cut model gets none."""
+    """What to know of a plan that was chosen after a repair, where the cut model gets none."""
     repair = plan.made_by.repair
     if not repair:
         return ()

@@ -1,4 +1,4 @@
-"""The question that a search asks, answered behind the repair: how good is the model without these units, once it was
+"""The question that a search asks, answered after the repair: how good is the model without these units, once it was
 repaired?
 
 What is removed best is not what matters least but what is replaced best. Each candidate is cut, repaired in closed form
