@@ -120,34 +120,44 @@ def test_refit_goes_on_to_the_end_each_on_what_the_one_before_left() -> None:
     assert repair.student.model.config.mlp_bias is True
 
 
-@pytest.mark.parametrize("rank", [32, 5])
-def test_low_rank_is_reduced_rank_regression(rank: int) -> None:
+@pytest.mark.parametrize(("rank", "ridge"), [(32, 0.0), (5, 0.0), (5, 0.3), (1, 3.0)])
+def test_low_rank_is_reduced_rank_regression(rank: int, ridge: float) -> None:
     model = tiny_model("llama")
     text = text_of(model)
     repair = repair_of(model, SPAN, text)
     layers = repair.student.model.model.layers
     _, stream = captured(repair.student.model, text, layers[1])
     _, target = captured(model, text, model.model.layers[3])
-    recovery.get("low-rank").function(repair, rank=rank, ridge=0.0, **EXACT)
+    recovery.get("low-rank").function(repair, rank=rank, ridge=ridge, **EXACT)
     [(_, patch)] = patches(repair.student.model)
     assert patch.rank == rank
     x, y = stream - stream.mean(0), target - stream - (target - stream).mean(0)
+    # a penalty is as many tokens more, one a channel, of which nothing is wanted
+    penalty = math.sqrt(ridge * len(x) * float(x.square().mean())) * torch.eye(32, dtype=torch.float64)
+    x, y = torch.cat([x, penalty]), torch.cat([y, torch.zeros_like(penalty)])
     whole = torch.linalg.lstsq(x, y).solution
     fitted = x @ whole
     values = torch.linalg.svdvals(fitted)
     best = (y - fitted).square().sum() + values[rank:].square().sum()
-    found = (target - patch(stream.float()).detach().double()).square().sum()
-    assert float(found) == pytest.approx(float(best), rel=1e-3)
+    change = patch.down.detach().double() @ patch.up.detach().double()
+    found = (y - x @ change).square().sum()
+    assert float(found) == pytest.approx(float(best), rel=1e-4 if ridge else 1e-3)
+    left = target - patch(stream.float()).detach().double()
+    assert torch.allclose(left.mean(0), torch.zeros(32, dtype=torch.float64), atol=1e-3)
 
 
 def test_low_rank_stops_at_the_share_that_was_asked_for() -> None:
     model = tiny_model("llama")
     ranks = []
+    explained = []
     for energy in (0.5, 0.9, 1.0):
         repair = repair_of(model, SPAN, text_of(model))
-        recovery.get("low-rank").function(repair, rank=0, energy=energy)
+        recovery.get("low-rank").function(repair, rank=0, energy=energy, ridge=1.0)
         ranks += [patch.rank for _, patch in patches(repair.student.model)]
+        explained += [float(re.findall(r"explains ([\d.]+)%", note)[0]) for note in repair.notes]
     assert 0 < ranks[0] < ranks[1] < ranks[2] == 32
+    assert explained[0] >= 0.5 * explained[2] - 0.1
+    assert explained[1] >= 0.9 * explained[2] - 0.1
     with pytest.raises(UserError, match=r"energy=1\.5"):
         recovery.get("low-rank").function(repair, energy=1.5)
 
@@ -249,6 +259,18 @@ def test_moments_are_those_of_weighted_data() -> None:
     matrix = moments.ridge(0.5)
     penalty = 0.5 * np.trace(joint[:4, :4]) / 4
     assert np.allclose(matrix, np.linalg.solve(joint[:4, :4] + penalty * np.eye(4), joint[:4, 4:]), atol=1e-4)
+
+
+def test_moments_keep_what_other_tokens_say_beside_a_massive_activation() -> None:
+    generator = np.random.default_rng(0)
+    x = generator.normal(0, 1, (2048, 6)).astype(np.float32)
+    x[::256, 2:4] = (21532, 15000)  # first tokens, in two channels at once
+    y = (x.astype(np.float64) @ generator.normal(0, 1, (6, 3))).astype(np.float32)
+    moments = Moments()
+    for part in np.array_split(np.arange(len(x)), 2):
+        moments.add(torch.tensor(x[part]), torch.tensor(y[part]), torch.ones(len(part)))
+    expected = np.linalg.lstsq(x - x.mean(0, dtype=np.float64), y - y.mean(0, dtype=np.float64), rcond=None)[0]
+    assert np.allclose(moments.ridge(0.0), expected, atol=1e-5)
 
 
 # What must hold for every recovery

@@ -273,7 +273,10 @@ def token_weights(reading: Reading, sinks: float, relative: bool) -> Tensor:
 
 
 class Moments:
-    """Weighted sums of x, y, x xᵀ, x yᵀ and y², in float64; all that a least-squares fit needs."""
+    """Weighted sums of x, y, x xᵀ, x yᵀ and y², in float64; all that a least-squares fit needs.
+
+    On accelerators, of which many have no float64 or are slow at it, the products of one batch are in float32.
+    """
 
     def __init__(self) -> None:
         self.weight = 0.0
@@ -284,6 +287,8 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """x: float32 [tokens, inputs]. y: float32 [tokens, outputs]. weights: [tokens]."""
+        if x.device.type == "cpu":  # beside a massive activation float32 products lose what all other tokens say
+            x, y, weights = x.double(), y.double(), weights.double()
         weighted = x * weights[:, None]
         parts = [
             weighted.sum(0, dtype=torch.float64),

@@ -40,11 +40,14 @@ def low_rank(
         ):
             moments.add(reading.stream, reading.target - reading.stream, weights)
         full = moments.ridge(ridge)
-        values, vectors = torch.linalg.eigh(full.T @ moments.xx @ full)  # increasing
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        # With the penalty λ the best of a rank keeps the first eigenvectors of fullᵀ (xx + λ) full, which is fullᵀ xy.
+        values, vectors = torch.linalg.eigh(full.T @ moments.xy)  # increasing
+        values, vectors = values.flip(0), vectors.flip(1)
         kept = hidden if rank == 0 else min(rank, hidden)
         if energy < 1:
-            reached = values.cumsum(0) >= energy * values.sum()
+            outputs = full @ vectors
+            explained = (2 * values - (outputs * (moments.xx @ outputs)).sum(0)).clamp_min(0)
+            reached = explained.cumsum(0) >= energy * explained.sum()
             kept = min(kept, int(reached.float().argmax()) + 1)
         up = vectors[:, :kept].T
         down = full @ up.T
