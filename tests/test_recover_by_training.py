@@ -27,6 +27,7 @@ from shallower.units import parse_units
 from shallower.verbs import recover as verb
 from shallower.verbs import subject
 from shallower.verbs.prune import _recoveries
+from shallower.verbs.recoveries import parse_recoveries, require_launch
 from shallower.verbs.subject import open_subject
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
@@ -366,13 +367,61 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
         prune(files / "dense", plan=files / "plan.json", settings={"ridge": "0.1"})
 
 
-@pytest.mark.parametrize("place", ["pruned", "dense"])
-def test_a_model_that_is_read_is_not_written_over(files: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded first")
 
     for module in ("recover", "prune"):
         monkeypatch.setattr(sys.modules[f"shallower.verbs.{module}"], "open_subject", loaded)
+
+
+@pytest.mark.parametrize(
+    ("methods", "version", "settings", "message"),
+    [
+        (
+            "refit,full",
+            None,
+            {},
+            r"spreads the model by FSDP 1, and full trains with FSDP 2 only: add --fsdp_version 2",
+        ),
+        ("lora", "1", {}, r"spreads the model by FSDP 1, and lora trains"),
+        ("refit,full,qlora", "2", {}, r"qlora needs the whole model in every process, and --use_fsdp spreads it"),
+        ("refit,low-rank-trained", "2", {"by": "mse"}, r"by=mse needs the whole model in every process"),
+    ],
+)
+def test_what_cannot_train_on_spread_weights_is_refused_before_anything_is_done(
+    files: Path,
+    methods: str,
+    version: str | None,
+    settings: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _forbid_loading(monkeypatch)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    if version is not None:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    given = asked(files, settings=settings)
+    with pytest.raises(UserError, match=message):
+        prune(files / "dense", 1, recover=methods, **given)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=message):
+        recover(files / "pruned", methods, teacher=files / "dense", **given)
+
+
+@pytest.mark.parametrize(("methods", "version"), [("refit", "1"), ("full,lora,low-rank-trained", "2")])
+def test_what_trains_on_spread_weights_or_not_at_all_is_not_refused(
+    methods: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    require_launch(parse_recoveries(methods, {}))
+
+
+@pytest.mark.parametrize("place", ["pruned", "dense"])
+def test_a_model_that_is_read_is_not_written_over(files: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _forbid_loading(monkeypatch)
     given = {"out": files / place, "force": True, **asked(files)}
     with pytest.raises(OutputError, match="is the model itself"):
         recover(files / "pruned", "full", teacher=files / "dense", **given)

@@ -369,16 +369,6 @@ def test_a_student_that_was_spread_comes_back_to_its_device() -> None:
     assert {parameter.device.type for parameter in filled.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize(("name", "options"), [("qlora", {}), ("low-rank-trained", {"by": "mse"})])
-def test_what_needs_the_whole_model_is_refused_where_weights_are_spread(
-    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match=r"needs the whole model in every process, and --use_fsdp spreads it"):
-        run(name, tiny_model("llama"), **options)
-
-
 class _Elsewhere(loop.Accelerator):
     """Of a process whose devices accelerate counts from another one than the model is on."""
 

@@ -20,9 +20,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def spreads() -> bool:
-    """Whether they spread the weights of what they train (`--use_fsdp`), instead of holding all of them each."""
-    return world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+def spreads() -> int:
+    """The version of FSDP by which they spread the weights of what they train (`--use_fsdp`); 0 where each of them
+    holds all.
+    """
+    spread = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    return int(os.environ.get("FSDP_VERSION", "1")) if spread else 0
 
 
 def wait() -> None:

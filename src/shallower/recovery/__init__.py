@@ -6,7 +6,8 @@ units that are gone, calibration text and a seed. It changes `repair.student.mod
 Trained (trait `trained`): `student` (a PreTrainedModel already cut, in memory), `anatomy` (of the dense model),
 `removed` (frozenset of units), `calibration` (a CalibrationSet), `held_out` (a function from a model to its perplexity
 on text that nothing is fitted on, or None), `folder` (where it may keep what it resumes from, or None) and `seed`. It
-changes the student in place and returns it.
+changes the student in place and returns it. Where it needs all weights in every process, the trait `whole` holds the
+options with which it does, {} for any.
 
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.

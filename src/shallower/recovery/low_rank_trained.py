@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from shallower.errors import UserError
 from shallower.registry import recovery
 from shallower.surgery import cut
-from shallower.training.heal import finish, heal, own_parameters, require_whole
+from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.loop import settled, train
 from shallower.training.objective import equal
 from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task, trainable
 
 
-@recovery("low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True)
+@recovery("low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True, whole={"by": "mse"})
 @trainable(Recipe(lr=1e-3, weight_decay=0.0))
 def low_rank_trained(
     student: PreTrainedModel, task: Task, *, rank: int = 8, by: Literal["mse", "kl", "nll"] = "kl"
@@ -33,8 +33,6 @@ def low_rank_trained(
         raise UserError(f"rank={rank} is below 0: give the rank of the map, or 0 for a bias alone (--set rank=8).")
     if recipe.distill:
         raise UserError(f"distill={recipe.distill:g} and by={by} both say what is learned: leave distill out.")
-    if by == "mse":
-        require_whole("by=mse")
     if by == "mse" and not _is_plain(student, task):
         raise UserError(
             "by=mse teaches all that the missing units did, and this model was repaired before: use by=kl, or let "

@@ -6,11 +6,11 @@ from transformers import PreTrainedModel
 
 from shallower.registry import recovery
 from shallower.training.adapters import adapt, merge, projections, quantise, require_packages
-from shallower.training.heal import finish, heal, own_parameters, require_whole
+from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
-@recovery("qlora", source="arXiv:2305.14314, arXiv:2403.17887", trained=True)
+@recovery("qlora", source="arXiv:2305.14314, arXiv:2403.17887", trained=True, whole={})
 @trainable(Recipe(weight_decay=0.0))
 def qlora(
     student: PreTrainedModel,
@@ -28,7 +28,6 @@ def qlora(
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them; those before keep
     their precision.
     """
-    require_whole("qlora")
     require_packages("qlora", "peft", "bitsandbytes")
     own_parameters(student)
     names = projections(student, first)

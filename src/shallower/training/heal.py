@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shallower.anatomy.dissect import find_blocks
 from shallower.engine.head import find_head
 from shallower.errors import UserError
-from shallower.launched import spreads, world_size
+from shallower.launched import world_size
 from shallower.resources import parse_memory
 from shallower.training.feed import Feed
 from shallower.training.loop import Guiding, number_format, settled, train
@@ -41,15 +41,6 @@ def own_parameters(
             if parameter is not None:
                 module._parameters[key] = new[id(parameter)]
     return formats
-
-
-def require_whole(what: str) -> None:
-    """Raise UserError where processes spread the student's weights, if `what` needs all of them in each."""
-    if spreads():
-        raise UserError(
-            f"{what} needs the whole model in every process, and --use_fsdp spreads it: launch without --use_fsdp, or "
-            "train with full or lora."
-        )
 
 
 def block_of(student: PreTrainedModel) -> Callable[[str], int | None]:

@@ -52,6 +52,7 @@ from shallower.verbs.recoveries import (
     recovery_card,
     recovery_made_by,
     repair_size,
+    require_launch,
     require_place,
     run_recoveries,
     texts_read,
@@ -150,6 +151,7 @@ def prune(
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
             "'accelerate launch -m shallower recover'."
         )
+    require_launch(steps)
     if steps and form == "padded":
         raise UserError(
             "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."

@@ -38,6 +38,7 @@ from shallower.verbs.recoveries import (
     perplexities,
     recovery_card,
     recovery_made_by,
+    require_launch,
     require_place,
     run_recoveries,
     texts_read,
@@ -115,6 +116,7 @@ def recover(
     Raises UserError (PlanError, ModelError, CorpusError, OutputError, …) before anything is written.
     """
     steps = parse_recoveries(methods, settings or {})
+    require_launch(steps)
     memory = parse_memory(memory)
     if out is not None:
         require_place_for(out, model, teacher, force=force)

@@ -23,6 +23,7 @@ from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus import CalibrationSet
 from shallower.errors import CorpusError, ModelError, UserError
 from shallower.evaluation.perplexity import context_limit, perplexity
+from shallower.launched import spreads
 from shallower.recovery import Repair
 from shallower.registry import Method, share_options
 from shallower.registry import recovery as recoveries
@@ -122,6 +123,28 @@ def parse_recoveries(names: str, settings: Mapping[str, str], what: str = "") ->
         if method.traits.get("trained"):
             check_recipe(given)
     return list(zip(methods, options, strict=True))
+
+
+def require_launch(steps: Stages) -> None:
+    """Raise UserError where the processes that were launched together spread weights in a way that one of these
+    recoveries cannot train with: before the first begins.
+    """
+    version = spreads()
+    for method, options in steps if version else ():
+        if not method.traits.get("trained"):
+            continue
+        if version != 2:
+            raise UserError(
+                f"--use_fsdp spreads the model by FSDP {version}, and {method.name} trains with FSDP 2 only: add "
+                "--fsdp_version 2 to 'accelerate launch', or leave out --use_fsdp."
+            )
+        whole = method.traits.get("whole")
+        if whole is not None and whole.items() <= options.items():
+            what = ", ".join(f"{name}={value}" for name, value in whole.items()) or method.name
+            raise UserError(
+                f"{what} needs the whole model in every process, and --use_fsdp spreads it: launch without --use_fsdp, "
+                "or train with full or lora."
+            )
 
 
 def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
