@@ -901,6 +901,31 @@ class _Usage:
     free = 1000
 
 
+def test_the_teachers_cache_and_the_state_have_to_fit_the_disk_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"folder": tmp_path, "distill": 1.0, "teacher_cache": "10MB", "epochs": 0.1}
+    student = cut(dissect(tiny_model("llama")), parse_units("block.2"))
+    state_needs = 28 * sum(p.numel() for n, p in student.named_parameters() if "embed" not in n and "lm_head" not in n)
+
+    class Usage:
+        free = state_needs + 1000
+
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: Usage)
+    assert state_needs > 40 * 32 * 8 * 6  # so that the cache alone fits, too
+    with pytest.raises(OutputError, match=r"for the state of the training and the teacher's cache and 0.00 GB are"):
+        run("full", tiny_model("llama"), **options)
+    Usage.free = 10 * state_needs
+    run("full", tiny_model("llama"), **options)
+    (tmp_path / "good.safetensors").unlink()
+    [cache] = tmp_path.glob("teacher-*")
+    taken = sum(path.stat().st_size for path in cache.iterdir())
+    assert taken > 1000
+    Usage.free = state_needs - 1000  # what the cache holds is not given back
+    with pytest.raises(OutputError, match=r"for the state of the training and 0.00 GB are"):
+        run("full", tiny_model("llama"), folder=tmp_path)
+
+
 def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, calls = state.save_file, []
 

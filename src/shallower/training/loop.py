@@ -47,7 +47,10 @@ _PERHAPS_UNUSED = re.compile(r"\.experts\.\d|(expert|correction)_bias$")
 
 
 class Guiding(Protocol):
-    """A teacher."""
+    """A teacher. unwritten: bytes that it will yet take on the disk that the state of the training is on."""
+
+    @property
+    def unwritten(self) -> int: ...
 
     def guide(self, portion: Portion) -> Guide: ...
 
@@ -118,7 +121,8 @@ class _Loop:
         if not names:
             raise UserError("nothing of the model takes gradients, so there is nothing to train.")
         trained = [whole.get_parameter(name) for name in names]
-        self.store.require_room(sum(parameter.numel() for parameter in trained))
+        unwritten = 0 if teacher is None else teacher.unwritten
+        self.store.require_room(sum(parameter.numel() for parameter in trained), unwritten)
         optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},

@@ -73,18 +73,21 @@ class Store:
                 for left in (*folder.glob(".state-*"), *folder.glob(f".{GOOD}.*")):  # of a process that was killed
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def require_room(self, trained: int) -> None:
-        """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk."""
+    def require_room(self, trained: int, unwritten: int = 0) -> None:
+        """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk.
+
+        unwritten: bytes that the teacher's cache will take there, too.
+        """
         if self.folder is None:
             return
-        needed = 4 * trained * (2 * 3 + 1)
-        free = shutil.disk_usage(self.folder).free + sum(
-            path.stat().st_size for path in self.folder.rglob("*.safetensors")
-        )
+        needed = 4 * trained * (2 * 3 + 1) + unwritten
+        replaced = (*self.folder.glob("state-*/*.safetensors"), *self.folder.glob(GOOD))
+        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in replaced)
         if free < needed:
+            what = "the state of the training" + (" and the teacher's cache" if unwritten else "")
             raise OutputError(
-                f"{self.folder} needs {needed / 1e9:.2f} GB for the state of the training and {free / 1e9:.2f} GB are "
-                "free on that disk; make room or choose another place."
+                f"{self.folder} needs {needed / 1e9:.2f} GB for {what} and {free / 1e9:.2f} GB are free on that disk; "
+                "make room or choose another place."
             )
 
     def save(self, state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,8 @@ ROWS = 128  # of logits at a time
 class Teacher:
     """Runs the dense model on portions of text."""
 
+    unwritten = 0
+
     def __init__(self, anatomy: Anatomy, compute: torch.dtype, shared: int = 0) -> None:
         """compute: number format of products. shared: first blocks whose result the student is given."""
         self.anatomy = anatomy
@@ -78,8 +80,10 @@ def _in_format(output: nn.Module, dtype: torch.dtype) -> nn.Module:
 class CachedTeacher:
     """A teacher whose most probable words are kept in a folder, one safetensors file for each sequence of the text."""
 
-    def __init__(self, teacher: Teacher, folder: Path, words: int, temperature: float) -> None:
+    def __init__(self, teacher: Teacher, folder: Path, words: int, temperature: float, unwritten: int) -> None:
+        """unwritten: bytes that the folder does not hold yet."""
         self.teacher = teacher
+        self.unwritten = unwritten
         self.folder = folder
         self.words = words
         self.temperature = temperature
@@ -148,13 +152,13 @@ def open_cache(
     except OSError as error:
         raise OutputError(f"cannot make {folder} for the teacher's cache: {error.strerror}.") from None
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free, needed = shutil.disk_usage(folder).free, words * tokens * BYTES_A_WORD - there
+    free, needed = shutil.disk_usage(folder).free, max(0, words * tokens * BYTES_A_WORD - there)
     if free < needed:
         raise OutputError(
             f"the teacher's cache needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free at {folder}: lower "
             "teacher_cache, or choose another folder."
         )
-    return CachedTeacher(teacher, folder, words, temperature)
+    return CachedTeacher(teacher, folder, words, temperature, needed)
 
 
 def require_same_words(teacher: nn.Module, student: nn.Module) -> None:
