@@ -362,6 +362,22 @@ def test_where_norms_stand_behind_the_sublayers_only_patches_help(family: str) -
     assert [patch.rank for _, patch in patches(repair.student.model)] == [0]
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("linear-fold", {}), ("magnitude", {"per": "channel"}), ("refit", {})], ids=str
+)
+def test_a_cut_that_nothing_can_be_folded_in_front_of_is_refused_before_another_is_repaired(
+    name: str, options: dict[str, Any]
+) -> None:
+    model = tiny_model("qwen3_moe")  # the MLP of block 0 is one matrix, that of block 3 several experts
+    repair = repair_of(model, frozenset(parse_units("block.1,block.4")), text_of(model))
+    assert [repair.writer(station) is None for station in repair.cuts] == [False, True]
+    before = dict(repair.student.model.named_parameters())
+    with pytest.raises(ModelError, match=r"no matrix in front of block\.4 whose output"):
+        recovery.get(name).function(repair, **options)
+    assert not repair.tokens
+    assert all(parameter is before[path] for path, parameter in repair.student.model.named_parameters())
+
+
 def test_first_tokens_with_massive_activations_do_not_count() -> None:
     model = tiny_model("llama")
     text = text_of(model)

@@ -105,6 +105,11 @@ class Repair:
             )
         return writer
 
+    def require_writers(self) -> None:
+        """Raise ModelError, before anything is changed, unless a repair could be folded in front of each cut."""
+        for station in self.cuts:
+            self.require_writer(station)
+
     def require_no_maps(self) -> None:
         """Raise ModelError where an earlier recovery put maps at cuts."""
         if any(patches(self.student.model)):

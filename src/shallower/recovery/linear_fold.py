@@ -20,6 +20,7 @@ def linear_fold(
     T `down_proj`. ridge: penalty on T − 1, in units of m's mean square. aim, sinks, relative: as for low-rank.
     """
     require_ridge(ridge)
+    repair.require_writers()
     twins = repair.twins()
     for station in repair.cuts:
         writer = repair.require_writer(station)

@@ -23,6 +23,8 @@ def magnitude(
     """
     if per == "stream":
         repair.require_no_maps()  # they know the stream as long as it was
+    else:
+        repair.require_writers()
     twins = repair.twins()
     for station in repair.cuts:
         writer = repair.require_writer(station) if per == "channel" else None

@@ -32,8 +32,7 @@ def refit(
     sinks, relative: as for low-rank.
     """
     if reach == "cuts" or not any(repair.writer(station) for station in repair.stations):
-        for station in repair.cuts:  # before anything is changed
-            repair.require_writer(station)
+        repair.require_writers()
     require_ridge(ridge)
     twins = repair.twins()
     started, without = False, list[str]()
