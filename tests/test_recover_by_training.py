@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def asked(files: Path, **given: Any) -> dict[str, Any]:
 def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Path) -> None:
     given = ["recover", files / "pruned", "--teacher", files / "dense", "--with", "refit,full", "--out", files / "out"]
     given += ["--calibration", files / "text.jsonl", "--sequences", 16, "--length", 32, "--train-sequences", 64]
-    given += ["--window", 64, "--windows", 3, "--dtype", "bfloat16", "--json", "--set", "distill=0.5"]
+    given += ["--window", 64, "--windows", 3, "--dtype", "bfloat16", "--json", "--distill", 0.5]
     for name, value in {**SMALL, "compute": "auto"}.items():
         given += ["--set", f"{name}={value}"]
     ran = CliRunner().invoke(app, [str(item) for item in given])
@@ -65,6 +66,7 @@ def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Pat
     before, repaired, trained = told["recovery"]
     assert (before["method"], repaired["method"], trained["method"]) == ("cut", "refit", "full")
     assert trained["tokens"] == 64 * 32
+    assert trained["options"]["distill"] == 0.5
     [text] = trained["perplexity"]
     assert trained["perplexity"][text] <= min(repaired["perplexity"][text], before["perplexity"][text])
     assert any("16 steps of training" in note for note in told["notes"])
@@ -75,6 +77,45 @@ def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Pat
     assert torch.equal(loaded.model.embed_tokens.weight, dense.embed_tokens.weight)  # not rounded on the way
     assert not torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, dense.layers[0].self_attn.q_proj.weight)
     assert not list(files.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "message"),
+    [
+        ("refit,full", ["distill=0.5"], r"--distill 0.9 and --set distill=0.5 differ: drop one of the two"),
+        ("full", ["distill=much"], r"--distill 0.9 and --set distill=much differ"),
+        ("refit,low-rank", [], r"--distill 0.9 is for recoveries that train, and refit,low-rank does not: .* full"),
+        ("fulll", [], r"did you mean 'full'"),
+        ("full", ["distill=0.90", "lr=-1"], r"lr=-1.0 is not above 0"),
+    ],
+)
+def test_the_share_that_is_distilled_is_refused_where_it_cannot_be(
+    methods: str, settings: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _forbid_loading(monkeypatch)
+    given = [word for setting in settings for word in ("--set", setting)] + ["--distill", "0.9"]
+    for command in (
+        ["recover", "m", "--teacher", "t", "--with"],
+        ["prune", "m", "--remove", "1", "--out", "o", "--recover"],
+    ):
+        ran = CliRunner().invoke(app, [*command, methods, *given])
+        assert isinstance(ran.exception, UserError)
+        assert re.search(message, str(ran.exception)), ran.exception
+    ran = CliRunner().invoke(app, ["prune", "m", "--remove", "1", "--out", "o", "--distill", "0.9"])
+    assert "--distill 0.9 is for a recovery that trains: add one, as in --recover full" in str(ran.exception)
+
+
+def test_pruning_distils_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    def noted(*_: Any, settings: dict[str, str], **__: Any) -> None:
+        seen.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["shallower.verbs.prune"], "prune", noted)
+    for given in (["--distill", "0.9"], ["--set", "distill=0.9"], ["--distill", "0.9", "--set", "distill=0.9"]):
+        CliRunner().invoke(app, ["prune", "m", "--remove", "1", "--out", "o", "--recover", "full", *given])
+    assert seen == [{"distill": "0.9"}] * 3
 
 
 def test_processes_that_were_launched_together_give_what_one_gives(files: Path, start_together: Any) -> None:

@@ -149,6 +149,17 @@ Instructions = Annotated[
         "--train-sequences conversations that are not longer than --length. Default: the calibration text.",
     ),
 ]
+Distill = Annotated[
+    float | None,
+    Option(
+        "--distill",
+        metavar="SHARE",
+        min=0.0,
+        max=1.0,
+        help="Recoveries that train (full, lora, qlora) learn the dense model's probabilities: their share of the "
+        "loss; the same as --set distill=SHARE. Default: 0, the text alone.",
+    ),
+]
 RepairBy = Annotated[
     str,
     Option(
@@ -197,6 +208,34 @@ RemoteCode = Annotated[
     Option("--trust-remote-code", help="Run code that comes with the model; read it first. Default: refuse."),
 ]
 Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]
+
+
+def with_distill(settings: dict[str, str], share: float | None, recoveries: str) -> dict[str, str]:
+    """The settings with what `--distill` says.
+
+    Raises UserError when they say something else, or none of the recoveries learns from the dense model.
+    """
+    if share is None:
+        return settings
+    if not recoveries:
+        raise UserError(
+            f"--distill {share:g} is for a recovery that trains: add one, as in --recover full, or drop it."
+        )
+    from shallower.verbs.recoveries import parse_recoveries
+
+    if not any("distill" in method.options for method, _ in parse_recoveries(recoveries, {})):
+        raise UserError(
+            f"--distill {share:g} is for recoveries that train, and {recoveries} does not: add full or lora, as in "
+            f"{recoveries},full, or drop --distill."
+        )
+    said = settings.get("distill", str(share))
+    try:
+        same = float(said) == share
+    except ValueError:
+        same = False
+    if not same:
+        raise UserError(f"--distill {share:g} and --set distill={said} differ: drop one of the two.")
+    return settings | {"distill": str(share)}
 
 
 def parse_settings(given: Sequence[str] | None) -> dict[str, str]:

@@ -59,6 +59,7 @@ def prune(
     recover: options.Recover = "",
     train_sequences: options.TrainSequences = 4096,
     instructions: options.Instructions = None,
+    distill: options.Distill = None,
     text: options.Texts = None,
     window: options.Window = 1024,
     windows: Annotated[
@@ -89,7 +90,7 @@ def prune(
     Chooses what to remove (or takes a plan), cuts it out, measures before and after, and writes a folder that ordinary
     software loads, with the plan, a model card and a page that shows what it cost.
     """
-    chosen = options.parse_settings(settings)
+    chosen = options.with_distill(options.parse_settings(settings), distill, recover)
     searched = {
         "--search": search != "greedy",
         "--objective": objective != "nll",

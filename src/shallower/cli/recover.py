@@ -49,6 +49,7 @@ def recover(
     length: options.Length = 256,
     train_sequences: options.TrainSequences = 4096,
     instructions: options.Instructions = None,
+    distill: options.Distill = None,
     settings: options.Settings = None,
     text: options.Texts = None,
     window: options.Window = 1024,
@@ -68,7 +69,7 @@ def recover(
     …), in minutes, or by training (full, lora, …), as long as --set minutes=30 says. A training that was killed goes on
     when the same command is given again.
     """
-    chosen = options.parse_settings(settings)
+    chosen = options.with_distill(options.parse_settings(settings), distill, methods)
     from shallower.verbs.recover import recover as run
 
     found = run(
