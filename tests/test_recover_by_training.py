@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,28 @@ def test_text_that_was_read_and_is_evaluated_is_noted_and_texts_of_one_name_are_
     by_training = recover(files / "pruned", "full", teacher=files / "dense", **given).notes
     assert not any("text of the repair" in note for note in by_training)  # which nothing was fitted on
     assert [note for note in by_training if "with the training text" in note]
+
+
+def test_where_the_weights_were_chosen_by_what_is_shown_a_note_says_so(files: Path) -> None:
+    (files / "other.txt").write_text("Nobody has seen one of these dogs before. " * 400)
+    given = {**asked(files), "train_sequences": 40, "settings": {**SMALL, "epochs": "0.1", "rank": "2"}}
+    note = (
+        "the weights kept of full and lora were chosen by perplexity on text.jsonl?part=held-out, so it flatters them"
+    )
+
+    def told(notes: Sequence[str]) -> list[str]:
+        return [found for found in notes if "chosen by perplexity" in found]
+
+    found = recover(files / "pruned", "full,lora", teacher=files / "dense", out=files / "out", **given)
+    assert told(found.notes) == [f"{note}: measure on other text (--text)."]
+    assert told(json.loads((files / "out" / "recovery.json").read_text())["notes"]) == told(found.notes)
+    pruned = prune(files / "dense", plan=files / "plan.json", recover="full,lora", speed=False, **given)
+    assert told(pruned.report.notes) == told(found.notes)
+    elsewhere = {**given, "texts": [str(files / "other.txt")]}
+    assert not told(recover(files / "pruned", "full,lora", teacher=files / "dense", **elsewhere).notes)
+    named = {**given, "texts": [*elsewhere["texts"], f"{files / 'text.jsonl'}?part=held-out"]}
+    assert told(recover(files / "pruned", "full,lora", teacher=files / "dense", **named).notes) == told(found.notes)
+    assert not told(recover(files / "pruned", "refit", teacher=files / "dense", **asked(files, settings={})).notes)
 
 
 def test_sublayers_that_are_missing_alone_are_repaired_and_trained_too(files: Path) -> None:

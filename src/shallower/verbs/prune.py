@@ -202,6 +202,7 @@ def prune(
             sequences=train_sequences,
             length=longest,
             instructions=instructions,
+            contents=contents,
             window=window,
             max_windows=max_windows,
             seed=seed,

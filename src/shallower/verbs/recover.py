@@ -137,6 +137,7 @@ def recover(
         sequences=train_sequences,
         length=length,
         instructions=instructions,
+        contents=contents,
         window=window,
         max_windows=max_windows,
         seed=seed,

@@ -51,7 +51,7 @@ Stages = Sequence[tuple[Method, Mapping[str, Any]]]  # recoveries and their opti
 class Training:
     """What recoveries that train read. held_out: perplexity on text that nothing is trained on, by which the best
     weights are kept; None where there is no such text. measured: what tells this measure from others.
-    notes: what of the text is not read.
+    notes: what of the text is not read, and which of the shown texts the weights are chosen by.
     """
 
     text: CalibrationSet
@@ -173,15 +173,19 @@ def training_text(
     sequences: int,
     length: int,
     instructions: str | Path | None,
+    contents: Mapping[str, str],
     window: int,
     max_windows: int | None,
     seed: int,
 ) -> Training | None:
     """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
 
+    contents: held-out texts on which the stages will be shown.
+
     Raises UserError for instructions that nothing would read, CorpusError when there is too little text.
     """
-    if not any(method.traits.get("trained") for method, _ in steps):
+    trained = [method.name for method, _ in steps if method.traits.get("trained")]
+    if not trained:
         if instructions is not None:
             raise UserError("--instructions is for recoveries that train, such as full or lora: name one, or drop it.")
         return None
@@ -208,6 +212,12 @@ def training_text(
         label, fits = "on what calibration left out", fitting(dense, window)
         return perplexity(model, tokenizer, ids, window=fits, max_windows=max_windows, label=label).perplexity
 
+    notes += tuple(
+        f"the weights kept of {' and '.join(trained)} were chosen by perplexity on {name}, so it flatters them: "
+        "measure on other text (--text)."
+        for name, content in contents.items()
+        if content == left_out
+    )
     digest = hashlib.sha256(left_out.encode()).hexdigest()
     return Training(text, measure, (digest, fitting(dense, window), max_windows), notes)
 
