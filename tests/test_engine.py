@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from shallower import progress, registry
 from shallower.anatomy import dissect
+from shallower.anatomy.dissect import unpack
 from shallower.budget import Budget, Limit
 from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, Racing, prove
+from shallower.engine import Ablator, Racing, evaluator, prove, scoring
 from shallower.engine.evaluator import Evaluator
+from shallower.engine.head import Head
 from shallower.engine.memo import Memo, beside_weights
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import States
@@ -75,6 +77,96 @@ def test_sublayers_equal_those_of_cut_models(family):
     candidates = [frozenset(parse_units(units)) for units in SUBLAYERS]
     for candidate, loss in zip(candidates, Ablator(anatomy, text).losses(candidates), strict=True):
         assert loss == pytest.approx(stock_loss(cut(anatomy, candidate), text), abs=2e-5)
+
+
+def stock_outputs(model, text: CalibrationSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the stream that leaves the last block where a next token is scored, by the model's own forward."""
+    mask = torch.ones_like(text.input_ids) if text.attention_mask is None else text.attention_mask
+    left = []
+    last = dissect(model).blocks[-1].module
+    handle = last.register_forward_hook(lambda *call: left.append(unpack(call[-1])))
+    with torch.no_grad():
+        logits = model(input_ids=text.input_ids, attention_mask=mask, use_cache=False).logits
+    handle.remove()
+    scored = (mask[:, 1:] * mask[:, :-1]).bool()
+    return logits[:, :-1][scored].double(), left[0][:, :-1][scored].double()
+
+
+def compared(objective: str, pruned, dense, temperature: float = 1.0) -> float:
+    """An objective as its name says it, from what `stock_outputs` gives."""
+
+    def divergence(p, q):
+        return (p * (p / q).log()).sum(-1)
+
+    (logits, hidden), (dense_logits, dense_hidden) = pruned, dense
+    q, p = (torch.softmax(each / temperature, dim=-1) for each in (logits, dense_logits))
+    middle = (p + q) / 2
+    lengths = hidden.square().sum(-1).sqrt() * dense_hidden.square().sum(-1).sqrt()
+    values = {
+        "kl": divergence(p, q),
+        "js": (divergence(p, middle) + divergence(q, middle)) / 2,
+        "logit-l2": (logits - dense_logits).square().sum(-1).sqrt(),
+        "top1": (logits.argmax(-1) != dense_logits.argmax(-1)).double(),
+        "hidden-cosine": 1 - (hidden * dense_hidden).sum(-1) / lengths,
+    }
+    return float(values[objective].mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits, and has norms behind its sublayers
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("kl", {}),
+        ("kl", {"temperature": 2.0}),
+        ("js", {}),
+        ("js", {"temperature": 2.0}),
+        ("logit-l2", {}),
+        ("top1", {}),
+        ("hidden-cosine", {}),
+    ],
+)
+def test_comparisons_with_the_dense_model_equal_those_of_stock_outputs(family, objective, options, monkeypatch):
+    """Also where its logits are computed anew for each candidate, whatever rows go together, and without a head that is
+    known.
+    """
+    anatomy = dissect(tiny_model(family))
+    text = sample_text(anatomy.model, sequences=3)
+    dense = stock_outputs(anatomy.model, text)
+    candidates = [frozenset(parse_units(units)) for units in (*SETS, *SUBLAYERS)]
+    expected = [
+        compared(objective, stock_outputs(cut(anatomy, candidate), text), dense, **options) for candidate in candidates
+    ]
+    kept = Ablator(anatomy, text, objective, options).losses(candidates)
+    assert kept == pytest.approx(expected, abs=2e-5, rel=2e-5)
+    assert Ablator(anatomy, text, objective, options, memory=0).losses(candidates) == pytest.approx(kept, abs=1e-6)
+    monkeypatch.setattr(scoring, "ROW_CHUNK_BYTES", 1)  # rows go by sixteen
+    for memory, head in itertools.product((None, 0), (True, False)):
+        if not head:  # of a family whose logits only its own forward gives
+            monkeypatch.setattr(evaluator, "find_head", lambda anatomy: None)
+        few = Ablator(anatomy, text, objective, options, memory=memory).losses(candidates)
+        assert few == pytest.approx(kept, abs=1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kept", "anew"),
+    [("js", 7, 12), ("logit-l2", 7, 12), ("top1", 7, 12), ("kl", 2, 12), ("nll", 1, 6), ("hidden-cosine", 0, 0)],
+)
+def test_the_head_is_called_no_more_often_than_it_must(objective, kept, anew, monkeypatch):
+    """For the dense model once where its logits fit, else for each of six candidates; for these one by one where whole
+    rows are compared or memory is short; and not at all where the stream is compared.
+    """
+    anatomy = dissect(tiny_model("llama"))
+    text = sample_text(anatomy.model, sequences=3)
+    head = anatomy.model.get_output_embeddings()
+    own, reduce, called = head.forward, Head.reduce, []
+    for memory, expected in ((None, kept), (0, anew)):
+        ablator = Ablator(anatomy, text, objective, memory=memory, threads=1)
+        called.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(head, "forward", lambda rows: called.append("rows") or own(rows))
+            patched.setattr(Head, "reduce", lambda *args, **how: called.append("reduced") or reduce(*args, **how))
+            ablator.losses([frozenset({unit}) for unit in anatomy.of_kind("block")])
+        assert len(called) == expected
 
 
 def test_sharing_prefixes_changes_nothing():
@@ -553,8 +645,10 @@ def test_sums_come_in_the_order_of_the_text():
     assert found == pytest.approx(alone, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "qwen3_next"])
-@pytest.mark.parametrize("objective", ["nll", "kl"])
+@pytest.mark.parametrize(
+    ("family", "objective"),
+    [*itertools.product(("llama", "gemma2", "bloom", "qwen3_next"), ("nll", "kl")), ("llama", "js")],
+)
 def test_every_order_and_budget_gives_the_same(family, objective):
     anatomy = dissect(tiny_model(family))
     text = sample_text(anatomy.model, sequences=3, length=300)  # a batch each

@@ -329,7 +329,7 @@ def test_padding_batches_and_memory_change_nothing(name: str, monkeypatch: pytes
 PLANS = ("block.1,block.3-4", "attn.2,attn.4", "mlp.1,attn.2", "mlp.3,block.5", "block.0")
 
 
-@pytest.mark.parametrize("name", [name for name in CLOSED if name != "magnitude"])
+@pytest.mark.parametrize("name", CLOSED)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "granite", "opt"])
 @pytest.mark.parametrize("units", PLANS)
 def test_it_brings_logits_nearer_to_the_dense_ones(name: str, family: str, units: str) -> None:
@@ -339,13 +339,42 @@ def test_it_brings_logits_nearer_to_the_dense_ones(name: str, family: str, units
     expected = logits(model, text)
     repair = repair_of(model, removed, text)
     before = float((logits(repair.student.model, text) - expected).square().mean())
-    if units == "block.0" and name in ("linear-fold", "refit"):  # nothing writes before the first block
+    options = {"per": "channel"} if name == "magnitude" else {}  # one factor for all channels need not: see below
+    if units == "block.0" and name in ("linear-fold", "refit", "magnitude"):  # nothing writes before the first block
         with pytest.raises(ModelError):
-            recovery.get(name).function(repair)
+            recovery.get(name).function(repair, **options)
         return
-    recovery.get(name).function(repair)
+    recovery.get(name).function(repair, **options)
     after = float((logits(repair.student.model, text) - expected).square().mean())
-    assert after < 0.99 * before
+    assert after < (0.995 if name == "magnitude" else 0.99) * before
+    assert torch.equal(logits(model, text), expected)
+    prove(dissect(repair.student.model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+@pytest.mark.parametrize("units", PLANS)
+def test_magnitude_gives_the_stream_its_length_behind_each_of_several_cuts(family: str, units: str) -> None:
+    """With random weights that may take logits away; what it does promise is lengths, which the norms behind later cuts
+    see as they are.
+    """
+    model = tiny_model(family)
+    text = text_of(model)
+    expected = logits(model, text)
+    repair = repair_of(model, frozenset(parse_units(units)), text)
+    recovery.get("magnitude").function(repair)
+    factors = [float(re.findall(r"made ([\d.]+) times", note)[0]) for note in repair.notes]
+    assert len(factors) == len(repair.cuts)
+    twins = repair.twins()
+    for place, station in enumerate(repair.cuts):
+        total = weight = 0.0
+        for reading, weights in repair.samples(
+            twins, station, None, sinks=0.0, relative=True, aim="dense", label="", start=False
+        ):
+            ratios = reading.stream.norm(dim=-1) / reading.target.norm(dim=-1)
+            total += float((weights / ratios).sum())
+            weight += float(weights.sum())
+        later = math.prod(factors[place + 1 :])  # a cut rescales all in front of it
+        assert total * later / weight == pytest.approx(1, abs=2e-3)
     assert torch.equal(logits(model, text), expected)
     prove(dissect(repair.student.model))
 
