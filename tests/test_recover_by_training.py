@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from shallower import prune, recover, search
+from shallower import evaluate, prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UserError
@@ -285,6 +285,44 @@ def test_text_that_was_read_and_is_evaluated_is_noted_and_texts_of_one_name_are_
     by_training = recover(files / "pruned", "full", teacher=files / "dense", **given).notes
     assert not any("text of the repair" in note for note in by_training)  # which nothing was fitted on
     assert [note for note in by_training if "with the training text" in note]
+
+
+def test_evaluating_what_was_healed_tells_of_overlap_with_all_that_its_repairs_read(files: Path) -> None:
+    rows = [
+        json.dumps({"text": f"A dog ran past {n} old barns and found {n * 3} bones there. " * 24}) for n in range(60)
+    ]
+    (files / "first.jsonl").write_text("\n".join(rows))
+    (files / "fresh.txt").write_text("Nobody has seen one of these dogs before. " * 40)
+    settings = {**SMALL, "epochs": "0.1"}
+    earlier = asked(files, calibration=str(files / "first.jsonl"), settings={})
+    recover(files / "pruned", "refit", teacher=files / "dense", out=files / "once", **earlier)
+    recover(files / "once", "refit,full", teacher=files / "dense", out=files / "out", **asked(files, settings=settings))
+
+    def notes() -> list[str]:
+        texts = [str(files / name) for name in ("first.jsonl", "text.jsonl", "fresh.txt")]
+        return list(evaluate([files / "out"], texts, window=64, max_windows=20, dtype="float32").notes)
+
+    shared = [re.sub(r"\d+ of \d+", "some", note) for note in notes()]
+    assert shared == [
+        f"{text} shares some runs of 13 tokens with {what} {text}: its perplexity flatters what was made with it."
+        for text, what in (
+            ("first.jsonl", "the text of its repair"),
+            ("text.jsonl", "the text of its repair"),
+            ("text.jsonl", "its training text"),
+        )
+    ]
+    (files / "first.jsonl").write_text("\n".join(reversed(rows)).replace("dog", "wolf"))
+    kept = (files / "text.jsonl").read_bytes()
+    (files / "text.jsonl").write_text(json.dumps({"text": "No cat."}))
+    unknown = [note for note in notes() if "is in what is evaluated is not known" in note]
+    assert [note.partition("?")[0] for note in unknown] == [
+        "out: whether the text of its repair text.jsonl",
+        "out: whether its training text text.jsonl",
+        "out: whether the text of its repair first.jsonl",
+    ]
+    assert unknown[2].endswith("(it is not what it was).")
+    (files / "text.jsonl").write_bytes(kept)
+    assert len([note for note in notes() if "shares" in note]) == 2
 
 
 def test_where_the_weights_were_chosen_by_what_is_shown_a_note_says_so(files: Path) -> None:

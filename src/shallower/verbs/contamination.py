@@ -11,7 +11,8 @@ import torch
 from shallower.corpus import CalibrationSet, build_calibration, build_choices, overlap
 from shallower.corpus.overlap import rows_in
 from shallower.errors import UserError
-from shallower.plan import PruningPlan
+from shallower.plan import CalibrationIdentity, PruningPlan
+from shallower.verbs.history import texts_of, told_before
 from shallower.verbs.subject import Subject
 from shallower.verbs.supply import supply
 
@@ -54,19 +55,29 @@ def contamination(
     asked: Questions,
     tokens: int | None,
 ) -> Iterator[str]:
-    """Sentences about texts and questions that share 13 tokens in a row with what the model was calibrated on.
+    """Sentences about texts and questions that share 13 tokens in a row with what the model was calibrated on, or what
+    its checkpoint says that it was repaired or trained on.
 
     tokens: how many of each text are read, None for all.
     """
     label = subject.identity.name
     text, told = _calibration_of(subject, plan, calibration)
-    if text is None:
-        if told:
-            yield f"{label}: {told}"
-        return
-    named = f"the calibration text {told}"
-    yield from shared_runs(subject, {named: text}, asked.contents, tokens, flattered="what was pruned on it")
-    if asked.tasks is None:
+    read: dict[str, CalibrationSet] = {}
+    if text is not None:
+        read[f"the calibration text {told}"] = text
+    elif told:
+        yield f"{label}: {told}"
+    for what, recorded in texts_of(told_before(subject.loaded.path)):
+        if recorded.digest in {known.digest for known in read.values()}:
+            continue
+        again, reason = _read_again(subject, recorded)
+        if again is None:
+            yield f"{label}: whether {what} {recorded.title} is in what is evaluated is not known ({reason})."
+            continue
+        short = f"{what} {_short(recorded)}"
+        read[f"{what} {recorded.title}" if short in read else short] = again
+    yield from shared_runs(subject, read, asked.contents, tokens, flattered="what was made with it")
+    if asked.tasks is None or not read:
         return
     by_task: dict[str, list[str]] = {}
     for task, question in asked.tasks.questions(asked.settings.limit):
@@ -74,12 +85,25 @@ def contamination(
     encode = subject.tokenizer
     for task, questions in by_task.items():
         rows = encode(questions, add_special_tokens=False, verbose=False).input_ids
-        found = rows_in(text, rows)
-        if found:
-            yield (
-                f"{len(found)} of {len(rows)} questions of {task} share 13 tokens in a row with the calibration text "
-                f"{told}: its score flatters what was pruned on it."
-            )
+        for what, made_with in read.items():
+            if found := rows_in(made_with, rows):
+                yield (
+                    f"{len(found)} of {len(rows)} questions of {task} share 13 tokens in a row with {what}: its score "
+                    "flatters what was made with it."
+                )
+
+
+def _read_again(subject: Subject, recorded: CalibrationIdentity) -> tuple[CalibrationSet | None, str]:
+    """The text that a repair read; without it, why it cannot be had."""
+    try:  # without the model, which is not the one that may have written it
+        found = build_calibration(recorded.spec, subject.tokenizer, supply=supply())
+    except UserError as error:
+        return None, str(error).rstrip(".")
+    return (found, "") if found.digest == recorded.digest else (None, "it is not what it was")
+
+
+def _short(text: CalibrationIdentity) -> str:
+    return text.title.partition("?")[0]
 
 
 def _calibration_of(
@@ -104,4 +128,4 @@ def _calibration_of(
         return None, f"whether it was calibrated on what is evaluated is not known ({reason}); name it: --calibration."
     if named is None and recorded is not None and found.identity.digest != recorded.digest:
         return None, f"its calibration text {recorded.title} is not what it was, so overlaps are not known."
-    return found, found.identity.title.partition("?")[0]
+    return found, _short(found.identity)

@@ -27,13 +27,13 @@ from shallower.surgery.adopt import adopt
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.evaluate import held_out, read_texts
+from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
     TRAIN_SEQUENCES,
     Resume,
     Stages,
-    methods_of,
     parse_recoveries,
     perplexities,
     recovery_card,
@@ -42,7 +42,6 @@ from shallower.verbs.recoveries import (
     require_place,
     run_recoveries,
     texts_read,
-    told_before,
     training_text,
     with_maps_inside,
 )

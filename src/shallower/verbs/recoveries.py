@@ -335,35 +335,6 @@ def recovery_made_by(
     return RecoveryMadeBy(dense.identity, repaired, trained, seed, __version__)
 
 
-def told_before(folder: Path | None) -> dict[str, Any] | None:
-    """What a checkpoint says of how it was repaired: its recovery.json, or the same of its report.json; None where it
-    says nothing.
-
-    Raises UserError when the file cannot be read.
-    """
-    for name, key in (("recovery.json", "made_by"), ("report.json", "recovery_made_by")):
-        if folder is None or not (folder / name).is_file():
-            continue
-        try:
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-            told = {"made_by": data.get(key), "recovery": data.get("recovery", [])}
-            stages = [RecoveryStage.from_json(stage) for stage in told["recovery"]]
-        except (OSError, ValueError, AttributeError, TypeError, UserError):
-            raise UserError(
-                f"{folder / name}, which tells how the model was repaired, cannot be read: restore it, or delete it."
-            ) from None
-        if stages:
-            return told | ({"before": data["before"]} if "before" in data else {})
-    return None
-
-
-def methods_of(told: Mapping[str, Any] | None) -> list[str]:
-    """The recoveries of `told_before`, in order, and those before them."""
-    if told is None:
-        return []
-    return [*methods_of(told.get("before")), *(stage["method"] for stage in told["recovery"][1:])]
-
-
 def recovery_card(stages: Sequence[RecoveryStage], made: RecoveryMadeBy) -> str:
     """The stages as a Markdown table for the model card, and what they were made with."""
     head, rows = recovery_rows(stages)
