@@ -782,6 +782,7 @@ def test_a_repair_of_what_was_repaired_tells_of_both(files: Path) -> None:
 
 def test_a_packaged_checkpoint_is_recovered_as_the_plan_it_was_cut_by(files: Path) -> None:
     plan = prune(files / "dense", "attn.1-2", out=files / "packaged", speed=False, **asked(files)).plan
+    assert open_subject(files / "packaged").anatomy.family == "llama"  # as error messages name it
     assert len(plan.removed) == 2
     found = recover(files / "packaged", "refit", teacher=files / "dense", out=files / "out", **asked(files))
     again = recover(files / "dense", "refit", plan=plan, **asked(files))

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shallower.anatomy.patch import Patch
 from shallower.errors import ModelError
-from shallower.packaged import Absent
+from shallower.packaged import Absent, stock_type
 from shallower.units import Kind, Unit
 
 PROBE_TOKENS = 8
@@ -114,7 +114,8 @@ class Anatomy:
 
     @property
     def family(self) -> str:
-        return str(self.model.config.model_type)
+        """What users know the model as: of a packaged one, the stock family that it builds on."""
+        return stock_type(self.model.config)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
