@@ -29,7 +29,7 @@ from shallower.engine.ray_session import connect
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
 from shallower.engine.states import States
 from shallower.errors import UserError
-from shallower.resources import parse_memory, parse_workers
+from shallower.resources import cluster, parse_memory, parse_workers
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
 
@@ -291,13 +291,34 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         (3, 3),
         (None, None),
         ("auto", "auto"),
+        ("auto:4", "auto:4"),
+        (" auto:04 ", "auto:04"),
         ("head:6379", "head:6379"),
         ("ray://head:10001", "ray://head:10001"),
     ):
         assert parse_workers(given) == expected
-    for wrong in ("0", -1, "four", "http://head:80", "head", "1.5", ""):
-        with pytest.raises(UserError, match="cannot be read: write how many"):
+    for wrong in ("0", -1, "four", "http://head:80", "head", "1.5", "", "auto:", "auto:0", "auto:-1", "auto:x"):
+        with pytest.raises(UserError, match=r"cannot be read: write how many .* auto:4 \(at most 4 workers there\)"):
             parse_workers(wrong)
+    assert [cluster(asked) for asked in ("auto", "auto:4", "auto:04", "head:6379", "ray://head:10001")] == [
+        ("auto", None),
+        ("auto", 4),
+        ("auto", 4),
+        ("head:6379", None),
+        ("ray://head:10001", None),
+    ]
+
+
+def test_a_running_cluster_is_used_as_far_as_it_may(ray: Any) -> None:
+    cpu = torch.device("cpu")
+    for asked, count in (("auto", 2), ("auto:1", 1), ("auto:2", 2), ("auto:9", 2)):
+        session = connect(asked, cpu)
+        assert (session.count, session.neighbours, session.threads, session.ours) == (count, count, 1, False)
+        assert session.placement == {"num_cpus": 1.0}
+        session.close()
+        assert ray.is_initialized()
+    with pytest.raises(UserError, match=r"--workers auto:2: the Ray cluster has no GPU; choose another --device"):
+        connect("auto:2", torch.device("cuda"))
 
 
 def test_without_ray_one_sentence_says_what_to_install(
@@ -321,11 +342,13 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     evaluator = partial(Evaluator, batches=[], objective=registry.objective.get("nll"), options={})
-    crew = RayWorkers(evaluator(dissect(tiny_model("llama")), states=States(0), memory=0), "auto")
-    with pytest.raises(UserError, match=r"Ray cannot be reached \(Could not find any running Ray instance\)\. Start"):
-        _ = crew.count
-    assert asked[0]["address"] == "auto"
-    crew.close()
+    for given in ("auto", "auto:4"):
+        crew = RayWorkers(evaluator(dissect(tiny_model("llama")), states=States(0), memory=0), given)
+        told = rf"{given}: Ray cannot be reached \(Could not find any running Ray instance\)\. Start"
+        with pytest.raises(UserError, match=told):
+            _ = crew.count
+        assert asked.pop()["address"] == "auto"
+        crew.close()
 
 
 def test_a_checkpoint_of_another_model_is_not_taken(folder: Path) -> None:

@@ -193,7 +193,8 @@ Workers = Annotated[
         "--workers",
         metavar="WHO",
         help="Measure with Ray: a number of workers on this machine, auto (the cluster that RAY_ADDRESS names, or that "
-        "runs here) or host:port. Default: threads of this process.",
+        "runs here: a worker, with the model, for each of its processors or GPUs), auto:4 (at most 4 of them) or "
+        "host:port. Default: threads of this process.",
     ),
 ]
 Device = Annotated[

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shallower.errors import UserError
+from shallower.resources import cluster
 
 ASIDE = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
@@ -42,7 +43,7 @@ class Session:
 
 
 def connect(asked: int | str, device: torch.device) -> Session:
-    """Start Ray on this machine for a number of workers, or join the cluster at an address.
+    """Start Ray on this machine for a number of workers, or join the cluster at an address (`auto:4`: with at most 4).
 
     A Ray that this process is connected to already is used as it is. Raises UserError when no cluster answers, or it
     has no processor or GPU to offer.
@@ -51,15 +52,16 @@ def connect(asked: int | str, device: torch.device) -> Session:
         os.environ.setdefault(name, value)
     import ray
 
+    address, limit = ("local", None) if isinstance(asked, int) else cluster(asked)
     ours = not ray.is_initialized()
     if ours:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         before = signal.getsignal(signal.SIGTERM)
         try:
             if isinstance(asked, int):
-                ray.init(address="local", num_cpus=asked, include_dashboard=False, **quiet)
+                ray.init(address=address, num_cpus=asked, include_dashboard=False, **quiet)
             else:
-                ray.init(address=asked, **quiet)
+                ray.init(address=address, **quiet)
         except (ConnectionError, ImportError, RuntimeError, ValueError, TimeoutError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
@@ -82,4 +84,5 @@ def connect(asked: int | str, device: torch.device) -> Session:
         )
     most = max(int(node["Resources"].get(key, 0)) for node in ray.nodes() if node["Alive"])
     placement = {"num_cpus": 0.0, "num_gpus": 1.0} if key == "GPU" else {"num_cpus": 1.0}
-    return Session(ray, int(offered), max(1, most), 1, placement, ours)
+    count = int(offered) if limit is None else min(limit, int(offered))
+    return Session(ray, count, max(1, min(count, most)), 1, placement, ours)

@@ -147,7 +147,8 @@ class RayWorkers:
         memory: int | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """evaluator: what to copy. asked: how many on this machine, or the address of a cluster, all of which is used.
+        """evaluator: what to copy. asked: how many on this machine, or the address of a cluster, all of which is used
+        where it has no limit (`auto:4`).
 
         memory: bytes on each machine. checkpoint: where workers read the weights; without it they are sent.
         """
