@@ -26,6 +26,7 @@ from shallower.cli.methods import paper_links
 from shallower.cli.progress import lines
 from shallower.errors import UserError, VerificationError
 from shallower.plan import PruningPlan
+from shallower.reporting.wording import number
 from shallower.scores import Scores
 from shallower.version import __version__
 
@@ -344,6 +345,23 @@ def test_report(cli: Cli, pruned: Path) -> None:
     assert (pruned / "report.html").read_text(encoding="utf-8") == page
     assert cli("report", pruned, "--json").json["pruned"]["blocks"] == 3
     assert "report.json" in sentence(cli("report", pruned.parent, "--quiet"))
+
+
+def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, tmp_path: Path) -> None:
+    asked = ("recover", pruned, "--teacher", place / "tiny", "--with", "emulated-update", "--out", tmp_path / "out")
+    texts = ("--text", place / "held-out.txt", "--window", 32, "--windows", 2)
+    ran = cli(*asked, "--calibration", place / "text.txt", *SMALL, *texts)
+    assert ran.code == 0
+    before, after = json.loads((tmp_path / "out" / "recovery.json").read_text())["recovery"]
+    lines = [line.split() for line in ran.out.splitlines()]
+    [head] = [" ".join(words) for words in lines if "Perplexity" in words]
+    assert head.startswith("Perplexity on held-out.txt Parameters added Tokens read Time")
+    rows = {words[0]: words[1:] for words in lines if words}
+    assert rows["cut"] == [number(before["perplexity"]["held-out.txt"])]
+    told = [number(after["perplexity"]["held-out.txt"]), f"{after['parameters']:,}", f"{after['tokens']:,}"]
+    assert rows["emulated-update"][:3] == told
+    assert after["parameters"] > 0
+    assert f"Model: {tmp_path / 'out'}" in ran.out
 
 
 def test_eval_compares_with_the_first(cli: Cli, place: Path, pruned: Path) -> None:

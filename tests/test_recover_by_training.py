@@ -21,6 +21,7 @@ from shallower.errors import CorpusError, ModelError, OutputError, PlanError, Us
 from shallower.plan import MadeBy, PruningPlan
 from shallower.reporting.data import ReportData
 from shallower.surgery import cut, save
+from shallower.surgery.patch import patches
 from shallower.surgery.verify import full_logits
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
@@ -266,6 +267,41 @@ def test_prune_trains_what_it_cut(files: Path) -> None:
     assert torch.allclose(full_logits(loaded, ids), full_logits(pruned.model, ids), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("methods", "settings", "kind", "added"),
+    [
+        ("linear-fold", ["ridge=0.1"], "LlamaForCausalLM", [0]),
+        ("low-rank,lora", ["rank=3", "lr=0.003", "batch=128", "at_once=128"], "ShallowForCausalLM", [224, 0]),
+    ],
+)
+def test_what_prune_repairs_is_in_the_folder(
+    files: Path, methods: str, settings: list[str], kind: str, added: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where adapters were trained on a model with maps at its cuts."""
+    kept = []
+    verb = sys.modules["shallower.verbs.prune"]
+    monkeypatch.setattr(verb, "prune", lambda *args, **how: kept.append(prune(*args, **how)) or kept[0])
+    given = ["prune", files / "dense", "--remove", "block.2-3", "--recover", methods, "--out", files / "out", "--quiet"]
+    given += ["--calibration", files / "text.jsonl", "--sequences", 16, "--length", 32, "--train-sequences", 4]
+    given += ["--window", 64, "--windows", 2, "--no-speed", "--dtype", "float32"]
+    for setting in settings:
+        given += ["--set", setting]
+    ran = CliRunner().invoke(app, [str(item) for item in given])
+    assert ran.exit_code == 0, ran.output
+    [pruned] = kept
+    assert [stage.method for stage in pruned.report.recovery] == ["cut", *methods.split(",")]
+    assert [stage.parameters for stage in pruned.report.recovery[1:]] == added
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
+    assert type(loaded).__name__ == kind
+    ids = torch.arange(3, 27)[None]
+    found = full_logits(loaded, ids)
+    assert torch.allclose(found, full_logits(pruned.model, ids), atol=1e-5)
+    dense = dissect(tiny_model("llama"))
+    assert not torch.allclose(found, full_logits(cut(dense, parse_units("block.2-3")), ids), atol=1e-3)
+    before, own = dense.model.model.layers[0].self_attn.q_proj.weight, loaded.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(own, before) == ("lora" not in methods)
+
+
 def test_text_that_was_read_and_is_evaluated_is_noted_and_texts_of_one_name_are_told_apart(files: Path) -> None:
     (files / "other").mkdir()
     (files / "other" / "text.jsonl").write_text(json.dumps({"text": "Nobody has seen one of these dogs before. " * 40}))
@@ -428,6 +464,22 @@ def test_trained_maps_are_saved_in_place_of_a_block(files: Path) -> None:
     ids = torch.arange(3, 27)[None]
     assert torch.allclose(full_logits(loaded, ids), full_logits(found.model, ids), atol=1e-5)
     assert loaded.config.num_hidden_layers == found.model.config.num_hidden_layers + 1
+
+
+def test_a_bias_alone_is_trained_and_saved(files: Path) -> None:
+    few = asked(files, settings={**SMALL, "rank": "0", "lr": "0.05"}, train_sequences=8)
+    found = recover(files / "pruned", "low-rank-trained", teacher=files / "dense", out=files / "out", **few)
+    [(_, patch)] = patches(found.model)
+    assert patch.rank == 0
+    assert float(patch.bias.detach().abs().max()) > 0.01
+    hidden = found.model.config.hidden_size
+    assert found.stages[1].parameters == hidden
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
+    ids = torch.arange(3, 27)[None]
+    assert torch.allclose(full_logits(loaded, ids), full_logits(found.model, ids), atol=1e-5)
+    assert sum(p.numel() for p in loaded.parameters()) == hidden + sum(
+        p.numel() for p in cut(dissect(tiny_model("llama")), parse_units("block.2-3")).parameters()
+    )
 
 
 def test_a_checkpoint_with_maps_is_trained_further_but_not_repaired_again(files: Path) -> None:
