@@ -25,7 +25,7 @@ from shallower.checkpoint.architecture import require_decoder
 from shallower.checkpoint.fingerprint import checksum, fingerprint, identity
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.locate import locate
-from shallower.errors import CorpusError, ModelError, OutputError, UnknownName
+from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
 from shallower.testing.families import tiny_tokenizer
 
 
@@ -274,6 +274,14 @@ def test_dtype_and_device(saved: Path) -> None:
         load_model(str(saved), dtype="bfloat")
     with pytest.raises(UnknownName, match="unknown device 'gpu'"):
         load_model(str(saved), device="gpu")
+
+
+def test_a_device_without_float64_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert dtype.parse_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"device 'mps' has no float64.*--device cpu"):
+        dtype.parse_device("mps")
 
 
 @pytest.mark.parametrize(

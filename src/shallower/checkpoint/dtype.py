@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from shallower.errors import UnknownName
+from shallower.errors import UnknownName, UserError
 from shallower.launched import local_rank, world_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -17,14 +17,14 @@ _WORTHWHILE = 1.3  # half precision has to be this many times faster than float3
 
 
 def parse_device(name: str) -> torch.device:
-    """`auto` (cuda, else mps, else cpu) or a torch device such as `cpu` or `cuda:1`. Of processes that were launched
+    """`auto` (cuda, else cpu) or a torch device such as `cpu` or `cuda:1`. Of processes that were launched
     together, `auto` gives each its own cuda device.
 
-    Raises UserError when this machine has no such device.
+    Raises UserError when this machine has no such device, or it has no float64, in which all is summed (Apple's GPUs).
     """
+    if name.partition(":")[0] == "mps":
+        raise UserError(f"device {name!r} has no float64, in which losses and fits are summed: use --device cpu.")
     there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
     if torch.cuda.is_available():
         there = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *there]
     if name == "auto":
@@ -50,7 +50,7 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """The format in which `device` multiplies matrices fastest; bfloat16 only where it is clearly faster than float32.
 
-    CUDA: bfloat16 where the hardware has it, else float16. Elsewhere measured once a process, which takes some
+    CUDA: bfloat16 where the hardware has it, else float16. On a processor measured once a process, which takes some
     hundredths of a second on one thread. Never float16 there: several families overflow in it.
     """
     if device.type == "cuda":
@@ -80,8 +80,6 @@ def _seconds(device: torch.device, size: int) -> tuple[float, float]:
             for dtype, matrix in operands.items():
                 start = time.perf_counter()
                 linear(matrix, matrix)
-                if device.type == "mps":
-                    torch.mps.synchronize()
                 if turn:  # the first turn warms up
                     best[dtype] = min(best[dtype], time.perf_counter() - start)
     return best[torch.float32], best[torch.bfloat16]

@@ -45,7 +45,7 @@ def load_model(
     """Load MODEL: a folder, a `.gguf` file, a Hub name `owner/name[@revision]`, or `demo`.
 
     dtype: `float32`, `bfloat16`, `float16`, or `auto` for what the device multiplies fastest.
-    device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the best there is.
+    device: `cpu`, `cuda`, `cuda:1`, or `auto` for the best there is.
     revision: branch, tag or commit of a Hub model; the same as `@revision` in the name.
 
     Raises ModelError for anything that is not a complete decoder-only causal language model in safetensors or GGUF, and

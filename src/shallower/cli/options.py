@@ -197,9 +197,7 @@ Workers = Annotated[
         "host:port. Default: threads of this process.",
     ),
 ]
-Device = Annotated[
-    str, Option("--device", metavar="DEVICE", help="auto (the best there is), cpu, cuda, cuda:1 or mps.")
-]
+Device = Annotated[str, Option("--device", metavar="DEVICE", help="auto (the best there is), cpu, cuda or cuda:1.")]
 Dtype = Annotated[
     str,
     Option("--dtype", metavar="TYPE", help="auto (what the device multiplies fastest), float32, bfloat16 or float16."),

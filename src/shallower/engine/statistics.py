@@ -275,7 +275,7 @@ def token_weights(reading: Reading, sinks: float, relative: bool) -> Tensor:
 class Moments:
     """Weighted sums of x, y, x xᵀ, x yᵀ and y², in float64; all that a least-squares fit needs.
 
-    On accelerators, of which many have no float64 or are slow at it, the products of one batch are in float32.
+    On accelerators, most of which are slow at float64, the products of one batch are in float32.
     """
 
     def __init__(self) -> None:

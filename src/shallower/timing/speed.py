@@ -221,8 +221,6 @@ def _now(device: torch.device) -> float:
     """The clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
     return time.perf_counter()
 
 
