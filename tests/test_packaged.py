@@ -619,6 +619,8 @@ def test_inspect_says_what_can_be_exported() -> None:
     assert "pair up" not in unlike.exports["ordinary"]
     with pytest.raises(BudgetError, match="dbrx has no attn units that can be told apart"):
         shallower.search(tiny_model("dbrx"), "1", units="attn")
+    with pytest.raises(BudgetError, match=r"attn\.3 does not exist: attn is not a part of block 3 .* told apart"):
+        shallower.search(tiny_model("dbrx"), "attn.3")
 
 
 def test_a_damaged_package_is_found(folder: Path, tmp_path: Path) -> None:

@@ -86,7 +86,12 @@ def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Pat
     [
         ("refit,full", ["distill=0.5"], r"--distill 0.9 and --set distill=0.5 differ: drop one of the two"),
         ("full", ["distill=much"], r"--distill 0.9 and --set distill=much differ"),
-        ("refit,low-rank", [], r"--distill 0.9 is for recoveries that train, and refit,low-rank does not: .* full"),
+        (
+            "refit,low-rank",
+            [],
+            r"0.9 is for full, lora and qlora, and refit,low-rank has none of them: add .*,full",
+        ),
+        ("low-rank-trained", [], r"--distill 0.9 is for full, lora and qlora, and low-rank-trained has none"),
         ("fulll", [], r"did you mean 'full'"),
         ("full", ["distill=0.90", "lr=-1"], r"lr=-1.0 is not above 0"),
     ],
@@ -407,6 +412,19 @@ def test_conversations_are_trained_on_and_measured_by(files: Path) -> None:
     first, *_, last = stage.curve
     assert last["held_out"] < first["held_out"]
     assert stage.tokens < 76 * 96
+    (files / "fresh.txt").write_text("Nobody has seen one of these dogs before. " * 40)
+    (files / "out" / "report.json").write_text("[]")  # of something else; recovery.json is what is asked
+
+    def unknown() -> list[str]:
+        notes = evaluate([files / "out"], [str(files / "fresh.txt")], window=64, max_windows=20, dtype="float32").notes
+        return [note for note in notes if "is not known" in note]
+
+    [note] = unknown()
+    assert note.startswith("out: whether its training text chat.jsonl?instructions=true")
+    assert note.endswith("(conversations that trained a model are not read again).")
+    (files / "out" / "recovery.json").unlink()
+    [note] = unknown()
+    assert re.search(r"whether what is evaluated was trained on is not known \(.*report.json.*cannot be read", note)
 
 
 def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:

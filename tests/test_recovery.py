@@ -1036,7 +1036,13 @@ def test_options_reach_the_repair_that_judges() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rows"), [("", (24, 8 + 2)), ("?sequences=16", (12, 4)), ("?sequences=5&length=8", (3, 2))]
+    ("options", "rows"),
+    [
+        ("", (24, 8 + 2)),
+        ("?length=8", (34 - 20, 20)),
+        ("?sequences=16", (12, 4)),
+        ("?sequences=5&length=8", (3, 2)),
+    ],
 )
 def test_candidates_are_judged_on_other_text_than_repairs_need(
     options: str, rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -1065,6 +1071,11 @@ def test_candidates_are_judged_on_other_text_than_repairs_need(
     few = {**asked, "sequences": 10**5}
     with pytest.raises(CorpusError, match=r"fitted on 100000 sequences of 16 tokens and judged on 50000 others"):
         search(tiny_model("llama"), 1, calibration=tmp_path / "text.txt", **few)
+    with pytest.raises(CorpusError, match=r"typo\.txt") as refused:
+        search(tiny_model("llama"), 1, calibration=tmp_path / "typo.txt", **asked)
+    assert "--repair" not in str(refused.value)  # it is not too little text that is wrong
+    with pytest.raises(UserError, match="in two parts is for a search with a repair"):
+        search(tiny_model("llama"), 1, calibration=split(sample_text(tiny_model("llama"), sequences=8)))
 
 
 def test_prune_searches_behind_the_repair_that_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -297,7 +297,9 @@ def test_a_study_that_was_killed_goes_on(place: Path) -> None:
     assert plans[0] == plans[1]
 
 
-def test_cells_of_a_model_that_differs_in_one_weight_are_not_recalled(place: Path, tmp_path: Path) -> None:
+def test_cells_of_a_model_that_differs_in_one_weight_or_its_config_are_not_recalled(
+    place: Path, tmp_path: Path
+) -> None:
     from shallower.checkpoint.fingerprint import fingerprint
     from shallower.checkpoint.load import load_model
 
@@ -317,9 +319,12 @@ def test_cells_of_a_model_that_differs_in_one_weight_are_not_recalled(place: Pat
     assert run("study", grid, "--out", tmp_path / "out") == 0
     first.save_pretrained(tmp_path / "tiny")
     assert run("study", grid, "--out", tmp_path / "out") == 0
-    one, other = lines_of(tmp_path / "out")
-    assert one["key"] != other["key"]
-    assert one["held_out"] != other["held_out"]
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert run("study", grid, "--out", tmp_path / "out") == 0  # the same weights, but they compute something else
+    rows = lines_of(tmp_path / "out")
+    assert len({row["key"] for row in rows}) == 3
+    assert len({str(row["held_out"]) for row in rows}) == 3
 
 
 def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -648,7 +648,6 @@ def test_what_maps_learn_of_conversations_is_the_same_together_and_apart(tmp_pat
     ("before", "options", "said"),
     [
         ("emulated-update", {"by": "mse"}, r"by=mse teaches all .* repaired before: use by=kl, or let"),
-        ("", {"by": "kl", "distill": 0.5}, r"distill=0\.5 and by=kl both say what is learned: leave distill out"),
         ("", {"rank": -1}, r"rank=-1 is below 0"),
     ],
 )

@@ -52,6 +52,10 @@ class CorpusError(UserError):
     """Text is missing, too short, or not text."""
 
 
+class TooLittleText(CorpusError):
+    """There is text, but less than what was asked for."""
+
+
 class PlanError(UserError):
     """A plan that is malformed or was made for another model."""
 

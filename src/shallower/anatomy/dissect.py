@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shallower.anatomy.patch import Patch
-from shallower.errors import ModelError
+from shallower.errors import BudgetError, ModelError
 from shallower.packaged import Absent, stock_type
 from shallower.units import Kind, Unit
 
@@ -125,6 +125,18 @@ class Anatomy:
             units.append(Unit(block.index, "block"))
             units += [Unit(block.index, kind) for kind in ("attn", "mlp") if block.part(kind) is not None]
         return tuple(units)
+
+    def require(self, units: Iterable[Unit]) -> None:
+        """Raise BudgetError for a unit that the model has not, or that cannot be told apart in it."""
+        known, last = set(self.units), len(self.blocks) - 1
+        for unit in sorted(units):
+            if unit.index > last:
+                raise BudgetError(f"{unit} does not exist: this {self.family} model has blocks 0 to {last}.")
+            if unit not in known:
+                raise BudgetError(
+                    f"{unit} does not exist: {unit.kind} is not a part of block {unit.index} of this {self.family} "
+                    "model that can be told apart."
+                )
 
     def of_kind(self, *kinds: Kind) -> tuple[Unit, ...]:
         return tuple(unit for unit in self.units if unit.kind in kinds)

@@ -166,7 +166,8 @@ RepairBy = Annotated[
         "--repair",
         metavar="NAME",
         help="Judge every candidate after this recovery (linear-fold), by its loss on the text to measure on; the "
-        "recovery is fitted on other text, of at least 128 sequences of 256 tokens. Default: as it was cut.",
+        "recovery is fitted on other text, of at least 128 sequences of 256 tokens. No races are run. "
+        "Default: as it was cut.",
     ),
 ]
 Texts = Annotated[
@@ -224,7 +225,7 @@ def with_distill(settings: dict[str, str], share: float | None, recoveries: str)
 
     if not any("distill" in method.options for method, _ in parse_recoveries(recoveries, {})):
         raise UserError(
-            f"--distill {share:g} is for recoveries that train, and {recoveries} does not: add full or lora, as in "
+            f"--distill {share:g} is for full, lora and qlora, and {recoveries} has none of them: add one, as in "
             f"{recoveries},full, or drop --distill."
         )
     said = settings.get("distill", str(share))

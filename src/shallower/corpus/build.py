@@ -44,7 +44,7 @@ from shallower.corpus.specification import (
     written_out,
 )
 from shallower.corpus.supply import NOTHING, Supply
-from shallower.errors import CorpusError, UserError
+from shallower.errors import CorpusError, TooLittleText, UserError
 from shallower.registry import Option
 
 if TYPE_CHECKING:
@@ -432,12 +432,12 @@ def _require_enough(rows: list[list[int]], source: str, options: BuildOptions, l
     if ledger.dropped.total:
         what += f", without {ledger.dropped.total} documents that dedup and min_quality leave out,"
     if not options.pack:
-        raise CorpusError(
+        raise TooLittleText(
             f"{what} holds {len(rows)} documents, but sequences={options.sequences} was asked for without packing: "
             f"use {_fewer(whole)}pack=true or more text."
         )
     have = sum(map(len, rows))
-    raise CorpusError(
+    raise TooLittleText(
         f"{what} holds {have:,} tokens, but {options.sequences} sequences of {options.length} need "
         f"{options.sequences * options.length:,}: use {_fewer(whole)}a shorter length, or more text."
     )

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Collection
 
 from shallower.anatomy.dissect import Anatomy
-from shallower.errors import BudgetError
 from shallower.units import Kind, Unit
 
 Route = str
@@ -22,13 +21,8 @@ def route_of(anatomy: Anatomy, removed: Collection[Unit]) -> Route:
     Raises BudgetError when the model has no such unit.
     """
     gone: dict[int, set[Kind]] = defaultdict(set)
+    anatomy.require(removed)
     for unit in removed:
-        if unit.index >= len(anatomy.blocks) or (
-            unit.kind != "block" and anatomy.blocks[unit.index].part(unit.kind) is None
-        ):
-            raise BudgetError(
-                f"{unit} does not exist: this {anatomy.family} model has blocks 0 to {len(anatomy.blocks) - 1}."
-            )
         gone[unit.index].add(unit.kind)
     names = {frozenset(kinds): letter for letter, kinds in ACTIONS.items()}
     return "".join(

@@ -18,7 +18,7 @@ from shallower.training.recipe import Recipe, Task, trainable
 
 
 @recovery("low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True, whole={"by": "mse"})
-@trainable(Recipe(lr=1e-3, weight_decay=0.0))
+@trainable(Recipe(lr=1e-3, weight_decay=0.0), without=("distill",))
 def low_rank_trained(
     student: PreTrainedModel, task: Task, *, rank: int = 8, by: Literal["mse", "kl", "nll"] = "kl"
 ) -> PreTrainedModel:
@@ -28,11 +28,8 @@ def low_rank_trained(
     for a student that nothing was repaired of; kl: the dense model's probabilities; nll: the text. The maps add
     parameters that a stock checkpoint has no place for: it is saved packaged.
     """
-    recipe = task.recipe
     if rank < 0:
         raise UserError(f"rank={rank} is below 0: give the rank of the map, or 0 for a bias alone (--set rank=8).")
-    if recipe.distill:
-        raise UserError(f"distill={recipe.distill:g} and by={by} both say what is learned: leave distill out.")
     if by == "mse" and not _is_plain(student, task):
         raise UserError(
             "by=mse teaches all that the missing units did, and this model was repaired before: use by=kl, or let "
@@ -46,7 +43,7 @@ def low_rank_trained(
         student = train(UnitObjective(task.anatomy, places, patches), student, task, None).student
     else:
         share = 1.0 if by == "kl" else 0.0
-        student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(recipe, distill=share)))
+        student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, distill=share)))
     return finish(student, {})
 
 

@@ -127,14 +127,7 @@ def leftovers(model: nn.Module) -> tuple[Unit, ...]:
 
 def _checked(anatomy: Anatomy, units: Collection[Unit]) -> frozenset[Unit]:
     require_distinct(units)
-    known = set(anatomy.units)
-    for unit in sorted(units):
-        if unit not in known:
-            last = len(anatomy.blocks) - 1
-            what = f"there is no {unit} in this {anatomy.family} model"
-            if unit.index <= last:
-                raise BudgetError(f"{what}: {unit.kind} is not a part of block {unit.index} that can be told apart.")
-            raise BudgetError(f"{what}: its blocks are 0 to {last}.")
+    anatomy.require(units)
     if not in_place(anatomy, units, keep_empty=False):
         raise BudgetError(f"cannot remove all {len(anatomy.blocks)} blocks; leave at least one.")
     return frozenset(units)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXAMPLE = '{"instruction": "…", "input": "…", "output": "…"}'
+CONVERSATIONS = "instructions=true"  # in the description of a set, which is no specification of a calibration text
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,8 @@ def build_instructions(
     real = torch.arange(width)[None, :] < torch.tensor([len(ids) for ids, _ in found])[:, None]
     scored = real & (torch.arange(width)[None, :] >= torch.tensor([begin for _, begin in found])[:, None])
     source = SourceRecord(path.name, f"sha256:{total.hexdigest()}", len(found), read)
-    return InstructionSet(f"{path.name}?length={length}", rows, real.to(torch.int64), (source,), scored=scored)
+    described = f"{path.name}?{CONVERSATIONS}&length={length}"
+    return InstructionSet(described, rows, real.to(torch.int64), (source,), scored=scored)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where: str) -> tuple[list[int], int]:

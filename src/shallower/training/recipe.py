@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -123,10 +123,12 @@ class Task:
         }
 
 
-def trainable(defaults: Recipe) -> Callable[[Callable[..., PreTrainedModel]], Callable[..., PreTrainedModel]]:
+def trainable(
+    defaults: Recipe, *, without: Collection[str] = ()
+) -> Callable[[Callable[..., PreTrainedModel]], Callable[..., PreTrainedModel]]:
     """Turn `method(student, task, *, own options)` into a recovery that takes the recipe's options, too.
 
-    defaults: the recipe's values where nothing is set.
+    defaults: the recipe's values where nothing is set. without: what of the recipe is no option of the method.
     """
 
     def decorate(function: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
@@ -159,6 +161,7 @@ def trainable(defaults: Recipe) -> Callable[[Callable[..., PreTrainedModel]], Ca
         settable = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=values[name], annotation=described[name])
             for name in values
+            if name not in without
         ]
         method.__signature__ = inspect.Signature([*supplied, *settable])  # type: ignore[attr-defined]
         method.__annotations__ = described

@@ -16,6 +16,7 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy, unpack
 from shallower.checkpoint.fingerprint import checksum
 from shallower.engine.head import Head, find_head
+from shallower.engine.memo import beside_weights
 from shallower.errors import ModelError, OutputError, UserError
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide
@@ -145,7 +146,8 @@ def open_cache(
             f"teacher_cache of {budget / 1e6:.1f} MB holds {words} words for each of {tokens:,} tokens, and less than "
             f"{FEWEST_WORDS} say too little: give {least / 1e6:.1f} MB or more, or leave it out."
         )
-    what = f"{checksum(teacher.anatomy.model)} {digest} {temperature} {words}"
+    model = teacher.anatomy.model
+    what = f"{checksum(model)} {beside_weights(model)} {digest} {temperature} {words}"
     folder = place / f"teacher-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

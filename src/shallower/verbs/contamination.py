@@ -12,6 +12,7 @@ from shallower.corpus import CalibrationSet, build_calibration, build_choices, o
 from shallower.corpus.overlap import rows_in
 from shallower.errors import UserError
 from shallower.plan import CalibrationIdentity, PruningPlan
+from shallower.training.instructions import CONVERSATIONS
 from shallower.verbs.history import texts_of, told_before
 from shallower.verbs.subject import Subject
 from shallower.verbs.supply import supply
@@ -67,9 +68,16 @@ def contamination(
         read[f"the calibration text {told}"] = text
     elif told:
         yield f"{label}: {told}"
-    for what, recorded in texts_of(told_before(subject.loaded.path)):
-        if recorded.digest in {known.digest for known in read.values()}:
+    seen = {known.digest for known in read.values()}
+    try:
+        repaired_on = list(texts_of(told_before(subject.loaded.path)))
+    except UserError as error:
+        repaired_on = []
+        yield f"{label}: whether what is evaluated was trained on is not known ({str(error).rstrip('.')})."
+    for what, recorded in repaired_on:
+        if recorded.digest in seen:
             continue
+        seen.add(recorded.digest)
         again, reason = _read_again(subject, recorded)
         if again is None:
             yield f"{label}: whether {what} {recorded.title} is in what is evaluated is not known ({reason})."
@@ -95,6 +103,8 @@ def contamination(
 
 def _read_again(subject: Subject, recorded: CalibrationIdentity) -> tuple[CalibrationSet | None, str]:
     """The text that a repair read; without it, why it cannot be had."""
+    if CONVERSATIONS in recorded.spec:
+        return None, "conversations that trained a model are not read again"
     try:  # without the model, which is not the one that may have written it
         found = build_calibration(recorded.spec, subject.tokenizer, supply=supply())
     except UserError as error:

@@ -67,11 +67,7 @@ def inspect(
     removed = parse_units(remove)
     subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     prove(subject.anatomy)
-    for unit in removed:
-        if unit not in subject.anatomy.units:
-            raise BudgetError(
-                f"{unit} does not exist: {subject.identity.name} has {len(subject.anatomy.blocks)} blocks."
-            )
+    subject.anatomy.require(removed)
     parts: dict[str, tuple[str, ...]] = {}
     for block in subject.anatomy.blocks:
         for kind in ("attn", "mlp"):

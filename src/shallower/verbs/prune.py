@@ -20,7 +20,7 @@ from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import LoadedModel
 from shallower.corpus import CalibrationSet
 from shallower.engine import reads_choices, stream_scores
-from shallower.errors import CorpusError, UserError
+from shallower.errors import TooLittleText, UserError
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
@@ -190,8 +190,8 @@ def prune(
             most, longest = repair_size(subject, *size)
             try:
                 fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
-            except CorpusError as error:
-                raise CorpusError(
+            except TooLittleText as error:
+                raise TooLittleText(
                     f"{error} A repair in prune reads {most} sequences of {longest} tokens; 'shallower recover' can do "
                     "with less."
                 ) from None
@@ -208,7 +208,7 @@ def prune(
             seed=seed,
         )
     with clock("stream metrics"):
-        influence, spans = _stream_metrics(subject, text, seed)
+        influence, spans = _stream_metrics(subject, whole, seed)
     with clock("search"):
         if given is None:
             assert remove is not None

@@ -21,7 +21,8 @@ from shallower.anatomy.patch import Patch
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus import CalibrationSet
-from shallower.errors import CorpusError, ModelError, UserError
+from shallower.engine.memo import beside_weights
+from shallower.errors import ModelError, TooLittleText, UserError
 from shallower.evaluation.perplexity import context_limit, perplexity
 from shallower.launched import spreads
 from shallower.recovery import Repair
@@ -200,8 +201,8 @@ def training_text(
     else:
         try:
             text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
-        except CorpusError as error:
-            raise CorpusError(f"{error} For training, sequences are set with --train-sequences.") from None
+        except TooLittleText as error:
+            raise TooLittleText(f"{error} For training, sequences are set with --train-sequences.") from None
     left_out = next(iter(held_out(calibration).values()), None)
     if left_out is None:
         return Training(text, None, notes=notes)
@@ -256,7 +257,9 @@ def run_recoveries(
     """
     stages = [RecoveryStage("repaired" if repaired else "cut", measure(student))]
     notes: list[str] = [] if training is None else [*training.notes]
-    begun = [checksum(student.model), checksum(dense.model), sorted(map(str, removed)), text.digest, seed]
+    begun: list[object] = [sorted(map(str, removed)), text.digest, seed]
+    if any(method.traits.get("trained") for method, _ in steps):
+        begun += [part for one in (student, dense) for part in (checksum(one.model), beside_weights(one.model))]
     try:
         for number, (method, options) in enumerate(steps):
             size = _parameters(student.model)

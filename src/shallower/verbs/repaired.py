@@ -26,7 +26,7 @@ from shallower.engine.ablator import MEASURED_AS, code_of
 from shallower.engine.memo import Memo, beside_weights, context_key
 from shallower.engine.statistics import Streams
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
-from shallower.errors import CorpusError, ModelError, UserError
+from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
 from shallower.recovery import Repair
 from shallower.registry import Method
 from shallower.surgery import cut
@@ -80,12 +80,14 @@ def judging_text(
     judges = -(-sequences * length // longest)
     try:
         whole = calibrate(subject, calibration, sequences=most + judges, length=longest, seed=seed)
-    except CorpusError as error:
-        raise CorpusError(
-            f"{error} Behind --repair a candidate is fitted on {most} sequences of {longest} tokens and judged on "
+    except TooLittleText as error:
+        raise TooLittleText(
+            f"{error} With --repair a candidate is fitted on {most} sequences of {longest} tokens and judged on "
             f"{judges} others; a text that says how many it has (text.txt?sequences=64) is split as it is."
         ) from None
-    return split(whole, judges if whole.sequences == most + judges else None)
+    if whole.sequences != most + judges:
+        return split(whole)
+    return split(whole, min(-(-sequences * length // whole.length), whole.sequences - 1))  # it may say its own length
 
 
 def require_closed(methods: Sequence[Method]) -> None:

@@ -120,6 +120,8 @@ def search(
             **shape,
         )
         calibration, read = advice.candidates[0].source, None if repair else advice.text
+    if isinstance(calibration, Parts) and not repair:
+        raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
     if read is None:
         assert not isinstance(calibration, Parts)
         if repair:
@@ -394,9 +396,8 @@ def _explicit(
     if not units:
         return None
     blocks = len(subject.anatomy.blocks)
+    subject.anatomy.require(units)
     for unit in units:
-        if unit not in subject.anatomy.units:
-            raise BudgetError(f"{unit} does not exist: {subject.identity.name} has blocks 0 to {blocks - 1}.")
         if unit.index in protected:
             raise BudgetError(f"{unit} is both to be removed and protected.")
     if _takes_all(subject, units):

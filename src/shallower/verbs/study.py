@@ -19,7 +19,7 @@ from shallower import progress
 from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices
 from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.ablator import MEASURED_AS
-from shallower.engine.memo import context_key
+from shallower.engine.memo import beside_weights, context_key
 from shallower.errors import CorpusError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
@@ -210,7 +210,7 @@ class _Runner:
         study = self.study
         return context_key(
             {
-                "model": self.subject.checksum,
+                "model": [self.subject.checksum, beside_weights(self.subject.model)],
                 "calibration": text.digest,
                 "cell": [cell.seed, cell.objective, cell.search, cell.remove],
                 "how": [study.units, study.protect, sorted(study.settings.items()), study.exact],
