@@ -342,7 +342,7 @@ def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], for
 
 
 def _recoveries(
-    names: str, settings: Mapping[str, str], search: str, objective: str, repair: str, *, planned: bool = False
+    names: str, settings: Mapping[str, str], search: str, objective: str, repair: str = "", *, planned: bool = False
 ) -> tuple[Stages, dict[str, str]]:
     """Recoveries with their options, and the options of search, objective and the repair that judges; one that both
     sides have is for both.
