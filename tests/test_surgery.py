@@ -317,7 +317,7 @@ def test_depth_bound_families_are_all_known() -> None:
     [
         ("block.0-5", "cannot remove all 6 blocks"),
         (",".join(f"attn.{i},mlp.{i}" for i in range(BLOCKS)), "cannot remove all 6 blocks"),
-        ("block.6", "its blocks are 0 to 5"),
+        ("block.6", "has blocks 0 to 5"),
     ],
 )
 def test_impossible_removals(text: str, says: str) -> None:

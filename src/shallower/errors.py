@@ -5,6 +5,7 @@
     │   ├── UnknownName         a method, unit, or key that does not exist; knows the nearest one
     │   ├── ModelError          MODEL cannot be found, read, or is of a kind that cannot be pruned
     │   ├── CorpusError         calibration or evaluation text is missing, too short, or not text
+    │   │   └── TooLittleText   there is text, but less than what was asked for
     │   ├── PlanError           a plan that is malformed or was made for another model
     │   ├── BudgetError         --remove / --protect ask for something impossible
     │   └── OutputError         the place to write to is taken, full, or not writable
