@@ -128,15 +128,14 @@ class Anatomy:
 
     def require(self, units: Iterable[Unit]) -> None:
         """Raise BudgetError for a unit that the model has not, or that cannot be told apart in it."""
-        known, last = set(self.units), len(self.blocks) - 1
-        for unit in sorted(units):
+        last = len(self.blocks) - 1
+        for unit in sorted(set(units).difference(self.units)):
             if unit.index > last:
                 raise BudgetError(f"{unit} does not exist: this {self.family} model has blocks 0 to {last}.")
-            if unit not in known:
-                raise BudgetError(
-                    f"{unit} does not exist: {unit.kind} is not a part of block {unit.index} of this {self.family} "
-                    "model that can be told apart."
-                )
+            raise BudgetError(
+                f"{unit} does not exist: {unit.kind} is not a part of block {unit.index} of this {self.family} model "
+                "that can be told apart."
+            )
 
     def of_kind(self, *kinds: Kind) -> tuple[Unit, ...]:
         return tuple(unit for unit in self.units if unit.kind in kinds)
