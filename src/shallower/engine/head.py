@@ -51,9 +51,10 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """float32 [rows, vocabulary] for the output embedding's input [rows, hidden]."""
-        return self._finish(self.output(rows)).float().clamp_min(LOWEST)
+    def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 [rows, vocabulary] for the output embedding's input [rows, hidden]; in `out` where it is given."""
+        found = self._finish(self.output(rows))
+        return found.float().clamp_min(LOWEST) if out is None else out.copy_(found).clamp_min_(LOWEST)
 
     @property
     def has_chunks(self) -> bool:

@@ -73,26 +73,31 @@ class _HeadLosses(torch.autograd.Function):
         sums = rows.new_zeros(3, dtype=torch.float32)
         matrix = None if weight is None else weight.to(rows.dtype)
         vocabulary = rows.shape[1] if matrix is None else len(matrix)
-        size = max(1, _chunk_bytes(rows) // (4 * vocabulary))
+        size = max(1, min(len(rows), _chunk_bytes(rows) // (4 * vocabulary)))
+        buffers = rows.new_empty(2 if guide is None else 4, size, vocabulary, dtype=torch.float32)
+        product = rows.new_empty(size, vocabulary)
         to_rows = torch.empty_like(rows)
         to_weight = _gradient(weight, ctx.needs_input_grad[1])
         to_bias = _gradient(bias, ctx.needs_input_grad[2])
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             chunk = rows[part]
-            raw = chunk if matrix is None else torch.mm(chunk, matrix.t())
-            if bias is not None:
-                raw = raw + bias.to(raw.dtype)
-            gradient = _chunk(raw, targets[part], head, _part(guide, part), distill, temperature, sums)
-            gradient = gradient.to(rows.dtype)
+            raw, held = product[: len(chunk)], buffers[:, : len(chunk)]
             if matrix is None:
-                to_rows[part] = gradient
+                raw.copy_(chunk)
+            else:
+                torch.mm(chunk, matrix.t(), out=raw)
+            if bias is not None:
+                raw += bias.to(raw.dtype)
+            raw.copy_(_chunk(raw, targets[part], head, _part(guide, part), distill, temperature, sums, held))
+            if matrix is None:
+                to_rows[part] = raw
                 continue
-            torch.mm(gradient, matrix, out=to_rows[part])
+            torch.mm(raw, matrix, out=to_rows[part])
             if to_weight is not None:
-                to_weight += torch.mm(gradient.t(), chunk)
+                to_weight += torch.mm(raw.t(), chunk)
             if to_bias is not None:
-                to_bias += gradient.sum(0, dtype=torch.float32)
+                to_bias += raw.sum(0, dtype=torch.float32)
         ctx.save_for_backward(to_rows, to_weight, to_bias)
         ctx.dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
         total, nll, kl = sums.unbind()
@@ -112,54 +117,82 @@ class _HeadLosses(torch.autograd.Function):
 
 
 def _chunk(
-    raw: Tensor, targets: Tensor, head: Head, guide: Guide | None, distill: float, temperature: float, sums: Tensor
+    raw: Tensor,
+    targets: Tensor,
+    head: Head,
+    guide: Guide | None,
+    distill: float,
+    temperature: float,
+    sums: Tensor,
+    buffers: Tensor,
 ) -> Tensor:
-    """Add the losses of a few rows to `sums` (total, nll, kl); the total's gradient by the logits `raw`, float32."""
-    logits, slope = _finished(raw, head)
+    """Add the losses of a few rows to `sums` (total, nll, kl); the total's gradient by the logits `raw`, float32.
+
+    buffers: float32 [2, or 4 with a guide, rows, vocabulary], written over. All is computed in them, as memory that is
+    new from the system takes longer than what is computed in it.
+    """
+    logs, probabilities = buffers[0], buffers[1]
+    slope = _finish(raw, head, logs)
+    _log_softmax(logs, probabilities)
     at = torch.arange(len(targets), device=targets.device)
-    logs = torch.log_softmax(logits, dim=-1)
     nll = -logs[at, targets].sum()
     sums[1] += nll
     sums[0] += (1 - distill) * nll
-    gradient = None
-    if distill < 1:
-        gradient = logs.exp() if distill else logs.exp_()
-        gradient[at, targets] -= 1
-        gradient *= 1 - distill
+    difference: Tensor | None = None
     if guide is not None and distill:
+        tempered = probabilities
         if temperature != 1:
-            logs = torch.log_softmax(logits / temperature, dim=-1)
-        kl, difference = _divergence(logs, guide, temperature)
+            tempered = torch.empty_like(probabilities)
+            _log_softmax(logs.div_(temperature), tempered)
+        kl, difference = _divergence(logs, tempered, guide, temperature, buffers[2:])
         sums[2] += kl
         sums[0] += distill * temperature**2 * kl
-        difference *= distill * temperature
-        gradient = difference if gradient is None else gradient.add_(difference)
-    assert gradient is not None
-    return gradient if slope is None else gradient * slope
+    gradient = probabilities
+    gradient[at, targets] -= 1
+    if difference is not None:
+        gradient.mul_(1 - distill).add_(difference, alpha=distill * temperature)
+    return gradient if slope is None else gradient.mul_(slope)
 
 
-def _finished(raw: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """The logits that the model gives in float32, and their derivative by `raw` unless that is 1."""
-    logits = raw.float()
+def _finish(raw: Tensor, head: Head, logits: Tensor) -> Tensor | None:
+    """Write the logits that the model gives to `logits`, float32. Returns their derivative by `raw` unless it is 1."""
+    logits.copy_(raw)
     if head.softcap is None:
         if head.scale == 1.0:
-            return logits, None
-        return logits * head.scale, torch.full_like(logits[:, :1], head.scale)
+            return None
+        logits.mul_(head.scale)
+        return torch.full_like(logits[:, :1], head.scale)
     bent = torch.tanh(logits * head.scale / head.softcap)
-    return bent * head.softcap, (1 - bent.square()) * head.scale
+    torch.mul(bent, head.softcap, out=logits)
+    slope: Tensor = (1 - bent.square()) * head.scale
+    return slope
 
 
-def _divergence(logs: Tensor, guide: Guide, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL(dense ‖ student) summed over rows, and its gradient by the student's logits / temperature.
+def _log_softmax(logits: Tensor, probabilities: Tensor) -> None:
+    """Turn logits into log-probabilities, in place, and write what these are of."""
+    logits.sub_(logits.amax(-1, keepdim=True))
+    torch.exp(logits, out=probabilities)
+    total = probabilities.sum(-1, keepdim=True)
+    probabilities.div_(total)
+    logits.sub_(total.log_())
 
-    logs: the student's log-probabilities at that temperature, float32 [rows, vocabulary]; they are overwritten.
+
+def _divergence(
+    logs: Tensor, probabilities: Tensor, guide: Guide, temperature: float, buffers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL(dense ‖ student) summed over rows, and its gradient by the student's logits / temperature, in a buffer.
+
+    logs, probabilities: the student's at that temperature, float32 [rows, vocabulary]. buffers: two more of these.
     """
+    dense, aim = buffers[0], buffers[1]
     if guide.rows is not None:
         assert guide.head is not None
-        dense = torch.log_softmax(guide.head.logits(guide.rows) / temperature, dim=-1)
-        probabilities = dense.exp()
-        kl = torch.sum(probabilities * dense.sub_(logs))
-        return kl, logs.exp_().sub_(probabilities)
+        guide.head.logits(guide.rows, out=dense)
+        if temperature != 1:
+            dense /= temperature
+        _log_softmax(dense, aim)
+        kl: Tensor = dense.sub_(logs).mul_(aim).sum()
+        return kl, torch.sub(probabilities, aim, out=aim)
     assert guide.log_probabilities is not None
     assert guide.words is not None
     words, known = guide.words.long(), guide.log_probabilities.float()
@@ -169,10 +202,8 @@ def _divergence(logs: Tensor, guide: Guide, temperature: float) -> tuple[Tensor,
     left = (1 - mine.exp().sum(1, keepdim=True)).clamp_min(1e-6)
     kl = (top * (known - mine)).sum() + (rest * (rest.log() - left.log())).sum()
     # For a word outside of the known ones d(-rest · log left) = p · (1 - rest / left); a known one has p - q
-    p = logs.exp_()
-    inside = p.gather(1, words)
-    p *= 1 - rest / left
-    return kl, p.scatter_(1, words, inside - top)
+    torch.mul(probabilities, 1 - rest / left, out=aim)
+    return kl, aim.scatter_(1, words, probabilities.gather(1, words) - top)
 
 
 def _part(guide: Guide | None, part: slice) -> Guide | None:
