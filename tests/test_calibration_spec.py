@@ -22,6 +22,7 @@ from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, UnknownName, UserError
 from shallower.evaluation.text import read_evaluation_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.verbs.evaluate import held_out
 from shallower.verbs.subject import calibrate, open_subject
 from shallower.verbs.supply import sample
 
@@ -401,6 +402,18 @@ def test_a_set_of_another_tokenizer_is_refused(two: tuple[str, str], tokenizer: 
         del data["sources"][0][key]
     manifest.write_text(json.dumps(data))
     assert CalibrationSet.load(tmp_path / "set").sources[0].read is None, "sets of older versions load"
+
+
+def test_nothing_is_held_out_of_what_reads_all(two: tuple[str, str], tmp_path: Path) -> None:
+    (texts,) = held_out(two[0]).values()
+    assert texts == read_evaluation_text(f"{two[0]}?part=held-out")
+    for tail in ("?sequences=4&part=train", "?questions=4"):
+        assert list(held_out(two[0] + tail).values()) == [texts]
+    assert not held_out(f"{two[0]}?part=all&sequences=4")
+    assert not held_out(f"{two[0]}?part=held-out")
+    (tmp_path / "spec.yaml").write_text("sources: [a.jsonl]\npart: all\n")
+    assert not held_out(tmp_path / "spec.yaml")
+    assert held_out(f"{tmp_path / 'spec.yaml'}?part=train")
 
 
 def test_cleaning_a_stream_or_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

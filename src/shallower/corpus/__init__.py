@@ -2,7 +2,7 @@
 
 from shallower.corpus.answers import Answers
 from shallower.corpus.bos import Bos, adds_bos, resolve_bos
-from shallower.corpus.build import build_calibration, text_of
+from shallower.corpus.build import build_calibration, named_options, text_of
 from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved
 from shallower.corpus.choices import ChoiceSet, build_choices
 from shallower.corpus.clean import Cleaning, Cluster, Counts, clean
@@ -35,6 +35,7 @@ __all__ = [
     "build_choices",
     "clean",
     "is_saved",
+    "named_options",
     "open_source",
     "overlap",
     "resolve_bos",

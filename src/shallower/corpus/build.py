@@ -184,6 +184,14 @@ def text_of(spec: str) -> str:
     return joined(parse_specification(source, _OPTIONS).terms)
 
 
+def named_options(spec: str) -> dict[str, str]:
+    """The options that a specification of text or of questions names itself, as texts.
+
+    Raises CorpusError or UnknownName when it cannot be read.
+    """
+    return parse_specification(spec, (*_OPTIONS, "questions")).options
+
+
 def _open(terms: Sequence[Term], supply: Supply) -> list[Source]:
     """The sources of a mixture; what is wrong with any is told together."""
     sources, faults = [], []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower.checkpoint.cache import cache_root
-from shallower.corpus import CalibrationSet, text_of
+from shallower.corpus import CalibrationSet, named_options, text_of
 from shallower.errors import CorpusError, OutputError, UserError
 from shallower.evaluation.generation import Generation, continue_prompts
 from shallower.evaluation.pairs import Difference, paired
@@ -399,12 +399,15 @@ def read_texts(texts: Sequence[str]) -> dict[str, str]:
 
 def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
     """Documents of the calibration source that were left out of calibration, by what to call them; nothing for a
-    ready-made set of ids.
+    ready-made set of ids, and for a specification that asks for all documents, or for these.
     """
     if isinstance(calibration, CalibrationSet):
         return {}
+    asked = str(calibration or DEFAULT_CALIBRATION)
     try:
-        spec = f"{text_of(str(calibration or DEFAULT_CALIBRATION))}?part=held-out"
+        if named_options(asked).get("part", "train") != "train":
+            return {}
+        spec = f"{text_of(asked)}?part=held-out"
         return {text_name(spec): read_evaluation_text(spec, supply())}
     except CorpusError:
         return {}  # too few documents to leave any out: the report then shows no perplexity
