@@ -167,6 +167,16 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path) -> 
     assert main.run(["corpus", "clean", path, "--out", str(out), "--quiet"]) == 2, "nothing is overwritten"
 
 
+def test_rows_of_parquet_files_keep_all_their_fields(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    records = [{"id": number, "body": _text(number), "label": f"kind {number}"} for number in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    clean_file(f"{tmp_path / 'a.parquet'}#body", tmp_path / "out.jsonl", dedup=None)
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
+
+
 def test_a_chain_of_pairs_is_one_cluster(tmp_path: Path) -> None:
     words = _text(0, 100).split()
     texts = []

@@ -208,15 +208,15 @@ def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
             raise CorpusError(f"{path} is plain text and has no field {field!r}: leave #{field} out.")
         rows = ((text, None) for text in pieces((line for _, line in text_lines(path)), PIECE))
     else:
-        records = json_records(path) if kind == ".jsonl" else _parquet_records(path, field)
+        records = json_records(path) if kind == ".jsonl" else _parquet_records(path)
         unit = "line" if kind == ".jsonl" else "row"
         rows = ((_text_of(record, field, f"{path}, {unit} {number}"), record) for number, record in records)
     documents = (Document(text, f"{name}:{number}", name, record) for number, (text, record) in enumerate(rows))
     return _not_empty(documents, str(path))
 
 
-def _parquet_records(path: Path, field: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows of a parquet file, numbered from 1, some at a time; with `field`, that column alone."""
+def _parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a parquet file, numbered from 1, some at a time; with all columns, as cleaned rows keep them."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -227,8 +227,7 @@ def _parquet_records(path: Path, field: str | None) -> Iterator[tuple[int, Mappi
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [field] if field in file.schema_arrow.names else None
-            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
+            for batch in file.iter_batches(batch_size=_AT_ONCE):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
