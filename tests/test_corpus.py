@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from shallower.corpus import CalibrationSet, adds_bos, build_calibration, open_source, overlap
 from shallower.corpus.sources import pieces
 from shallower.errors import CorpusError, OutputError, UnknownName, UserError
+from shallower.evaluation.text import read_evaluation_text
 from shallower.testing.families import tiny_tokenizer
 
 WORDS = [
@@ -310,6 +311,18 @@ def test_python_is_always_there(tokenizer: Any) -> None:
     assert next(iter(open_source("python:source").read())).text
     with pytest.raises(CorpusError, match="python:docs"):
         open_source("python:poems")
+
+
+def test_docstrings_are_held_out_with_the_source_that_they_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    files = [(f"m{number}.py", f'"""Documented {number}."""\n\nvalue = {number}\n') for number in range(40)]
+    monkeypatch.setattr("shallower.corpus.sources._python_source", lambda: iter(files))
+    ids = [document.id for document in open_source("python").read()]
+    assert len(set(ids)) == len(ids) == 80
+    held, train = (read_evaluation_text(f"python?part={part}") for part in ("held-out", "train"))
+    times = [(held.count(f"Documented {number}."), train.count(f"Documented {number}.")) for number in range(40)]
+    assert set(times) == {(0, 2), (2, 0)}
+    assert next(iter(open_source("python:docs").read())).id == ids[0] == "python:docs:m0.py:0"
 
 
 def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:

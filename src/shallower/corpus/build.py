@@ -122,7 +122,8 @@ def build_calibration(
         pack: Join documents and cut; otherwise one document a sequence.
         bos: `each-sequence`, `each-document`, `none`, or `auto`: each sequence if the tokenizer itself adds a BOS, else
             none.
-        part: `held-out` is a tenth of the documents, by a hash of their text, `train` the rest, `all` both.
+        part: `held-out` is a tenth of the documents, by a hash of their text (of Python's own files,
+            of their names), `train` the rest, `all` both.
         max_chars: How many characters of one document are read.
         position: Which part of a document: `start`, `end`, `random`, or `auto`: all of it when packing, else the start.
         format: `text`; `chat` puts rows of messages, instruction and output, or question and answer into the model's
@@ -232,7 +233,11 @@ def _term_rows(
 ) -> list[list[int]]:
     documents: Iterable[Document] = ledger.recorded(source.read())
     # the whole text decides the part, so that sets with another max_chars split alike
-    documents = (document for document in documents if document.text.strip() and in_part(document.text, options.part))
+    documents = (
+        document
+        for document in documents
+        if document.text.strip() and in_part(document.whole or document.text, options.part)
+    )
     documents = worth_reading(
         documents,
         dedup=options.dedup,

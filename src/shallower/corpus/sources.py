@@ -68,13 +68,15 @@ _STANDALONE_STRING = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTI
 class Document:
     """One text. `source` is the file or data set it came from; `id` is unique within the specification's source.
 
-    record: the row it was read from, where there are rows.
+    record: the row it was read from, where there are rows. whole: the file that it is of, where other documents repeat
+    its text: all of them are held out, or none.
     """
 
     text: str
     id: str
     source: str
     record: Mapping[str, Any] | None = attribute(default=None, repr=False, compare=False)
+    whole: str | None = None
 
     def line(self) -> str:
         """The row as it was, else id and text, as a line of a .jsonl file without its end."""
@@ -421,20 +423,21 @@ def _self(name: str, field: str | None, supply: Supply) -> Source:
 
 
 def _python(name: str, field: str | None) -> Source:
-    kinds: dict[str, tuple[Callable[[], Iterator[tuple[str, str]]], ...]] = {
-        "python": (_python_docs, _python_source),
-        "python:docs": (_python_docs,),
-        "python:source": (_python_source,),
+    kinds: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
+        "python:docs": _python_docs,
+        "python:source": _python_source,
     }
-    if name not in kinds or field is not None:
-        raise CorpusError(f"{name + ('#' + field if field else '')!r} is not a source: write {', '.join(kinds)}.")
+    if name not in ("python", *kinds) or field is not None:
+        known = ", ".join(("python", *kinds))
+        raise CorpusError(f"{name + ('#' + field if field else '')!r} is not a source: write {known}.")
     label = f"{name} {platform.python_version()}"
 
     def read() -> Iterator[Document]:
-        for texts in kinds[name]:
-            for key, text in texts():
+        for kind in tuple(kinds) if name == "python" else (name,):
+            for key, text in kinds[kind]():
                 for number, piece in enumerate(pieces(text.splitlines(keepends=True), PIECE)):
-                    yield Document(piece, f"{name}:{key}:{number}", label)
+                    # docstrings stand in the source, too: one may not be held out and the other read
+                    yield Document(piece, f"{kind}:{key}:{number}", label, whole=key)
 
     return Source(label, read)
 

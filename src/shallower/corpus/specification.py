@@ -124,7 +124,7 @@ def joined(terms: Sequence[Term]) -> str:
 
 
 def in_part(text: str, part: Part) -> bool:
-    """Whether a document belongs to `part`: a tenth of all texts is held out, by a hash of the text."""
+    """Whether a document belongs to `part`: a tenth is held out, by a hash of the text, or of what it is a piece of."""
     if part == "all":
         return True
     held_out = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0

@@ -61,7 +61,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
         keep_blank = source.streamed and "wikitext" in source.name.lower()
         size = 0
         for document in source.read():
-            if (keep_blank or document.text.strip()) and in_part(document.text, part):
+            if (keep_blank or document.text.strip()) and in_part(document.whole or document.text, part):
                 texts.append(document.text)
                 size += len(document.text)
             if source.streamed and size > _STREAMED_CHARACTERS:
