@@ -239,7 +239,7 @@ def test_chats_use_the_model_s_template(tmp_path: Path) -> None:
     records = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
         {"question": "Why?", "answer": "Because."},
-        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi \ud800"}]},
         {"text": "Plain."},
     ]
     spec = _jsonl(tmp_path / "a.jsonl", records)
@@ -252,7 +252,7 @@ def test_chats_use_the_model_s_template(tmp_path: Path) -> None:
     assert texts == {
         "[user]Add.\n\n1 and 2[assistant]3",
         "[user]Why?[assistant]Because.",
-        "[system]Be brief.[user]Hi",
+        "[system]Be brief.[user]Hi ?",
         "Plain.",
     }
     with pytest.raises(CorpusError, match="no row for format=chat"):

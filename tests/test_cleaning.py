@@ -177,6 +177,14 @@ def test_rows_of_parquet_files_keep_all_their_fields(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
 
 
+def test_rows_with_half_a_surrogate_pair_stay_as_they_were(tmp_path: Path) -> None:
+    records = [{"text": _text(1), "title": "half \ud83d pair"}, {"text": "é \ud83d\ude00 \udc00 " + _text(2)}]
+    clean_file(_jsonl(tmp_path / "a.jsonl", records), tmp_path / "out.jsonl", dedup=None)
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [json.loads(json.dumps(record)) for record in records]
+    assert "é 😀 \\udc00" in lines[1]
+
+
 def test_a_chain_of_pairs_is_one_cluster(tmp_path: Path) -> None:
     words = _text(0, 100).split()
     texts = []

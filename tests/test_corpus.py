@@ -289,6 +289,9 @@ def test_fields_of_a_record(tmp_path: Path) -> None:
     assert texts({"question": "Why?", "answer": "Because."}) == ["Why?\n\nBecause."]
     assert texts({"text": "a", "body": "b"}, "#body") == ["b"]
     assert texts({"text": "half \ud800 pair"}) == ["half ? pair"]
+    turns = [{"role": "user", "content": "Half \ud800."}, {"role": "assistant", "content": None, "tool_calls": []}]
+    turns += [{"role": "assistant", "tool_calls": []}, {"role": "user", "content": [{"type": "image"}]}]
+    assert texts({"messages": [*turns, {"role": "assistant", "content": "So."}]}) == ["Half ?.\n\nSo."]
     with pytest.raises(CorpusError, match=r"line 1 has no field .* only title, id: name one"):
         texts({"title": "a", "id": 3})
     with pytest.raises(CorpusError, match=r"no field 'bdy'.*did you mean 'body'"):

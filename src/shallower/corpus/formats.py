@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shallower.corpus.bos import adds_bos
 from shallower.corpus.questions import is_question, solved
-from shallower.corpus.sources import Document
+from shallower.corpus.sources import Document, encodable
 from shallower.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """
     messages = record.get("messages")
     if isinstance(messages, list) and messages and all(_is_turn(turn) for turn in messages):
-        return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        return [{"role": turn["role"], "content": encodable(turn["content"])} for turn in messages]
     if record.get("instruction") and isinstance(record.get("output"), str):
         asked = "\n\n".join(str(part) for part in (record["instruction"], record.get("input")) if part)
         return _exchange(asked, record["output"])
@@ -114,4 +114,4 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _exchange(asked: str, answered: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return [{"role": "user", "content": encodable(asked)}, {"role": "assistant", "content": encodable(answered)}]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shallower.corpus.sources import json_records
+from shallower.corpus.sources import encodable, json_records
 from shallower.errors import CorpusError
 
 ASKING = ("sentence", "ctx", "context", "goal", "question")
@@ -137,8 +137,7 @@ def _in_blank(sentence: str, choices: list[str], where: str) -> tuple[tuple[str,
 def _text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise CorpusError(f"{where}: field {field!r} holds {_shown(value)}, where text must stand: fill it in.")
-    # JSON can hold half a surrogate pair, which no tokenizer takes
-    return value.strip().encode("utf-8", errors="replace").decode("utf-8")
+    return encodable(value.strip())
 
 
 def _without_marks(text: str) -> str:

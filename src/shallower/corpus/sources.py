@@ -81,7 +81,8 @@ class Document:
     def line(self) -> str:
         """The row as it was, else id and text, as a line of a .jsonl file without its end."""
         row = dict(self.record or {"id": self.id, "text": self.text})
-        return json.dumps(row, ensure_ascii=False, default=str)
+        # half a surrogate pair, which UTF-8 does not take, is written as JSON's escape (\ud800)
+        return json.dumps(row, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -293,9 +294,16 @@ def json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, record
 
 
+def encodable(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair: JSON can hold one, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
 def _text_of(record: Mapping[str, Any], field: str | None, where: str) -> str:
     if field is None and isinstance(record.get("messages"), list) and "text" not in record:
-        return "\n\n".join(str(turn["content"]) for turn in record["messages"] if isinstance(turn, dict))
+        said = (turn.get("content") for turn in record["messages"] if isinstance(turn, dict))
+        # a call of a tool says nothing, and content in parts may be pictures
+        return encodable("\n\n".join(content for content in said if isinstance(content, str)))
     if field is None:
         fields = next((names for names in _JOINED_FIELDS if names[0] in record), ())
         if not fields:
@@ -315,8 +323,7 @@ def _text_of(record: Mapping[str, Any], field: str | None, where: str) -> str:
         if not isinstance(value, str):
             raise CorpusError(f"{where}: field {name!r} holds {_shown(json.dumps(value, default=str))}, not text.")
     text = values[0] if len(fields) == 1 and values else "\n\n".join(filter(None, values))
-    # JSON can hold half a surrogate pair, which no tokenizer takes
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    return encodable(text)
 
 
 def _hub(name: str, field: str | None) -> Source:
