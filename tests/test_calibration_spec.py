@@ -21,7 +21,10 @@ from shallower.corpus.build import _shares
 from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, UnknownName, UserError
 from shallower.evaluation.text import read_evaluation_text
+from shallower.plan import MadeBy, PruningPlan
 from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.units import Unit
+from shallower.verbs.contamination import _calibration_of
 from shallower.verbs.evaluate import held_out
 from shallower.verbs.subject import calibrate, open_subject
 from shallower.verbs.supply import sample
@@ -414,6 +417,30 @@ def test_nothing_is_held_out_of_what_reads_all(two: tuple[str, str], tmp_path: P
     (tmp_path / "spec.yaml").write_text("sources: [a.jsonl]\npart: all\n")
     assert not held_out(tmp_path / "spec.yaml")
     assert held_out(f"{tmp_path / 'spec.yaml'}?part=train")
+
+
+def test_a_text_that_eval_names_is_read_as_the_search_read_it(model: str, tmp_path: Path) -> None:
+    subject = open_subject(model)
+    spec = _texts(tmp_path / "a.jsonl", "z", 60)
+    small = calibrate(subject, f"{spec}?seed=3", **SMALL, seed=0)
+    unit = Unit(0, "block")
+    made_by = MadeBy("greedy", "nll", None, {}, 0, small.identity, "0")
+    plan = PruningPlan(subject.identity, (unit,), ((unit, None),), None, made_by)
+
+    def read(plan: PruningPlan | None, named: str) -> CalibrationSet:
+        found, _ = _calibration_of(subject, plan, named)
+        assert found is not None
+        return found
+
+    assert read(None, spec).digest == calibrate(subject, spec, sequences=32, length=128, seed=0).digest
+    assert read(plan, spec).digest == small.digest
+    own = read(plan, f"{spec}?length=8&part=held-out&sequences=2")
+    assert (
+        own.digest
+        == build_calibration(f"{spec}?seed=3", subject.tokenizer, length=8, part="held-out", sequences=2).digest
+    )
+    small.save(tmp_path / "set")
+    assert read(None, str(tmp_path / "set")).digest == small.digest
 
 
 def test_cleaning_a_stream_or_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from shallower.corpus.answers import Answers
 from shallower.corpus.bos import Bos, adds_bos, resolve_bos
-from shallower.corpus.build import build_calibration, named_options, text_of
+from shallower.corpus.build import build_calibration, named_options, text_of, with_options
 from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved
 from shallower.corpus.choices import ChoiceSet, build_choices
 from shallower.corpus.clean import Cleaning, Cluster, Counts, clean
@@ -40,4 +40,5 @@ __all__ = [
     "overlap",
     "resolve_bos",
     "text_of",
+    "with_options",
 ]

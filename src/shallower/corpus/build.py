@@ -86,6 +86,7 @@ class BuildOptions:
 _OPTIONS: Mapping[str, Option] = {
     name: Option(name, kind, getattr(BuildOptions, name)) for name, kind in typing.get_type_hints(BuildOptions).items()
 }
+_NAMED = (*_OPTIONS, "questions")  # of texts, or of sets of questions
 # What a written-out specification does not repeat where it does nothing
 _LATER = ("position", "format", "shots", "dedup", "min_quality", "quality")
 
@@ -190,7 +191,18 @@ def named_options(spec: str) -> dict[str, str]:
 
     Raises CorpusError or UnknownName when it cannot be read.
     """
-    return parse_specification(spec, (*_OPTIONS, "questions")).options
+    return parse_specification(spec, _NAMED).options
+
+
+def with_options(spec: str, options: Mapping[str, str]) -> str:
+    """The specification with `options` where it does not name them itself; of a finished set, as it is.
+
+    Raises as `named_options`.
+    """
+    parsed = parse_specification(spec, _NAMED)
+    if is_saved(Path(parsed.source).expanduser()):
+        return spec
+    return f"{parsed.source}?" + "&".join(f"{name}={value}" for name, value in {**options, **parsed.options}.items())
 
 
 def _open(terms: Sequence[Term], supply: Supply) -> list[Source]:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shallower.corpus import CalibrationSet, build_calibration, build_choices, overlap
+from shallower.corpus import (
+    CalibrationSet,
+    build_calibration,
+    build_choices,
+    named_options,
+    overlap,
+    with_options,
+)
 from shallower.corpus.overlap import rows_in
 from shallower.errors import UserError
 from shallower.plan import CalibrationIdentity, PruningPlan
@@ -19,6 +26,9 @@ from shallower.verbs.supply import supply
 
 if TYPE_CHECKING:
     from shallower.verbs.evaluate import Questions
+
+# What score, search and prune read unless they are told otherwise
+_AS_SEARCHED = {"length": "128", "seed": "0", "part": "train"}
 
 
 def shared_runs(
@@ -126,8 +136,11 @@ def _calibration_of(
     if spec is None:
         return None, ""
     found: CalibrationSet
+    of_questions = made is not None and made.objective == "task"
     try:
-        if made is not None and made.objective == "task":
+        if named is not None:
+            spec = with_options(spec, _AS_SEARCHED | _recorded_options(recorded, of_questions))
+        if of_questions:
             found = build_choices(spec, subject.tokenizer)
         else:
             found = build_calibration(spec, subject.tokenizer, supply=supply(subject.model, subject.tokenizer))
@@ -139,3 +152,12 @@ def _calibration_of(
     if named is None and recorded is not None and found.identity.digest != recorded.digest:
         return None, f"its calibration text {recorded.title} is not what it was, so overlaps are not known."
     return found, _short(found.identity)
+
+
+def _recorded_options(recorded: CalibrationIdentity | None, of_questions: bool) -> dict[str, str]:
+    """The options of the text, or of the questions, that a plan was made with; none where it is no specification."""
+    try:
+        options = {} if recorded is None else named_options(recorded.spec)
+    except UserError:  # a set that was made in memory is called what its maker likes
+        return {}
+    return options if of_questions else {name: value for name, value in options.items() if name != "questions"}

