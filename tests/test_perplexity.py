@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,9 @@ def test_reading_evaluation_text(tmp_path: Path) -> None:
     assert read_evaluation_text(str(tmp_path / "wikitext2.test.txt")) == "\n\n = Title = \n\n\n\n\n One . \n"
     assert read_evaluation_text(str(tmp_path / "plain.txt")) == rows
     assert read_evaluation_text(str(tmp_path / "some.jsonl")) == "a\n\nb"
+    for name in ("wikitext2.test.txt", "plain.txt"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        assert read_evaluation_text(str(tmp_path / f"{name}.gz")) == read_evaluation_text(str(tmp_path / name))
     parts = {part: read_evaluation_text(f"python:docs?part={part}") for part in ("train", "held-out")}
     assert len(parts["train"]) > 5 * len(parts["held-out"]) > 0
     with pytest.raises(CorpusError, match="no text"):

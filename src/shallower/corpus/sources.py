@@ -177,7 +177,7 @@ def _folder(path: Path, field: str | None) -> Source:
         file
         for file in sorted(path.rglob("*"))
         if file.is_file()
-        and _kind(file) is not None
+        and file_kind(file) is not None
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not files:
@@ -186,20 +186,20 @@ def _folder(path: Path, field: str | None) -> Source:
 
     def read() -> Iterator[Document]:
         for file in files:
-            fields = None if _kind(file) == ".txt" else field
+            fields = None if file_kind(file) == ".txt" else field
             yield from _read_file(file, file.relative_to(path).as_posix(), fields)
 
     return Source(path.name, read)
 
 
-def _kind(path: Path) -> str | None:
+def file_kind(path: Path) -> str | None:
     """`.txt`, `.jsonl` or `.parquet`, compressed or not; None for a file that is not read."""
     suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     return suffix if suffix in EXTENSIONS and not (suffix == ".parquet" != path.suffix) else None
 
 
 def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
-    kind = _kind(path)
+    kind = file_kind(path)
     if kind is None:
         raise CorpusError(
             f"{path} has the extension {path.suffix!r}; text files end in {', '.join(EXTENSIONS)}, the first two also "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from shallower.corpus.sources import open_source, text_lines
+from shallower.corpus.sources import file_kind, open_source, text_lines
 from shallower.corpus.specification import Part, in_part, parse_specification
 from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError
@@ -27,7 +27,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     """Read the text of a specification; `?part=held-out` takes the documents that `part=train` leaves out of
     calibration.
 
-    - A `.txt` file is read as it is.
+    - A `.txt` file, compressed or not, is read as it is.
     - WikiText (a `.txt` file or Hub data set with `wikitext` in its name) takes the form of published results: a row a
       line, blank rows emptied, the others keeping their line end, joined with two line ends.
     - `wikitext2`, `c4` and `ptb` are the Hub's copies, unless there is a file of that name.
@@ -49,7 +49,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
         parsed = parse_specification(spec.replace(parsed.source, NAMED[parsed.source], 1), ("part",))
     part: Part = _PART.parse(parsed.options.get("part", "all"))
     path = Path(parsed.source).expanduser()
-    if path.suffix == ".txt" and path.is_file() and part == "all":
+    if file_kind(path) == ".txt" and path.is_file() and part == "all":
         lines = [line for _, line in text_lines(path)]
         if "wikitext" in path.name.lower():
             lines = [line if line.strip() else "" for line in lines]
