@@ -615,6 +615,10 @@ def test_repetition_and_loops() -> None:
     assert generation.distinct("a", 3) == 1.0
     assert generation.loops("once the cat sat the cat sat the cat sat the")
     assert generation.loops("no no no")
+    assert generation.loops("the cat the cat the cat the c")
+    assert generation.loops("so no no no n")
+    assert not generation.loops("no no n"), "not yet three times"
+    assert not generation.loops("the cat the cat the cat the dog")
     assert not generation.loops("the cat sat and the cat sat down")
     assert not generation.loops("")
 

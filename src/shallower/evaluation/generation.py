@@ -115,12 +115,17 @@ def distinct(text: str, run: int) -> float:
 
 
 def loops(text: str) -> bool:
-    """Whether the text ends in one run of words, three times or more in a row; the last time may be cut off."""
+    """Whether the text ends in one run of words, three times or more in a row; after these it may be cut off within the
+    run, and within a word.
+    """
     words = text.split()
     for period in range(1, len(words) // LOOP + 1):
-        tail = words[-(LOOP * period) :]
-        if all(word == tail[place % period] for place, word in enumerate(tail)):
-            return True
+        # a last word that was cut off begins the word that would follow
+        for whole, rest in ((words, ""), (words[:-1], words[-1])):
+            tail = whole[-LOOP * period :]
+            repeated = len(tail) == LOOP * period and tail[period:] == tail[:-period]
+            if repeated and tail[-period].startswith(rest):
+                return True
     return False
 
 
