@@ -31,7 +31,7 @@ from shallower.evaluation.generation import continue_prompts
 from shallower.evaluation.harness import load_tasks
 from shallower.evaluation.pairs import paired
 from shallower.evaluation.perplexity import perplexity
-from shallower.evaluation.suites import SUITES, suite
+from shallower.evaluation.suites import SUITES, Suite, suite
 from shallower.evaluation.task_data import TaskData
 from shallower.evaluation.task_fields import with_fields
 from shallower.evaluation.tasks import LoadedTasks, TaskResult, TaskSettings, open_tasks, run_tasks
@@ -40,7 +40,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.surgery import cut
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
-from shallower.verbs.evaluate import Comparison, evaluate
+from shallower.verbs.evaluate import Comparison, evaluate, read_questions
 from shallower.verbs.prune import prune
 from shallower.verbs.ratio_curve import ratio_curve
 from shallower.verbs.subject import open_subject
@@ -567,6 +567,22 @@ def test_a_plan_of_another_model_or_too_short_is_refused(model: Any, data: Path)
         ratio_curve(model, plan, [1, 2], tasks=["boolq"], tokenizer=tiny_tokenizer(), task_data=data)
     with pytest.raises(PlanError, match="made for"):
         ratio_curve(tiny_model("gpt2"), plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), task_data=data)
+
+
+def test_what_a_suite_decides_for_others_and_what_is_left_out_is_said(
+    model: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUITES, "quick", Suite(("arc_easy",), "", limit=2, generation=True))
+    asked = read_questions((), ["boolq", "arc_easy"], ["quick"], settings=TaskSettings(), task_data=data)
+    assert asked.settings.limit == 2
+    assert [note.partition(":")[0] for note in asked.notes] == [
+        "the suite quick asks 2 items of each task, which holds for boolq, too"
+    ]
+    for tasks, settings in ((["boolq"], TaskSettings(limit=3)), ([], TaskSettings())):
+        assert not read_questions((), tasks, ["quick"], settings=settings, task_data=data).notes
+    found = ratio_curve(model, make_plan(model, [2]), tokenizer=tiny_tokenizer(), suites=["quick"], task_data=data)
+    assert [note for note in found.notes if "continued prompts are left out" in note]
+    assert found.evaluations[1].generation is None
 
 
 # Differences

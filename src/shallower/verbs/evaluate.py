@@ -115,12 +115,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Questions:
-    """Everything that models are asked, read before the first is loaded. contents: texts by name."""
+    """Everything that models are asked, read before the first is loaded. contents: texts by name. notes: what the
+    reader must know of them.
+    """
 
     contents: Mapping[str, str]
     tasks: LoadedTasks | None
     settings: TaskSettings
     generation: bool
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -179,7 +182,7 @@ def evaluate(
     )
     read = None if max_windows is None else max_windows * window  # tokens of each text
     found: list[Evaluation] = []
-    notes: list[str] = []
+    notes = [*asked.notes]
     with ExitStack() as stack:
         answered = _open_answered(stack) if asked.tasks is not None else None
         for model in models:
@@ -226,14 +229,23 @@ def read_questions(
     generation = generation or any(suite.generation for suite in chosen)
     if not (texts or tasks or chosen or generation):
         raise UserError("nothing to evaluate: name at least one --text, some --tasks or a --suite.")
-    limits = [suite.limit for suite in chosen if suite.limit is not None]
+    limits = {name: suite.limit for name, suite in zip(suites, chosen, strict=True) if suite.limit is not None}
+    notes: tuple[str, ...] = ()
     if settings.limit is None and limits:
-        settings = TaskSettings(**{**vars(settings), "limit": min(limits)})
+        name = min(limits, key=limits.__getitem__)
+        settings = replace(settings, limit=limits[name])
+        every = [*tasks, *(task for suite in chosen for task in suite.tasks)]
+        others = dict.fromkeys(task for task in every if task not in suite_named(name).tasks)
+        if others:  # lm-eval's limit is one number
+            notes = (
+                f"the suite {name} asks {limits[name]} items of each task, which holds for {', '.join(others)}, too: "
+                "--limit sets another number.",
+            )
     contents = read_texts(texts)
     loaded = None
     if tasks or chosen:
         loaded = open_tasks(tasks, suites, data=task_data, limit=settings.limit)
-    return Questions(contents, loaded, settings, generation)
+    return Questions(contents, loaded, settings, generation, notes)
 
 
 def model_tasks(subject: Subject, asked: Questions, answered: Answered | None, label: str) -> list[TaskResult]:

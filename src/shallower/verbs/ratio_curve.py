@@ -63,8 +63,9 @@ def ratio_curve(
 ) -> Comparison:
     """Evaluate the dense model and the first units of a plan, as many as each number in `at` says (default: all).
 
-    The rest is as for `evaluate`. memory: what the engine may use besides the model. out: a folder with
-    evaluation.json, the items, and the picture of accuracy and perplexity against what was removed, as SVG and PNG.
+    The rest is as for `evaluate`, but no prompts are continued. memory: what the engine may use besides the model. out:
+    a folder with evaluation.json, the items, and the picture of accuracy and perplexity against what was removed, as
+    SVG and PNG.
 
     Raises PlanError for a plan of another model or with fewer units, and as `evaluate` does.
     """
@@ -85,7 +86,9 @@ def ratio_curve(
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     given.require_for(subject.identity)
     read = None if max_windows is None else max_windows * window
-    notes = tuple(contamination(subject, given, calibration, asked, read))
+    notes = (*asked.notes, *contamination(subject, given, calibration, asked, read))
+    if asked.generation:
+        notes += ("the suite's continued prompts are left out for prefixes of a plan: evaluate checkpoints for them.",)
     removed = [frozenset(unit for unit, _ in given.order[:count]) for count in counts]
     labels = ["dense", *(f"{count} removed" for count in counts[1:])]
     likelihoods = Likelihoods(subject.anatomy, removed, memory=room)
