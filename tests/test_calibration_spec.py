@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower.cli import main
-from shallower.corpus import CalibrationSet, Supply, build_calibration, open_source
+from shallower.corpus import CalibrationSet, Supply, build_calibration, build_choices, open_source, text_of
 from shallower.corpus.build import _shares
 from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, UnknownName, UserError
@@ -70,6 +70,23 @@ def test_a_mixture_gives_each_source_its_share(two: tuple[str, str], tokenizer: 
     alone = build_calibration(f"{two[0]}?sequences=7&length=32", tokenizer)
     rows = {tuple(row) for row in made.input_ids.tolist()}
     assert {tuple(row) for row in alone.input_ids.tolist()} <= rows, "a source's sequences are what it gives alone"
+
+
+def test_a_mixture_may_be_longer_than_the_name_of_a_file(
+    two: tuple[str, str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = "+".join(["a.jsonl*0.5", "b.jsonl*0.5"] * 16)
+    assert len(spec) > 255
+    for options in ("", "?seed=1"):
+        assert build_calibration(spec + options, tokenizer, sequences=32, length=8).sequences == 32
+        assert text_of(spec + options) == spec
+    (text,) = held_out(spec).values()
+    assert text == read_evaluation_text(f"{spec}?part=held-out")
+    with pytest.raises(CorpusError, match="is no file: questions"):
+        build_choices(spec.replace("*0.5", "") + "+c.jsonl", tokenizer)
+    with pytest.raises(CorpusError, match="there is no such file"):
+        open_source("x" * 300)
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(100_000, 10**6))

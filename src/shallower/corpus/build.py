@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import os
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +183,7 @@ def text_of(spec: str) -> str:
 
     Raises CorpusError or UnknownName when it cannot be read.
     """
-    source = spec if Path(spec).exists() or "?" not in spec else spec.rpartition("?")[0]
+    source = spec if os.path.exists(spec) or "?" not in spec else spec.rpartition("?")[0]
     return joined(parse_specification(source, _OPTIONS).terms)
 
 

@@ -217,7 +217,8 @@ def tokens_digest(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
 
 def is_saved(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` is what CalibrationSet.save writes."""
-    return (Path(folder) / MANIFEST).is_file() and (Path(folder) / TENSORS).is_file()
+    # os.path: what is asked about may be a mixture that is longer than a name can be
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (MANIFEST, TENSORS))
 
 
 def _from_files(kind: type[Set], folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Set:

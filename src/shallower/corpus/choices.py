@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -167,8 +168,8 @@ def build_choices(
         return loaded
     given: dict[str, Any] = {name: _OPTIONS[name].parse(text) for name, text in parsed.options.items()}
     options = replace(ChoiceOptions(questions, length, seed, part), **given)
-    if path.suffix != ".jsonl" or not path.is_file():
-        what = "not a .jsonl file" if path.exists() else "no file"
+    if path.suffix != ".jsonl" or not os.path.isfile(path):
+        what = "not a .jsonl file" if os.path.exists(path) else "no file"
         raise CorpusError(f"{parsed.source!r} is {what}: questions are read from one, with rows such as {EXAMPLE}.")
     ordered, total = _ordered(path, options)
     made = _Rows(tokenizer)

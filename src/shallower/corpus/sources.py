@@ -26,6 +26,7 @@ import gzip
 import inspect
 import io
 import json
+import os
 import platform
 import re
 import sys
@@ -108,10 +109,11 @@ def open_source(text: str, supply: Supply = NOTHING) -> Source:
     Raises CorpusError when there is none. Reading raises CorpusError for files that are empty, not text, or lack the
     field.
     """
-    name, _, field_name = text.partition("#") if not Path(text).exists() else (text, "", "")
+    # os.path: the name of a text may be longer than that of a file can be
+    name, _, field_name = text.partition("#") if not os.path.exists(text) else (text, "", "")
     field = field_name or None
     if name in DOMAINS or name.startswith("domain:"):
-        if not Path(name).exists():
+        if not os.path.exists(name):
             found = resolve(name.removeprefix("domain:"), supply)
             return replace(open_source(found + (f"#{field}" if field else ""), supply), spec=found)
         progress.note(f"{name} is read from the path of that name; write domain:{name} for the domain.")
@@ -126,9 +128,9 @@ def open_source(text: str, supply: Supply = NOTHING) -> Source:
     if name.startswith("arrow:"):
         return _arrow(Path(name.removeprefix("arrow:")).expanduser(), field)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(path, field)
-    if path.exists():
+    if os.path.exists(path):
         return Source(path.name, partial(_read_file, path, path.name, field))
     if _HUB_NAME.fullmatch(name) and path.suffix not in (*EXTENSIONS, *COMPRESSED):
         return _hub(name, field)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +57,16 @@ def parse_specification(text: str, known: Iterable[str]) -> Specification:
 
     Raises CorpusError or UnknownName for one fault; CorpusError that tells all of them for several.
     """
-    source, _, tail = (text, "", "") if Path(text).exists() else text.rpartition("?") if "?" in text else (text, "", "")
+    # os.path: a mixture may be longer than a name can be, which is an OSError of Path.exists
+    whole = "?" not in text or os.path.exists(text)
+    source, _, tail = (text, "", "") if whole else text.rpartition("?")
     if not source.strip():
         raise CorpusError(f"{text!r} names no text: write a path, hf:owner/name or python:docs before the '?'.")
     allowed: Mapping[str, Option | None] = known if isinstance(known, Mapping) else dict.fromkeys(known)
     faults: list[UserError] = []
     options: dict[str, str] = {}
     path = Path(source).expanduser()
-    if path.suffix in YAML and path.is_file():
+    if path.suffix in YAML and os.path.isfile(path):
         terms, options, found = _read_yaml(path, allowed)
     else:
         terms, found = _terms(source)
@@ -149,7 +152,7 @@ def _option_faults(where: str, name: str, value: str, allowed: Mapping[str, Opti
 
 def _terms(text: str) -> tuple[tuple[Term, ...], list[UserError]]:
     """The sources of a mixture with their weights, and what is wrong with them."""
-    if Path(text).expanduser().exists():
+    if os.path.exists(Path(text).expanduser()):
         return (Term(text),), []
     terms, faults = [], []
     for item in text.split("+"):
@@ -162,7 +165,7 @@ def _terms(text: str) -> tuple[tuple[Term, ...], list[UserError]]:
 
 def _term(item: str, where: str) -> Term:
     name, star, weight = item.strip().rpartition("*")
-    if not star or Path(item.strip()).expanduser().exists():
+    if not star or os.path.exists(Path(item.strip()).expanduser()):
         name, weight = item.strip(), "1"
     if not name.strip():
         raise CorpusError(
@@ -248,4 +251,4 @@ def _yaml_term(item: object, path: Path, where: str) -> Term:
         raise CorpusError(f"{where} is {item!r}: write a text, or source: and weight:.")
     name = term.source.partition("#")[0]
     beside = path.parent / name
-    return Term(str(path.parent / term.source), term.weight) if beside.exists() else term
+    return Term(str(path.parent / term.source), term.weight) if os.path.exists(beside) else term

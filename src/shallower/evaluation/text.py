@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     Raises CorpusError when the text is missing, empty, or not text.
     """
     parsed = parse_specification(spec, ("part",))
-    if parsed.source in NAMED and not Path(parsed.source).exists():
+    if parsed.source in NAMED and not os.path.exists(parsed.source):
         unreachable = hub_unreachable()
         if unreachable is not None:
             raise CorpusError(
@@ -49,7 +50,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
         parsed = parse_specification(spec.replace(parsed.source, NAMED[parsed.source], 1), ("part",))
     part: Part = _PART.parse(parsed.options.get("part", "all"))
     path = Path(parsed.source).expanduser()
-    if file_kind(path) == ".txt" and path.is_file() and part == "all":
+    if part == "all" and file_kind(path) == ".txt" and os.path.isfile(path):
         lines = [line for _, line in text_lines(path)]
         if "wikitext" in path.name.lower():
             lines = [line if line.strip() else "" for line in lines]

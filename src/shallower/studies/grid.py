@@ -140,4 +140,4 @@ def _whole(value: Any, least: int = 1) -> int:
 def _located(text: str, folder: Path) -> str:
     """A path relative to the study's folder becomes one that opens from here; all else stays as it is."""
     source, mark, options = text.partition("?")
-    return str(folder / source) + mark + options if (folder / source).exists() else text
+    return str(folder / source) + mark + options if os.path.exists(folder / source) else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def _correlation(wanted: Sequence[float], found: Sequence[float]) -> float:
 def _asks(target: str | Path) -> bool:
     """Whether the first line of a file is a question with choices."""
     path = Path(str(target).partition("?")[0])
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix != ".jsonl" or not os.path.isfile(path):
         return False
     with path.open(encoding="utf-8") as file:
         try:

@@ -358,7 +358,7 @@ def _require_sound(subject: Subject, given: Study) -> None:
         for remove in given.remove:
             resolve(subject, remove, name, units=given.units, protect=given.protect)
     for name, spec in {**given.held_out, **given.tasks}.items():
-        if not Path(spec.partition("?")[0]).exists() and name in given.tasks:
+        if not os.path.exists(spec.partition("?")[0]) and name in given.tasks:
             raise CorpusError(f"task {name!r} reads {spec}, which does not exist.")
 
 
