@@ -273,6 +273,9 @@ def test_sources_are_recorded(corpus: str, tokenizer: Any, tmp_path: Path) -> No
     (folder / "notes.md").write_text("# not read")
     made = build_calibration(str(folder), tokenizer, sequences=1, length=500)
     assert [record.name for record in made.sources] == ["b.txt", "deep/a.jsonl"]
+    weights = [record.weight for record in made.sources]
+    tokens = [record.tokens for record in made.sources]
+    assert weights == pytest.approx([count / sum(tokens) for count in tokens])
     other_seed = build_calibration(str(folder), tokenizer, sequences=1, length=500, seed=5)
     assert [record.sha256 for record in other_seed.sources] == [record.sha256 for record in made.sources]
 

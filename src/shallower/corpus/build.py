@@ -311,6 +311,7 @@ class _Ledger:
 
     def records(self) -> tuple[SourceRecord, ...]:
         names = sorted(self._hashes)
+        total = sum(self._tokens.values())
         records = [
             SourceRecord(
                 name,
@@ -318,7 +319,7 @@ class _Ledger:
                 len(self._used.get(name, ())),
                 self._read[name],
                 self._tokens.get(name, 0),
-                self._weight,
+                self._weight * (self._tokens.get(name, 0) / total),
             )
             for name in names
         ]

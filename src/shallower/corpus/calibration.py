@@ -41,7 +41,8 @@ class SourceRecord:
     """What was read. `sha256` is of all text read from the source, `documents` counts those that entered the set.
 
     Unknown (None) in sets of questions and of older versions: `read` documents in all; `tokens` of the set; `weight`,
-    the source's share of it; and how many documents were left out as exact and near duplicates and for their quality.
+    the share of it that is the source's, of which each of its files has a part by its tokens; and how many documents
+    were left out as exact and near duplicates and for their quality.
     """
 
     name: str
