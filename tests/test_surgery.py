@@ -486,6 +486,16 @@ def test_a_taken_place(pruned: PreTrainedModel, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_force_replaces_a_folder_of_the_models_bare_name(
+    pruned: PreTrainedModel, plan: PruningPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save(pruned, plan.model.name, plan=plan)
+    (folder / "mark").touch()
+    assert save(pruned, plan.model.name, plan=plan, force=True) == tmp_path / plan.model.name
+    assert not (folder / "mark").exists()
+
+
 def test_force_replaces_nothing_but_checkpoints(
     pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ def save(
     require_no_maps(model)
     target = Path(os.path.abspath(folder))
     require_free(target, force=force)
-    require_apart(target, model.config._name_or_path, None if plan is None else plan.model.name)
+    require_apart(target, model.config._name_or_path)  # the plan's name of the model is not a path
     readme = model_card(
         model,
         plan,
