@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, CLIPConfig, LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
 from transformers.utils import logging
 
@@ -186,6 +187,27 @@ def test_sharded_safetensors(tmp_path: Path) -> None:
     assert f"lacks 1 of its {len(files)} weight files ({files[1].name})" in refusal(tmp_path)
     (tmp_path / shards.INDEX).write_text('{"weight_map": 3}')
     assert "not an index" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "30KB"])
+def test_the_stored_precision_is_that_of_most_weights(shard: str, tmp_path: Path) -> None:
+    model = tiny()
+    model.model.norm.bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    for said in (None, "float32", "bfloat16"):
+        change_config(tmp_path, dtype=said)
+        assert shards.stored_dtype(tmp_path) == "float32"
+    model.bfloat16().save_pretrained(tmp_path, max_shard_size=shard)
+    change_config(tmp_path, dtype="float32")
+    assert shards.stored_dtype(tmp_path) == "bfloat16"
+
+
+def test_the_stored_precision_of_other_weights_is_what_the_config_says(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    save_file({"packed": torch.zeros(2, dtype=torch.int8)}, tmp_path / shards.SINGLE)
+    for said, found in (("float16", "float16"), ("int8", None), (None, None)):
+        change_config(tmp_path, dtype=said)
+        assert shards.stored_dtype(tmp_path) == found
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -802,6 +803,16 @@ def test_what_is_stored_keeps_the_precision_of_the_checkpoint(files: Path) -> No
     assert torch.equal(loaded.model.layers[0].mlp.down_proj.weight, dense[0].mlp.down_proj.weight)
     changed = loaded.model.layers[1].mlp.down_proj.weight
     assert torch.equal(changed.bfloat16(), found.model.model.layers[1].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("said", [None, "bfloat16"])
+def test_the_precision_that_is_kept_is_the_weights_not_the_configs(files: Path, said: str | None) -> None:
+    config = files / "dense" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": said}))
+    prune(files / "dense", "block.2", out=files / "out", speed=False, **asked(files, dtype="bfloat16"))
+    stored, dense = (load_file(files / name / "model.safetensors") for name in ("out", "dense"))
+    assert all(torch.equal(stored[name], dense[name]) for name in stored if ".layers.0." in name)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

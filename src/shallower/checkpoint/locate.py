@@ -80,13 +80,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def stored_dtype(folder: Path) -> str | None:
-    """The number format that a folder's config says its weights are in, such as `bfloat16`; None if it does not say."""
-    config = read_config(folder)
-    found = config.get("dtype") or config.get("torch_dtype")
-    return found if found in ("float32", "bfloat16", "float16") else None
-
-
 def _locate_file(path: Path) -> Location:
     suffix = path.suffix.lower()
     if suffix == ".gguf":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shallower.checkpoint.locate import CONVERT, PICKLES
+from shallower.checkpoint.locate import CONVERT, PICKLES, read_config
 from shallower.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_FLOATING = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
@@ -46,11 +50,34 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
+def stored_dtype(folder: Path) -> str | None:
+    """The number format that most of a folder's floating weights are in, such as `bfloat16`, by the headers of its
+    files: a config may name none, or another. Where they hold no such weights, what the config says; None if nothing.
+
+    Raises ModelError as `weight_files` does.
+    """
+    numbers: Counter[str] = Counter()
+    for file in weight_files(folder):
+        for tensor in _header(file).values():
+            if tensor.get("dtype") in _FLOATING:
+                numbers[_FLOATING[tensor["dtype"]]] += math.prod(tensor.get("shape", ()))
+    if numbers:
+        return max(numbers, key=numbers.__getitem__)
+    config = read_config(folder)
+    found = config.get("dtype") or config.get("torch_dtype")
+    return found if found in _FLOATING.values() else None
+
+
 def tensor_names(file: Path) -> frozenset[str]:
     """Names of the tensors in a safetensors file, from its header.
 
     Raises ModelError when the header does not parse or the file is shorter or longer than the header says.
     """
+    return frozenset(_header(file))
+
+
+def _header(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """What the header of a safetensors file says of each tensor, compared with the file's size; raises ModelError."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -67,7 +94,7 @@ def tensor_names(file: Path) -> frozenset[str]:
         raise ModelError(_truncated(file, size, _LENGTH_BYTES + length, " at least"))
     try:
         header = json.loads(raw)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors: dict[str, dict[str, Any]] = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise ModelError(f"{file} has a damaged header. Copy or download it again.") from None
@@ -76,7 +103,7 @@ def tensor_names(file: Path) -> frozenset[str]:
         raise ModelError(_truncated(file, size, expected, ""))
     if size > expected:
         raise ModelError(f"{file} has {size - expected} bytes too many. Copy or download it again.")
-    return frozenset(tensors)
+    return tensors
 
 
 def _read_index(file: Path) -> dict[str, str]:

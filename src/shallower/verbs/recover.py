@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import LoadedModel
-from shallower.checkpoint.locate import stored_dtype
+from shallower.checkpoint.shards import stored_dtype
 from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, PlanError, UserError
 from shallower.exporters import save
