@@ -271,6 +271,17 @@ def test_what_decilm_cannot_say_is_generic(family: str, tmp_path: Path) -> None:
     assert "vLLM has no class for it" in (folder / "README.md").read_text()
 
 
+def test_a_family_whose_attention_cannot_be_told_apart(tmp_path: Path) -> None:
+    anatomy, _ = dense("dbrx")
+    with passed_over(anatomy, units("mlp.2")):
+        wanted = logits(anatomy.model)
+    folder = save(cut(anatomy, units("mlp.2")), tmp_path / "out", plan=None)
+    assert json.loads((folder / "config.json").read_text())["block_configs"][2]["attention"]["modules"] == {}
+    for loaded in (load(folder), with_code(folder)):
+        assert close(logits(loaded), wanted)
+        assert close(decoded(loaded), wanted)
+
+
 def test_the_card_warns_when_vllm_would_fail(tmp_path: Path) -> None:
     folder = save(cut(dense("llama")[0], units("attn.0")), tmp_path / "out", plan=None)
     assert "vLLM cannot run it" in (folder / "README.md").read_text()

@@ -211,7 +211,10 @@ def _become_shallow(
             block = anatomy.blocks[layer.home if source is None else source]
             part = block.part(kind)  # type: ignore[arg-type]
             entry[half] = {"no_op": source is None}
-            if part is None or (source is not None and kind == "mlp"):
+            if part is None:
+                entry[half]["modules"] = {}  # else readers take Llama's, which this family may not have
+                continue
+            if source is not None and kind == "mlp":
                 continue
             stand_ins = substitutes(block, kind)  # type: ignore[arg-type]
             arities = dict(zip(part.names, part.arities, strict=True))
