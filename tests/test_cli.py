@@ -527,6 +527,10 @@ def test_demo_ends_with_what_to_look_at(
             r"--remove block\.3 names what goes, so --search would change nothing; drop it\.",
         ),
         (["search", "{tiny}", "--remove", "block.3", "--scores", "{attentions}"], r"so --scores would change nothing"),
+        (
+            ["search", "{tiny}", "--remove", "block.3", "--units", "all", "--search", "beam", "--set", "width=2"],
+            r"so --search, --units, --set would change nothing; drop them\.",
+        ),
         (["search", "{tiny}", "--remove", "block.99"], r"block\.99 does not exist"),
         (["search", "{tiny}", "--remove", "blok.1"], r"'blok\.1' is not a unit"),
         (["search", "{tiny}", "--remove", "block.1,block.1"], r"block\.1 is named twice"),
@@ -636,6 +640,12 @@ def test_a_plan_with_a_fault(
         (["tiny", "--remove", "0"], r"removes nothing"),
         (["tiny", "--remove", "6"], r"cannot remove 6 units"),
         (["tiny", "--remove", "block.1,block.1"], r"named twice"),
+        (
+            ["tiny", "--remove", "block.1", "--search", "one-shot", "--metric", "taylor"],
+            r"--remove block\.1 names what goes, so --search, --metric would change nothing; drop them\.",
+        ),
+        (["tiny", "--remove", "block.1", "--exact"], r"so --exact would change nothing; drop it\."),
+        (["tiny", "--remove", "block.1", "--search", "gredy"], r"unknown search 'gredy'; did you mean 'greedy'\?"),
         (["tiny", "--remove", "2", "--text", "none.txt"], r"none\.txt"),
         (["truncated", "--remove", "2"], r"truncated"),
         (["pickle", "--remove", "2"], r"pickle"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Argument, Option
 
+from shallower.budget import parse_remove
 from shallower.errors import UserError
+from shallower.units import Unit
 
 Units = Literal["block", "attn", "mlp", "sublayer", "all"]
 Positions = Literal["auto", "all", "last"]
@@ -236,6 +238,38 @@ def with_distill(settings: dict[str, str], share: float | None, recoveries: str)
     if not same:
         raise UserError(f"--distill {share:g} and --set distill={said} differ: drop one of the two.")
     return settings | {"distill": str(share)}
+
+
+def require_amount(
+    remove: str,
+    searched: Mapping[str, bool],
+    *,
+    search: str,
+    objective: str,
+    settings: Mapping[str, str],
+    recoveries: Sequence[str] = (),
+) -> None:
+    """Raise UserError where `remove` names the units, and something was given that only a search among others heeds.
+
+    searched: such flags, and whether each was given. settings: the texts of `--set`, of which the objective's and those
+    of `recoveries` are heeded all the same.
+    """
+    if not isinstance(parse_remove(remove)[0], Unit):
+        return
+    from shallower.registry import objective as objectives
+    from shallower.verbs.recoveries import named_recoveries
+    from shallower.verbs.search import search_stages
+
+    heeding = [
+        objectives.get(objective),
+        *(method for names in recoveries if names for method in named_recoveries(names)),
+    ]
+    heeded = {option for method in heeding for option in method.options}
+    chosen = {option for method, _ in search_stages(search, objective, {})[0] for option in method.options}
+    given = {**searched, "--set": any(name in chosen - heeded for name in settings)}
+    if idle := [flag for flag, there in given.items() if there]:
+        them = "it" if len(idle) == 1 else "them"
+        raise UserError(f"--remove {remove} names what goes, so {', '.join(idle)} would change nothing; drop {them}.")
 
 
 def parse_settings(given: Sequence[str] | None) -> dict[str, str]:

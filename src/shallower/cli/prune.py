@@ -107,6 +107,10 @@ def prune(
     idle = [flag for flag, given in searched.items() if given]
     if plan is not None and remove is None and idle:
         raise UserError(f"--plan says what goes, so {', '.join(idle)} would change nothing; drop that, or drop --plan.")
+    if plan is None and remove is not None:
+        heeded = {flag: searched[flag] for flag in ("--search", "--metric", "--units", "--exact")}
+        methods = (repair, recover)
+        options.require_amount(remove, heeded, search=search, objective=objective, settings=chosen, recoveries=methods)
     if stock and form not in ("auto", "padded"):
         raise UserError(f"--stock means --form padded, and --form {form} was given, too: drop one of the two.")
     from shallower.verbs.prune import prune as run

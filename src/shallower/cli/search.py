@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from shallower.budget import parse_remove
 from shallower.cli import options
 from shallower.cli.output import print_written, require_free
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
-from shallower.errors import UserError
 from shallower.resources import parse_memory, parse_workers
-from shallower.units import Unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,10 +71,14 @@ def search(
         remove, search, objective, metric, chosen, units=units, ordinary=ordinary, repair=repair, workers=workers
     )
     require_target(calibration, target)
-    searched = {"--search": search != "greedy", "--metric": metric is not None, "--scores": scores is not None}
-    idle = [flag for flag, given in searched.items() if given]
-    if idle and isinstance(parse_remove(remove)[0], Unit):
-        raise UserError(f"--remove {remove} names what goes, so {' and '.join(idle)} would change nothing; drop it.")
+    searched = {
+        "--search": search != "greedy",
+        "--metric": metric is not None,
+        "--scores": scores is not None,
+        "--units": units != "block" and target is None,  # a text is chosen by how it ranks these
+        "--exact": exact,
+    }
+    options.require_amount(remove, searched, search=search, objective=objective, settings=chosen, recoveries=(repair,))
     parse_memory(memory)
     parse_workers(workers)
     subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
