@@ -86,6 +86,7 @@ def test_a_list_of_units_may_hold_inclusive_ranges() -> None:
         ("attn.7,block.7", "attn.7 is part of block.7"),
         ("block.6-8,mlp.8", "mlp.8 is part of block.8"),
         ("block.8-6", "ends before it starts"),
+        ("block.3-10000000000", "'block.3-10000000000' has 9,999,999,998 units, and at most 10,000"),
         ("block.7;block.8", "is not a unit"),
     ],
 )

@@ -15,6 +15,8 @@ KINDS: tuple[Kind, ...] = ("block", "attn", "mlp")
 """What a model is made of. A `pair` is two halves of neighbours, and exists only while a search looks for ordinary
 plans."""
 
+_LONGEST_RANGE = 10_000  # more than any model has, and few enough to be listed
+
 _UNIT = re.compile(rf"({'|'.join(KINDS)})\.(\d+)")
 
 
@@ -91,7 +93,7 @@ class Span:
 def parse_units(text: str) -> tuple[Unit, ...]:
     """Read a comma-separated list of units; `block.13-18` is an inclusive range (13, 14, …, 18).
 
-    Raises BudgetError when an item cannot be read or is named twice.
+    Raises BudgetError when an item cannot be read or is named twice, or a range is longer than any model.
     """
     units: list[Unit] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -102,6 +104,11 @@ def parse_units(text: str) -> tuple[Unit, ...]:
         first, last = int(span[2]), int(span[3])
         if last < first:
             raise BudgetError(f"the range {item!r} ends before it starts.")
+        if last - first >= _LONGEST_RANGE:
+            raise BudgetError(
+                f"the range {item!r} has {last - first + 1:,} units, and at most {_LONGEST_RANGE:,} can be named: "
+                "'shallower inspect MODEL' says how many there are."
+            )
         units += [Unit.parse(f"{span[1]}.{index}") for index in range(first, last + 1)]
     require_distinct(units)
     return tuple(units)
