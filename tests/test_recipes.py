@@ -62,6 +62,24 @@ def test_a_run_goes_on_after_the_step_that_failed(tmp_path: Path, capsys: pytest
     assert len(json.loads((out / "plan.json").read_text())["remove"]) == 1
 
 
+def test_a_folder_with_a_space_is_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my work").mkdir()
+    recipe, out = written(tmp_path / "my work"), tmp_path / "it's out"
+    asked = ["run", str(recipe), "--out", str(out), "--set", "remove=1"]
+    commands = read_recipe(str(recipe)).commands("demo", out, {"remove": "1"})
+    assert shlex.split(commands[0])[-1] == f"{out}/scores.json"
+    assert main.run([*asked, "--dry-run"]) == 0
+    assert f"shallower {commands[0]}" in capsys.readouterr().out
+    assert main.run([*asked, "--quiet"]) == 0
+    assert len(json.loads((out / "plan.json").read_text())["remove"]) == 1
+
+
+def test_a_step_with_a_quote_that_does_not_end(tmp_path: Path) -> None:
+    path = written(tmp_path, steps=["score {model} --calibration '{text}", "eval {model} --set {remove}"])
+    with pytest.raises(UserError, match=r"step 1 of .*two\.yaml cannot be split into words \(no closing quotation\)"):
+        read_recipe(str(path))
+
+
 def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
     path = written(tmp_path, sizes={"demo": {"model": "m", "txt": "t"}}, stpes=[])
     with pytest.raises(UserError) as caught:

@@ -11,13 +11,15 @@
       paper: {model: lmsys/vicuna-7b-v1.3, remove: 20%}
 
 A step is what stands after `shallower` on a command line. `{out}` is the folder of the run, `{here}` that of the
-recipe; every other name in braces has a value in each size, which `--set name=value` replaces.
+recipe; every other name in braces has a value in each size, which `--set name=value` replaces. What a name stands for
+is part of one word, whatever spaces it holds.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,7 @@ class Recipe:
     sizes: Mapping[str, Mapping[str, str]]
 
     def commands(self, size: str, out: str | os.PathLike[str], given: Mapping[str, str]) -> list[str]:
-        """The command lines of a size; `given` replaces values.
+        """The command lines of a size, with quotes where words need them; `given` replaces values.
 
         Raises UnknownName for a size or a name that the recipe has not.
         """
@@ -56,7 +58,10 @@ class Recipe:
             if name not in values:
                 raise UnknownName(f"value of {self.title!r}", name, values)
         values = {**values, **given, "out": os.fspath(out), "here": str(self.here)}
-        return [_NAME.sub(lambda match: values[match[1]], step) for step in self.steps]
+        return [
+            shlex.join(_NAME.sub(lambda match: values[match[1]], word) for word in shlex.split(step))
+            for step in self.steps
+        ]
 
 
 def shipped() -> dict[str, Path]:
@@ -84,6 +89,11 @@ def _faults(where: str, data: Mapping[str, Any]) -> list[str]:
         return [f"'steps' of {where} is not a list of command lines"]
     if not isinstance(sizes, dict) or not sizes or not all(isinstance(values, dict) for values in sizes.values()):
         return [f"'sizes' of {where} is not a list of sizes with values each"]
+    for number, step in enumerate(steps, 1):
+        try:
+            shlex.split(step)
+        except ValueError as error:
+            return [f"step {number} of {where} cannot be split into words ({str(error).lower()})"]
     wanted = {name for step in steps for name in _NAME.findall(step)} - {"out", "here"}
     if "steps" not in data or "sizes" not in data:
         return []
