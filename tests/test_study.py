@@ -373,7 +373,11 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
         ("remove: 9", "9"),
         ("settings: {width: 2}", "width"),
         ("held_out: {quiz: other.txt}", "quiz"),
-        ("tasks: {quiz: nowhere.jsonl}", "nowhere.jsonl"),
+        ("tasks: {quiz: nowhere.jsonl}", "task 'quiz' reads nowhere.jsonl, which does not exist"),
+        ("models: [tiny, tniy]", "there is no model at 'tniy'"),
+        ("texts: {a: a.txt, b: a.txt*0.5+bb.txt*0.5}", "no text at 'bb.txt'"),
+        ("texts: {a: aa.txt, b: bb.txt?seed=1}", "(2) no text at 'bb.txt'"),
+        ("held_out: {other: othr.txt}", "no text at 'othr.txt'"),
     ],
 )
 def test_a_study_that_cannot_run_is_refused(

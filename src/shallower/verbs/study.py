@@ -9,14 +9,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from shallower import progress
-from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices
+from shallower.checkpoint.locate import locate
+from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices, is_saved, open_source
+from shallower.corpus.build import BuildOptions
+from shallower.corpus.choices import ChoiceOptions
+from shallower.corpus.specification import Specification, parse_specification, raise_all
 from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import beside_weights, context_key
@@ -40,6 +44,7 @@ from shallower.version import __version__
 CELLS = "cells.jsonl"
 _QUESTION_TOKENS = 256
 _TIMED_TOKENS = 1024
+_TEXT_OPTIONS = tuple({option.name: None for option in (*fields(BuildOptions), *fields(ChoiceOptions))})
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
 Context = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
@@ -120,6 +125,54 @@ def require_runnable(given: Study) -> None:
     unknown = [key for key in given.settings if not any(key in _options(given, *pair) for pair in _pairs(given))]
     if unknown:
         raise UserError(f"none of the study's searches and objectives has an option {unknown[0]!r}; drop it.")
+    both = set(given.held_out) & set(given.tasks)
+    if both:
+        raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
+    _require_found(given)
+
+
+def _require_found(given: Study) -> None:
+    """Refuse models and texts that are not there, also those that only the last cells need. Raises UserError that tells
+    all.
+    """
+    asking = [reads_choices(objectives.get(name)) for name in given.objectives]
+    texts = [*([] if all(asking) else given.texts.values()), *given.held_out.values()]
+    checks: list[Callable[[], object]] = [partial(locate, model) for model in given.models]
+    checks += [partial(_require_text, spec) for spec in dict.fromkeys(texts)]
+    if any(asking):
+        checks += [partial(_require_questions, f"text {name!r}", spec) for name, spec in given.texts.items()]
+    checks += [partial(_require_questions, f"task {name!r}", spec) for name, spec in given.tasks.items()]
+    faults: list[UserError] = []
+    with progress.silent():  # what is read instead of a domain is told when it is read
+        for check in checks:
+            try:
+                check()
+            except UserError as fault:
+                faults.append(fault)
+    raise_all(faults)
+
+
+def _require_text(spec: str) -> None:
+    """Raise UserError unless all that a text is mixed of can be opened; nothing is read."""
+    parsed = _parsed(spec)
+    if not is_saved(Path(parsed.source).expanduser()):
+        for term in parsed.terms:
+            open_source(term.source, replace(supply(), sample=_unsaid))
+
+
+def _unsaid(start: str, *, tokens: int, seed: int) -> Iterator[str]:
+    """What a model that is not loaded yet says."""
+    return iter(())
+
+
+def _require_questions(what: str, spec: str) -> None:
+    if not os.path.exists(os.path.expanduser(_parsed(spec).source)):
+        raise CorpusError(f"{what} reads {spec}, which does not exist.")
+
+
+def _parsed(spec: str) -> Specification:
+    """Raises UserError for what cannot be read; values of options are looked at when the text is."""
+    return parse_specification(spec, _TEXT_OPTIONS)
 
 
 def estimate(
@@ -351,15 +404,9 @@ def _judges(
 
 def _require_sound(subject: Subject, given: Study) -> None:
     """Refuse, before an hour has gone, what this model cannot do. Raises UserError."""
-    both = set(given.held_out) & set(given.tasks)
-    if both:
-        raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
     for name, _ in map(search_and_metric, given.searches):
         for remove in given.remove:
             resolve(subject, remove, name, units=given.units, protect=given.protect)
-    for name, spec in {**given.held_out, **given.tasks}.items():
-        if not os.path.exists(spec.partition("?")[0]) and name in given.tasks:
-            raise CorpusError(f"task {name!r} reads {spec}, which does not exist.")
 
 
 def _pairs(given: Study) -> Iterator[tuple[str, str]]:
