@@ -271,6 +271,25 @@ def test_a_search_may_rank_by_another_metric_than_its_own(place: Path) -> None:
         assert [str(unit) for unit, _ in plan.order] == row["order"]
 
 
+@pytest.mark.parametrize(
+    ("calibration", "part"),
+    [("a.jsonl", "all"), ("b.jsonl?seed=1", "held-out"), ("a.jsonl*0.5+b.jsonl*0.5", "held-out")],
+)
+def test_a_held_out_text_has_nothing_of_what_calibration_mixes(
+    place: Path, tmp_path: Path, calibration: str, part: str
+) -> None:
+    from shallower.verbs.study import _judging_texts
+    from shallower.verbs.subject import open_subject
+
+    for name in ("a", "b"):
+        rows = [{"text": f"{name} has {n} and {n + 1}, and so on until {n * n}."} for n in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"models": "m", "texts": {"text": calibration}, "remove": 1, "held_out": {"b": "b.jsonl"}}
+    study = parse_study({**data, "held_out_sequences": 2, "held_out_length": 32}, "s.yaml", tmp_path)
+    text = _judging_texts(open_subject(str(place / "tiny"), dtype="float32"), study)["b"]
+    assert f"part={part}&" in text.spec
+
+
 def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
     from shallower.engine import Ablator
     from shallower.verbs.search import search

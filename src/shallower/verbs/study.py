@@ -367,8 +367,9 @@ def _calibration(subject: Subject, given: Study, context: Context, objective: st
 def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
     """What plans are judged on: held-out texts, and questions of tasks, by name."""
     found: dict[str, CalibrationSet] = {}
+    calibration = {term.source for spec in given.texts.values() for term in _parsed(spec).terms}
     for name, spec in given.held_out.items():
-        shared = spec.partition("?")[0] in {other.partition("?")[0] for other in given.texts.values()}
+        shared = not calibration.isdisjoint(term.source for term in _parsed(spec).terms)
         found[name] = build_calibration(
             spec,
             subject.tokenizer,
