@@ -8,6 +8,7 @@ import math
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -542,6 +543,21 @@ def test_prefixes_of_a_plan_give_what_their_cuts_give(model: Any, data: Path, tm
     assert len((tmp_path / "curve" / "items" / "3_removed" / "boolq.jsonl").read_text().splitlines()) == ITEMS
     with pytest.raises(OutputError, match="exists"):
         ratio_curve(model, plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), out=tmp_path / "curve")
+
+
+def test_prefixes_with_lone_sublayers_have_the_size_of_their_checkpoints(model: Any, tmp_path: Path) -> None:
+    def size(part: Any) -> int:
+        return sum(parameter.numel() for parameter in part.parameters())
+
+    order = tuple((unit, None) for unit in (Unit(1, "mlp"), Unit(2, "attn"), Unit(4, "mlp")))
+    plan = replace(make_plan(model, []), remove=tuple(sorted(unit for unit, _ in order)), order=order)
+    (tmp_path / "text.txt").write_text(words(random.Random(3), 40))
+    found = ratio_curve(model, plan, texts=[str(tmp_path / "text.txt")], tokenizer=tiny_tokenizer(), window=64)
+    layer, whole = model.model.layers[1], size(model)
+    lone = size(layer.mlp) + size(layer.post_attention_layernorm)
+    # the first two pair up: attn.1 with mlp.2 is a whole block
+    expected = [(6, whole), (6, whole - lone), (5, whole - size(layer)), (5, whole - size(layer) - lone)]
+    assert [(each.blocks, each.parameters) for each in found.evaluations] == expected
 
 
 def test_a_curve_resumes_and_writes_texts_too(model: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.checkpoint.cache import cache_root
 from shallower.engine.likelihood import Asked, Likelihoods
-from shallower.errors import PlanError
+from shallower.errors import ModelError, PlanError
 from shallower.evaluation.perplexity import Perplexity, cut_windows
 from shallower.evaluation.tasks import LM_EVAL_SEED, TaskResult, TaskSettings, run_tasks
 from shallower.plan import PruningPlan
 from shallower.reporting.curves import curve_files
 from shallower.resources import parse_memory
 from shallower.surgery import cut
+from shallower.units import Unit
 from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluate import (
     Comparison,
@@ -94,23 +95,30 @@ def ratio_curve(
     likelihoods = Likelihoods(subject.anatomy, removed, memory=room)
     perplexities = _perplexities(subject, likelihoods, asked, window, stride, max_windows)
     results = _tasks(subject, likelihoods, asked, labels)
-    whole = subject.weights.model.parameters
     evaluations = [
-        Evaluation(
-            label,
-            len(subject.anatomy.blocks) - sum(unit.kind == "block" for unit in gone),
-            whole - subject.weights.of(tuple(sorted(gone))).parameters,
-            measured,
-            tuple(found),
-            None,
-            len(gone),
-        )
+        Evaluation(label, *_size(subject, gone), measured, tuple(found), None, len(gone))
         for label, gone, measured, found in zip(labels, removed, perplexities, results, strict=True)
     ]
     comparison = Comparison(tuple(evaluations), notes)
     if out is not None:
         write_comparison(comparison, out, force=force, more=curve_files(comparison.evaluations, subject.identity.name))
     return comparison
+
+
+def _size(subject: Subject, gone: frozenset[Unit]) -> tuple[int, int]:
+    """Blocks and parameters of the checkpoint that `prune` writes without `gone`: sublayers may pair up to whole blocks
+    again, and norms that served only them go, too.
+    """
+    blocks = len(subject.anatomy.blocks) - sum(unit.kind == "block" for unit in gone)
+    parameters = subject.weights.model.parameters - subject.weights.of(gone).parameters
+    if all(unit.kind == "block" for unit in gone):
+        return blocks, parameters
+    try:
+        smaller = cut(subject.anatomy, gone)
+    except ModelError:  # there is no such checkpoint, and what is skipped is all that is known
+        return blocks, parameters
+    blocks = smaller.config.get_text_config().num_hidden_layers
+    return blocks, sum(parameter.numel() for parameter in smaller.parameters())
 
 
 def _perplexities(
