@@ -816,6 +816,27 @@ def test_the_precision_that_is_kept_is_the_weights_not_the_configs(files: Path, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str) -> None:
+    dense, config = files / "dense", files / "dense" / "config.json"
+    (dense / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+    )
+    (dense / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    modules = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    changed = {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": modules}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    given = asked(files, dtype=dtype, trust_remote_code=True)
+    found = prune(dense, "block.2", out=files / "out", speed=False, **given)
+    loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=found.model.dtype, trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
+    assert torch.allclose(logits(loaded, text_of(loaded)), logits(found.model, text_of(loaded)))
+    assert "trust_remote_code=True" in (files / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_maps_at_cuts_are_saved_packaged(files: Path, dtype: str) -> None:
     found = recover(
         files / "pruned", "refit,low-rank", teacher=files / "dense", out=files / "out", **asked(files, dtype=dtype)

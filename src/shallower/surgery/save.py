@@ -55,7 +55,8 @@ class Export:
 def ordinary(model: PreTrainedModel) -> Export:
     """The model as a checkpoint that any software loads. Raises ModelError when sublayers are missing."""
     require_ordinary(model)
-    return Export(FORMS["ordinary"], model)
+    its_own = "The code that came with the model is in the folder, too: load it with `trust_remote_code=True`."
+    return Export(FORMS["ordinary"], model, notes=(its_own,) if type(model).is_remote_code() else ())
 
 
 def save(

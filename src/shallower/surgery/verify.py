@@ -66,11 +66,13 @@ were missing or left over.
 
 
 def load_stock(folder: Path, like: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Load a folder as any user of transformers does.
+    """Load a folder as any user of transformers does; a model of code that came with it as its class, whose code was
+    trusted when it was opened.
 
     Raises VerificationError when another class comes of it than that of `like`.
     """
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loader: Any = type(like) if type(like).is_remote_code() else AutoModelForCausalLM
+    loaded, info = loader.from_pretrained(
         folder,
         local_files_only=True,
         dtype=like.dtype,

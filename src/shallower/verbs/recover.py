@@ -263,7 +263,8 @@ def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTra
     stored = stored_dtype(folder)
     if stored in (None, dense.dtype):
         return None
-    anatomy = open_subject(folder, device="cpu", dtype=stored).anatomy
+    trusted = type(dense.model).is_remote_code()  # as it was when it was opened
+    anatomy = open_subject(folder, device="cpu", dtype=stored, trust_remote_code=trusted).anatomy
     return anatomy, cut(anatomy, removed)
 
 
