@@ -1,9 +1,9 @@
 """The forms in which a model with units removed is stored, and how each is loaded. Torch-free.
 
-ordinary   every block is whole: what any software loads
+ordinary   every block is whole: what software for the family loads (docs/formats.md has an exception)
 native     blocks lack sublayers, and the installed transformers says so in its own config
 packaged   blocks lack sublayers: the folder carries the code that leaves them out
-padded     sublayers are there and add nothing: what any software loads, for no gain
+padded     sublayers are there and add nothing: what the same software loads, for no gain
 """
 
 from __future__ import annotations
