@@ -389,6 +389,24 @@ def test_eval_tells_models_and_texts_of_one_name_apart(cli: Cli, place: Path, tm
     assert ran.out.count("×)") == 2
 
 
+def test_eval_compares_no_perplexity_on_other_windows(cli: Cli, place: Path, tmp_path: Path) -> None:
+    short = Path(shutil.copytree(place / "tiny", tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    asked = ("eval", place / "tiny", short, place / "other", "--text", place / "text.txt", "--dtype", "float32")
+    asked += ("--window", 32, "--windows", 4)
+    ran = cli(*asked)
+    assert ran.out.count("×)") == 1  # of the third model alone
+    assert re.search(r"text\.txt: [\d,]+ tokens scored in 4 windows, other windows by short; bits per byte", ran.out)
+    told = cli(*asked, "--json").json
+    [note] = told["notes"]
+    assert re.match(
+        r"text\.txt: short was scored on \d+ tokens \([\d,]+ bytes\) in 4 windows, tiny on \d+ tokens", note
+    )
+    assert note in " ".join(ran.out.split())
+    assert [row["model"] for row in told["differences"]] == ["other"]
+
+
 def test_methods(cli: Cli) -> None:
     ran = cli("methods")
     assert ran.code == 0

@@ -218,15 +218,16 @@ def _show(console: Console, found: Comparison) -> None:
             differences = {text: found.text_difference(each, text) for text in found.texts}
             unclear = {text for text, one in differences.items() if one is not None and not one.significant}
             values = {text: measured.perplexity for text, measured in each.perplexity.items()}
-            rows.append(PerplexityRow(each.model, each.blocks, each.parameters, values, unclear))
+            apart = {text for text in found.texts if found.apart(each, text)}
+            rows.append(PerplexityRow(each.model, each.blocks, each.parameters, values, unclear, apart))
         console.print(perplexity_table(rows))
         for text in found.texts:
             bits = ", ".join(f"{each.perplexity[text].bits_per_byte:.3f}" for each in found.evaluations)
             measured = found.evaluations[0].perplexity[text]
-            console.print(
-                f"{text}: {measured.tokens:,} tokens scored in {measured.windows} windows; bits per byte {bits}.",
-                soft_wrap=True,
-            )
+            scored = f"{measured.tokens:,} tokens scored in {measured.windows} windows"
+            others = [each for each in found.evaluations if found.apart(each, text)]
+            told = "".join(f", other windows by {each.model}" for each in others)
+            console.print(f"{text}: {scored}{told}; bits per byte {bits}.", soft_wrap=True)
     if found.evaluations[0].tasks:
         columns = []
         for each in found.evaluations:

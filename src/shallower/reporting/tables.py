@@ -40,7 +40,8 @@ _BAR = 24  # columns of the longest bar
 @dataclass(frozen=True)
 class PerplexityRow:
     """One model of `perplexity_table`. perplexity: by name of the text. unclear: texts where the difference to the
-    first model could be chance.
+    first model could be chance. apart: texts of which it read other windows than the first model, so that they are not
+    compared.
     """
 
     model: str
@@ -48,6 +49,7 @@ class PerplexityRow:
     parameters: int
     perplexity: Mapping[str, float]
     unclear: Collection[str] = ()
+    apart: Collection[str] = ()
 
 
 def before_after_table(data: ReportData) -> Table:
@@ -140,7 +142,8 @@ def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
 def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
     """Several models, one a row; under each perplexity its difference to the first model's."""
     texts = list(dict.fromkeys(text for row in rows for text in row.perplexity))
-    told = f"Perplexity, lower is better; in brackets relative to {rows[0].model}." if len(rows) > 1 else "Perplexity."
+    compared = any(text not in row.apart for row in rows[1:] for text in row.perplexity)
+    told = f"Perplexity, lower is better; in brackets relative to {rows[0].model}." if compared else "Perplexity."
     told += CHANCE if any(row.unclear for row in rows) else ""
     table = _table("Model", "Blocks", "Parameters", *texts, caption=told)
     for row in rows:
@@ -148,7 +151,8 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
         for text in texts:
             value, first = row.perplexity.get(text), rows[0].perplexity.get(text)
             cell = number(value)
-            if row is not rows[0] and value is not None and first and math.isfinite(value) and math.isfinite(first):
+            beside = row is not rows[0] and text not in row.apart
+            if beside and value is not None and first and math.isfinite(value) and math.isfinite(first):
                 cell += f"\n{signed(value - first)} ({value / first:.2f}×)" + (" ~" if text in row.unclear else "")
             cells.append(cell)
         _add(table, row.model, str(row.blocks), count(row.parameters), *cells)

@@ -70,12 +70,32 @@ class Comparison:
     def text_difference(self, other: Evaluation, text: str) -> Difference | None:
         """Difference in nats a token; None where the windows are not the same tokens."""
         first, second = self.evaluations[0].perplexity[text], other.perplexity[text]
-        if first.counts != second.counts or first.bytes != second.bytes or other is self.evaluations[0]:
+        if other is self.evaluations[0] or self.apart(other, text):
             return None
         means = [
             [total / count for total, count in zip(side.sums, side.counts, strict=True)] for side in (first, second)
         ]
         return paired(means[0], means[1], first.counts)
+
+    def apart(self, other: Evaluation, text: str) -> bool:
+        """Whether a model read other windows of the text than the first: its tokenizer or its context is another."""
+        first, second = self.evaluations[0].perplexity[text], other.perplexity[text]
+        return first.counts != second.counts or first.bytes != second.bytes
+
+    def windows_apart(self) -> Iterator[str]:
+        """Sentences about texts that are not compared."""
+        first = self.evaluations[0]
+        for other in self.evaluations[1:]:
+            for text in self.texts:
+                if self.apart(other, text):
+                    read = [
+                        f"{measured.tokens:,} tokens ({measured.bytes:,} bytes) in {measured.windows} windows"
+                        for measured in (other.perplexity[text], first.perplexity[text])
+                    ]
+                    yield (
+                        f"{text}: {other.model} was scored on {read[0]}, {first.model} on {read[1]}, as its tokenizer "
+                        "or its context is another: compare bits per byte, not perplexity."
+                    )
 
     def task_difference(self, other: Evaluation, task: str, metric: str) -> Difference | None:
         """Of a metric that is a mean over items, the same for both; None for another."""
@@ -209,7 +229,8 @@ def evaluate(
             del subject
     labels = distinct_names([each.model for each in found], [_path(model) for model in models])
     named = tuple(replace(each, model=label) for each, label in zip(found, labels, strict=True))
-    comparison = Comparison(named, tuple(dict.fromkeys(notes)))
+    comparison = Comparison(named)
+    comparison = replace(comparison, notes=(*dict.fromkeys(notes), *comparison.windows_apart()))
     if out is not None:
         write_comparison(comparison, out, force=force)
     return comparison
