@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,19 @@ def test_the_answer_names_what_decides(decisive: str, said: str) -> None:
     assert of_plan.share([decisive]) == pytest.approx(1)
     [rank] = findings.ranks
     assert rank.correlation.value == pytest.approx(1)  # lower perplexity goes with higher accuracy
+
+
+def test_tables_tell_several_models_apart() -> None:
+    from shallower.reporting.study import markdown
+
+    one = made_up("text")
+    two = [replace(each, cell=replace(each.cell, model=model)) for model in ("a/tiny", "b/tiny") for each in one]
+    for results, first in ((one, ""), (two, "| Model ")):
+        told = markdown(results, find(results))
+        assert f"{first}| Removed | Varied | Level |" in told
+        assert f"{first}| Removed | Text | Task |" in told
+    assert "| a/tiny | 2 | text | a | 30.00 | 50.0% |" in told
+    assert "| b/tiny | 2 | wiki | quiz |" in told
 
 
 # The file

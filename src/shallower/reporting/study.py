@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from shallower.reporting.curves import perplexity_axis
 from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.markup import html_page, html_section, html_table
+from shallower.reporting.wording import distinct_names
 from shallower.strict_json import write_json, write_text
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
@@ -98,9 +99,12 @@ def _mean(items: Sequence[Interval]) -> Interval:
 _RANK_HEAD = ("Removed", "Text", "Task", "Rank correlation")
 
 
-def rank_rows(findings: Findings) -> Rows:
-    """Whether perplexity ranks cells as accuracy does."""
-    return [(item.remove, item.text, item.task, _interval(item.correlation)) for item in findings.ranks]
+def rank_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
+    """Whether perplexity ranks cells as accuracy does. models: see `model_names`; the first column, where there are."""
+    return [
+        (*_first(models, item.model), item.remove, item.text, item.task, _interval(item.correlation))
+        for item in findings.ranks
+    ]
 
 
 _STABILITY_HEAD = ("Calibration tokens", "Shared units of two seeds", "Held-out perplexity", "Cells")
@@ -117,8 +121,22 @@ def stability_rows(findings: Findings) -> Rows:
 _BEST_HEAD = ("Removed", "Varied", "Level", "Held-out perplexity", "Task accuracy")
 
 
-def level_rows(results: Sequence[Result]) -> Rows:
-    """Mean outcomes at each level of each factor: the geometric mean of perplexities, the mean of accuracies."""
+def model_names(results: Sequence[Result]) -> dict[str, str]:
+    """Of several models, by MODEL, what to call each; nothing where there is only one."""
+    models = list(dict.fromkeys(result.cell.model for result in results))
+    short = distinct_names([Path(model).name for model in models], models)
+    return dict(zip(models, short, strict=True)) if len(models) > 1 else {}
+
+
+def _first(models: Mapping[str, str], model: str) -> tuple[str, ...]:
+    return (models[model],) if models else ()
+
+
+def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
+    """Mean outcomes at each level of each factor: the geometric mean of perplexities, the mean of accuracies.
+
+    models: see `model_names`; the first column, where there are.
+    """
     rows: Rows = []
     for stratum in grouped(results, lambda result: result.cell.stratum).values():
         for factor in FACTORS:
@@ -126,7 +144,7 @@ def level_rows(results: Sequence[Result]) -> Rows:
             if len(levels) < 2:
                 continue
             for level, group in levels.items():
-                row = [group[0].cell.remove, factor, str(level)]
+                row = [*_first(models, group[0].cell.model), group[0].cell.remove, factor, str(level)]
                 row.append(_number(_geometric([value for result in group for value in result.held_out.values()])))
                 if any(result.tasks for result in results):
                     row.append(_percent([value for result in group for value in result.tasks.values()]))
@@ -158,13 +176,15 @@ def _percents(interval: Interval) -> str:
 
 def _tables(results: Sequence[Result], findings: Findings) -> list[tuple[str, str, Sequence[str], Rows]]:
     """Name, title, head and rows of every table that has rows."""
-    levels = level_rows(results)
+    models = model_names(results)
+    several = ("Model",) if models else ()
+    levels = level_rows(results, models)
     columns = len(levels[0]) if levels else 0
     found: list[tuple[str, str, Sequence[str], Rows]] = [
         ("agreement", "Plans that differ in one thing only", _AGREEMENT_HEAD, agreement_rows(findings)),
         ("shares", "What the variance is due to", share_head(findings), share_rows(findings)),
-        ("levels", "What each choice brings on average", _BEST_HEAD[:columns], levels),
-        ("ranks", "Does perplexity rank as tasks do?", _RANK_HEAD, rank_rows(findings)),
+        ("levels", "What each choice brings on average", (*several, *_BEST_HEAD)[:columns], levels),
+        ("ranks", "Does perplexity rank as tasks do?", (*several, *_RANK_HEAD), rank_rows(findings, models)),
         ("stability", "How many tokens are enough?", _STABILITY_HEAD, stability_rows(findings)),
     ]
     return [item for item in found if item[3]]
