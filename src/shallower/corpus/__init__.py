@@ -2,11 +2,12 @@
 
 from shallower.corpus.answers import Answers
 from shallower.corpus.bos import Bos, adds_bos, resolve_bos
-from shallower.corpus.build import build_calibration, named_options, text_of, with_options
+from shallower.corpus.build import build_calibration
 from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved
 from shallower.corpus.choices import ChoiceSet, build_choices
 from shallower.corpus.clean import Cleaning, Cluster, Counts, clean
 from shallower.corpus.domains import DOMAINS
+from shallower.corpus.options import named_options, text_of, with_options
 from shallower.corpus.overlap import EvaluationRuns, Overlap, SharedRows, overlap
 from shallower.corpus.sources import Document, Source, open_source
 from shallower.corpus.specification import Part

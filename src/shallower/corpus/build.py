@@ -18,12 +18,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-import os
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,12 +30,12 @@ from shallower.corpus.bos import Bos, resolve_bos
 from shallower.corpus.calibration import CalibrationSet, SourceRecord, is_saved, tokens_digest
 from shallower.corpus.clean import Dropped, worth_reading
 from shallower.corpus.formats import Format, Formatted, formatted
+from shallower.corpus.options import LATER, OPTIONS, BuildOptions, Position
 from shallower.corpus.quality import scorer
 from shallower.corpus.sources import PIECE, Document, Source, open_source, pieces
 from shallower.corpus.specification import (
     Part,
     Term,
-    check_options,
     in_part,
     joined,
     parse_specification,
@@ -46,7 +44,6 @@ from shallower.corpus.specification import (
 )
 from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError, TooLittleText, UserError
-from shallower.registry import Option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,41 +52,6 @@ if TYPE_CHECKING:
 _BUFFER_CHARACTERS = 64_000_000
 _STREAM_BUFFER_DOCUMENTS = 1_000
 _TOKENISED_AT_ONCE = 100_000  # characters
-
-
-Position = Literal["auto", "start", "random", "end"]
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What may stand after the `?` of a specification, or in a YAML file; `build_calibration` explains them."""
-
-    sequences: int = 32
-    length: int = 512
-    seed: int = 0
-    pack: bool = True
-    bos: Bos = "auto"
-    part: Part = "all"
-    max_chars: int = 100_000
-    position: Position = "auto"
-    format: Format = "text"
-    shots: int = 5
-    dedup: float = 0.0
-    min_quality: float = 0.0
-    quality: str = "rules"
-
-    def __post_init__(self) -> None:
-        least = {"sequences": 1, "length": 2, "seed": 0, "max_chars": 1, "shots": 1}
-        shares = dict.fromkeys(("dedup", "min_quality"), (0.0, 1.0))
-        check_options(self, _OPTIONS, {name: (smallest, math.inf) for name, smallest in least.items()} | shares)
-
-
-_OPTIONS: Mapping[str, Option] = {
-    name: Option(name, kind, getattr(BuildOptions, name)) for name, kind in typing.get_type_hints(BuildOptions).items()
-}
-_NAMED = (*_OPTIONS, "questions")  # of texts, or of sets of questions
-# What a written-out specification does not repeat where it does nothing
-_LATER = ("position", "format", "shots", "dedup", "min_quality", "quality")
 
 
 def build_calibration(
@@ -141,13 +103,13 @@ def build_calibration(
         CorpusError: Text is missing, not text, or too short, or an option is out of range.
         UnknownName: An option after `?`, a domain or a scorer does not exist.
     """
-    parsed = parse_specification(spec, _OPTIONS)
+    parsed = parse_specification(spec, OPTIONS)
     if is_saved(Path(parsed.source).expanduser()):
         return _saved(Path(parsed.source).expanduser(), parsed.options, tokenizer)
     arguments = BuildOptions(
         sequences, length, seed, pack, bos, part, max_chars, position, format, shots, dedup, min_quality, quality
     )
-    options = replace(arguments, **{name: _OPTIONS[name].parse(text) for name, text in parsed.options.items()})
+    options = replace(arguments, **{name: OPTIONS[name].parse(text) for name, text in parsed.options.items()})
     scorer(options.quality)  # refused before anything is read
     sources = _open(parsed.terms, replace(supply, tokens=options.length, seed=options.seed))
     shares = _shares(parsed.terms, options.sequences)
@@ -174,36 +136,8 @@ def build_calibration(
     found = [
         replace(term, source=source.spec or term.source) for term, source in zip(parsed.terms, sources, strict=True)
     ]
-    spec = written_out(joined(found), options, _LATER)
+    spec = written_out(joined(found), options, LATER)
     return CalibrationSet(spec, ids, mask, tuple(records), tokens_digest(tokenizer, ids))
-
-
-def text_of(spec: str) -> str:
-    """The sources of a specification without its options: what stands before the `?`, or is listed in its file.
-
-    Raises CorpusError or UnknownName when it cannot be read.
-    """
-    source = spec if os.path.exists(spec) or "?" not in spec else spec.rpartition("?")[0]
-    return joined(parse_specification(source, _OPTIONS).terms)
-
-
-def named_options(spec: str) -> dict[str, str]:
-    """The options that a specification of text or of questions names itself, as texts.
-
-    Raises CorpusError or UnknownName when it cannot be read.
-    """
-    return parse_specification(spec, _NAMED).options
-
-
-def with_options(spec: str, options: Mapping[str, str]) -> str:
-    """The specification with `options` where it does not name them itself; of a finished set, as it is.
-
-    Raises as `named_options`.
-    """
-    parsed = parse_specification(spec, _NAMED)
-    if is_saved(Path(parsed.source).expanduser()):
-        return spec
-    return f"{parsed.source}?" + "&".join(f"{name}={value}" for name, value in {**options, **parsed.options}.items())
 
 
 def _open(terms: Sequence[Term], supply: Supply) -> list[Source]:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -18,8 +18,7 @@ from typing import Any
 from shallower import progress
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices, is_saved, open_source
-from shallower.corpus.build import BuildOptions
-from shallower.corpus.choices import ChoiceOptions
+from shallower.corpus.options import NAMED
 from shallower.corpus.specification import Specification, parse_specification, raise_all
 from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.ablator import MEASURED_AS
@@ -44,7 +43,6 @@ from shallower.version import __version__
 CELLS = "cells.jsonl"
 _QUESTION_TOKENS = 256
 _TIMED_TOKENS = 1024
-_TEXT_OPTIONS = tuple({option.name: None for option in (*fields(BuildOptions), *fields(ChoiceOptions))})
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
 Context = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
@@ -172,7 +170,7 @@ def _require_questions(what: str, spec: str) -> None:
 
 def _parsed(spec: str) -> Specification:
     """Raises UserError for what cannot be read; values of options are looked at when the text is."""
-    return parse_specification(spec, _TEXT_OPTIONS)
+    return parse_specification(spec, NAMED)
 
 
 def estimate(
