@@ -409,7 +409,7 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
         ("tasks: {quiz: nowhere.jsonl}", "task 'quiz' reads nowhere.jsonl, which does not exist"),
         ("models: [tiny, tniy]", "there is no model at 'tniy'"),
         ("texts: {a: a.txt, b: a.txt*0.5+bb.txt*0.5}", "no text at 'bb.txt'"),
-        ("texts: {a: aa.txt, b: bb.txt?seed=1}", "(2) no text at 'bb.txt'"),
+        ("texts: {a: aa.txt, b: 'bb.txt?seed=1'}", "(2) no text at 'bb.txt'"),
         ("held_out: {other: othr.txt}", "no text at 'othr.txt'"),
     ],
 )
