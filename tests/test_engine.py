@@ -30,7 +30,7 @@ from shallower.engine.evaluator import Evaluator
 from shallower.engine.head import Head
 from shallower.engine.memo import Memo, beside_weights
 from shallower.engine.race import looks, survivors
-from shallower.engine.states import States
+from shallower.engine.states import DenseAnswers, States
 from shallower.errors import BudgetError, ModelError
 from shallower.registry import search as searches
 from shallower.surgery import cut
@@ -687,6 +687,37 @@ def test_kept_states_save_blocks_and_respect_the_budget():
     with states.visit(0, ["."]):
         states.keep(0, "." * 9, torch.zeros(250))  # in place of the one that this visit does not want
         assert states.deepest(0, ".")[0] == 1
+
+
+@pytest.mark.parametrize("objective", ["kl", "js"])
+def test_what_the_head_makes_of_the_dense_model_is_kept_while_there_is_room(monkeypatch, objective):
+    model = tiny_model("llama")
+    anatomy = dissect(model)
+    text = sample_text(model, sequences=4)
+    sets = [frozenset({unit}) for unit in anatomy.of_kind("block")]
+    rows = []
+    logits = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, part, *out: rows.append(len(part)) or logits(head, part, *out))
+    read, found = {}, {}
+    for memory in (1 << 30, 0):
+        ablator = Ablator(anatomy, text, objective, memory=memory, threads=1)
+        rows.clear()
+        found[memory] = [loss for chosen in sets for loss in ablator.losses([chosen])]
+        read[memory] = sum(rows)
+    scored = int(ablator.counts.sum())
+    own = 0 if objective == "kl" else len(sets) * scored  # rows of the candidates themselves
+    assert read[1 << 30] == scored + own
+    assert read[0] == len(sets) * scored + own
+    assert found[0] == pytest.approx(found[1 << 30], abs=1e-6)
+
+
+def test_dense_answers_leave_each_evaluator_room_for_one_batch():
+    kept = DenseAnswers()
+    for _ in range(2):
+        kept.share(2000)
+    for number in range(4):
+        kept.keep(number, (torch.zeros(150), torch.zeros(100)))  # 1,000 bytes
+    assert [kept.of(number) is not None for number in range(4)] == [True, True, False, False]
 
 
 def test_exhaustive_search_is_the_oracle_on_a_small_model():

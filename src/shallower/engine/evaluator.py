@@ -27,7 +27,7 @@ from shallower.corpus.calibration import Batch
 from shallower.engine.head import find_head
 from shallower.engine.routes import ACTIONS, PASSED_OVER, Route
 from shallower.engine.scoring import Scorer, along_with, needs_dense
-from shallower.engine.states import States
+from shallower.engine.states import DenseAnswers, States
 from shallower.engine.trace import Trace, trace
 from shallower.registry import Method
 
@@ -84,11 +84,12 @@ class Evaluator:
         memory: int,
         order: Order | None = None,
         besides: Sequence[Method] | None = None,
+        dense_answers: DenseAnswers | None = None,
     ) -> None:
         """states: what is kept between questions. memory: bytes for what a visit of one batch needs besides: half for
-        the streams of a layer-major walk, half for the dense model's logits. order: None takes layer-major where the
-        streams of a few candidates fit, else depth-first. besides: objectives that come along; None takes those that
-        are registered here (`along_with`).
+        the streams of a layer-major walk, half for the dense model's logits, which stay while there is room. order:
+        None takes layer-major where the streams of a few candidates fit, else depth-first. besides: objectives that
+        come along; None takes those that are registered here (`along_with`). dense_answers: shared with others.
         """
         self.anatomy = anatomy
         self.batches = batches
@@ -97,6 +98,8 @@ class Evaluator:
         self.besides = along_with(objective, options) if besides is None else tuple(besides)
         self.memory = memory
         self.states = states
+        self._dense_answers = DenseAnswers() if dense_answers is None else dense_answers
+        self._dense_answers.share(memory // 2)
         self._head = find_head(anatomy)
         self._traces: dict[tuple[int, int], Trace] = {}
         self.order = order
@@ -119,6 +122,7 @@ class Evaluator:
             memory=self.memory,
             order=self.order,
             besides=self.besides,
+            dense_answers=self._dense_answers,
         )
 
     def measure(self, job: Job, tick: Callable[[], None] = lambda: None) -> Measured:
@@ -145,8 +149,17 @@ class Evaluator:
             return Measured(job, sums, tokens, self._block_tokens)
 
     def _scorer(self, number: int, dense: Tensor | None) -> Scoring:
-        copies = partial(self._trace, number)
-        return Scorer(self.objective, self.options, self._head, copies, dense, self.memory // 2, self.besides)
+        return Scorer(
+            self.objective,
+            self.options,
+            self._head,
+            partial(self._trace, number),
+            dense,
+            self.memory // 2,
+            self.besides,
+            kept=self._dense_answers.of(number),
+            keep=partial(self._dense_answers.keep, number),
+        )
 
     def _trace(self, number: int, times: int = 1) -> Trace:
         """The batch's trace, or that of `times` copies of the batch. Traces cost no block, but some memory each."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shallower.corpus.answers import Answers
 from shallower.engine.head import ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
+from shallower.engine.states import DenseRows
 from shallower.engine.trace import Trace
 from shallower.registry import Method
 from shallower.registry import objective as objectives
@@ -64,11 +65,15 @@ class Scorer:
         dense: Tensor | None,
         memory: int,
         besides: Sequence[Method] = (),
+        *,
+        kept: DenseRows | None = None,
+        keep: Callable[[DenseRows], None] = lambda rows: None,
     ) -> None:
         """copies: the trace of so many copies of the batch. dense: the stream leaving the dense model's last block,
         None when the objective does not compare with it. besides: objectives that come along with this one.
 
-        memory: bytes that the dense model's logits may take; beyond it they are computed anew for each candidate.
+        memory: bytes that the dense model's logits may take; beyond it they are computed anew for each candidate. keep
+        is given what was made of them, and kept is what an earlier visit of the batch has given it.
         """
         self.objective = objective
         self.besides = tuple(besides)
@@ -91,7 +96,8 @@ class Scorer:
         self._fits = 4 * len(self.targets) * self.vocabulary <= memory
         self._dense_rows: Callable[[slice], Tensor] | None = None
         self._dense_head_rows: Tensor | None = None
-        self._kept_distribution: tuple[Tensor, Tensor] | None = None
+        self._kept = kept
+        self._keep = keep
 
     @property
     def together(self) -> int:
@@ -193,8 +199,9 @@ class Scorer:
 
         Kept for all rows where they fit, so that `part` is then all of them.
         """
-        if self._kept_distribution is not None:
-            return self._kept_distribution
+        if self._kept is not None:
+            probabilities, entropy = self._kept
+            return probabilities, entropy
         assert self.head is not None
         assert self.dense_hidden is not None
         if self._dense_head_rows is None:
@@ -207,7 +214,8 @@ class Scorer:
             torch.softmax(self.head.logits(rows[few]) / temperature, dim=-1, out=probabilities[few])
             entropy[few] = torch.special.entr(probabilities[few]).sum(-1)
         if self._fits:
-            self._kept_distribution = probabilities, entropy
+            self._kept = probabilities, entropy
+            self._keep(self._kept)
         return probabilities, entropy
 
     def _by_rows(self, hidden: Tensor) -> Tensor:
@@ -242,19 +250,22 @@ class Scorer:
         return max(16, limit // (4 * self.vocabulary))
 
     def _dense_logit_rows(self, dense: Tensor) -> Callable[[slice], Tensor]:
-        if self._dense_rows is None:
-            rows_of = self._logit_rows(dense)
-            if self._fits:
-                size = self._chunk()
-                first = rows_of(slice(0, size))
-                whole = first.new_empty(len(self.targets), first.shape[-1])
-                whole[:size] = first
-                for start in range(size, len(whole), size):
-                    whole[start : start + size] = rows_of(slice(start, start + size))
-                self._dense_rows = lambda part: whole[part]
-            else:
-                self._dense_rows = rows_of
-        return self._dense_rows
+        if self._kept is None:
+            if self._dense_rows is None:
+                self._dense_rows = self._logit_rows(dense)
+            rows_of = self._dense_rows
+            if not self._fits:
+                return rows_of
+            size = self._chunk()
+            first = rows_of(slice(0, size))
+            whole = first.new_empty(len(self.targets), first.shape[-1])
+            whole[:size] = first
+            for start in range(size, len(whole), size):
+                whole[start : start + size] = rows_of(slice(start, start + size))
+            self._kept = (whole,)
+            self._keep(self._kept)
+        (kept,) = self._kept
+        return lambda part: kept[part]
 
     def _logit_rows(self, hidden: Tensor) -> Callable[[slice], Tensor]:
         if self.head is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from shallower.engine.routes import PASSED_OVER, Route
 
 Prefix = str  # what the first blocks do, one character each
+DenseRows = tuple[Tensor, ...]
 
 
 class States:
@@ -76,3 +77,36 @@ class States:
                 self.left -= state.nbytes
                 kept[prefix] = state
                 wanted.add(prefix)
+
+
+class DenseAnswers:
+    """What the head makes of the dense model's stream, kept from one visit of a batch to the next. Safe for several
+    threads.
+
+    A search that asks for one candidate at a time would otherwise compute it anew for each. Batches take turns, so none
+    makes way for another: those that came first stay.
+    """
+
+    def __init__(self) -> None:
+        self._room = 0
+        self._sharing = 0
+        self._lock = threading.Lock()
+        self._kept: dict[int, DenseRows] = {}
+
+    def share(self, room: int) -> None:
+        """One more evaluator takes part, and brings `room` bytes."""
+        with self._lock:
+            self._sharing += 1
+            self._room += room
+
+    def of(self, number: int) -> DenseRows | None:
+        """What was kept of batch `number`."""
+        return self._kept.get(number)
+
+    def keep(self, number: int, rows: DenseRows) -> None:
+        """Keep what batch `number` has, if that leaves room for what each evaluator holds while it visits another."""
+        size = sum(tensor.nbytes for tensor in rows)
+        with self._lock:
+            if number not in self._kept and (1 + self._sharing) * size <= self._room:
+                self._room -= size
+                self._kept[number] = rows
