@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -443,8 +443,18 @@ def test_a_checksum_does_not_depend_on_where_in_memory_a_weight_begins() -> None
 # --- GGUF
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, *, parts: int = 1) -> None:
-    """What llama.cpp's converter makes of a Llama model with a byte-level BPE tokenizer."""
+def write_gguf(
+    path: Path,
+    model: LlamaForCausalLM,
+    *,
+    parts: int = 1,
+    scaling: str = "",
+    factors: Sequence[float] = (),
+) -> None:
+    """What llama.cpp's converter makes of a Llama model with a byte-level BPE tokenizer.
+
+    scaling, factors: of rotary positions, as it writes them for YaRN and for Llama 3.1.
+    """
     package = pytest.importorskip("gguf")
     config, tokenizer = model.config, tiny_tokenizer()
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -473,6 +483,11 @@ def write_gguf(path: Path, model: LlamaForCausalLM, *, parts: int = 1) -> None:
     writer.add_chat_template(tokenizer.chat_template)
     if parts > 1:
         writer.add_uint16("split.count", parts)
+    if scaling:
+        writer.add_rope_scaling_type(package.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(4.0)
+    if factors:
+        writer.add_tensor("rope_freqs.weight", torch.tensor(factors).numpy())
     table = package.get_tensor_name_map(package.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
@@ -547,6 +562,38 @@ def test_gguf_that_cannot_be_read(gguf_file: Path, monkeypatch: pytest.MonkeyPat
     assert "llama-gguf-split --merge" in refusal(gguf_file)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'shallower[gguf]'" in refusal(gguf_file)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "told"),
+    [
+        ({"scaling": "yarn"}, r"\(llama\.rope\.scaling\.type = yarn\)"),
+        ({"factors": [1.0, 1.0, 2.0, 8.0]}, r"\(rope_freqs\.weight\)"),
+    ],
+)
+def test_gguf_with_scaled_positions(scaled: dict[str, Any], told: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny(), **scaled)
+    assert re.search(f"{told}.* use the model's safetensors", refusal(tmp_path / "tiny.gguf"))
+
+
+def test_gguf_whose_positions_are_as_usual(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny(), scaling="none", factors=[1.0, 1.0, 1.0, 1.0])
+    tokens = torch.tensor([[5, 9, 30, 31, 32, 7]])
+    with torch.inference_mode():
+        found = load_model(str(tmp_path / "tiny.gguf"), dtype="float32", device="cpu").model(tokens).logits
+        torch.testing.assert_close(found, tiny()(tokens).logits)
+
+
+def test_gguf_is_read_without_what_lies_beside_it(gguf_file: Path) -> None:
+    beside = tiny_tokenizer()
+    beside.chat_template = "another"
+    beside.save_pretrained(gguf_file.parent)
+    loaded = load_model(str(gguf_file), dtype="float32", device="cpu")
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert loaded.path is not None
+    for file in loaded.path.glob("*.json"):
+        assert str(cache.cache_root()) not in file.read_text()
 
 
 # --- cache

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from shallower import progress
 from shallower.checkpoint import stock
 from shallower.checkpoint.architecture import require_decoder
-from shallower.checkpoint.cache import cache_root, staging
+from shallower.checkpoint.cache import cache_root, scratch, staging
 from shallower.errors import ModelError
 
 _MAGIC = b"GGUF"
-_FORM = 1  # of the converted folder; raise it when conversion changes, so that old conversions are not found
+_FORM = 2  # of the converted folder; raise it when conversion changes, so that old conversions are not found
 
 
 def convert_gguf(path: Path) -> Path:
@@ -72,13 +72,20 @@ def sha256_of(path: Path) -> str:
 def _convert(path: Path, folder: Path) -> None:
     with progress.task(f"reading {path.name}"):
         reader = _read(path)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     dense: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # before there was one, the loader always dequantised
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with stock.quiet(), _one_reading(reader, f"converting {path.name}"), stock.refusing(path.name, "the file"):
+    with (
+        scratch() as alone,
+        stock.quiet(),
+        _one_reading(reader, f"converting {path.name}"),
+        stock.refusing(path.name, "the file"),
+    ):
+        (alone / path.name).symlink_to(path.resolve())  # what lies beside the file, such as a tokenizer, is not of it
+        source: dict[str, Any] = {"pretrained_model_name_or_path": alone, "gguf_file": path.name}
         config = AutoConfig.from_pretrained(**source)
         require_decoder(config, path.name)
+        _require_positions(reader, config, path.name)
         model, info = AutoModelForCausalLM.from_pretrained(
             **source, **dense, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -98,6 +105,34 @@ def _convert(path: Path, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # its way of reporting a full disk
         raise OSError(stock.first_line(error)) from error
+
+
+def _require_positions(reader: Any, config: PretrainedConfig, name: str) -> None:
+    """Raise ModelError where rotary positions are scaled (Llama 3.1, YaRN, LongRoPE) and the loader did not read how:
+    the model would compute something else.
+    """
+    told = [
+        f"{key} = {_text(field)}"
+        for key, field in reader.fields.items()
+        if key.endswith(".rope.scaling.type") and _text(field) != "none"
+    ]
+    told += [
+        tensor.name
+        for tensor in reader.tensors
+        if tensor.name.startswith("rope_factors_") or (tensor.name == "rope_freqs.weight" and (tensor.data != 1).any())
+    ]
+    read = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type", "default") for part in (read, *read.values()) if isinstance(part, dict)}
+    if told and kinds <= {"default"}:
+        raise ModelError(
+            f"{name} scales its rotary positions ({', '.join(told)}), which this version of transformers does not read "
+            "from GGUF; use the model's safetensors checkpoint."
+        )
+
+
+def _text(field: Any) -> str:
+    """What a GGUF field of text says."""
+    return bytes(field.parts[field.data[0]]).decode()
 
 
 def _read(path: Path) -> Any:
