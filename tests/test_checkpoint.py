@@ -378,6 +378,22 @@ def test_fingerprint_does_not_depend_on_the_format(tmp_path: Path) -> None:
             assert fingerprint(loaded.model) == expected
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_identity_does_not_depend_on_float16(tied: bool, tmp_path: Path) -> None:
+    model = tiny(tied=tied)
+    halfway = 1 + 2**-8  # bfloat16 rounds what is a little more up, and what float16 makes of it down
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(halfway + 2**-14)
+    model.save_pretrained(tmp_path / "model")
+    found = {
+        identity(load_model(str(tmp_path / "model"), dtype=number_format, device="cpu")).fingerprint
+        for number_format in ("float32", "bfloat16", "float16")
+    }
+    assert found == {fingerprint(model)}
+    assert fingerprint(model.half()) not in found
+
+
 def test_fingerprint_sees_every_tensor() -> None:
     model = tiny(tied=False)
     expected = fingerprint(model)

@@ -175,6 +175,8 @@ def test_a_plan_for_another_model_is_refused_naming_both() -> None:
     PLAN.require_for(ModelIdentity("renamed", None, MODEL.fingerprint, 30))
     with pytest.raises(PlanError, match=r"made for tiny .* not for other .* Search again"):
         PLAN.require_for(OTHER)
+    with pytest.raises(PlanError, match=r"Search again .* loaded as float16"):
+        PLAN.require_for(replace(MODEL, fingerprint=OTHER.fingerprint))
 
 
 def _at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

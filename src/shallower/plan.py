@@ -134,9 +134,12 @@ class PruningPlan:
         """Raise PlanError, naming both models, unless the plan was made for `model`."""
         if self.model.fingerprint != model.fingerprint:
             mine = self.model
+            same = (mine.name, mine.blocks) == (model.name, model.blocks)
+            rounded = " Or one of them was loaded as float16, whose rounding can show: try --dtype float32."
             raise PlanError(
                 f"this plan was made for {mine.name} ({mine.blocks} blocks, {mine.fingerprint[:19]}…), "
                 f"not for {model.name} ({model.blocks} blocks, {model.fingerprint[:19]}…). Search again for this model."
+                f"{rounded if same else ''}"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shallower.checkpoint.load import LoadedModel
+from shallower.checkpoint.shards import weight_files
 from shallower.errors import ModelError
 from shallower.plan import ModelIdentity
 
@@ -18,26 +23,38 @@ _SAMPLES = 64  # values read of each tensor
 _WORDS = 1024  # of 8 bytes, in a row of those whose sums make the checksum
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, folder: Path | None = None) -> str:
     """`sha256:…` over the model type and, of each parameter, its name, shape and 64 evenly spaced values.
 
     The values are rounded to bfloat16 first, so a float32 checkpoint and its bfloat16 load agree. Tied parameters count
     once, under the name that sorts first. A sample, not a checksum: it tells models, fine-tunes and cuts apart, and
     does not notice a change of a few single weights.
 
+    folder: the checkpoint that `model` was loaded from. What is in memory as float16, which rounds off what bfloat16
+    would keep, is read there where it has the same name and shape, so that float16 agrees with the others, too.
+
     Raises ModelError when weights are not in memory (meta device).
     """
     digest = hashlib.sha256(f"{model.config.model_type}\n".encode())
-    seen: set[int] = set()
+    parameters = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0])
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters:
+        names.setdefault(id(parameter), []).append(name)
     samples = []
-    for name, parameter in sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        _require_in_memory(name, parameter)
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        index = torch.tensor(_spread(parameter.numel()), dtype=torch.long, device=parameter.device)
-        samples.append(parameter.detach().reshape(-1)[index].to(torch.bfloat16))
+    with contextlib.ExitStack() as stack:
+        halved = any(parameter.dtype == torch.float16 for _, parameter in parameters)
+        stored = _open(folder, stack) if folder is not None and halved else {}
+        for name, parameter in parameters:
+            if name != names[id(parameter)][0]:
+                continue
+            _require_in_memory(name, parameter)
+            digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+            values = parameter.detach()
+            known = [other for other in names[id(parameter)] if other in stored]
+            if parameter.dtype == torch.float16 and known:
+                values = _as_stored(stored[known[0]].get_tensor(known[0]), values)
+            index = torch.tensor(_spread(values.numel()), dtype=torch.long, device=values.device)
+            samples.append(values.reshape(-1)[index].to(torch.bfloat16))
     # One transfer for all of them, not one a tensor.
     together = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()
     digest.update(together.view(torch.int16).numpy().tobytes())
@@ -68,7 +85,19 @@ def identity(loaded: LoadedModel) -> ModelIdentity:
     Raises ModelError when weights are not in memory (meta device).
     """
     blocks = int(loaded.model.config.get_text_config().num_hidden_layers)
-    return ModelIdentity(loaded.name, loaded.revision, fingerprint(loaded.model), blocks)
+    return ModelIdentity(loaded.name, loaded.revision, fingerprint(loaded.model, loaded.path), blocks)
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """For each tensor of a checkpoint the open file that holds it."""
+    files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(folder)]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def _as_stored(tensor: Tensor, loaded: Tensor) -> Tensor:
+    """The tensor of a file, unless what was loaded is not simply that: of another shape, or once quantized."""
+    plain = tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return tensor if plain and tensor.shape == loaded.shape else loaded
 
 
 def _require_in_memory(name: str, tensor: Tensor) -> None:

@@ -57,7 +57,7 @@ class Subject:
     @cached_property
     def identity(self) -> ModelIdentity:
         blocks = len(self.anatomy.blocks)
-        return ModelIdentity(self.loaded.name, self.loaded.revision, fingerprint(self.model), blocks)
+        return ModelIdentity(self.loaded.name, self.loaded.revision, fingerprint(self.model, self.loaded.path), blocks)
 
     @cached_property
     def checksum(self) -> str:
