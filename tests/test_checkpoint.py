@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from transformers import BertConfig, CLIPConfig, LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
 from transformers.utils import logging
@@ -24,6 +26,7 @@ from shallower import progress
 from shallower.checkpoint import cache, demo_files, dtype, gguf, shards
 from shallower.checkpoint.architecture import require_decoder
 from shallower.checkpoint.fingerprint import checksum, fingerprint, identity
+from shallower.checkpoint.hub import fetch_config
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.locate import locate
 from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
@@ -339,6 +342,32 @@ def test_hub_from_its_cache(offline: Path, saved: Path) -> None:
     assert (loaded.name, loaded.revision) == ("owner/name", commit)
     (home / "snapshots" / commit / "model.safetensors").rename(home / "snapshots" / commit / "pytorch_model.bin")
     assert "no safetensors weights" in refusal("owner/name")
+
+
+def test_hub_templates_in_their_folder(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
+    names = {"config.json", "tokenizer.json", "additional_chat_templates/rag.jinja", "onnx/config.json", "model.py"}
+    fetched: set[str] = set()
+
+    def fetch(*_: Any, allow_patterns: list[str], ignore_patterns: list[str] | None, **__: Any) -> str:
+        chosen = set(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert chosen  # or the client would warn
+        fetched.update(chosen)
+        return str(saved)
+
+    monkeypatch.setattr("shallower.checkpoint.hub.snapshot_download", fetch)
+    assert fetch_config("owner/name", None, code=False) == saved
+    assert fetched == {"config.json", "tokenizer.json", "additional_chat_templates/rag.jinja"}
+
+
+@pytest.mark.parametrize("kind", ["ProxyError", "ReadError", "ReadTimeout", "RemoteProtocolError"])
+def test_a_connection_that_fails(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    [client] = [sys.modules[base.__module__] for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise getattr(client, kind)("407 Proxy Authentication Required")
+
+    monkeypatch.setattr("shallower.checkpoint.hub.snapshot_download", fail)
+    assert "cannot be fetched from the Hub: 407 Proxy Authentication Required." in refusal("owner/name")
 
 
 @pytest.mark.parametrize(

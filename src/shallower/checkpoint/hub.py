@@ -9,7 +9,6 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -22,7 +21,15 @@ from shallower.checkpoint.stock import first_line, quiet
 from shallower.errors import ModelError
 
 _TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "README.md"]
+_TEMPLATES = ["config.json", "additional_chat_templates/*.jinja"]  # the first as the client warns if nothing matches
+_SUBFOLDERS = ["*/*"]  # "*" matches across folders, and subfolders hold other formats of the same weights
 _WEIGHTS = ["model*.safetensors"]  # not the second copies that some repositories hold under other names
+# Among them what the HTTP client below raises of its own, such as ProxyError: httpx or httpx2, by the version of the
+# Hub's. ValueError: a name, or the address of a proxy, that is none.
+_FAILURES: tuple[type[Exception], ...] = (
+    *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError" and issubclass(kind, Exception)),
+    *(HfHubHTTPError, EntryNotFoundError, OSError, ValueError),
+)
 
 
 def fetch_config(name: str, revision: str | None, *, code: bool) -> Path:
@@ -33,6 +40,7 @@ def fetch_config(name: str, revision: str | None, *, code: bool) -> Path:
     Raises ModelError, saying what to do, when the Hub cannot be reached, lacks the checkpoint, or asks for a login.
     """
     folder = _fetch(name, revision, [*_TEXTS, "*.py"] if code else _TEXTS)
+    _fetch(name, folder.name, _TEMPLATES, ignored=None)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name} on the Hub has no config.json: it is not a checkpoint that transformers loads.")
     read_config(folder)
@@ -53,11 +61,10 @@ def fetch_weights(name: str, revision: str) -> Path:
     return folder
 
 
-def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _fetch(name: str, revision: str | None, patterns: list[str], ignored: list[str] | None = _SUBFOLDERS) -> Path:
     try:
         with quiet(), progress.task(f"fetching {name}"):
-            # "*" matches across folders: subfolders hold other formats of the same weights.
-            found = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+            found = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
             return Path(found)
     except GatedRepoError:
         raise ModelError(
@@ -74,5 +81,5 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"{name} is not in the local Hub cache and the Hub cannot be reached (offline, or HF_HUB_OFFLINE is set). "
             "Connect, or give a local folder, a .gguf file, or demo."
         ) from None
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+    except _FAILURES as error:
         raise ModelError(f"{name} cannot be fetched from the Hub: {first_line(error)}") from error

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,8 +223,8 @@ def hub_unreachable() -> str | None:
             return None
     except urllib.error.HTTPError:
         return None  # it answered
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+    except (OSError, ValueError, HTTPException) as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
