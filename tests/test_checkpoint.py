@@ -104,6 +104,7 @@ def test_a_path_that_is_not_there(saved: Path, tmp_path: Path, monkeypatch: pyte
     assert "no model at 'model.gguf'" in refusal("model.gguf")
     assert "owner/name" in refusal("gpt2")
     assert "is empty" in refusal(" ")
+    assert "no home is known by ~nosuchuser" in refusal("~nosuchuser/x")
     monkeypatch.chdir(saved.parent.parent)
     assert f"write {saved.parent.name}/other@main" in refusal(f"{saved.parent.name}/other")
     monkeypatch.chdir(tmp_path)

@@ -730,6 +730,8 @@ def test_a_full_disk(cli: Cli, place: Path, plan: Path, tmp_path: Path, monkeypa
             "measurements cannot be kept in the cache (database or",
         ),
         (MemoryError(), 2, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory"),
+        (RuntimeError("Could not determine home directory."), 2, "a path begins with ~"),
         (ZeroDivisionError("a\nb"), 1, "this is a defect in shallower"),
     ],
 )
@@ -803,6 +805,22 @@ def test_ctrl_c_leaves_nothing_half_written(place: Path, tmp_path: Path) -> None
     )
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hang_up_is_ignored_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "run", lambda _: 0)
+    before = {name: signal.getsignal(name) for name in (signal.SIGHUP, signal.SIGTERM)}
+    found = []
+    try:
+        for inherited in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, inherited)
+            with pytest.raises(SystemExit):
+                main.main()
+            found.append(signal.getsignal(signal.SIGHUP))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert found == [signal.SIG_IGN, main._terminate]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

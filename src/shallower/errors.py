@@ -19,6 +19,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
 
 class ShallowerError(Exception):
     """Root of every exception that shallower raises on purpose."""
@@ -71,3 +73,11 @@ class OutputError(UserError):
 
 class VerificationError(ShallowerError):
     """A replay, a cut, or a written checkpoint that does not reproduce the model it stands for."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory does not suffice, on any device: on a CPU torch raises a RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _NO_MEMORY)

@@ -43,7 +43,12 @@ def locate(model: str) -> Location:
     """
     if model == "demo":
         return Location("demo", "demo")
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:
+        raise ModelError(
+            f"there is no model at {model!r}: no home is known by {model.partition('/')[0]}. Write the whole path."
+        ) from None
     if not model.strip():
         raise ModelError("MODEL is empty: give a folder, a .gguf file, a Hub name such as owner/name, or demo.")
     if path.is_dir():

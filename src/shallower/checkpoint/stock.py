@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from shallower.errors import ModelError, UserError
+from shallower.errors import ModelError, UserError, out_of_memory
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -125,7 +125,7 @@ def refusing(name: str, part: str) -> Iterator[None]:
         raise
     except Exception as error:  # the code of two hundred families: nothing narrower is known of what it raises
         text = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        if out_of_memory(error):
             raise ModelError(
                 f"{part} {name} do not fit into memory; choose another --device or a smaller --dtype."
             ) from error

@@ -36,7 +36,7 @@ from shallower.cli import (
     study,
 )
 from shallower.cli import run as run_verb
-from shallower.errors import ShallowerError
+from shallower.errors import ShallowerError, out_of_memory
 from shallower.version import __version__
 
 # Newer versions of typer carry a copy of click; its exceptions are found through typer in all of them.
@@ -100,8 +100,9 @@ def main() -> None:
     # Threads that wait by spinning take the cores from those that work as soon as anything else runs: 3 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _terminate)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, _terminate)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(run(sys.argv[1:]))
@@ -141,6 +142,8 @@ def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
         return f"interrupted; {RESUME}.", 130
     if isinstance(error, Terminated):
         return f"terminated; {RESUME}.", 128 + error.number
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib's words
+        return "a path begins with ~ and the name of a user that this machine does not know; write the whole path.", 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{_where(error)}; {RESUME}. Free some room first, or choose another place.", 2
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -148,7 +151,7 @@ def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
     if (type(error).__module__, type(error).__name__) == ("sqlite3", "OperationalError"):
         what = f"measurements cannot be kept in the cache ({error})"
         return f"{what}; free some room, or set SHALLOWER_CACHE to a folder that can be written.", 2
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return (
             "out of memory; give a smaller --length (bench: --prompt, --batch), another --dtype or another --device.",
             2,

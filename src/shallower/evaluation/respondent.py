@@ -20,7 +20,7 @@ from shallower import progress
 from shallower.checkpoint.fingerprint import checksum
 from shallower.engine.memo import beside_weights
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
-from shallower.errors import ModelError, UserError
+from shallower.errors import ModelError, UserError, out_of_memory
 from shallower.evaluation.answered import Answered, digest
 from shallower.evaluation.harness import quiet_harness
 from shallower.evaluation.perplexity import evaluating
@@ -188,7 +188,7 @@ class Respondent(HFLM):  # type: ignore[misc]
         while True:
             try:
                 return run(rows)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
                 if rows == 1:
@@ -237,10 +237,3 @@ def _positions(requests: Iterable[Encoded]) -> int:
 def context_of(model: PreTrainedModel) -> str:
     """Digest of what an answer depends on besides the request: weights, configuration, precision, device."""
     return digest(checksum(model), beside_weights(model), [str(model.dtype), model.device.type])
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory does not suffice, on any device."""
-    text = str(error).lower()
-    said = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in said)

@@ -23,7 +23,7 @@ from shallower.corpus.questions import EXAMPLE
 from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
-from shallower.errors import BudgetError, CorpusError
+from shallower.errors import BudgetError, CorpusError, out_of_memory
 from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
@@ -179,9 +179,9 @@ def require_room(model: PreTrainedModel, length: int) -> None:
         try:
             with torch.no_grad():
                 model.base_model(torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False)
-        except torch.OutOfMemoryError:
-            raise
-        except (IndexError, RuntimeError):
+        except (IndexError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             ends = True
     if ends:
         raise CorpusError(
