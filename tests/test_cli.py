@@ -482,6 +482,15 @@ def test_demo_ends_with_what_to_look_at(
         (["score", "{tiny}", "--calibration", "{place}/short.txt", "--length", "200"], r"short\.txt"),
         (["score", "{tiny}", "--calibration", "{place}/binary.txt"], r"binary\.txt"),
         (["score", "{tiny}", "--out", "{place}/empty.txt/scores.json"], r"empty\.txt is not a folder"),
+        (["prune", "{tiny}", "--remove", "1", "--out", "{place}/empty.txt/out"], r"empty\.txt is not a folder"),
+        (
+            ["recover", "{tiny}", "--with", "refit", "--plan", "p", "--out", "{place}/empty.txt/out"],
+            r"empty\.txt is not a folder",
+        ),
+        (
+            ["corpus", "build", "python:docs", "--model", "{tiny}", "--out", "{place}/empty.txt/set"],
+            r"empty\.txt is not",
+        ),
         (["score", "{tiny}", "--out", "{place}"], r"is a folder; name a file"),
         (
             ["search", "{tiny}", "--remove", "2", "--search", "gredy"],

@@ -553,3 +553,13 @@ def test_unknown_names() -> None:
     )
     assert str(UnknownName("metric", "zzz", ["cosine"])) == "unknown metric 'zzz'. Known: cosine."
     assert str(UnknownName("metric", "zzz", [])) == "unknown metric 'zzz'. None is registered."
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder in which nothing can be made, even by root")
+def test_a_place_is_tried_before_any_work(tmp_path: Path) -> None:
+    strict_json.require_writable(tmp_path / "a" / "b" / "file", "--out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "link").symlink_to("/proc")
+    for place in ("/proc/out", tmp_path / "link" / "a" / "out"):
+        with pytest.raises(OutputError, match=r"^--out cannot be written: in .* nothing can be made \(.*\); choose"):
+            strict_json.require_writable(place, "--out")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -82,6 +83,20 @@ def _fits(value: Any, kind: Any) -> bool:
 def _called(kind: Any) -> str:
     names = {str: "text", int: "a whole number", float: "a number", types.NoneType: "null"}
     return names.get(kind, "an object")
+
+
+def require_writable(path: str | os.PathLike[str], told: str) -> None:
+    """Raise OutputError unless a file or folder can be made at `path`, whose parents may be missing; nothing is left
+    there. told: what to call it.
+    """
+    parent = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise OutputError(f"{told} cannot be written: {parent} is not a folder; choose another place.")
+    try:  # permissions do not tell of every folder that takes nothing, such as /proc
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".shallower-"))
+    except OSError as error:
+        why = f"in {parent} nothing can be made ({error.strerror or error})"
+        raise OutputError(f"{told} cannot be written: {why}; choose another place or change its permissions.") from None
 
 
 def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:

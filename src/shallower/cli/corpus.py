@@ -11,6 +11,7 @@ from shallower.cli import options
 from shallower.cli.output import print_written, require_free
 from shallower.cli.verb import Answer, verb
 from shallower.errors import OutputError, UserError
+from shallower.strict_json import require_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -249,3 +250,4 @@ def _require_free_folder(folder: Path | None, *, force: bool, name: str = "--out
         raise OutputError(f"{name} {folder} is a file; name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise OutputError(f"{name} {folder} holds files; name another folder, or add --force to write into it.")
+    require_writable(folder, f"{name} {folder}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shallower.errors import OutputError
 from shallower.plan import ModelIdentity
+from shallower.strict_json import require_writable
 from shallower.units import KINDS, Unit
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def print_json(data: Mapping[str, Any]) -> None:
 def require_free(path: Path | None, *, force: bool) -> None:
     """Refuse an output file before any work is done.
 
-    Raises OutputError when it exists and `force` is off, or when its folder is none.
+    Raises OutputError when it exists and `force` is off, or when nothing can be written there.
     """
     if path is None:
         return
@@ -45,13 +46,7 @@ def require_free(path: Path | None, *, force: bool) -> None:
         raise OutputError(f"--out {path} is a folder; name a file.")
     if path.exists() and not force:
         raise OutputError(f"--out {path} exists; name another file, or add --force to replace it.")
-    for parent in path.absolute().parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise OutputError(f"--out {path} cannot be written: {parent} is not a folder.")
-            if not os.access(parent, os.W_OK):
-                raise OutputError(f"--out {path} cannot be written: you may not write in {parent}.")
-            return
+    require_writable(path, f"--out {path}")
 
 
 def print_written(console: Console, path: Path | None, what: str, next_step: str = "") -> None:

@@ -26,7 +26,7 @@ from shallower.errors import ModelError, OutputError
 from shallower.forms import FORMS, Form
 from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
-from shallower.strict_json import write_json, write_text
+from shallower.strict_json import require_writable, write_json, write_text
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
 from shallower.surgery.patch import patches
@@ -172,6 +172,7 @@ def require_no_maps(model: PreTrainedModel) -> None:
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
     """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace."""
     target = Path(os.path.abspath(folder))
+    require_writable(target, str(target))
     if not os.path.lexists(target):
         return
     if not force:
