@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from shallower.anatomy import Anatomy, dissect
+from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify_saved
@@ -466,6 +470,63 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def quantize(folder: Path, method: str) -> None:
+    """Rewrite a checkpoint as one in FP8 (by blocks of 16 x 16) or MXFP4 (experts alone, of random numbers)."""
+    stored: dict[str, Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if method == "fp8" and re.search(r"(proj|w[123])\.weight$", name):
+            scale = torch.full((-(-weight.shape[0] // 16), -(-weight.shape[1] // 16)), float(weight.abs().max()) / 448)
+            stored[name] = (weight.float() / scale[0, 0]).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+        elif method == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")):
+            experts, inner, outer = weight.shape
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.full((experts, outer, inner // 32), 122, dtype=torch.uint8)
+        else:
+            stored[name] = weight
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16], "fmt": "e4m3"},
+        "mxfp4": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["self_attn", "router", "embed_tokens", "lm_head"],
+        },
+    }[method]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("number_format", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "fp8"), ("mixtral", "fp8"), ("gpt_oss", "mxfp4")])
+def test_what_was_dequantized_is_saved_like_any_other(
+    family: str, method: str, number_format: str, tmp_path: Path
+) -> None:
+    config = tiny_config(family)
+    config.hidden_size = config.intermediate_size = 32
+    source = AutoModelForCausalLM.from_config(config).bfloat16()
+    source.save_pretrained(tmp_path / "source")
+    plain = {name.replace(".0.", ".N.") for name in load_file(tmp_path / "source" / "model.safetensors")}
+    quantize(tmp_path / "source", method)
+    model = load(tmp_path / "source", dtype=number_format, device="cpu")
+    types = {str(parameter.dtype) for parameter in model.parameters()}
+    assert types <= {f"torch.{number_format}", "torch.float32"}  # GPT-OSS keeps some in float32
+    folder = save(cut(dissect(model), units("block.1")), tmp_path / "out", plan=None)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    written = {name.replace(".0.", ".N.") for name in load_file(folder / "model.safetensors")}
+    assert written == {name for name in plain if f".{BLOCKS - 1}." not in name}
+
+
+def test_what_stays_quantized_is_refused(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    method = type("Config", (), {"quant_method": "gptq"})
+    pruned.hf_quantizer = type("Quantizer", (), {"quantization_config": method})  # type: ignore[assignment]
+    try:
+        with pytest.raises(ModelError, match=r"stay quantized in memory \(gptq\), .* use the checkpoint from before"):
+            save(pruned, tmp_path / "out", plan=None)
+    finally:
+        del pruned.hf_quantizer
+    assert os.listdir(tmp_path) == []
 
 
 def test_shards(pruned: PreTrainedModel, tmp_path: Path) -> None:

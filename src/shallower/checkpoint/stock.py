@@ -81,6 +81,9 @@ def load_weights(
             **options,
         )
     require_complete(info, name)
+    parts = (config, config.get_text_config(decoder=True))
+    if any(hasattr(part, "quantization_config") for part in parts) and not is_quantized(model):
+        _forget_quantization(model, dtype)
     return model.eval()
 
 
@@ -114,6 +117,11 @@ def require_complete(info: Mapping[str, Any], name: str) -> None:
             f"{name} was not loaded completely: {'; '.join(faults)}. Its config and weights do not belong together, or "
             "this version of transformers reads the family differently; download it again or change the version."
         )
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether weights are in memory in the form of a quantizer, and not as plain numbers."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 @contextlib.contextmanager
@@ -155,6 +163,17 @@ def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, ended by a full stop; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0].rstrip('.:')}." if lines else f"{type(error).__name__}."
+
+
+def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Finish what transformers begins when it dequantizes a checkpoint: a model as if it never had been quantized."""
+    # Among the conversions that loaded it are the quantizer's, and saving runs them backwards. Without any, the
+    # family's own are looked up.
+    model._weight_conversions = None
+    for parameter in model.parameters():
+        # Quantizers make bfloat16 of it, whatever was asked for. Some families keep a few weights in float32.
+        if parameter.dtype not in (dtype, torch.float32):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _show_bars(show: bool) -> None:

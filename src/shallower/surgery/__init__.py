@@ -3,7 +3,15 @@
 from shallower.surgery.config import cut_config
 from shallower.surgery.cut import cut, leftovers, require_whole, skipping
 from shallower.surgery.pairing import Layer, re_pair
-from shallower.surgery.save import Export, ordinary, require_apart, require_free, require_ordinary, save
+from shallower.surgery.save import (
+    Export,
+    ordinary,
+    require_apart,
+    require_free,
+    require_ordinary,
+    require_unquantized,
+    save,
+)
 from shallower.surgery.verify import verify_saved
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "require_apart",
     "require_free",
     "require_ordinary",
+    "require_unquantized",
     "require_whole",
     "save",
     "skipping",

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shallower import progress
 from shallower.anatomy.dissect import probe_ids
+from shallower.checkpoint.stock import is_quantized
 from shallower.errors import ModelError, OutputError
 from shallower.forms import FORMS, Form
 from shallower.packaged import LeavesOut
@@ -99,6 +100,7 @@ def save(
     export = model if isinstance(model, Export) else ordinary(model)
     model = export.model
     require_no_maps(model)
+    require_unquantized(model)
     target = Path(os.path.abspath(folder))
     require_free(target, force=force)
     require_apart(target, model.config._name_or_path)  # the plan's name of the model is not a path
@@ -166,6 +168,17 @@ def require_no_maps(model: PreTrainedModel) -> None:
             f"no ordinary checkpoint can hold the {len(found)} maps at cuts that a recovery put into the model "
             f"(the first is {found[0]}): save what surgery.mapping.mapped makes of it, or recover with refit or "
             "linear-fold, which fold into weights."
+        )
+
+
+def require_unquantized(model: PreTrainedModel) -> None:
+    """Raise ModelError when weights are in the form of a quantizer: they are neither counted nor cut nor repaired."""
+    if is_quantized(model):
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise ModelError(
+            f"the weights of {type(model).__name__} stay quantized in memory ({getattr(method, 'value', method)}), and "
+            "nothing smaller can be made of them: use the checkpoint from before the quantization, or one that was "
+            "dequantized and saved again. FP8 and MXFP4 are dequantized with --device cpu."
         )
 
 

@@ -22,7 +22,7 @@ from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.resources import parse_memory
-from shallower.surgery import cut
+from shallower.surgery import cut, ordinary, require_unquantized
 from shallower.surgery.adopt import adopt
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
@@ -123,6 +123,7 @@ def recover(
     given = _plan(model, teacher, plan)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     dense = open_subject(model if teacher is None else teacher, tokenizer, **options)
+    require_unquantized(dense.model)
     student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
     _require_first_repair(student, steps)
     text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
