@@ -547,6 +547,58 @@ def test_a_taken_place(pruned: PreTrainedModel, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_signal_behind_a_rename_leaves_a_whole_checkpoint(
+    pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    folder = save(pruned, tmp_path / "out", plan=None)
+    (folder / "mark").touch()
+    rename = os.rename
+    renamed: list[str] = []
+
+    def interrupted(source: Any, target: Any) -> None:
+        rename(source, target)
+        renamed.append(str(target))
+        if len(renamed) == nth:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(pruned, folder, plan=None, force=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (folder / "mark").exists() is (nth == 1)
+    assert verify_saved(folder, pruned, IDS) < 1e-5
+
+
+def test_a_tokenizer_without_a_config(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    class Tekken(type(tiny_tokenizer())):  # type: ignore[misc]
+        """Writes what mistral-common's does."""
+
+        def save_pretrained(self, folder: Any, **_: Any) -> None:
+            (Path(folder) / "tekken.json").write_text("{}")
+
+    folder = save(pruned, tmp_path / "out", plan=None, tokenizer=Tekken(tokenizer_object=Tokenizer(models.BPE())))
+    assert (folder / "tekken.json").exists()
+
+
+def test_nothing_names_code_that_is_not_in_the_folder(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    for name, code in (
+        ("config.json", {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.OwnTokenizer", None]}),
+    ):
+        file = tmp_path / "source" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code}))
+    loaded = load_model(str(tmp_path / "source"), dtype="float32", device="cpu")
+    model = cut(dissect(loaded.model), units("block.1"))
+    folder = save(model, tmp_path / "out", plan=None, tokenizer=loaded.tokenizer)
+    for file in folder.glob("*.json"):
+        assert "auto_map" not in file.read_text()
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
 def test_force_replaces_a_folder_of_the_models_bare_name(
     pruned: PreTrainedModel, plan: PruningPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

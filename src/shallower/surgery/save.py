@@ -244,6 +244,8 @@ def _write(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
     # transformers writes type and architecture into the config, and refuses some generation configs that it loads.
     model.config = copy.deepcopy(config)
     model.config._name_or_path = ""
+    if not type(model).is_remote_code():
+        vars(model.config).pop("auto_map", None)  # of code beside the original that was not run, and is not copied
     if generation is not None:
         model.generation_config = GenerationConfig()
     try:
@@ -262,9 +264,13 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     with quiet():
         tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
+    if not path.is_file():  # mistral-common's writes tekken.json alone
+        return
     fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.pop("name_or_path", None) is not None:
-        write_json(path, fields)
+    idle = ["name_or_path"] if type(tokenizer)._auto_class is not None else ["name_or_path", "auto_map"]
+    kept = {key: value for key, value in fields.items() if key not in idle}
+    if kept != fields:
+        write_json(path, kept)
 
 
 def _flush(path: Path) -> None:
@@ -281,12 +287,13 @@ def _move(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
         return
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-    os.rename(target, aside / target.name)
     try:
+        os.rename(target, aside / target.name)
         os.rename(temporary, target)
-    except BaseException:
-        os.rename(aside / target.name, target)
-        aside.rmdir()
+    except BaseException:  # a signal may come behind a rename, too
+        if (aside / target.name).is_dir() and not os.path.lexists(target):
+            os.rename(aside / target.name, target)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
     try:
         shutil.rmtree(aside)
