@@ -21,7 +21,7 @@ from shallower.checkpoint.load import LoadedModel
 from shallower.corpus import CalibrationSet
 from shallower.engine import reads_choices, stream_scores
 from shallower.errors import TooLittleText, UserError
-from shallower.evaluation.perplexity import Perplexity
+from shallower.evaluation.perplexity import Perplexity, context_limit
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.forms import require_form
@@ -68,6 +68,7 @@ from shallower.version import __version__
 
 INFLUENCE = "cosine"
 DISTANCE = "angular"
+PROMPT, GENERATE = 128, 32  # tokens, where speed is timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,13 +263,13 @@ def prune(
         with clock("tasks"):
             scores = task_scores(subject, smaller, asked)
     with clock("speed"):
-        speeds = compare_speed({"dense": subject.model, "pruned": smaller.model}, repeats=3) if speed else {}
+        speeds, untimed = _speeds(subject, smaller) if speed else ({}, ())
     repaired, trained = texts_read(steps, fitted, training)
     read = {"the calibration text": whole, "the text of the repair": repaired, "the training text": trained}
     tokens = None if max_windows is None else window * max_windows
     shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
     unrepaired = () if steps else _left_unrepaired(given)
-    notes = (*shared, *scores.notes, *unrepaired, *stored.notes, *said)
+    notes = (*shared, *scores.notes, *unrepaired, *untimed, *stored.notes, *said)
     data = ReportData(
         plan=given,
         influence=(influence,),
@@ -426,6 +427,18 @@ def _side(
         decode_tokens_per_s=None if speed is None else speed.decode_tokens_per_s,
         tasks=tasks,
     )
+
+
+def _speeds(subject: Subject, smaller: Subject) -> tuple[dict[str, Speed], tuple[str, ...]]:
+    """Of both models, behind as long a prompt as their positions allow; or none, and why."""
+    limit = context_limit(subject.model)
+    prompt = PROMPT if limit is None else min(PROMPT, limit - GENERATE)
+    if prompt < 1:
+        return {}, (
+            f"Speed was not timed: {GENERATE} tokens are decoded behind a prompt, and the model has {limit} positions.",
+        )
+    models = {"dense": subject.model, "pruned": smaller.model}
+    return compare_speed(models, prompt=prompt, generate=GENERATE, repeats=3), ()
 
 
 def _setting(speed: Speed, subject: Subject) -> str:
