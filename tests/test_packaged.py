@@ -595,6 +595,59 @@ def test_prune_says_in_which_form(form: str, code: bool, tmp_path: Path) -> None
             shallower.prune(tmp_path / "out", 1)
 
 
+@pytest.mark.parametrize("form", ["auto", "padded"])
+def test_a_model_of_code_of_its_own_says_how_it_loads(form: str, tmp_path: Path) -> None:
+    from shallower.testing.conformance import sample_text
+
+    tiny_model("llama").save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+    )
+    (tmp_path / "own" / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    done = shallower.prune(
+        tmp_path / "own",
+        "block.1" if form == "auto" else "attn.1",
+        out=tmp_path / "out",
+        calibration=sample_text(tiny_model("llama"), padded=False),
+        form=form,
+        speed=False,
+        device="cpu",
+        dtype="float32",
+        trust_remote_code=True,
+    )
+    assert done.report.form == ("ordinary with its code" if form == "auto" else "padded with its code")
+    assert (tmp_path / "out" / "modeling_own.py").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    lines = card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
+    assert "shallower" not in lines
+    found: dict[str, object] = {}
+    exec(lines, found)
+    assert type(found["model"]).__name__ == "OwnForCausalLM"
+    assert "trust_remote_code=True" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("limit", "prompt"), [(100, 68), (33, 1), (32, None)])
+def test_prune_times_what_fits_the_positions(limit: int, prompt: int | None) -> None:
+    from shallower.testing.conformance import sample_text
+
+    config = tiny_config("llama")
+    config.max_position_embeddings = limit
+    model = LlamaForCausalLM(config).eval()
+    report = shallower.prune(model, "block.1", calibration=sample_text(model, padded=False)).report
+    if prompt is None:
+        assert report.speed_setting == ""
+        assert any("Speed was not timed" in note and "has 32 positions" in note for note in report.notes)
+    else:
+        assert report.speed_setting.startswith(f"prompt {prompt}, generate 32, ")
+
+
 def test_the_command_line_knows_the_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")

@@ -15,11 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.dissect import probe_ids
 from shallower.errors import ModelError
-from shallower.forms import FORMS
 from shallower.packaged import has_maps
 from shallower.surgery.config import cut_config
 from shallower.surgery.cut import cut, skipping
-from shallower.surgery.save import Export
+from shallower.surgery.save import Export, form_of
 from shallower.surgery.verify import cached_logits, difference, full_logits, quiet, tolerance
 from shallower.units import Kind, Unit
 
@@ -46,7 +45,7 @@ def native(anatomy: Anatomy, units: Collection[Unit], model: PreTrainedModel) ->
     if made.load_state_dict(filled.state_dict(), strict=False, assign=True).missing_keys:
         return None
     made.tie_weights()
-    return Export(FORMS["native"], made.eval())
+    return Export(form_of("native", made), made.eval())
 
 
 def skip_words(model: PreTrainedModel) -> dict[Kind, str]:

@@ -8,10 +8,9 @@ from transformers import PreTrainedModel
 
 from shallower.anatomy import Anatomy
 from shallower.errors import ModelError
-from shallower.forms import FORMS
 from shallower.packaged import has_maps
 from shallower.surgery.cut import cut
-from shallower.surgery.save import Export
+from shallower.surgery.save import Export, form_of
 from shallower.units import Unit
 
 
@@ -25,4 +24,4 @@ def padded(anatomy: Anatomy, units: Collection[Unit], model: PreTrainedModel) ->
         raise ModelError(
             "a map stands where a sublayer was removed, and a padded checkpoint has no room for it: save it packaged."
         )
-    return Export(FORMS["padded"], cut(anatomy, units, padded=True))
+    return Export(form_of("padded", anatomy.model), cut(anatomy, units, padded=True))

@@ -65,7 +65,7 @@ def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveri
     changed = "The weights that are left were not changed by the removal."
     if recoveries:
         changed = f"What is left was then changed by {', '.join(recoveries)}, as told under Recovery."
-    elif form.name == "padded":
+    elif form.name.startswith("padded"):
         changed = (
             "Of the sublayers that are still there the output projections are zero; no other weights were changed."
         )

@@ -56,8 +56,12 @@ class Export:
 def ordinary(model: PreTrainedModel) -> Export:
     """The model as a checkpoint that any software loads. Raises ModelError when sublayers are missing."""
     require_ordinary(model)
-    its_own = "The code that came with the model is in the folder, too: load it with `trust_remote_code=True`."
-    return Export(FORMS["ordinary"], model, notes=(its_own,) if type(model).is_remote_code() else ())
+    return Export(form_of("ordinary", model), model)
+
+
+def form_of(name: str, model: PreTrainedModel) -> Form:
+    """The form of that name, or the one with code where `model` is of code that came with it."""
+    return FORMS[name].with_its_code if type(model).is_remote_code() else FORMS[name]
 
 
 def save(

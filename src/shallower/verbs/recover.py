@@ -22,8 +22,9 @@ from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.resources import parse_memory
-from shallower.surgery import cut, ordinary, require_unquantized
+from shallower.surgery import cut, require_unquantized
 from shallower.surgery.adopt import adopt
+from shallower.surgery.save import form_of
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.evaluate import held_out, read_texts
@@ -189,7 +190,7 @@ def recover(
             force=force,
             verify_ids=text.input_ids[:1, :64],
         )
-        form = "packaged" if isinstance(stored, LeavesOut) else "ordinary"
+        form = "packaged" if isinstance(stored, LeavesOut) else form_of("ordinary", stored).name
     if leads():
         resume.clear()
     wait()
