@@ -192,6 +192,7 @@ def test_inspect(cli: Cli, place: Path) -> None:
     assert re.search(r"That is [\d,]+ of [\d,]+ parameters \([\d.]+ %\)", ran.out)
     told = cli("inspect", place / "tiny", "--remove", "block.1", "--json").json
     assert told["model"]["blocks"] == BLOCKS
+    assert f"tiny: llama in {told['dtype']}, {BLOCKS} blocks" in ran.out
     assert told["removed"]["units"] == ["block.1"]
     assert told["removed"]["parameters"] == told["units"]["block.1"]["parameters"]
 
@@ -307,6 +308,7 @@ def test_prune_says_what_it_cost_and_how_to_load_it(cli: Cli, place: Path, tmp_p
     assert ran.code == 0, ran.err
     assert "Removes 2 of 6 blocks" in ran.out
     assert "Parameters" in ran.out
+    assert "Weights in float32" in ran.out
     assert "Perplexity on held-out.txt" in ran.out
     assert f"Page:  {out / 'report.html'}" in ran.out
     load = ran.out[ran.out.index("from transformers import") :].strip()

@@ -35,7 +35,8 @@ def inspect(
         name, blocks = found.identity.name, found.identity.blocks
         sublayers = [f"{kind}: {', '.join(found.parts[kind]) or 'none found'}" for kind in ("attn", "mlp")]
         console.print(
-            f"{name}: {found.family}, {blocks} blocks at {found.path} ({'; '.join(sublayers)})", soft_wrap=True
+            f"{name}: {found.family} in {found.dtype}, {blocks} blocks at {found.path} ({'; '.join(sublayers)})",
+            soft_wrap=True,
         )
         console.print(inspection_table(found.weights, found.removed))
         for form, what in found.exports.items():

@@ -165,6 +165,7 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
         "notes",
         "recovery",
         "recovery_made_by",
+        "dtype",
     )
     everything = data.to_json()
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}

@@ -114,6 +114,7 @@ class ReportData:
     base_model: what the dense model is called. folder: what the pruned one is loaded from. form: how it is stored
     there, a name of `shallower.forms`. recovery: the cut model, and the model behind each recovery, in order; none
     where nothing was repaired. recovery_made_by: what these worked with.
+    dtype: the number format that was measured in, in which bytes are counted; the folder may be in another.
     speed_setting: how speed was measured, in one line. seconds: by stage. notes: what the reader must know.
     """
 
@@ -131,6 +132,7 @@ class ReportData:
     form: str = "ordinary"
     recovery: tuple[RecoveryStage, ...] = ()
     recovery_made_by: RecoveryMadeBy | None = None
+    dtype: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -149,6 +151,7 @@ class ReportData:
             "form": self.form,
             "recovery": [stage.to_json() for stage in self.recovery],
             "recovery_made_by": None if self.recovery_made_by is None else self.recovery_made_by.to_json(),
+            "dtype": self.dtype,
         }
 
     @classmethod
@@ -161,7 +164,9 @@ class ReportData:
                 f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
                 "Update shallower or prune again with `shallower prune`."
             )
-        fields = _fields({"recovery": [], **data}, where, _REPORT, optional=("recovery_made_by",))  # older reports
+        fields = _fields(
+            {"recovery": [], **data}, where, _REPORT, optional=("recovery_made_by", "dtype")
+        )  # older reports
         del fields["format"]
         return cls(**fields)
 
@@ -296,4 +301,5 @@ _REPORT: dict[str, _Reader] = {
     "form": _form,
     "recovery": _many(RecoveryStage.from_json),
     "recovery_made_by": _or_none(RecoveryMadeBy.from_json),
+    "dtype": _or_none(_text),
 }

@@ -51,13 +51,14 @@ def comparison(data: ReportData) -> tuple[Row, ...]:
         if cut:
             name = KIND_NAMES[kind]
             rows.append(Row(f"{name[0].upper()}{name[1:]}s removed", "0", str(cut), ""))
+    counted = f" in {data.dtype}" if data.dtype else ""
     rows += [
         Row(label, form(before), form(after), _less(before, after, form))
         for label, form, before, after in (
             ("Parameters", count, dense.parameters, pruned.parameters),
-            ("Weights", size, dense.bytes, pruned.bytes),
+            (f"Weights{counted}", size, dense.bytes, pruned.bytes),
             ("FLOPs per token", count, dense.flops, pruned.flops),
-            ("KV cache per token", size, dense.kv_bytes, pruned.kv_bytes),
+            (f"KV cache per token{counted}", size, dense.kv_bytes, pruned.kv_bytes),
         )
     ]
     for name in dict.fromkeys([*dense.perplexity, *pruned.perplexity]):

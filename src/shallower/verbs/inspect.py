@@ -25,11 +25,13 @@ from shallower.verbs.subject import Subject, open_subject
 class Inspection:
     """A model's anatomy with weights; `removed` are the units whose removal was asked about.
 
+    dtype: the number format that the model is in memory in, in which bytes are counted.
     exports: by form (`shallower.forms`), what of this model can be stored in it, or why nothing can.
     """
 
     identity: ModelIdentity
     family: str
+    dtype: str
     path: str
     parts: dict[str, tuple[str, ...]]
     weights: Weights
@@ -41,6 +43,7 @@ class Inspection:
         return {
             "model": asdict(self.identity),
             "family": self.family,
+            "dtype": self.dtype,
             "blocks_at": self.path,
             "parts": {kind: list(names) for kind, names in self.parts.items()},
             "units": {str(unit): asdict(weight) for unit, weight in weights.units.items()},
@@ -76,7 +79,9 @@ def inspect(
             parts[kind] = tuple(dict.fromkeys([*parts.get(kind, ()), *names]))
     anatomy = subject.anatomy
     exports = _exports(anatomy)
-    return Inspection(subject.identity, anatomy.family, anatomy.path, parts, subject.weights, removed, exports)
+    return Inspection(
+        subject.identity, anatomy.family, subject.dtype, anatomy.path, parts, subject.weights, removed, exports
+    )
 
 
 def _exports(anatomy: Anatomy) -> dict[str, str]:

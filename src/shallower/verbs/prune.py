@@ -285,6 +285,7 @@ def prune(
         folder=Path(out).name if out is not None else "",
         recovery=stages,
         recovery_made_by=recovery_made_by(subject, steps, fitted, training, seed) if steps else None,
+        dtype=subject.dtype,
     )
     if out is None:
         resume.clear()
