@@ -9,6 +9,7 @@ import random
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from http.client import BadStatusLine
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,14 @@ def test_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
     assert task_data.hub_unreachable()
+
+    def answered_oddly(*_: Any, **__: Any) -> None:
+        raise BadStatusLine("SSH-2.0")
+
+    task_data.hub_unreachable.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("urllib.request.urlopen", answered_oddly)
+        assert task_data.hub_unreachable() == "SSH-2.0"
     task_data.hub_unreachable.cache_clear()
     with pytest.raises(CorpusError, match=r"the text ptb is hf:.*cannot be reached"):
         read_evaluation_text("ptb")
