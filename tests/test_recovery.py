@@ -392,6 +392,40 @@ def test_where_norms_stand_behind_the_sublayers_only_patches_help(family: str) -
     assert [patch.rank for _, patch in patches(repair.student.model)] == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "sequential"),
+    [("olmo2", True), ("gemma2", True), ("exaone4", True), ("bloom", True), ("llama", True), ("gpt_neox", False)],
+)
+def test_whether_an_mlp_reads_what_the_attention_wrote_is_seen_in_every_precision(
+    family: str, sequential: bool, dtype: torch.dtype
+) -> None:
+    """A norm behind the attention takes the length out of what it gives, and rounding the rest."""
+    model = tiny_model(family).to(dtype)
+    assert {half.sequential for half in find_writers(dissect(model))} == {sequential}
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma2"])
+def test_half_precision_repairs_what_is_missing_behind_norms(family: str) -> None:
+    model = tiny_model(family).to(torch.bfloat16)
+    repair = repair_of(model, frozenset(parse_units("mlp.2,attn.3")), text_of(model))
+    [station] = repair.cuts
+    assert (station.here, station.missing) == (Point(2, ("mlp",)), parse_units("mlp.2,attn.3"))
+    repair = repair_of(model, frozenset(parse_units("attn.3")), text_of(model))
+    recovery.get("emulated-update").function(repair, measured="cut")
+    mapped(repair.student.model, repair.dense, repair.removed)
+
+
+@pytest.mark.parametrize("scale", [1, 300, 3000])
+def test_a_gate_is_no_factor_though_one_token_outweighs_all_others(scale: float) -> None:
+    """Qwen's shared expert is multiplied by a gate that differs from token to token."""
+    model = tiny_model("qwen2_moe")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] *= scale
+    halves = find_writers(dissect(model.to(torch.bfloat16)))
+    assert [half.mlp is None for half in halves] == [hasattr(b.mlp, "experts") for b in model.model.layers]
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("linear-fold", {}), ("magnitude", {"per": "channel"}), ("refit", {})], ids=str
 )

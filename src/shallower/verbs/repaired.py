@@ -34,7 +34,7 @@ from shallower.units import Unit
 from shallower.verbs.recoveries import Stages, repair_size
 from shallower.verbs.subject import Subject, calibrate
 
-REPAIRED_AS = 2  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
+REPAIRED_AS = 3  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
 JUDGED = 4  # of a ready-made set one sequence in so many judges, the others are what repairs are fitted on
 
 
