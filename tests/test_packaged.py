@@ -91,6 +91,8 @@ def test_every_form_computes_the_same(family: str, tmp_path: Path) -> None:
         assert close(decoded(loaded), wanted), "token by token"
         assert loaded.num_parameters() == model.num_parameters() < anatomy.model.num_parameters()
         assert len(cache_of(loaded).layers) == len(loaded.config.block_configs) - 1 == 4
+    kinds = [unit.kind for unit in dissect(load(folder)).units]
+    assert kinds.count("attn") == kinds.count("mlp") == 4
     stored = load_file(folder / "model.safetensors")
     assert len(model.get_submodule(anatomy.path)) == 5
     gone = [(1, anatomy.blocks[2].attn), (3, anatomy.blocks[4].mlp)]  # attn.2 is in the second block that is left

@@ -27,6 +27,7 @@ from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify_saved
+from shallower.surgery.stations import layers_of
 from shallower.testing.families import BLOCKS, DEPTH_BOUND, FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
 
@@ -229,6 +230,7 @@ def test_sublayers(family: str) -> None:
             continue
         model = require_same_as_passed_over(anatomy, removed)
         assert leftovers(model)
+        layers_of(dissect(model), anatomy, removed)  # what is left is still told apart
     assert torch.equal(logits(anatomy.model), before)
 
 

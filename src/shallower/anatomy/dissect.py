@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shallower.anatomy.patch import Patch
 from shallower.errors import BudgetError, ModelError
-from shallower.packaged import Absent, stock_type
+from shallower.packaged import Absent, LeavesOut, stock_type
 from shallower.units import Kind, Unit
 
 PROBE_TOKENS = 8
@@ -170,7 +170,11 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     Raises ModelError when the blocks cannot be found or do not pass one residual stream on.
     """
     path, modules = find_blocks(model)
-    named = [(_attention_names(block), _mlp_names(block)) for block in modules]
+    mixers = [
+        () if gone else _mixer_names(block)
+        for block, gone in zip(modules, _attentions_gone(model, len(modules)), strict=True)
+    ]
+    named = [(_attention_names(mix), _mlp_names(block, mix)) for block, mix in zip(modules, mixers, strict=True)]
     returned: dict[nn.Module, int | None] = {}
     entangled: set[nn.Module] = (
         set()
@@ -218,7 +222,16 @@ def probe_ids(model: PreTrainedModel, sequences: int = 1) -> Tensor:
     return torch.as_tensor(ids).view(sequences, PROBE_TOKENS)
 
 
-_MIXES_TOKENS = re.compile(r"att|mixer|mamba|ssm|conv|delta", re.IGNORECASE)
+_MIXES_TOKENS = re.compile(r"att|mixer|mamba|(?<!o)ssm|conv|delta", re.IGNORECASE)  # not GptOssMLP
+
+
+def _attentions_gone(model: PreTrainedModel, blocks: int) -> list[bool]:
+    """Of each block, whether its attention was removed. Then nothing that is left there is one, though an MLP may carry
+    a cache slot's index, too (HunYuan), and be the only child that does.
+    """
+    if not isinstance(model, LeavesOut):
+        return [False] * blocks
+    return [bool(entry["attention"]["no_op"]) for entry in model.config.block_configs]
 
 
 def _mixer_names(block: nn.Module) -> tuple[str, ...]:
@@ -235,15 +248,13 @@ def _mixer_names(block: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _attention_names(block: nn.Module) -> tuple[str, ...]:
+def _attention_names(mixers: tuple[str, ...]) -> tuple[str, ...]:
     """The child that mixes tokens; none when there are several side by side (Falcon-H1), which one unit cannot name."""
-    mixers = _mixer_names(block)
     return mixers if len(mixers) == 1 else ()
 
 
-def _mlp_names(block: nn.Module) -> tuple[str, ...]:
+def _mlp_names(block: nn.Module, mixers: tuple[str, ...]) -> tuple[str, ...]:
     """Every child with weight matrices that does not mix tokens; in calling order as declared (OPT: fc1, fc2)."""
-    mixers = _mixer_names(block)
     return tuple(name for name, child in block.named_children() if name not in mixers and _is_sublayer(child))
 
 
