@@ -561,6 +561,47 @@ def test_a_constant_is_folded_exactly_and_survives_saving(family: str, kind: Any
     assert torch.allclose(full_logits(loaded, ids), found, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_bias_is_switched_on_beside_a_missing_attention(family: str, tmp_path: Path) -> None:
+    """There the config gives caches a copy of itself, which is not what is stored."""
+    model = tiny_model(family)
+    repair = repair_of(model, frozenset(parse_units("attn.3")), text_of(model))
+    recovery.get("emulated-update").function(repair)
+    recovery.get("refit").function(repair, bias=True)
+    student = repair.student.model
+    assert not repair.notes
+    assert not any(patches(student))
+    assert student.config.mlp_bias
+    folder = save_any(student, tmp_path / "out", plan=None)
+    ids = probe_ids(model)
+    loaded = shallower.load(folder, dtype="float32", device="cpu")
+    assert torch.allclose(full_logits(loaded, ids), full_logits(student, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("first", ["emulated-update", "refit"])
+def test_biases_followed_by_maps_are_saved(first: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    repair = repair_of(model, frozenset(parse_units("block.3")), text_of(model))
+    recovery.get(first).function(repair, **({"bias": True} if first == "refit" else {}))
+    recovery.get("low-rank").function(repair, rank=4)
+    found = mapped(repair.student.model, repair.dense, repair.removed)
+    folder = save_any(found, tmp_path / "out", plan=None)
+    assert json.loads((folder / "config.json").read_text())["mlp_bias"]
+    ids = probe_ids(model)
+    loaded = shallower.load(folder, dtype="float32", device="cpu")
+    assert torch.allclose(full_logits(loaded, ids), full_logits(repair.student.model, ids), atol=1e-4)
+
+
+def test_a_switch_that_gives_other_parts_a_bias_is_left_off(tmp_path: Path) -> None:
+    """ERNIE's `use_bias` gives the head one, too."""
+    model = tiny_model("ernie4_5_moe")
+    repair = repair_of(model, frozenset(parse_units("block.2")), text_of(model))
+    recovery.get("refit").function(repair, bias=True)
+    assert "has no bias at mlp.1" in repair.notes[0]
+    assert not repair.student.model.config.use_bias
+    save(repair.student.model, tmp_path / "out", plan=None)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "gemma"])
 def test_a_family_without_a_bias_says_so_and_gets_a_patch(family: str) -> None:
     model = tiny_model(family)

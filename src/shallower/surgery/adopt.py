@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shallower.anatomy.dissect import dissect
+from shallower.surgery.config import stored_text
 from shallower.surgery.patch import patches, repeat_patches
 
 
@@ -37,7 +38,7 @@ def adopt(stored: PreTrainedModel, repaired: PreTrainedModel, untouched: Iterabl
 
 def restate(model: PreTrainedModel, repaired: PreTrainedModel) -> None:
     """Let the config of `model` say what a repair made `repaired`'s say: which biases there are, what is tied."""
-    text, wanted = model.config.get_text_config(decoder=True), repaired.config.get_text_config(decoder=True)
+    text, wanted = stored_text(model.config), stored_text(repaired.config)
     for name, value in vars(wanted).items():
         if isinstance(value, bool) and vars(text).get(name) != value:
             setattr(text, name, value)

@@ -62,6 +62,13 @@ class _Cut:
         return int(self.dense.num_hidden_layers)
 
 
+def stored_text(config: PretrainedConfig) -> Any:
+    """The part of a config that describes the language model; what is set on it is stored with the rest. Not what
+    `get_text_config(decoder=True)` gives, which is a copy, made for caches, where attentions are missing.
+    """
+    return config.get_text_config()
+
+
 def cut_config(config: PretrainedConfig, kept: Sequence[int], *, mlp: Sequence[int] | None = None) -> PretrainedConfig:
     """A copy of `config` for the blocks `kept`, in order; `config` is not changed.
 

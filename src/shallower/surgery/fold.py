@@ -20,7 +20,8 @@ from shallower.corpus.calibration import Batch
 from shallower.engine.statistics import Point
 from shallower.engine.trace import trace
 from shallower.errors import ModelError
-from shallower.surgery.skeleton import skeleton_blocks
+from shallower.surgery.config import stored_text
+from shallower.surgery.skeleton import skeleton, skeleton_blocks
 
 
 def fold_constant(anatomy: Anatomy, writer: Writer, constant: Tensor) -> int:
@@ -64,7 +65,6 @@ def give_bias(anatomy: Anatomy, writer: Writer) -> int:
 
 def turn_on(model: PreTrainedModel, path: str, name: str) -> int:
     """Set a config field that `bias_switch` named, and add its biases as zeros. Returns how many parameters."""
-    text = model.config.get_text_config(decoder=True)
     config = _with(model.config, name)
     built = skeleton_blocks(model, config, path)
     own = dict(model.get_submodule(path).named_modules())
@@ -78,39 +78,40 @@ def turn_on(model: PreTrainedModel, path: str, name: str) -> int:
             zeros = torch.zeros(described.bias.shape, dtype=weight.dtype, device=weight.device)
             module.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
             added += zeros.numel()
-    setattr(text, name, True)
+    setattr(stored_text(model.config), name, True)
     return added
 
 
 def bias_switch(anatomy: Anatomy, writer: Writer) -> str | None:
     """The config field that gives `writer` a bias and changes nothing else; None when there is none."""
     model = anatomy.model
-    text = model.config.get_text_config(decoder=True)
-    now = _shapes(skeleton_blocks(model, model.config, anatomy.path))
-    wanted = f"{writer.block.index}.{writer.path}.bias"
-    fields: dict[str, object] = vars(text)
+    now = _shapes(skeleton(model, model.config))
+    blocks = f"{anatomy.path}."
+    wanted = f"{blocks}{writer.block.index}.{writer.path}.bias"
+    fields: dict[str, object] = vars(stored_text(model.config))
     for name, value in fields.items():
         if "bias" not in name or value is not False:
             continue
         try:
-            then = _shapes(skeleton_blocks(model, _with(model.config, name), anatomy.path))
+            then = _shapes(skeleton(model, _with(model.config, name)))
         except (TypeError, ValueError, NotImplementedError):  # a family that refuses the combination
             continue
         gained = then.keys() - now.keys()
         kept = all(then.get(key) == shape for key, shape in now.items())
-        if wanted in gained and kept and all(key.endswith(".bias") for key in gained):
+        inside = all(key.startswith(blocks) and key.endswith(".bias") for key in gained)  # ERNIE's head gains one, too
+        if wanted in gained and kept and inside:
             return name
     return None
 
 
 def _with(config: PretrainedConfig, name: str) -> PretrainedConfig:
     changed = copy.deepcopy(config)
-    setattr(changed.get_text_config(decoder=True), name, True)
+    setattr(stored_text(changed), name, True)
     return changed
 
 
-def _shapes(blocks: nn.Module) -> Mapping[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in blocks.named_parameters()}
+def _shapes(model: nn.Module) -> Mapping[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def fold_scale(anatomy: Anatomy, here: Point, factor: float, halves: Sequence[Halves]) -> None:
@@ -168,7 +169,7 @@ def _times(parameter: nn.Parameter, factor: float) -> nn.Parameter:
 
 def _untie(model: PreTrainedModel) -> None:
     """Say in the config that embedding and head are two tensors."""
-    for config in {id(part): part for part in (model.config, model.config.get_text_config(decoder=True))}.values():
+    for config in {id(part): part for part in (model.config, stored_text(model.config))}.values():
         config.tie_word_embeddings = False
     own = dict(model.named_parameters(remove_duplicate=False))
     model.all_tied_weights_keys = {

@@ -25,12 +25,16 @@ _INDEX = re.compile(r"idx|index|layer_id|layer_num|block_id")
 _NOT_COMPARED = {"training", "gradient_checkpointing"}
 
 
-def skeleton_blocks(model: PreTrainedModel, config: PretrainedConfig, path: str) -> nn.ModuleList:
-    """The blocks at `path` of a model of `model`'s class made from `config`, with parameters on the meta device."""
+def skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of `model`'s class made from `config`, with parameters on the meta device."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        skeleton = type(model)(copy.deepcopy(config))
-    blocks = skeleton.get_submodule(path)
+        return type(model)(copy.deepcopy(config))
+
+
+def skeleton_blocks(model: PreTrainedModel, config: PretrainedConfig, path: str) -> nn.ModuleList:
+    """The blocks at `path` of such a skeleton."""
+    blocks = skeleton(model, config).get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
