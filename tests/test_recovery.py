@@ -745,6 +745,21 @@ def test_maps_at_cuts_are_saved_in_place_of_what_is_missing(family: str, plan: s
         assert torch.allclose(cached_logits(one, ids), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("units", ["block.0", "block.2"])
+def test_a_second_map_repairs_what_the_first_one_left(units: str) -> None:
+    """Also where it stands ahead of all that is left, inside the first block."""
+    model = tiny_model("llama")
+    repair = repair_of(model, frozenset(parse_units(units)), text_of(model))
+    recovery.get("emulated-update").function(repair)
+    recovery.get("low-rank").function(repair, rank=0, ridge=0.0, **EXACT)
+    once = logits(repair.student.model, repair.calibration)
+    [station] = repair.cuts
+    reading = next(repair.twins().read(station))
+    assert torch.allclose(reading.stream.mean(0), reading.target.mean(0), atol=1e-4)
+    recovery.get("low-rank").function(repair, rank=0, ridge=0.0, **EXACT)
+    assert torch.allclose(logits(repair.student.model, repair.calibration), once, atol=1e-3)
+
+
 def test_a_place_holds_as_many_maps_as_sublayers_are_missing() -> None:
     model = tiny_model("llama")
     removed = frozenset(parse_units("attn.2"))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+
+Where = Literal["entry", "middle", "exit"]
 
 
 class Patch(nn.Module):
@@ -33,3 +37,10 @@ class Patch(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.change(hidden)
+
+
+def held(module: nn.Module, where: Where) -> nn.Sequential | None:
+    """The patches that a module holds there, in the order in which the stream meets them; None where it has none."""
+    found = module._modules.get(f"{where}_patch")
+    assert found is None or isinstance(found, nn.Sequential)
+    return found

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
+from shallower.anatomy.patch import held
 from shallower.anatomy.writers import Writer
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.trace import Trace, trace
@@ -193,6 +194,9 @@ class Twins:
         finally:
             if handle is not None:
                 handle.remove()
+        first = held(self.student.blocks[0].module, "entry") if station.here == Point(0) else None
+        if first is not None:  # of an earlier repair: it stands in block 0, and the next patch goes behind it
+            stream = first(stream)
         began, depths = None, len(self.dense.blocks)
         if aim == "dense" or not station.missing:
             if start:

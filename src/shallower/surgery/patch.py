@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import wraps
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from shallower.anatomy.dissect import Anatomy, pack, unpack
-from shallower.anatomy.patch import Patch
+from shallower.anatomy.patch import Patch, Where, held
 from shallower.anatomy.writers import Halves, find_writers
 from shallower.engine.statistics import Point
 from shallower.errors import ModelError
 
-Where = Literal["entry", "middle", "exit"]
 PLACES: tuple[Where, ...] = get_args(Where)
 
 
@@ -79,8 +78,8 @@ def patches_at(anatomy: Anatomy, index: int, where: Where) -> list[Patch]:
         if name is None:
             return []
         holder = block.get_submodule(name)
-    held = holder._modules.get(f"{where}_patch")
-    return [] if held is None else [patch for patch in held.children() if isinstance(patch, Patch)]
+    standing = held(holder, where)
+    return [] if standing is None else [patch for patch in standing if isinstance(patch, Patch)]
 
 
 def repeat_patches(source: Anatomy, target: Anatomy) -> None:
@@ -98,12 +97,11 @@ def repeat_patches(source: Anatomy, target: Anatomy) -> None:
 
 
 def _hold(module: nn.Module, where: Where, patch: Patch) -> None:
-    name = f"{where}_patch"
-    held = getattr(module, name, None)
-    if held is None:
-        held = nn.Sequential()
-        module.add_module(name, held)
-    held.append(patch)
+    standing = held(module, where)
+    if standing is None:
+        standing = nn.Sequential()
+        module.add_module(f"{where}_patch", standing)
+    standing.append(patch)
 
 
 def _subclass(module: nn.Module, mixin: type) -> None:
@@ -121,11 +119,10 @@ def _subclass(module: nn.Module, mixin: type) -> None:
 class _BlockPatched:
     """Mixin of a block."""
 
-    _modules: dict[str, nn.Module | None]
     _patched_attention: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        entry, leaving = self._modules.get("entry_patch"), self._modules.get("exit_patch")
+        entry, leaving = held(self, "entry"), held(self, "exit")  # type: ignore[arg-type]
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if entry is not None:
             hidden = entry(hidden)
@@ -146,14 +143,13 @@ class _BlockPatched:
 class _AttentionPatched:
     """Mixin of an attention: what it gives back, its update or the stream itself, also holds what the patch adds."""
 
-    _modules: dict[str, nn.Module | None]
     _entering: Tensor | None = None
     _factor: float = 1.0
     _adds_residual: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        given, middle = unpack(output), self._modules["middle_patch"]
+        given, middle = unpack(output), held(self, "middle")  # type: ignore[arg-type]
         assert self._entering is not None
         assert middle is not None
         factor = 1.0 if self._adds_residual else self._factor
