@@ -664,6 +664,18 @@ def test_a_stream_that_cannot_be_rescaled_stays_as_it_was() -> None:
     assert torch.equal(full_logits(anatomy.model, ids), expected)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_a_stream_that_only_a_massive_token_would_let_be_rescaled_is_refused(family: str, scale: float) -> None:
+    """Experts in one tensor are not found as what writes to the stream."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] *= scale
+    anatomy = dissect(cut(dissect(model), ()))
+    with pytest.raises(ModelError, match="cannot be rescaled"):
+        fold_scale(anatomy, Point(6), 2.0, find_writers(anatomy))
+
+
 # Patches
 
 
