@@ -23,7 +23,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import StreamStatistic, WeightStatistic, stream_scores, weight_scores
 from shallower.engine.crossing import find_midpoints
 from shallower.engine.stream import _directions
-from shallower.errors import UnknownName, UserError
+from shallower.errors import CorpusError, UnknownName, UserError
 from shallower.registry import metric
 from shallower.reporting.ranks import rank_correlations
 from shallower.scores import Scores, ScoreSheet
@@ -235,6 +235,39 @@ def test_linear_residual_of_a_linear_block_is_nothing() -> None:
     residual, cosine = (scores.units for scores in found.scores)
     assert residual[Unit(2, "block")] < 1e-4 < 0.1 < residual[Unit(1, "block")]
     assert cosine[Unit(2, "block")] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("positions", "settings", "says"),
+    [
+        ("all", {}, r"18 tokens .* cannot fit the map of linear-residual, which has 32 inputs: .* \(--set width=8\)"),
+        ("all", {"width": "18"}, r"which has 18 inputs"),
+        ("last", {"width": "8"}, r"3 tokens .* has 8 inputs: .* read every position \(--positions all\)"),
+    ],
+)
+def test_linear_residual_wants_more_tokens_than_directions(
+    llama: PreTrainedModel, positions: Any, settings: dict[str, str], says: str
+) -> None:
+    text = sample_text(llama, sequences=3, length=6, padded=False)
+    with pytest.raises(CorpusError, match=says):
+        score(llama, "linear-residual", calibration=text, positions=positions, settings=settings)
+    score(llama, "linear-residual", calibration=text, settings={"width": "17"})
+
+
+@pytest.mark.parametrize("option", ["ridge=-1", "ridge=nan", "ridge=0", "width=-5"])
+def test_linear_residual_refuses_what_is_no_penalty_or_width(llama: PreTrainedModel, option: str) -> None:
+    name, value = option.split("=")
+    with pytest.raises(UserError, match=f"option {name}='{value}' does not fit: it takes a .*number above"):
+        score(llama, "linear-residual", calibration=sample_text(llama), settings={name: value})
+
+
+def test_linear_residual_is_all_where_the_stream_is_the_same_everywhere(llama: PreTrainedModel) -> None:
+    """As that of last tokens is ahead of block 0 when all sequences end in the same one."""
+    text = sample_text(llama, sequences=20, padded=False)
+    text.input_ids[:, -1] = 2
+    found = score(llama, "linear-residual", calibration=text, positions="last", settings={"width": "4"}).units
+    assert found[Unit(0, "block")] == 1
+    assert 0 < found[Unit(1, "block")] < 1
 
 
 # Weights and gradients

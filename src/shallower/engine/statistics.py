@@ -23,7 +23,7 @@ from shallower.anatomy.writers import Writer
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.trace import Trace, trace
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
-from shallower.errors import ModelError
+from shallower.errors import CorpusError, ModelError
 from shallower.units import Kind, Unit
 
 TOKENS_A_BATCH = 2048
@@ -274,6 +274,18 @@ def token_weights(reading: Reading, sinks: float, relative: bool) -> Tensor:
             weights[members] *= (median / length.clamp_min(1e-6 * float(median) + 1e-30)).square()
             weights[members] *= torch.where(length > MASSIVE * median, SINK_WEIGHT, 1.0)
     return weights
+
+
+def require_tokens(tokens: int, inputs: int, *, least: str, instead: str = "") -> None:
+    """Raise CorpusError unless there are more tokens than `least`, what is fitted to them, has inputs.
+
+    instead: what else than more text would do, for the error.
+    """
+    if tokens <= inputs:
+        raise CorpusError(
+            f"{tokens:,} tokens of calibration text cannot fit {least}, which has {inputs:,} inputs: read more "
+            f"(--sequences, --length), several times as many{instead}."
+        )
 
 
 class Moments:

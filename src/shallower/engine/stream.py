@@ -30,6 +30,7 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.crossing import Crossing, Midpoint, crossings, find_midpoints, run_to_head
+from shallower.engine.statistics import require_tokens
 from shallower.engine.trace import prove
 from shallower.registry import Method
 from shallower.scores import Score
@@ -70,6 +71,11 @@ class StreamStatistic:
         known = self.metric.options.get(name)
         return self.options.get(name, None if known is None else known.default)
 
+    def width(self, hidden: int) -> int:
+        """In how many directions of a stream of width `hidden` second moments are taken."""
+        width = int(self.option("width") or 0)
+        return width if 0 < width < hidden else hidden
+
 
 def reads_stream(metric: Method) -> bool:
     """Whether a metric compares the residual stream before and after a unit."""
@@ -95,8 +101,11 @@ def stream_scores(
 ) -> list[tuple[Score, ...]]:
     """Scores of `units` (and of all spans where asked) by each statistic, from one forward pass without the head.
 
-    Raises ModelError when the model's blocks do not pass one residual stream on.
+    Raises ModelError when the model's blocks do not pass one residual stream on, CorpusError when a map that a metric
+    fits has as many inputs as there are tokens.
     """
+    for statistic in statistics:
+        _require_tokens(statistic, calibration, anatomy.model.config.get_text_config().hidden_size)
     device = anatomy.model.device
     tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
     batches = list(calibration.batches(max(1, tokens // calibration.length)))
@@ -118,6 +127,20 @@ def stream_scores(
             step()
     joined = {positions: np.concatenate(parts) for positions, parts in counts.items()}
     return [_rows(tally, joined[tally.statistic.positions], units) for tally in tallies]
+
+
+def _require_tokens(statistic: StreamStatistic, calibration: CalibrationSet, hidden: int) -> None:
+    if MOMENTS.isdisjoint(statistic.metric.parameters):
+        return
+    last = statistic.positions == "last"
+    others = ["read every position (--positions all)"] if last else []
+    others += ["set a smaller width (--set width=8)"] if "width" in statistic.metric.options else []
+    require_tokens(
+        calibration.sequences if last else calibration.tokens,
+        statistic.width(hidden),
+        least=f"the map of {statistic.metric.name}",
+        instead="".join(f", or {other}" for other in others),
+    )
 
 
 def _read_batch(
@@ -371,8 +394,9 @@ class _Moments:
 
     def _project(self, stream: Tensor) -> Tensor:
         """The stream in `width` directions that are orthogonal and drawn at random, always the same; all if 0."""
-        hidden, width = stream.shape[-1], self.statistic.option("width") or 0
-        if not 0 < width < hidden:
+        hidden = stream.shape[-1]
+        width = self.statistic.width(hidden)
+        if width == hidden:
             return stream
         directions = _directions(hidden, width).to(stream.device)
         few = TOKENS_TOGETHER.get(stream.device.type, TOKENS_TOGETHER_ELSEWHERE)

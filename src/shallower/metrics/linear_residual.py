@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from shallower.registry import metric
+from shallower.registry import Above, metric
 
-NOTHING = 1e-12  # of the stream's variance: less than this is rounding, not change
+NOTHING = 1e-12  # of the other variance: less than this is rounding, not change
 
 
 @metric("linear-residual", spans=True)
 def linear_residual(
-    before_before: Tensor, before_after: Tensor, after_after: Tensor, *, width: int = 64, ridge: float = 1e-6
+    before_before: Tensor,
+    before_after: Tensor,
+    after_after: Tensor,
+    *,
+    width: Annotated[int, Above(-1)] = 64,
+    ridge: Annotated[float, Above(0)] = 1e-6,
 ) -> Tensor:
     """Share of the change's variance that the best linear map of the stream before it does not explain: 1 - R².
 
@@ -21,12 +28,15 @@ def linear_residual(
     before_before, before_after, after_after: centred second moments over tokens, float64 [width, width]. width: how
     many directions, drawn at random but always the same ones, the stream is projected to; 0 keeps the whole width (for
     N blocks and hidden size d the sums of all spans then take 4 N² d² bytes). ridge: what the map's regression adds to
-    the variance in each direction, relative to the mean of these variances. Returns a scalar in [0, 1].
+    the variance in each direction, relative to the mean of these variances. Returns a scalar in [0, 1]: 0 where nothing
+    changes, 1 where only the change varies and the stream before it does not.
     """
     change = after_after - before_after - before_after.T + before_before
     variance, stream = change.trace(), before_before.trace()
     if bool(variance <= NOTHING * stream):
         return torch.zeros_like(variance)
+    if bool(stream <= NOTHING * variance):
+        return torch.ones_like(variance)
     target = before_after - before_before
     regularised = before_before + torch.eye(len(before_before)).to(before_before) * (
         ridge * stream / len(before_before)

@@ -29,7 +29,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import Halves, Writer, find_writers
 from shallower.corpus.calibration import CalibrationSet
-from shallower.engine.statistics import Aim, Moments, Reading, Station, Streams, Twins, token_weights
+from shallower.engine.statistics import Aim, Moments, Reading, Station, Streams, Twins, require_tokens, token_weights
 from shallower.errors import CorpusError, ModelError, UserError
 from shallower.surgery.fold import fold_constant
 from shallower.surgery.patch import attach_at, patches
@@ -148,11 +148,7 @@ class Repair:
 
         Raises CorpusError when the text has fewer tokens than `inputs`.
         """
-        if self.calibration.tokens <= inputs:
-            raise CorpusError(
-                f"{self.calibration.tokens:,} tokens of calibration text cannot fit {least}, which has {inputs:,} "
-                "inputs: read more (--sequences, --length), several times as many."
-            )
+        require_tokens(self.calibration.tokens, inputs, least=least)
         return Moments()
 
     def add_constant(self, station: Station, constant: Tensor) -> None:
