@@ -801,6 +801,32 @@ def test_a_stream_behind_maps_is_not_rescaled(per: str) -> None:
         recovery.get("magnitude").function(again, per=per)
 
 
+@pytest.mark.parametrize(
+    ("family", "units", "methods", "says"),
+    [
+        ("hyperclovax", "block.3", "emulated-update,full", "what emulated-update makes could not be saved"),
+        ("opt_post_norm", "block.3", "emulated-update", "what emulated-update makes could not be saved"),
+        ("mistral", "attn.3", "emulated-update,low-rank", "emulated-update and low-rank make .* 2 maps stand where 1"),
+        ("mistral", "block.3", "emulated-update,low-rank", None),
+        ("llama", "attn.3", "emulated-update,low-rank", None),  # a bias, and a map
+    ],
+)
+def test_constants_that_could_not_be_saved_are_refused_before_they_are_fitted(
+    family: str, units: str, methods: str, says: str | None
+) -> None:
+    model = tiny_model(family)
+    steps, removed = parse_recoveries(methods, {}), frozenset(parse_units(units))
+    if says is not None:
+        with pytest.raises(ModelError, match=says):
+            recover(model, methods, plan=plan_for(model, units), calibration=text_of(model), out="never-written")
+        return
+    repair = repair_of(model, removed, text_of(model))
+    recoveries.require_place(steps, repair.dense, removed)
+    for method, _ in steps:
+        method.function(repair)
+    mapped(repair.student.model, repair.dense, removed)
+
+
 def plan_for(model: PreTrainedModel, units: str = "block.2-3") -> PruningPlan:
     identity = open_subject(model).identity
     removed = parse_units(units)

@@ -9,7 +9,7 @@ the embedding; without it the numbers are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.patch import held
-from shallower.anatomy.writers import Writer
+from shallower.anatomy.writers import Halves, Writer
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.trace import Trace, trace
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
@@ -59,6 +59,13 @@ class Station:
     missing: tuple[Unit, ...]
     writes: tuple[int, Kind] | None
     beside: bool = False
+
+    def writer(self, halves: Sequence[Halves]) -> Writer | None:
+        """The map that writes to the stream right before. halves: of the cut model's blocks."""
+        if self.writes is None:
+            return None
+        place, kind = self.writes
+        return halves[place].writer(kind)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Repair a cut model. One recovery a file: a function, registered under the file's name, with the trait `maps` where
-it puts maps at cuts that only a packaged checkpoint has a place for.
+it puts maps at cuts that only a packaged checkpoint has a place for: True, or "constant" for constants that become maps
+where the family has no bias for them.
 
 It asks by name for what it needs. In closed form: `repair` (a `Repair`): the cut model with its dense teacher, the
 units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing.
@@ -88,10 +89,7 @@ class Repair:
 
     def writer(self, station: Station) -> Writer | None:
         """The map that writes to the stream right before a station."""
-        if station.writes is None:
-            return None
-        place, kind = station.writes
-        return self.halves[place].writer(kind)
+        return station.writer(self.halves)
 
     def require_writer(self, station: Station) -> Writer:
         """Raise ModelError where nothing writes to the stream that a repair could be folded into."""

@@ -10,7 +10,7 @@ from shallower.recovery import Repair
 from shallower.registry import recovery
 
 
-@recovery("emulated-update", source="arXiv:2407.16286")
+@recovery("emulated-update", source="arXiv:2407.16286", maps="constant")
 def emulated_update(
     repair: Repair, *, measured: Literal["dense", "cut"] = "dense", sinks: float = 0.0, relative: bool = True
 ) -> None:

@@ -34,7 +34,7 @@ def attach(student: PreTrainedModel, places: Sequence[Station], rank: int, seed:
     """Put a patch that starts as the identity at each of these places. Raises ModelError where one cannot stand."""
     anatomy = dissect(student)
     halves = find_writers(anatomy)
-    hidden = student.get_input_embeddings().weight.shape[1]
+    hidden = student.config.get_text_config().hidden_size  # embeddings may be narrower (OPT)
     generator = torch.Generator().manual_seed(seed)
     made = nn.ModuleList()
     for place in places:

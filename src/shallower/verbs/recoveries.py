@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.patch import Patch
+from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus import CalibrationSet
 from shallower.engine.memo import beside_weights
+from shallower.engine.statistics import Station
 from shallower.errors import ModelError, TooLittleText, UserError
 from shallower.evaluation.perplexity import context_limit, perplexity
 from shallower.launched import spreads
@@ -31,6 +33,7 @@ from shallower.registry import recovery as recoveries
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.reporting.wording import plural, recovery_rows
 from shallower.surgery import cut
+from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
 from shallower.training.answers import answer_perplexity, split
@@ -154,16 +157,36 @@ def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> No
     if not maps:
         return
     trial = cut(dense, removed)
+    places = cuts(trial, dense, removed)
     generator = torch.Generator().manual_seed(0)
-    for _ in maps:
-        for patch in attach(trial, cuts(trial, dense, removed), rank=1, seed=0):
+    makers: list[str] = []
+    for method in maps:
+        constant = method.traits["maps"] == "constant"
+        made = attach(trial, _without_bias(trial, places) if constant else places, rank=0 if constant else 1, seed=0)
+        makers += [method.name] if len(made) else []
+        for patch in made:
             assert isinstance(patch, Patch)
             for part in (patch.up, patch.bias):  # a map that shows
                 part.data = torch.randn(part.shape, generator=generator).to(part)
+    if not makers:
+        return
     try:
         mapped(trial, dense, removed)
     except ModelError as error:
-        raise ModelError(f"what {maps[0].name} makes could not be saved: {error} Use refit, lora or full.") from None
+        what = f"what {makers[0]} makes" if len(makers) == 1 else f"what {' and '.join(makers)} make"
+        raise ModelError(f"{what} could not be saved: {error} Use refit, lora or full.") from None
+
+
+def _without_bias(student: PreTrainedModel, places: Sequence[Station]) -> list[Station]:
+    """The places in front of which nothing has, or can have, a bias that a constant could go to."""
+    anatomy = dissect(student)
+    halves = find_writers(anatomy)
+    writers = [place.writer(halves) for place in places]
+    return [
+        place
+        for place, writer in zip(places, writers, strict=True)
+        if writer is None or not can_have_bias(anatomy, writer)
+    ]
 
 
 def training_text(
