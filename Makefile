@@ -9,7 +9,6 @@ PIP_ARGS ?=
 LOWEST_TORCH ?=
 # More for pytest, e.g. ARGS="-k greedy -x"
 ARGS ?=
-TIERS ?= not hub and not gpu
 
 BIN := $(VENV)/bin
 # Compiling all of torch at once takes longer than compiling what gets imported
@@ -26,11 +25,11 @@ setup: $(VENV)/.dev ## Install shallower and its development tools into .venv, a
 demo: $(VENV)/.demo ## Remove a fifth of a real 135M model's blocks, and show what it cost
 	$(BIN)/shallower demo --force
 
-test: $(VENV)/.dev ## All tests that need no hub and no GPU (ARGS="-k name" for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(TIERS)" $(ARGS)
+test: $(VENV)/.dev ## All tests; none needs a model hub or a GPU (ARGS="-k name" for some)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-unit: TIERS := not model and not hub and not gpu
-unit: test ## The tests that need no model download
+unit: $(VENV)/.dev ## The tests that need no model download
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not model" $(ARGS)
 
 check: $(VENV)/.dev ## Format, lint, types, and which way imports go
 	$(BIN)/ruff format --check .
@@ -44,7 +43,7 @@ format: $(VENV)/.dev ## Format, and fix what the linter can
 
 lowest: $(LOWEST_VENV)/.lowest ## The unit tests with the oldest versions that pyproject.toml allows
 	@# old libraries warn of new ones: here warnings are no errors
-	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -W default -m "not model and not hub and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -W default -m "not model" $(ARGS)
 
 docs: $(VENV)/.dev ## Write the pages that are made from the code: docs/cli.md
 	$(BIN)/python tools/make_cli_reference.py

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # for the tier `hub`: HF_HUB_OFFLINE=0 make test TIERS=hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 # Code of the folders that tests load is copied here, once for all tests: Python keeps what it imported from where.
