@@ -4,7 +4,7 @@ Both ask the same items of the same tasks, compute in the same number format, an
 evaluations are lm-eval's own model class on each cut in memory, with a batch that fits (`--plain`: just as lm-eval runs
 it, with the logits of every position). The answers are compared.
 
-    python benchmarks/ratios.py [--model demo] [--suite quick] [--limit 25] [--remove 13,14,15,16,17,18,19,20]
+    python benchmarks/ratios.py [--model demo] [--suite quick] [--limit 25] [--remove 16,17,18,13,14,15,12,11]
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from shallower.units import Unit
 from shallower.verbs.subject import open_subject
 
 AT = (0, 1, 2, 4, 6, 8)
-BLOCKS = "16,17,18,13,14,15,12,11"  # what greedy removes of the demo model, as docs/decisions.md has it, in one order
+# The first seven are [12, 19), to which greedy adds 4 and 5 (docs/decisions.md), and not 11, which writes the massive
+# activation of the first token. It stays, as benchmarks/results/ratios.md was measured with it.
+BLOCKS = "16,17,18,13,14,15,12,11"
 
 
 def main() -> None:
