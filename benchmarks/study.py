@@ -26,6 +26,7 @@ import torch
 from selection import Reference, Removed, evopress, shortened_llama, sleb
 from torch.nn.functional import kl_div, log_softmax
 
+from shallower.anatomy.dissect import unpack
 from shallower.budget import parse_remove
 from shallower.corpus import CalibrationSet, build_calibration
 from shallower.corpus.calibration import Batch
@@ -41,13 +42,19 @@ GENERATIONS = 10
 
 
 def deeper_layers(reference: Reference, subject: Subject, count: int) -> Removed:
-    """The span of 2403.17887: angular distance between the last token's streams, from one forward of the text."""
+    """The span of 2403.17887: angular distance between the last token's streams, from one forward of the text.
+
+    What the model returns as its last hidden state is behind the final norm, so what leaves the last block is hooked.
+    """
     blocks = len(subject.anatomy.blocks)
     total = torch.zeros(blocks - count + 1, dtype=torch.float64)
-    with torch.no_grad():
+    left: list[torch.Tensor] = []
+    hook = subject.anatomy.blocks[-1].module.register_forward_hook(lambda *seen: left.append(unpack(seen[-1])))
+    with torch.no_grad(), hook:
         for batch in reference.text.batches(reference.sequences):
+            left.clear()
             output = subject.model(input_ids=batch.input_ids, output_hidden_states=True, use_cache=False)
-            last = [stream[:, -1].double() for stream in output.hidden_states[: blocks + 1]]
+            last = [stream[:, -1].double() for stream in (*output.hidden_states[:blocks], *left)]
             for start in range(blocks - count + 1):
                 alike = torch.cosine_similarity(last[start], last[start + count], dim=-1)
                 total[start] += (torch.arccos(alike.clamp(-1, 1)) / math.pi).sum()

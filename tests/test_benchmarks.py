@@ -10,9 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from shallower.testing.conformance import sample_text
+from shallower.testing.conformance import sample_text, with_identity_block
 from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.units import Unit
+from shallower.verbs.score import score
 from shallower.verbs.subject import open_subject
 
 
@@ -31,6 +34,22 @@ def test_searches_that_look_at_nothing_are_compared_too(script: Callable[[str], 
         assert row in searches.ROWS
         found = searches.run(row, open_subject(model), text, [], 0)
         assert [len(removed) for removed in found.removed] == [1, 2, 2]
+
+
+def test_the_reference_of_contiguous_reads_the_stream_in_front_of_the_final_norm(
+    script: Callable[[str], ModuleType],
+) -> None:
+    subject = open_subject(with_identity_block(tiny_model("llama"), 5))
+    norm = subject.model.model.norm.weight
+    with torch.no_grad():  # behind it the last block, which adds nothing, would look far away
+        norm.copy_(torch.linspace(-4, 4, len(norm)))
+    text = sample_text(subject.model, padded=False)
+    for count in (1, 2):
+        spans = score(subject, "angular", calibration=text).spans
+        nearest = min((span for span in spans if len(span) == count), key=spans.__getitem__)
+        found = script("study").deeper_layers(script("selection").Reference(subject, text, 2048), subject, count)
+        assert found == frozenset(nearest.units)
+        assert Unit(5, "block") in found
 
 
 def test_selection_prints_one_object_a_task(
