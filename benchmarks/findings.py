@@ -248,14 +248,15 @@ def _dense(found: Measured) -> Iterator[str]:
     if lost:
         yield (
             f"On {_listed(lost)} these questions cannot tell the dense model from guessing (less than 2 standard "
-            "errors above chance), so accuracy that holds there when units go shows nothing."
+            "errors above chance), so it shows nothing that accuracy there holds when units go."
         )
 
 
 def _first(found: Measured) -> Iterator[str]:
     yield "## 1. Does attention go more easily than MLPs and blocks?"
     yield (
-        "Units that can go, of each kind, before perplexity has doubled, and their share of the parameters in blocks:"
+        "How many units of each kind can go before perplexity has doubled, when they go in the order of each metric; "
+        "in brackets their share of the parameters in blocks:"
     )
     names = [curve.ranking for curve in found.of("attn")]
     cells = {(curve.ranking, curve.kind): curve for curve in found.curves}
@@ -290,7 +291,10 @@ def _first(found: Measured) -> Iterator[str]:
     yield _table(
         ("removed", *tasks, "perplexity"), [("nothing", *dense, f"{found.perplexity(frozenset()):,.1f}"), *rows]
     )
-    yield "Units up to which accuracy is no more than a standard error below the dense model's, of the points asked:"
+    yield (
+        "The most units that can go, of the numbers asked, with accuracy never more than a standard error below the "
+        "dense model's up to there:"
+    )
     yield _table(
         ("removed", *tasks),
         [
@@ -305,9 +309,10 @@ def _first(found: Measured) -> Iterator[str]:
 def _second(found: Measured) -> Iterator[str]:
     yield "## 2. Does a metric gain on the task it was computed on, and lose on others?"
     yield (
-        f"Shapley values on the answers of {OWN} (its validation part) against Shapley values on text: by how many "
-        "nats the right answer is further ahead of the best wrong one when units are removed in the task's own order, "
-        "± the standard error over questions; and the ratio of perplexities."
+        f"Blocks or sublayers are removed in the order of Shapley values, computed either on the answers of {OWN} (its "
+        "validation part) or on text. By how many nats the right answer is further ahead of the best wrong one with "
+        "the first order than with the second, ± the standard error over questions (above 0: the task's own order is "
+        "better); and perplexity with the first order, divided by that with the second."
     )
     rows = []
     gained: dict[str, list[int]] = {task.name: [0, 0, 0] for task in found.tasks}
@@ -358,8 +363,9 @@ def _fourth(found: Measured) -> Iterator[str]:
     told.append(_steepest("the loss (the logarithm of perplexity)", spans.asked, logs, 0.0))
     yield "\n".join(f"- {sentence}" for sentence in told)
     yield (
-        "A step between two points that holds nearly all of a fall is a sharp drop; of a smooth fall each of the "
-        f"{len(spans.asked) - 1} steps holds about its share of the blocks."
+        "How to read the lines above: if a single step between two points holds nearly all of a fall, the drop is "
+        f"sharp; if the fall is smooth, each of the {len(spans.asked) - 1} steps holds about as large a share of it as "
+        "of the blocks."
     )
 
 
