@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 
+import shallower
+from shallower.cli.main import app
+from shallower.evaluation.generation import Continuation, Generation
+from shallower.evaluation.perplexity import Perplexity
+from shallower.evaluation.tasks import Metric, TaskResult
+from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
+from shallower.reporting.data import RecoveryMadeBy, RecoveryStage, ReportData, Side
+from shallower.scores import Score, Scores, ScoreSheet
+from shallower.verbs.evaluate import Comparison, Evaluation
 from shallower.version import __version__
 
 LIGHT_MODULES = (
@@ -83,6 +95,70 @@ def test_value_types_load_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (result.stdout.strip(), result.stderr, result.returncode) == ("", "", 0)
+
+
+# The pages on files and on Python: docs/files.md, docs/api.md
+
+
+def test_the_page_on_files_has_every_key(root: Path) -> None:
+    page = (root / "docs" / "files.md").read_text(encoding="utf-8")
+    records = (ModelIdentity, CalibrationIdentity, MadeBy, Score, Side, RecoveryStage, RecoveryMadeBy, ReportData)
+    keys = {field.name for record in records for field in dataclasses.fields(record)}
+    model = ModelIdentity("m", None, "sha256:0", 2)
+    made_by = MadeBy("greedy", "nll", None, {}, 0, None, "0")
+    scores = Scores(model, "cosine", (), made_by)
+    both = ScoreSheet((scores, dataclasses.replace(scores, metric="loss")))
+    text = {"text": Perplexity(1.0, None, 2, 1, 4, (2.0,), (2,))}
+    task = TaskResult("t", "1", 0, 1, "test", "folder", (Metric("acc", 1.0, None, True, (1.0,)),))
+    written = Generation(1.0, 1.0, 0.0, 1.0, 0.0, (Continuation("a", "b", 1, False, False),))
+    evaluations = (Evaluation(name, 2, 9, text, (task,), written, removed=1) for name in "ab")
+    evaluation = Comparison(tuple(evaluations)).to_json()
+    for document in (PruningPlan(model, (), (), None, made_by).to_json(), scores.to_json(), both.to_json(), evaluation):
+        keys |= document.keys()
+    for rows in ("evaluations", "tasks", "generation", "differences"):
+        keys.update(*(row.keys() for row in evaluation[rows]))
+    keys |= evaluation["tasks"][0]["metrics"]["acc"].keys() | evaluation["generation"][0]["continuations"][0].keys()
+    assert not [key for key in sorted(keys) if f"`{key}`" not in page]
+
+
+def _signature(name: str) -> str:
+    """As the page has it: names and simple defaults."""
+    shown, only_by_name = [], False
+    for parameter in inspect.signature(getattr(shallower, name)).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not only_by_name:
+            shown.append("*")
+            only_by_name = True
+        plain = isinstance(parameter.default, (str, int, float, tuple, type(None)))
+        default = f"={parameter.default!r}" if plain else "=…"
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        shown.append(stars + parameter.name + ("" if parameter.default is parameter.empty else default))
+    return f"{name}({', '.join(shown)})"
+
+
+def test_the_page_on_python_has_every_public_name_and_signature(root: Path) -> None:
+    page = (root / "docs" / "api.md").read_text(encoding="utf-8")
+    code = " ".join("\n".join(re.findall(r"^    (.*)$", page, re.MULTILINE)).split())
+    for name in shallower.__all__:
+        thing = getattr(shallower, name)
+        if not callable(thing) or (isinstance(thing, type) and issubclass(thing, Exception)):
+            assert f"`{name}`" in page
+        else:
+            assert _signature(name) in code
+
+
+def test_the_page_on_python_tells_where_names_differ_from_the_command_line(root: Path) -> None:
+    page = (root / "docs" / "api.md").read_text(encoding="utf-8")
+    for verb, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        function = getattr(shallower, {"eval": "evaluate"}.get(verb, verb), None)
+        if not callable(function):
+            assert f"`{verb}`" in page
+            continue
+        options = [option for parameter in command.params for option in parameter.opts]
+        arguments = list(inspect.signature(function).parameters)
+        for option in options:
+            assert option.lstrip("-").replace("-", "_") in arguments or re.search(rf"`[^`\n]*{option}\b", page), option
+        for argument in set(arguments) - {option.lstrip("-").replace("-", "_") for option in options}:
+            assert re.search(rf"`{argument}\b", page), argument
 
 
 # Import directions
