@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +217,16 @@ def test_special_tokens_and_chat() -> None:
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert ids[0] == tokenizer.bos_token_id
+
+
+# The page on families: docs/formats.md
+
+
+def test_the_page_lists_every_family(root: Path) -> None:
+    page = (root / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Families\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    [tested] = re.findall(r"^(?:`[\w-]+`,?\s)+", section[1], re.MULTILINE)
+    rows = " ".join(re.findall(r"^\| (`.*?) \|", section[1], re.MULTILINE))
+    assert re.findall(r"`(.*?)`", tested) == sorted({tiny_config(family).model_type for family in FAMILIES})
+    assert {tiny_config(family).model_type for family in DEPTH_BOUND} <= set(re.findall(r"`(.*?)`", rows))
