@@ -15,6 +15,8 @@ import pytest
 from shallower.errors import UnknownName, UserError
 from shallower.registry import REGISTRIES, Above, Method, Registry
 from shallower.registry import metric as metrics
+from shallower.registry import objective as objectives
+from shallower.registry import search as searches
 
 
 def plain(before: float, after: float) -> float:
@@ -155,6 +157,13 @@ def test_every_method_is_documented_and_alone_in_the_file_of_its_name(method: Me
     assert method.summary.endswith(".")
     if method.source:
         assert all(re.fullmatch(r"arXiv:\d{4}\.\d{5}", source) for source in method.source.split(", ")), method.source
+
+
+def test_the_page_on_methods_has_every_one(root: Path) -> None:
+    page = (root / "docs" / "methods.md").read_text(encoding="utf-8")
+    for listed in (metrics, objectives, searches):
+        for method in listed:
+            assert f"\n| `{method.name}` |" in page, method.name
 
 
 # The example of CONTRIBUTING.md, as a third party would use it
