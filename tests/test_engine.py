@@ -236,6 +236,34 @@ def test_blocks_that_share_more_than_one_stream_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        ("gemma3n", r"they are given \[2, 2, 24, 32\] in place of one vector a token"),
+        ("gemma4", "pass on keys and values"),
+    ],
+)
+def test_families_whose_blocks_share_more_than_the_stream_are_refused(family, says):
+    model = tiny_model(family)
+    with pytest.raises(ModelError, match=f"^{family}_text is not supported: its 6 blocks .*{says}"):
+        Ablator(dissect(model), sample_text(model))
+
+
+def test_blocks_that_fail_without_what_another_leaves_are_refused(monkeypatch):
+    anatomy = dissect(tiny_model("llama"))
+    block = anatomy.blocks[3].module
+    own, calls = type(block).forward, itertools.count()
+
+    def once(*args, **kwargs):
+        if next(calls):
+            raise ValueError("nothing was left for this block")
+        return own(block, *args, **kwargs)
+
+    monkeypatch.setattr(block, "forward", once)
+    with pytest.raises(ModelError, match=r"more than one residual stream: .* fails .nothing was left for this block"):
+        prove(anatomy)
+
+
+@pytest.mark.parametrize(
     ("dtype", "advice"),
     [
         (torch.float16, r"in float16: use --dtype float32 \(or bfloat16\)"),

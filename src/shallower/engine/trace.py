@@ -8,7 +8,7 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +105,8 @@ def trace(anatomy: Anatomy, batch: Batch) -> Trace:
 def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
     """Check that trace and replay give the model's own logits on a few tokens.
 
-    Raises ModelError with the difference seen when they do not, and when the model overflows in its number format.
+    Raises ModelError with what was seen when they do not, when blocks leave something for each other besides the
+    stream, and when the model overflows in its number format.
     """
     if batch is None:
         batch = Batch(probe_ids(anatomy.model, 2), None)
@@ -116,19 +117,53 @@ def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
         expected = _forward(anatomy, batch).logits.float()
         _require_finite(anatomy, expected)
         replay = trace(anatomy, batch)
-        hidden = replay.entry
-        for block in anatomy.blocks:
-            hidden = replay.run(block.index, hidden)
-        found = replay.logits(hidden).float()
+        if replay.entry.dim() != 3 or replay.entry.shape[:2] != batch.input_ids.shape:
+            raise _unsupported(anatomy, f"they are given {list(replay.entry.shape)} in place of one vector a token")
+        beside = _collections(replay)
+        try:
+            found = _replayed(replay).float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a block raises that misses what another would have left for it
+            raise _unsupported(anatomy, f"running them one by one fails ({error})") from error
+    if _identities(_collections(replay)) != _identities(beside):
+        raise ModelError(
+            f"{anatomy.family} is not supported: its {len(anatomy.blocks)} blocks ({anatomy.path}) pass on keys and "
+            "values besides the residual stream, which others read, so none can be judged or removed alone. Use a "
+            "model whose blocks have keys and values of their own."
+        )
     difference = float((expected - found).abs().max())
     if not difference <= 1e-3 * max(1.0, float(expected.abs().max())):
-        raise ModelError(
-            f"{anatomy.family} is not supported: running its {len(anatomy.blocks)} blocks ({anatomy.path}) one by one "
-            "does "
-            f"not give the model's logits (largest difference {difference:.3g}), so its blocks pass on more than one "
-            "residual "
-            "stream. Please report the family."
+        raise _unsupported(
+            anatomy,
+            f"running them one by one does not give the model's logits (largest difference {difference:.3g})",
         )
+
+
+def _replayed(replay: Trace) -> Tensor:
+    """The logits of a trace, by running all of its blocks."""
+    hidden = replay.entry
+    for block in replay.anatomy.blocks:
+        hidden = replay.run(block.index, hidden)
+    return replay.logits(hidden)
+
+
+def _collections(replay: Trace) -> list[list[Any]]:
+    """What is in each mapping and list that the blocks are given, where one may leave something for the next."""
+    given = [one for args, kwargs in replay.calls for one in (*args, *kwargs.values())]
+    mappings = [[part for item in one.items() for part in item] for one in given if isinstance(one, MutableMapping)]
+    return mappings + [list(one) for one in given if isinstance(one, list)]
+
+
+def _identities(collections: list[list[Any]]) -> list[list[int]]:
+    return [[id(part) for part in parts] for parts in collections]
+
+
+def _unsupported(anatomy: Anatomy, seen: str) -> ModelError:
+    return ModelError(
+        f"{anatomy.family} is not supported: its {len(anatomy.blocks)} blocks ({anatomy.path}) pass on more than one "
+        f"residual stream: {seen}. Please report the family."
+    )
 
 
 def _require_finite(anatomy: Anatomy, logits: Tensor) -> None:
