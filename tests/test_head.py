@@ -8,8 +8,9 @@ from torch import nn
 
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, Racing
+from shallower.engine import Ablator, Racing, evaluator
 from shallower.engine.head import WORDS, Head, Reduced, _pieces
+from shallower.registry import objective
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model
 from shallower.units import Unit
@@ -40,19 +41,35 @@ def test_chunks_give_what_whole_rows_give(finish, temperature):
 
 @pytest.mark.parametrize("bias", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
 @pytest.mark.parametrize("word", [0, WORDS, WORDS + 1, VOCABULARY - 1])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @torch.no_grad()
-def test_a_word_that_is_ruled_out_spoils_nothing(bias, word):
+def test_a_word_that_is_ruled_out_spoils_nothing(bias, word, temperature):
     head = head_of(bias=True)
     head.output.bias[word] = bias
     rows, targets = torch.randn(5, 16), torch.tensor([1, 2, 3, 4, 5])
-    probabilities = torch.softmax(head.logits(rows), -1)
-    found = head.reduce(rows, targets, probabilities)
-    logits = (rows @ head.output.weight.T + head.output.bias).double()
+    probabilities = torch.softmax(head.logits(rows) / temperature, -1)
+    found = head.reduce(rows, targets, probabilities, temperature)
+    logits = (rows @ head.output.weight.T + head.output.bias).double() / temperature
     assert torch.allclose(found.log_normalizer.double(), logits.logsumexp(-1), atol=1e-5)
     kept = torch.arange(VOCABULARY) != word
     assert found.mean_logit is not None
     expected = (logits * probabilities.double())[:, kept].sum(-1)
     assert torch.allclose(found.mean_logit.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "js"])
+@pytest.mark.parametrize("known", [True, False])
+def test_no_temperature_makes_a_ruled_out_word_count(name, known, monkeypatch):
+    """A low temperature divides what is almost too low for float32."""
+    model = tiny_model("phi", blocks=3)
+    anatomy, text, word = dissect(model), sample_text(model), 3
+    model.lm_head.bias.data[word] = torch.finfo(torch.float32).min
+    if not known:
+        monkeypatch.setattr(evaluator, "find_head", lambda anatomy: None)
+    without, sharp = [{Unit(1, "block")}], {"temperature": 0.5}
+    ruled_out = Ablator(anatomy, text, name, sharp).losses(without)
+    model.lm_head.bias.data[word] = -1e4
+    assert ruled_out == pytest.approx(Ablator(anatomy, text, name, sharp).losses(without))
 
 
 @torch.no_grad()
@@ -121,6 +138,13 @@ def test_many_copies_of_one_candidate_are_no_race():
     same = frozenset({Unit(1, "block")})
     first, second = ablator.losses([same, same], keep=1)
     assert first == second == Ablator(anatomy, ablator.calibration).losses([same])[0]
+
+
+def test_an_overflow_is_no_answer():
+    logits = torch.tensor([[torch.nan, torch.nan], [0.0, 1.0], [1.0, 0.0]])  # the first of several NaN is the largest
+    dense = torch.tensor([[1.0, 0.0]] * 3)
+    found = objective.get("top1").function(logits=logits, dense_logits=dense)
+    assert torch.equal(found.nan_to_num(9), torch.tensor([9.0, 1.0, 0.0]))
 
 
 def test_what_overflows_is_the_most_important(monkeypatch):

@@ -132,10 +132,10 @@ class Head:
             if bias is not None:
                 product += bias[start:stop]
             logits.copy_(self._finish(product))
-            if mean is not None:
-                logits.clamp_(min=LOWEST)
             if temperature != 1.0:
                 logits /= temperature
+            if mean is not None:
+                logits.clamp_(min=LOWEST)  # last: a temperature below 1 makes what is that low infinite again
             inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(-1)
             chosen[inside] = logits[inside, targets[inside] - start]
             if bool((logits[:, 0].abs() < LARGE_LOGIT).all()):  # log_softmax is the fastest kernel with a normalizer

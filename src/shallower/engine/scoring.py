@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shallower.corpus.answers import Answers
-from shallower.engine.head import ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
+from shallower.engine.head import LOWEST, ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
 from shallower.engine.states import DenseRows
 from shallower.engine.trace import Trace
 from shallower.registry import Method
@@ -235,7 +235,7 @@ class Scorer:
             dense_logits = None if dense_rows_of is None else dense_rows_of(part)
             supply: dict[str, Tensor | None] = {"logits": logits, "targets": targets, "dense_logits": dense_logits}
             if self.asked & REDUCED:  # a head that does more than a linear map has no chunks of the vocabulary
-                scaled = logits / temperature
+                scaled = (logits / temperature).clamp_min(LOWEST)
                 supply["log_normalizer"] = torch.logsumexp(scaled, dim=-1)
                 supply["target_logits"] = scaled.gather(-1, targets[:, None]).squeeze(-1)
                 if dense_logits is not None:

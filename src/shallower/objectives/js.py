@@ -17,7 +17,8 @@ def js(logits: Tensor, dense_logits: Tensor, *, temperature: Annotated[float, Ab
 
     logits, dense_logits: float32 [tokens, vocabulary]. Returns float32 [tokens], in nats, at most log 2.
     """
-    pruned = torch.log_softmax(logits / temperature, dim=-1)
-    dense = torch.log_softmax(dense_logits / temperature, dim=-1)
+    lowest = torch.finfo(logits.dtype).min  # of a word that is ruled out: infinity less infinity is not a number
+    pruned = torch.log_softmax((logits / temperature).clamp_min(lowest), dim=-1)
+    dense = torch.log_softmax((dense_logits / temperature).clamp_min(lowest), dim=-1)
     middle = torch.logaddexp(pruned, dense) - math.log(2)
     return ((pruned.exp() * (pruned - middle)).sum(-1) + (dense.exp() * (dense - middle)).sum(-1)) / 2
