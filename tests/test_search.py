@@ -331,6 +331,18 @@ def test_milp_takes_negative_scores_for_what_they_are(
     require_least(value, budget, lambda chosen: not budget.superfluous(chosen))
 
 
+@pytest.mark.parametrize("outlier", [1e3, 1e5, 1e8])
+@pytest.mark.parametrize("lowest", [0.5, -0.5])  # below 0, what could stay is no part of the cheapest set
+def test_milp_is_exact_beside_an_outlier(outlier: float, lowest: float) -> None:
+    """Also where one is that large beside another."""
+    for seed in range(12):
+        draw = random.Random(seed)
+        value = {unit: draw.uniform(lowest, 1.5) for unit in BLOCKS} | {BLOCKS[0]: outlier, BLOCKS[5]: outlier**2}
+        cost = {unit: float(draw.randint(5, 9)) for unit in BLOCKS}
+        budget = Budget((Limit("parameters", 20.0, sum(cost.values()), cost),))
+        require_least(value, budget, lambda chosen, budget=budget: not budget.superfluous(chosen))
+
+
 def test_milp_leaves_units_that_must_stay() -> None:
     value = {unit: math.inf if unit.index < 6 else 1.0 for unit in BLOCKS}
     assert run("milp", BLOCKS, count(3, BLOCKS), scores=value) == [frozenset(BLOCKS[6:])]

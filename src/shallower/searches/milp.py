@@ -35,17 +35,34 @@ def milp(scores: Mapping[Unit, float], budget: Budget) -> Iterator[frozenset[Uni
         left += f" (without {len(scores) - len(units)} more the model overflows)"
     if not units:
         raise BudgetError(f"no set of {left} removes {budget}; remove less or protect fewer.")
-    removed = _cheapest(units, [scores[unit] for unit in units], budget)
+    removed = _cheapest(units, scores, budget)
     if removed is None:
         raise BudgetError(f"no set of {left} removes {budget}; remove less or protect fewer.")
-    for unit in sorted(removed, key=scores.__getitem__, reverse=True):
-        if budget.met(removed - {unit}):  # the solver's tolerance lets worthless units pass
-            removed -= {unit}
     yield removed
 
 
-def _cheapest(units: Sequence[Unit], values: Sequence[float], budget: Budget) -> frozenset[Unit] | None:
-    """The set with the least sum of `values` that just meets the budget; None if there is none."""
+def _cheapest(units: Sequence[Unit], scores: Mapping[Unit, float], budget: Budget) -> frozenset[Unit] | None:
+    """The set with the least sum of scores that just meets the budget; None if there is none.
+
+    The solver tells sums apart by a millionth of the largest score. A score above the rest by more than that would
+    leave the choice among these to chance, so units that cost more than a whole set that was found are left out, and
+    the others looked at again.
+    """
+    found = _solved(units, [scores[unit] for unit in units], budget)
+    if found is None:
+        return None
+    for unit in sorted(found, key=scores.__getitem__, reverse=True):
+        if budget.met(found - {unit}):  # the solver's tolerance lets worthless units pass
+            found -= {unit}
+    most = math.fsum(scores[unit] for unit in found) - math.fsum(min(scores[unit], 0.0) for unit in units)
+    possible = [unit for unit in units if unit in found or scores[unit] <= most]
+    if len(possible) == len(units):
+        return found
+    return _cheapest(possible, scores, budget) or found
+
+
+def _solved(units: Sequence[Unit], values: Sequence[float], budget: Budget) -> frozenset[Unit] | None:
+    """What the solver takes for the set with the least sum of `values` that just meets the budget."""
     value = np.array(values)
     missing = len(budget.limits) * len(units) if (value < 0).any() else 0  # else what needs not go only costs
     width = len(units) + missing
