@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
+from shallower.anatomy import Block
 from shallower.budget import Amount, Budget, Limit, make_limit, most, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, Spent, reads_stream
@@ -407,8 +408,16 @@ def _explicit(
 
 def _takes_all(subject: Subject, units: Iterable[Unit]) -> bool:
     """Whether nothing of any block would stay."""
-    gone = {part for unit in units for part in unit.sublayers}
-    return all({Unit(block.index, "attn"), Unit(block.index, "mlp")} <= gone for block in subject.anatomy.blocks)
+    gone = frozenset(part for unit in units for part in unit.sublayers)
+    return all(_is_empty(block, gone) for block in subject.anatomy.blocks)
+
+
+def _is_empty(block: Block, gone: frozenset[Unit]) -> bool:
+    """Whether no matrix of a block stays; one may have only one half (Mamba)."""
+    halves = gone.intersection(Unit(block.index, "block").sublayers)
+    taken = {id(one) for half in halves for module in block.modules_of(half.kind) for one in module.parameters()}
+    matrices = [parameter for parameter in block.module.parameters() if parameter.dim() >= 2]
+    return len(halves) == 2 or (bool(halves) and all(id(matrix) in taken for matrix in matrices))
 
 
 def _removable(
