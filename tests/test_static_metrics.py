@@ -599,6 +599,23 @@ def test_spans_of_metrics_that_have_none(llama: PreTrainedModel) -> None:
     assert [len(scores.spans) for scores in sheet.scores] == [0, 21]
 
 
+@pytest.mark.parametrize(
+    ("metric", "options", "message"),
+    [
+        ("magnitude", {"positions": "last"}, "magnitude never averages over positions, so --positions"),
+        ("cosine", {"objective": "kl"}, "cosine never runs the model without units, so --objective"),
+        ("cosine", {"workers": 2}, "cosine never runs the model without units"),
+        ("cosine,taylor", {"memory": "1GB"}, "cosine, taylor never runs the model without units"),
+        ("magnitude", {"calibration": "/nonexistent.txt"}, "magnitude never reads text, so --calibration, .*cosine"),
+        ("magnitude", {"sequences": 3}, "magnitude never reads text"),
+        ("magnitude", {"length": 64}, "magnitude never reads text"),
+    ],
+)
+def test_options_that_no_metric_looks_at(llama: PreTrainedModel, metric: str, options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        score_many(llama, metric, **options)
+
+
 def test_a_file_of_one_metric_is_what_it_was(llama: PreTrainedModel, tmp_path: Path) -> None:
     one = score_many(llama, "cosine", calibration=sample_text(llama))
     one.save(tmp_path / "one.json")

@@ -34,6 +34,7 @@ from shallower.version import __version__
 
 Positions = Literal["auto", "all", "last"]
 ALL = "all"
+SEQUENCES, LENGTH = 32, 128
 ADAPTIVE = frozenset({"units", "losses", "differences", "rng"})
 
 
@@ -47,8 +48,8 @@ def score(
     positions: Positions = "auto",
     objective: str = "nll",
     calibration: str | Path | CalibrationSet | None = None,
-    sequences: int = 32,
-    length: int = 128,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
     memory: int | str | None = None,
@@ -100,8 +101,8 @@ def score_many(
     positions: Positions = "auto",
     objective: str = "nll",
     calibration: str | Path | CalibrationSet | None = None,
-    sequences: int = 32,
-    length: int = 128,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
     settings: Mapping[str, str] | None = None,
     seed: int = 0,
     memory: int | str | None = None,
@@ -131,6 +132,14 @@ def score_many(
     if spans and not stream:
         raise UserError(
             f"metric {methods[0].name!r} has no span scores; use a metric of the stream, such as angular or cosine."
+        )
+    if ablator is None:  # else it comes from a search, which uses what it was given itself
+        given_text = not isinstance(calibration, CalibrationSet) and calibration is not None
+        _require_of_use(
+            methods,
+            text=given_text or (sequences, length) != (SEQUENCES, LENGTH),
+            positions=positions != "auto",
+            judging=objective != "nll" or memory is not None or workers is not None,
         )
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     wanted = units_of(subject, units)
@@ -188,6 +197,26 @@ def chosen_metrics(names: str | Sequence[str]) -> list[Method]:
     if not methods or len(set(listed)) < len(listed):
         raise UserError(f"--metric {','.join(listed)!r} must name metrics, each once, as in cosine,taylor, or be all.")
     return methods
+
+
+def _require_of_use(methods: Sequence[Method], *, text: bool, positions: bool, judging: bool) -> None:
+    """Raise UserError for options that are given and that no metric would look at.
+
+    text, positions, judging: whether a text or its size, positions, or what an adaptive metric asks for is given.
+    """
+    readers = (
+        ("--positions", positions, "averages over positions", "of the stream", reads_stream),
+        ("--objective, --memory or --workers", judging, "runs the model without units", "that does", _is_adaptive),
+        ("--calibration, --sequences or --length", text, "reads text", "that does", _reads_text),
+    )
+    for options, given, what, others, reads in readers:
+        if given and not any(map(reads, methods)):
+            named = ", ".join(method.name for method in methods)
+            able = ", ".join(method.name for method in metrics if reads(method))
+            raise UserError(
+                f"metric {named} never {what}, so {options} would change nothing: drop them, or use a metric {others} "
+                f"({able})."
+            )
 
 
 def _is_adaptive(method: Method) -> bool:
