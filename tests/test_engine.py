@@ -717,6 +717,27 @@ def test_kept_states_save_blocks_and_respect_the_budget():
         assert states.deepest(0, ".")[0] == 1
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_closed_ablator_holds_nothing_and_can_be_asked_again(threads):
+    anatomy = dissect(tiny_model("llama"))
+    text = sample_text(anatomy.model, sequences=4)
+    sets = [frozenset({unit}) for unit in anatomy.of_kind("block")]
+    expected = Ablator(anatomy, text, "kl", threads=1).losses(sets)
+    ablator = Ablator(anatomy, text, "kl", memory=1 << 30, threads=threads)
+    assert ablator.losses(sets[:3]) == pytest.approx(expected[:3], abs=2e-6)
+    kept = ablator._workers._first
+    assert kept.states.left < 1 << 29
+    assert kept._dense_answers.of(0) is not None
+    spent = ablator.spent.tokens
+    ablator.close()
+    assert kept.states.left == 1 << 29
+    assert kept._dense_answers.of(0) is None
+    assert not kept._traces
+    assert ablator._workers._idle.empty()
+    assert ablator.losses(sets) == pytest.approx(expected, abs=2e-6)
+    assert ablator.spent.tokens - spent == 3 * text.input_ids.numel()  # three were known
+
+
 @pytest.mark.parametrize("objective", ["kl", "js"])
 def test_what_the_head_makes_of_the_dense_model_is_kept_while_there_is_room(monkeypatch, objective):
     model = tiny_model("llama")

@@ -1079,6 +1079,16 @@ def test_a_search_behind_repairs_keeps_to_the_memory_that_it_was_given(monkeypat
     assert set(given) == {1_000_000, 500_000}  # the dense model's streams have the other half
 
 
+def test_what_a_ranking_kept_in_memory_is_gone_when_candidates_are_repaired() -> None:
+    model = tiny_model("llama")
+    text = sample_text(model, sequences=8)
+    ablator = Ablator(dissect(model), split(text).judged, memory=1_000_000, threads=1)
+    asked = {"search": "one-shot,swap", "metric": "loss", "settings": {"rounds": "1"}, "repair": "low-rank"}
+    search(model, 1, calibration=text, ablator=ablator, **asked)
+    assert ablator.spent.tokens > 0
+    assert ablator._workers._first.states.left == 500_000  # type: ignore[attr-defined]
+
+
 def test_a_search_judges_candidates_behind_their_repair() -> None:
     """Block 3 is linear and large: as it is cut its loss is worst, behind a full-rank map it costs nothing."""
     matrix = 0.6 * torch.randn(32, 32, generator=torch.Generator().manual_seed(3))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,56 @@ def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
             search(subject, "2", **{"calibration": text, "ablator": shared, **wrong})
     with pytest.raises(UserError, match="made for another model"):
         search(str(place / "tiny"), "2", calibration=text, ablator=shared)
+
+
+def test_one_crew_of_workers_is_there_at_a_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shallower.engine.evaluator import Evaluator, Job, Measured
+    from shallower.verbs import study as studies
+    from shallower.verbs import subject
+
+    pytest.importorskip("ray")
+    there: list[object] = []
+    most: list[int] = []
+    connected: list[str] = []
+
+    class Crew:
+        """Workers that take all there is, as those of `--workers auto` do."""
+
+        count = 1
+
+        def __init__(self, evaluator: Evaluator, *, asked: int | str, memory: int | None, checkpoint: object) -> None:
+            assert (asked, memory) == ("auto", 1 << 20)
+            self.evaluator = evaluator
+
+        def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
+            there.extend([self] if jobs and self not in there else [])
+            most.append(len(there))
+            yield from (self.evaluator.measure(job, tick) for job in jobs)
+
+        def close(self) -> None:
+            there[:] = [other for other in there if other is not self]
+
+    class Session:
+        def __init__(self, asked: int | str, device: object) -> None:
+            connected.append("open")
+
+        def close(self) -> None:
+            connected.append("closed")
+
+    monkeypatch.setattr(subject, "RayWorkers", Crew)
+    monkeypatch.setattr(studies, "connect", Session)
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "cache"))  # else nothing is measured
+    file = place / "few.yaml"
+    file.write_text((place / "grid.yaml").read_text().replace("seeds: [0, 1]", "seeds: 0").replace(", greedy", ""))
+    told = [
+        studies.study(file, tmp_path / out, memory=memory, workers=workers, dtype="float32").results
+        for out, memory, workers in (("crews", "1MiB", "auto"), ("threads", None, None), ("crews", "1MiB", "auto"))
+    ]
+    assert max(most) == 1
+    assert not there
+    assert connected == ["open", "closed"] * 2  # once a calibration set; the second time all is on disk
+    assert [result.order for result in told[0]] == [result.order for result in told[1]]
+    assert told[0] == told[2]
 
 
 def test_a_study_that_was_killed_goes_on(place: Path) -> None:

@@ -150,7 +150,9 @@ class Ablator:
         self._raced: set[Route] = set()
 
     def close(self) -> None:
-        """Let workers in other processes go; what was measured can still be asked for."""
+        """Let workers in other processes go, and all that is kept in memory but results: what was measured can still
+        be asked for. More can be measured, too, for which workers are started anew.
+        """
         self._workers.close()
 
     @property

@@ -98,13 +98,22 @@ class Evaluator:
         self.besides = along_with(objective, options) if besides is None else tuple(besides)
         self.memory = memory
         self.states = states
-        self._dense_answers = DenseAnswers() if dense_answers is None else dense_answers
-        self._dense_answers.share(memory // 2)
+        self._share(DenseAnswers() if dense_answers is None else dense_answers)
         self._head = find_head(anatomy)
         self._traces: dict[tuple[int, int], Trace] = {}
         self.order = order
         self._group = 0
         self._block_tokens = 0
+
+    def _share(self, answers: DenseAnswers) -> None:
+        self._dense_answers = answers
+        answers.share(self.memory // 2)
+
+    def forget(self) -> None:
+        """Give up what was kept for later questions. To be called when no replica is used any more."""
+        self.states.clear()
+        self._traces.clear()
+        self._share(DenseAnswers())
 
     def replica(self) -> Evaluator:
         """Another evaluator for another thread: the same weights and kept states, its own modules."""

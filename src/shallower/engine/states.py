@@ -35,6 +35,13 @@ class States:
         self._wanted: dict[int, set[Prefix]] = defaultdict(set)
         self._visits: dict[int, int] = defaultdict(int)
 
+    def clear(self) -> None:
+        """Give up all of them."""
+        with self._lock:
+            for kept in self._kept.values():
+                self.left += sum(state.nbytes for state in kept.values())
+                kept.clear()
+
     @contextmanager
     def visit(self, number: int, routes: Iterable[Route]) -> Iterator[None]:
         """Inside the `with`, batch `number` is asked for `routes`: what they start from is not given up."""

@@ -35,7 +35,7 @@ class Workers(Protocol):
         """Yield each job's result when it is there; `tick` is called for each route that is done."""
 
     def close(self) -> None:
-        """Let go of what was started for `run`. Nothing runs afterwards."""
+        """Let go of what was started and kept for `run`. Nothing runs afterwards, until `run` is called again."""
 
 
 class _Stopped(Exception):
@@ -62,6 +62,7 @@ class Threads:
         if self._idle.empty():  # made here, as a model cannot be copied while it runs
             for evaluator in (self._first, *(self._first.replica() for _ in range(self.count - 1))):
                 self._idle.put(evaluator)
+        idle = self._idle  # a thread that still runs when this is closed gives back to those that are let go
         jobs = shares(jobs, self._first.states, self.count)
         whole = torch.get_num_threads()
         share = max(1, whole // min(self.count, len(jobs)))
@@ -74,11 +75,11 @@ class Threads:
                 tick()
 
         def work(job: Job) -> Measured:
-            evaluator = self._idle.get()
+            evaluator = idle.get()
             try:
                 return evaluator.measure(job, step)
             finally:
-                self._idle.put(evaluator)
+                idle.put(evaluator)
 
         pool = ThreadPoolExecutor(self.count, "shallower", initializer=torch.set_num_threads, initargs=(share,))
         try:
@@ -90,7 +91,9 @@ class Threads:
             torch.set_num_threads(whole)  # the number that threads made later begin with
 
     def close(self) -> None:
-        """Threads live only as long as `run`."""
+        """Let replicas and kept states go; the threads live only as long as `run`."""
+        self._idle = queue.SimpleQueue()
+        self._first.forget()
 
 
 def thread_count(anatomy: Anatomy) -> int:

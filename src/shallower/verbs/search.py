@@ -161,6 +161,8 @@ def search(
                 )
             else:
                 ranking = ranked(subject, stages, metric, scores)
+            if repair:
+                measuring.close()  # what it keeps in memory would stand beside what repairs keep
             ranked_by = ranking.metric if ranking else None
             trail = run_search(stages, request.units, request.budget, judge.losses, ranking, seed)
             if ordinary:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,12 @@ from shallower.corpus.specification import Specification, parse_specification, r
 from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import beside_weights, context_key
+from shallower.engine.ray_session import connect
 from shallower.errors import CorpusError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
+from shallower.resources import parse_workers
 from shallower.scores import Score, Scores
 from shallower.studies.findings import Findings, find
 from shallower.studies.grid import Study, read_study
@@ -103,11 +105,10 @@ def study(
             subject = opened(model)
             _require_sound(subject, given)
             texts = _judging_texts(subject, given)
-            with ExitStack() as stack:
-                judges = _judges(subject, texts, stack, memory, workers)
-                runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
-                for context, cells in _contexts(given, model).items():
-                    results += runner.run(context, cells, step)
+            judges = _judges(subject, texts, memory, workers)
+            runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
+            for context, cells in _contexts(given, model).items():
+                results += runner.run(context, cells, step)
     order = {cell: number for number, cell in enumerate(given.cells)}  # whatever was measured first
     results.sort(key=lambda result: order[result.cell])
     findings = find(results)
@@ -244,8 +245,10 @@ class _Runner:
         """Results of the cells; those that are not on disk are searched one by one, and judged together."""
         keys = {cell: self.key(cell, text) for cell in cells}
         known = {cell: result for cell, key in keys.items() if (result := self.ledger.get(key)) is not None}
-        fresh = self._searched([cell for cell in cells if cell not in known], text)
-        judged = {name: judge([result.removed for result in fresh.values()]) for name, judge in self.judges.items()}
+        missing = [cell for cell in cells if cell not in known]
+        with self._ray() if missing else nullcontext():
+            fresh = self._searched(missing, text)
+            judged = {name: judge([result.removed for result in fresh.values()]) for name, judge in self.judges.items()}
         for number, cell in enumerate(fresh):
             values = {name: judged[name][number] for name in judged}
             fresh[cell] = replace(
@@ -271,6 +274,11 @@ class _Runner:
                 "version": __version__,
             }
         )
+
+    def _ray(self) -> AbstractContextManager[object]:
+        """Keeps Ray for one crew of workers after another, each of which would start and end it."""
+        workers = parse_workers(self.workers)
+        return nullcontext() if workers is None else closing(connect(workers, self.subject.model.device))
 
     def _searched(self, cells: Sequence[Cell], text: CalibrationSet) -> dict[Cell, Result]:
         """Plans of cells that differ in search and ratio only: they share one ablator, and scores to rank by."""
@@ -386,19 +394,21 @@ def _digests(texts: Mapping[str, CalibrationSet]) -> dict[str, str]:
 
 
 def _judges(
-    subject: Subject,
-    texts: Mapping[str, CalibrationSet],
-    stack: ExitStack,
-    memory: int | str | None,
-    workers: int | str | None,
+    subject: Subject, texts: Mapping[str, CalibrationSet], memory: int | str | None, workers: int | str | None
 ) -> dict[str, Judge]:
     """For each held-out text its mean loss, for each task the share of wrong answers, of many sets at once."""
     found: dict[str, Judge] = {}
     for name, text in texts.items():
         objective, options = ("task", {"of": "accuracy"}) if isinstance(text, ChoiceSet) else ("nll", {})
         ablator = make_ablator(subject, text, objective, options, memory=memory, workers=workers)
-        found[name] = stack.enter_context(closing(ablator)).losses
+        found[name] = partial(_judged, ablator)
     return found
+
+
+def _judged(ablator: Ablator, candidates: Sequence[frozenset[Unit]]) -> list[float]:
+    """Losses by a judge that holds workers and memory only while it is asked: the next one needs them, too."""
+    with closing(ablator):
+        return ablator.losses(candidates)
 
 
 def _require_sound(subject: Subject, given: Study) -> None:
