@@ -70,6 +70,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
+def largest(model: PreTrainedModel) -> float:
+    """In place of a perplexity."""
+    return float(logits(model).abs().max())
+
+
 @pytest.fixture
 def notes() -> Iterator[list[str]]:
     told: list[str] = []
@@ -280,7 +285,8 @@ def _interrupted(write: Callable[..., None], at: int) -> Callable[..., None]:
     return interrupted
 
 
-SPREAD = """
+SHARDING = """
+import json
 import os
 import sys
 import test_training
@@ -300,20 +306,29 @@ class Sharding(loop.Accelerator):  # accelerate itself shards on accelerators on
 
 if "ACCELERATE_USE_FSDP" in os.environ:
     loop.Accelerator = Sharding
+"""
+
+SPREAD = f"""{SHARDING}
 model = tiny_model("llama")
-options = {"epochs": 0.5, "distill": 0.5, "first": 2}
+options = {{"epochs": 0.5, "distill": 0.5, "first": 2}}
 healed = test_training.run("full", model, folder=sys.argv[1] + "/state", **options)
 own = dict(model.named_parameters())
 for name, parameter in healed.named_parameters():  # what was not trained are the tensors that there were
     untouched = any(part in name for part in ("embed", "lm_head", "layers.0.", "layers.1."))
     assert (parameter.data_ptr() == own[name].data_ptr()) == untouched, name
 healed = test_training.run("lora", model, student=healed, dropout=0.0, **options)
-weights = {name: p.detach().clone() for name, p in healed.named_parameters()}
-save_file(weights, f"{sys.argv[1]}/{os.environ['RANK']}.safetensors")
+weights = {{name: p.detach().clone() for name, p in healed.named_parameters()}}
+save_file(weights, f"{{sys.argv[1]}}/{{os.environ['RANK']}}.safetensors")
 """
 
 
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+# what `accelerate launch --use_fsdp --fsdp_version 2` sets
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
 
 
 @pytest.mark.parametrize("sharded", [{}, SHARDED], ids=["whole", "spread"])
@@ -332,35 +347,42 @@ def test_weights_that_processes_share_or_spread_learn_as_those_of_one(
             torch.testing.assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5)
 
 
-UNUSED = """
-import os
-import sys
-import test_training
-from safetensors.torch import save_file
-from shallower.testing.families import tiny_model
-healed = test_training.run("full", tiny_model(sys.argv[2]), remove=sys.argv[3], epochs=0.5)
-weights = {name: p.detach().clone() for name, p in healed.named_parameters()}
-save_file(weights, f"{sys.argv[1]}/{os.environ['RANK']}.safetensors")
+TOGETHER = f"""{SHARDING}
+folder, cases = sys.argv[1], json.loads(sys.argv[2])
+for number, (name, family, measured, options) in enumerate(cases):
+    held_out = test_training.largest if measured else None
+    healed = test_training.run(name, tiny_model(family), held_out=held_out, **options)
+    weights = {{key: p.detach().clone() for key, p in healed.named_parameters(remove_duplicate=False)}}
+    save_file(weights, f"{{folder}}/{{number}}-{{os.environ['RANK']}}.safetensors")
 """
 
+# method, family, whether something is measured on the way, options
+Case = tuple[str, str, bool, dict[str, Any]]
+UNUSED: list[Case] = [  # norms of missing halves, and biases by which experts are only chosen
+    ("full", "bloom", False, {"remove": "attn.2,mlp.4", "epochs": 0.5}),
+    ("full", "ernie4_5_moe", False, {"epochs": 0.5}),
+]
+UNEVEN: list[Case] = [  # a tied embedding that learns, buffers that are saved, maps; measured before the first step
+    ("full", "llama_bias", True, {"embeddings": True, "hidden": 0.5, "epochs": 0.5}),
+    ("full", "deepseek_v3", False, {"epochs": 0.5}),
+    ("low-rank-trained", "llama", False, {"epochs": 0.5}),
+]
 
-@pytest.mark.parametrize(
-    ("family", "remove"),
-    [("bloom", "attn.2,mlp.4"), ("ernie4_5_moe", "block.2")],
-    ids=["norms of missing halves", "biases that choose experts"],
-)
-def test_processes_train_what_has_weights_that_nothing_uses(
-    family: str, remove: str, tmp_path: Path, start_together: Any
+
+@pytest.mark.parametrize(("cases", "sharded"), [(UNUSED, {}), (UNEVEN, SHARDED)], ids=["whole", "spread"])
+def test_processes_train_what_is_not_plain(
+    cases: list[Case], sharded: dict[str, str], tmp_path: Path, start_together: Any
 ) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    ended = start_together("-c", UNUSED, str(tmp_path), family, remove, PYTHONPATH=path)
+    ended = start_together("-c", TOGETHER, str(tmp_path), json.dumps(cases), PYTHONPATH=path, **sharded)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    expected = run("full", tiny_model(family), remove=remove, epochs=0.5)
-    weights = load_file(tmp_path / "0.safetensors")
-    for name, parameter in expected.named_parameters():
-        if name.endswith("query_key_value.bias"):  # that of the keys changes nothing, and Adam moves it by rounding
-            continue
-        torch.testing.assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5)
+    for number, (name, family, measured, options) in enumerate(cases):
+        expected = run(name, tiny_model(family), held_out=largest if measured else None, **options)
+        weights = load_file(tmp_path / f"{number}-0.safetensors")
+        for key, parameter in expected.named_parameters(remove_duplicate=False):
+            if key.endswith("query_key_value.bias"):  # that of the keys changes nothing, and Adam moves it by rounding
+                continue
+            torch.testing.assert_close(weights[key], parameter, rtol=1e-4, atol=1e-5, msg=f"{family} {key}")
 
 
 def test_a_student_that_was_spread_comes_back_to_its_device() -> None:
@@ -378,9 +400,9 @@ class _Elsewhere(loop.Accelerator):
 
 
 def test_a_model_is_trained_on_the_device_that_it_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run("full", tiny_model("llama"), held_out=lambda model: float(logits(model).abs().max()))
+    expected = run("full", tiny_model("llama"), held_out=largest)
     monkeypatch.setattr(loop, "Accelerator", _Elsewhere)
-    found = run("full", tiny_model("llama"), held_out=lambda model: float(logits(model).abs().max()))
+    found = run("full", tiny_model("llama"), held_out=largest)
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -397,7 +419,7 @@ def _stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("held_out", [None, lambda model: float(logits(model).abs().max())])
+@pytest.mark.parametrize("held_out", [None, largest])
 def test_a_training_that_diverges_goes_back_to_what_was_good(
     held_out: Callable[[PreTrainedModel], float] | None, notes: list[str], tmp_path: Path
 ) -> None:

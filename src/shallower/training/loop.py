@@ -131,7 +131,9 @@ class _Loop:
             betas=BETAS,
             fused=True,
         )
-        spread = self.accelerator.distributed_type == DistributedType.FSDP
+        if spread := self.accelerator.distributed_type == DistributedType.FSDP:
+            # all processes hold the weights; loaded again from the first one's, tied weights would come apart
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.plain, self.home = _untrained(student) if spread else None, student.device
         self.objective, self.optimizer = self.accelerator.prepare(whole, optimizer)
         inner = self.accelerator.unwrap_model(self.objective)
@@ -277,8 +279,9 @@ class _Loop:
         device, compute = self.device.type, number_format(self.recipe, self.student)
         if hasattr(self.objective, "unshard") and not self.state.step:
             # FSDP makes its buffers at the first pass, and those that inference mode makes take no gradients after
+            portion = self.feed.portion(self.feed.step(0)[:1])
             with torch.no_grad():
-                self.objective(self.feed.portion(self.feed.step(0)[:1]), None)
+                self.objective(portion, None if self.teacher is None else self.teacher.guide(portion))
         self.objective.eval()
         with torch.no_grad(), torch.autocast(device, compute, enabled=compute != torch.float32):
             return self._agreed(self.objective(None, None, measure))
