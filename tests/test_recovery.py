@@ -827,6 +827,13 @@ def test_constants_that_could_not_be_saved_are_refused_before_they_are_fitted(
     mapped(repair.student.model, repair.dense, removed)
 
 
+@pytest.mark.parametrize("family", ["olmo", "phi", "gptj", "cohere", "stablelm_parallel", "doge", "bloom"])
+def test_families_without_a_place_for_maps_say_so_at_once(family: str) -> None:
+    dense = dissect(tiny_model(family))
+    with pytest.raises(ModelError, match=r"low-rank makes could not be saved: .* does not see the stream itself"):
+        recoveries.require_place(parse_recoveries("low-rank", {}), dense, frozenset(parse_units("block.2")))
+
+
 def plan_for(model: PreTrainedModel, units: str = "block.2-3") -> PruningPlan:
     identity = open_subject(model).identity
     removed = parse_units(units)
