@@ -3,6 +3,7 @@ limits.
 """
 
 import copy
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from shallower import progress, registry
@@ -28,7 +30,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, evaluator, prove, scoring
 from shallower.engine.evaluator import Evaluator
 from shallower.engine.head import Head
-from shallower.engine.memo import Memo, beside_weights
+from shallower.engine.memo import Memo, beside_weights, code_of_model
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import DenseAnswers, States
 from shallower.errors import BudgetError, ModelError
@@ -435,6 +437,36 @@ def test_memo_is_shared_wherever_a_model_is_loaded_from(family, tmp_path):
     elsewhere = [sys.executable, "-c", code, str(tmp_path / "here")]
     digests.append(subprocess.run(elsewhere, check=True, capture_output=True, text=True).stdout.strip())
     assert set(digests) == {f"{beside_weights(model)} {checksum(model)}"}
+
+
+def test_another_version_of_transformers_is_measured_anew(tmp_path, monkeypatch):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text, memo = sample_text(anatomy.model), Memo(tmp_path / "memo.sqlite")
+    assert Ablator(anatomy, text, memo=memo).dense == Ablator(anatomy, text, memo=memo).dense
+    same = Ablator(anatomy, text, memo=memo)
+    monkeypatch.setattr(transformers, "__version__", "0.0")
+    other = Ablator(anatomy, text, memo=memo)
+    assert same.dense == other.dense
+    assert (same.spent.tokens, same.spent.recalled) == (0, 1)
+    assert other.spent.tokens > other.spent.recalled == 0
+
+
+def test_edited_code_that_came_with_a_model_is_measured_anew(tmp_path, monkeypatch):
+    keys = []
+    for number, (name, scale) in enumerate((("here", 1), ("there", 1), ("here", 2))):
+        path = tmp_path / f"{number}.py"
+        path.write_text(
+            f"from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = {scale}\n"
+        )
+        spec = importlib.util.spec_from_file_location(f"transformers_modules.{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        model = tiny_model("llama", blocks=2)
+        model.__class__ = module.Own
+        keys.append(code_of_model(model))
+    assert keys[0] == keys[1] != keys[2]  # wherever it was loaded from
+    assert code_of_model(tiny_model("llama", blocks=2)) == keys[0][:1]
 
 
 OBJECTIVE = """

@@ -27,6 +27,7 @@ from shallower.testing.families import (
     tiny_model,
     tiny_tokenizer,
 )
+from shallower.training.adapters import projections, quantise
 
 EVERY = [*FAMILIES, *DEPTH_BOUND]
 IDS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -172,6 +173,18 @@ def test_every_family_can_be_weighed(family: str) -> None:
     assert weights.blocks.parameters == sum(parameter.numel() for parameter in held)
     assert all(weights.units[unit].flops > 0 for unit in anatomy.of_kind("block"))
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_packed_weights_weigh_what_they_stand_for() -> None:
+    pytest.importorskip("bitsandbytes")
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    dense = weigh(anatomy)
+    quantise(anatomy.model, projections(anatomy.model))
+    packed = weigh(anatomy)
+    for unit, weight in dense.units.items():
+        assert (packed.units[unit].parameters, packed.units[unit].flops) == (weight.parameters, weight.flops)
+        assert packed.units[unit].bytes < weight.bytes / 4
+    assert packed.model.parameters == dense.model.parameters
 
 
 @pytest.mark.parametrize("blocks", [1, 9])

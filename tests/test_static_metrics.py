@@ -23,7 +23,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import StreamStatistic, WeightStatistic, stream_scores, weight_scores
 from shallower.engine.crossing import find_midpoints
 from shallower.engine.stream import _directions
-from shallower.errors import CorpusError, UnknownName, UserError
+from shallower.errors import CorpusError, ModelError, UnknownName, UserError
 from shallower.registry import metric
 from shallower.reporting.ranks import rank_correlations
 from shallower.scores import Scores, ScoreSheet
@@ -296,6 +296,14 @@ def test_magnitude_is_a_sum_over_the_weights_of_a_unit(llama: PreTrainedModel, p
         modules = dissect(llama).blocks[unit.index].modules_of(unit.kind)
         weights = [parameter.detach().double() for module in modules for parameter in module.parameters()]
         assert value == pytest.approx(float(sum((weight.abs() ** p).sum() for weight in weights)), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_quantised_are_not_read(dtype: torch.dtype) -> None:
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    anatomy.model.model.layers[1].mlp.down_proj.weight = nn.Parameter(torch.ones(32, 24).to(dtype), requires_grad=False)
+    with pytest.raises(ModelError, match=rf"{dtype} \(block\.1\) are quantised, .* metric of the stream"):
+        weight_scores(anatomy, None, [WeightStatistic(metric.get("magnitude"))], anatomy.of_kind("block"))
 
 
 def test_reductions_are_over_outputs_and_then_over_matrices(llama: PreTrainedModel) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -60,19 +61,26 @@ def weigh(anatomy: Anatomy) -> Weights:
         modules = block.modules_of(unit.kind)
         holds_cache = unit.kind in ("block", "attn")
         units[unit] = UnitWeight(
-            *_size(modules),
+            *size(modules),
             flops=sum(flops[module] for module in modules),
             kv_bytes=kv_bytes[unit.index] if holds_cache else 0,
             blocks=1.0 if unit.kind == "block" else 0.5,
         )
     blocks = _sum(units[unit] for unit in anatomy.of_kind("block"))
-    whole = UnitWeight(*_size((anatomy.model,)), flops[anatomy.model], blocks.kv_bytes, float(len(anatomy.blocks)))
+    whole = UnitWeight(*size((anatomy.model,)), flops[anatomy.model], blocks.kv_bytes, float(len(anatomy.blocks)))
     return Weights(units, blocks, whole)
 
 
-def _size(modules: Iterable[nn.Module]) -> tuple[int, int]:
+def size(modules: Iterable[nn.Module]) -> tuple[int, int]:
+    """Parameters of some modules, each counted once, and the bytes they take as they are stored."""
     parameters = {parameter for module in modules for parameter in module.parameters()}
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    return sum(map(_numbers, parameters)), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter holds: bitsandbytes packs two of four bits in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
@@ -81,7 +89,7 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
     for block in anatomy.blocks:
         parts += [module for kind in ("block", "attn", "mlp") for module in block.modules_of(kind)]
     ids = probe_ids(anatomy.model)
-    counter = FlopCounterMode(display=False, custom_mapping=_grouped_products())
+    counter = FlopCounterMode(display=False, custom_mapping=_products())
     before: dict[nn.Module, int] = {}
     flops = dict.fromkeys(parts, 0)
 
@@ -130,16 +138,18 @@ def _with_cache(anatomy: Anatomy) -> list[int]:
     return [index for index, entry in enumerate(entries) if not entry.attention.no_op]
 
 
-def _grouped_products() -> dict[object, object]:
-    """How to count the one product over all experts that the counter does not know."""
-    grouped = getattr(torch.ops.aten, "_grouped_mm", None)
-    if grouped is None:
-        return {}
+def _products() -> dict[object, object]:
+    """How to count what the counter does not know: the one product over all experts, and that with packed weights."""
 
-    def count(rows: tuple[int, ...], matrices: tuple[int, ...], *_: object, **__: object) -> int:
+    def grouped(rows: tuple[int, ...], matrices: tuple[int, ...], *_: object, **__: object) -> int:
         return 2 * rows[-2] * rows[-1] * matrices[-1]
 
-    return {grouped: count}
+    def packed(rows: tuple[int, ...], _: object, matrix: Sequence[int], *__: object, **___: object) -> int:
+        return 2 * math.prod(rows) * matrix[0]
+
+    known = [(torch.ops.aten, "_grouped_mm", grouped)]
+    known += [(torch.ops.bitsandbytes, name, packed) for name in ("gemv_4bit", "gemm_4bit")]
+    return {getattr(place, name): count for place, name, count in known if hasattr(place, name)}
 
 
 def _cached_bytes(layer: object) -> int:

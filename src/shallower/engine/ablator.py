@@ -24,7 +24,7 @@ from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
-from shallower.engine.memo import Memo, beside_weights, context_key
+from shallower.engine.memo import Memo, beside_weights, code_of_model, context_key
 from shallower.engine.race import Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
@@ -134,6 +134,7 @@ class Ablator:
             same = {
                 "weights": checksum(anatomy.model),  # a fingerprint takes models for one that differ in single weights
                 "beside_weights": beside_weights(anatomy.model),
+                "code": code_of_model(anatomy.model),
                 "calibration": calibration.digest,
                 "sequences_a_batch": sequences,
                 "measured_as": MEASURED_AS,

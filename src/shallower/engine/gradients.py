@@ -37,6 +37,7 @@ from shallower.units import Unit
 
 BACKWARD = frozenset({"gradients", "fisher", "gate"})
 WEIGHTS = frozenset({"weights"}) | BACKWARD
+READABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 TOKENS_A_BATCH = {"cpu": 512}
 TOKENS_A_BATCH_ELSEWHERE = 2048
 
@@ -142,9 +143,16 @@ def _gate_scores(function: Any, flow: _Flow, units: Sequence[Unit]) -> tuple[Sco
 
 
 def _parameters(anatomy: Anatomy, unit: Unit) -> list[nn.Parameter]:
-    """A unit's own parameters, each once."""
+    """A unit's own parameters, each once. Raises ModelError where they are quantised: what is stored is no weight."""
     modules = anatomy.blocks[unit.index].modules_of(unit.kind)
-    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+    parameters = list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+    for parameter in parameters:
+        if parameter.dtype not in READABLE:
+            raise ModelError(
+                f"weights of type {parameter.dtype} ({unit}) are quantised, so neither they nor their gradients can "
+                "be read: take a metric of the stream, or load the model without quantisation."
+            )
+    return parameters
 
 
 def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[str], units: Sequence[Unit]) -> _Flow:
@@ -244,11 +252,6 @@ def _needing_gradients(anatomy: Anatomy, parameters: Sequence[nn.Parameter]) -> 
         for parameter in flags:
             parameter.requires_grad_(False)
         for parameter in parameters:
-            if not parameter.is_floating_point():
-                raise ModelError(
-                    f"weights of type {parameter.dtype} have no gradients; take a metric of the stream, or load the "
-                    "model without quantisation."
-                )
             parameter.requires_grad_(True)
         yield entry
     finally:

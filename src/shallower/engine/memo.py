@@ -5,13 +5,16 @@ computed.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -43,6 +46,20 @@ def beside_weights(model: PreTrainedModel) -> str:
     places, number formats and versions. The same in every process and for every place it is loaded from.
     """
     return hashlib.sha256(json.dumps(_plain(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
+
+
+def code_of_model(model: PreTrainedModel) -> list[str]:
+    """What runs the model: the version of transformers, and a digest of each file of code that came with a model.
+
+    A model computes otherwise under another version or once its own code is edited, with the same config and weights.
+    """
+    own = {sys.modules[type(module).__module__] for module in model.modules() if _is_remote(type(module))}
+    sources = sorted(inspect.getsource(module) for module in own)
+    return [transformers.__version__, *(hashlib.sha256(source.encode()).hexdigest() for source in sources)]
+
+
+def _is_remote(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "transformers_modules"
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
-from shallower.anatomy.weigh import UnitWeight, Weights
+from shallower.anatomy.weigh import UnitWeight, Weights, size
 from shallower.errors import ModelError
 from shallower.surgery.cut import cut, leftovers
 from shallower.surgery.pairing import mlp_side
@@ -45,11 +43,8 @@ def weigh_pairs(anatomy: Anatomy, weights: Weights, pairs: Sequence[Unit]) -> di
         first, second = (anatomy.blocks[index].module for index in (pair.index, pair.index + 1))
         modules = [child for name, child in first.named_children() if name in sides[pair.index]]
         modules += [child for name, child in second.named_children() if name not in sides[pair.index + 1]]
-        parameters = nn.ModuleList(modules).parameters()  # each once
-        sizes = [(parameter.numel(), parameter.element_size()) for parameter in parameters]
         found[pair] = UnitWeight(
-            parameters=sum(count for count, _ in sizes),
-            bytes=sum(count * width for count, width in sizes),
+            *size(modules),
             flops=mlp.flops + attn.flops,
             kv_bytes=attn.kv_bytes,
             blocks=1.0,

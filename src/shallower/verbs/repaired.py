@@ -23,7 +23,7 @@ from shallower.corpus import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine import Ablator, Spent
 from shallower.engine.ablator import MEASURED_AS, code_of
-from shallower.engine.memo import Memo, beside_weights, context_key
+from shallower.engine.memo import Memo, beside_weights, code_of_model, context_key
 from shallower.engine.statistics import Streams
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
@@ -190,6 +190,7 @@ class RepairedLosses:
             {
                 "weights": checksum(model),
                 "beside_weights": beside_weights(model),
+                "code": code_of_model(model),
                 "repaired_by": [[method.name, code_of(method), sorted(given.items())] for method, given in self.steps],
                 "fitted": self.fitted.digest,
                 "judged": self.judged.digest,
