@@ -6,8 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
-from shallower.errors import BudgetError
+from shallower.errors import BudgetError, ModelError
+from shallower.surgery import cut
+from shallower.testing.families import tiny_model
+from shallower.units import Unit
 from shallower.verbs.search import search
 
 TEXT = CalibrationSet("x", torch.randint(3, 120, (4, 16), generator=torch.Generator().manual_seed(1)), None, ())
@@ -32,3 +36,21 @@ def small(model_type: str, **fields: object) -> PreTrainedModel:
 def test_something_stays_of_blocks_that_have_one_half(remove: str, units: str, says: str) -> None:
     with pytest.raises(BudgetError, match=says):
         search(small("mamba", state_size=8), remove, units=units, calibration=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("family", "units", "protect", "says"),
+    [
+        ("gpt2_inverse_scale", "block", "", "cannot describe block"),
+        ("qwen3_next", "attn", "block.0,block.2,block.3,block.5", "no attention with a KV cache"),
+    ],
+)
+def test_what_surgery_refuses_is_no_plan(family: str, units: str, protect: str, says: str) -> None:
+    with pytest.raises(ModelError, match=f"the best that was found, without .*, cannot be cut: .*{says}"):
+        search(tiny_model(family), 2, units=units, protect=protect, calibration=TEXT)
+
+
+def test_a_depth_that_a_config_says_twice_is_refused() -> None:
+    anatomy = dissect(small("xlstm", num_blocks=3, num_heads=2, intermediate_size=48))
+    with pytest.raises(ModelError, match="for 2 blocks builds 3, as it says their number in another field"):
+        cut(anatomy, [Unit(1, "block")])

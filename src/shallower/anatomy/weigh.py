@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -147,7 +147,7 @@ def _products() -> dict[object, object]:
     def packed(rows: tuple[int, ...], _: object, matrix: Sequence[int], *__: object, **___: object) -> int:
         return 2 * math.prod(rows) * matrix[0]
 
-    known = [(torch.ops.aten, "_grouped_mm", grouped)]
+    known: list[tuple[object, str, Callable[..., int]]] = [(torch.ops.aten, "_grouped_mm", grouped)]
     known += [(torch.ops.bitsandbytes, name, packed) for name in ("gemv_4bit", "gemm_4bit")]
     return {getattr(place, name): count for place, name, count in known if hasattr(place, name)}
 

@@ -153,6 +153,11 @@ def assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thoroug
     built = copied if whole else skeleton_blocks(dense, model.config, anatomy.path)
     if not whole:
         require_place_free_buffers(dense_blocks, indices)
+    if len(built) != len(layers):
+        raise ModelError(
+            f"a config of {model.config.model_type} for {len(layers)} blocks builds {len(built)}, as it says their "
+            "number in another field, too: no blocks can be cut out of this family."
+        )
     sides = mlp_side(anatomy) if homes != mlps else []
     leftover = [missed for layer in layers for missed in layer.leftover]
     served = serving(anatomy) if leftover and thorough else {}

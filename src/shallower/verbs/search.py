@@ -172,6 +172,7 @@ def search(
                     f"search {search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, "
                     "and something must stay: remove less, or choose smaller --units."
                 )
+            _require_cuttable(subject, plain(trail[-1]))
             order = removal_order(trail, judge.losses)
         measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
         if isinstance(judge, RepairedLosses):
@@ -447,6 +448,19 @@ def _whole(subject: Subject, protected: frozenset[int]) -> tuple[Unit, ...]:
             "checkpoint."
         )
     return tuple(sorted([*blocks, *pairs]))
+
+
+def _require_cuttable(subject: Subject, chosen: Sequence[Unit]) -> None:
+    """Raise ModelError where surgery refuses what was found, so that nobody keeps a plan that cannot be applied."""
+    if any(hasattr(module, "_hf_hook") for module in subject.model.modules()):
+        return  # spread over devices: it can be measured so, and is cut on another day
+    try:
+        cut(subject.anatomy, chosen)
+    except ModelError as error:
+        raise ModelError(
+            f"the best that was found, without {', '.join(map(str, sorted(chosen)))}, cannot be cut: {error} Remove "
+            "less, --protect blocks, or choose other --units; what was measured is remembered."
+        ) from error
 
 
 def _require_ordinary(subject: Subject, chosen: Sequence[Unit]) -> None:
