@@ -54,3 +54,27 @@ def test_a_depth_that_a_config_says_twice_is_refused() -> None:
     anatomy = dissect(small("xlstm", num_blocks=3, num_heads=2, intermediate_size=48))
     with pytest.raises(ModelError, match="for 2 blocks builds 3, as it says their number in another field"):
         cut(anatomy, [Unit(1, "block")])
+
+
+def test_halves_of_hybrids_have_their_own_names() -> None:
+    """Also where a block has one half, called the same whichever it is, or a name that no other family has."""
+    kinds = ["mamba", "mlp", "attention"]
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    mixed = dissect(small("nemotron_h", layers_block_type=kinds, **sizes, **heads))
+    assert [(block.attn is None, block.mlp is None) for block in mixed.blocks] == [
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
+    cells = dissect(small("xlstm", num_blocks=3, num_heads=2)).blocks[0]
+    assert (cells.attn and cells.attn.names, cells.mlp and cells.mlp.names) == (("mlstm_layer",), ("ffn",))
+    gated = dissect(small("recurrent_gemma", lru_width=32, attention_window_size=6, **heads)).blocks[0]
+    assert (gated.attn and gated.attn.names, gated.mlp and gated.mlp.names) == (("temporal_block",), ("mlp_block",))
+
+
+def test_an_mlp_beside_inputs_of_its_own_block_is_no_sublayer() -> None:
+    anatomy = dissect(tiny_model("gemma4"))
+    assert all(block.attn is not None and block.mlp is None for block in anatomy.blocks)
+    with pytest.raises(BudgetError, match="mlp is not a part of block 0"):
+        anatomy.require([Unit(0, "mlp")])

@@ -201,6 +201,9 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         called = tuple(name for name in names if block.get_submodule(name) in returned)
         if not called or entangled & {block.get_submodule(name) for name in called}:
             return None
+        linear = [isinstance(block.get_submodule(name), nn.Linear) for name in called]
+        if any(linear[:-1]) and not all(linear):
+            return None  # beside the MLP a map narrows the stream to what only the block knows (Gemma 4)
         last = block.get_submodule(called[-1])
         arities = tuple(returned[block.get_submodule(name)] for name in called)
         return Part(called, arities, "residual" in _arguments(last))
@@ -222,7 +225,10 @@ def probe_ids(model: PreTrainedModel, sequences: int = 1) -> Tensor:
     return torch.as_tensor(ids).view(sequences, PROBE_TOKENS)
 
 
-_MIXES_TOKENS = re.compile(r"att|mixer|mamba|(?<!o)ssm|conv|delta", re.IGNORECASE)  # not GptOssMLP
+_MIXES_TOKENS = re.compile(
+    r"att|mixer|mamba|(?<!o)ssm|conv|delta|recurrent|temporal|lstm", re.IGNORECASE
+)  # not GptOssMLP
+_FEEDS_FORWARD = re.compile(r"(mlp|moe|feed_?forward|ffn)$", re.IGNORECASE)  # at the end: not Qwen2MoeAttention
 
 
 def _attentions_gone(model: PreTrainedModel, blocks: int) -> list[bool]:
@@ -236,7 +242,11 @@ def _attentions_gone(model: PreTrainedModel, blocks: int) -> list[bool]:
 
 def _mixer_names(block: nn.Module) -> tuple[str, ...]:
     """The children that mix tokens: they own a cache slot, or call themselves attention."""
-    children = [(name, child) for name, child in block.named_children() if _is_sublayer(child)]
+    children = [
+        (name, child)
+        for name, child in block.named_children()
+        if _is_sublayer(child) and not _FEEDS_FORWARD.search(type(child).__name__)  # `mixer` may be one (Nemotron-H)
+    ]
     owners = [(name, child) for name, child in children if hasattr(child, "layer_idx")]
     if len(owners) == 1:
         return (owners[0][0],)
