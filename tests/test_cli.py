@@ -673,6 +673,10 @@ def test_a_plan_with_a_fault(
             ["tiny", "--remove", "block.1", "--search", "one-shot", "--metric", "taylor"],
             r"--remove block\.1 names what goes, so --search, --metric would change nothing; drop them\.",
         ),
+        (
+            ["tiny", "--remove", "block.1", "--search", "one-shot", "--metric", "taylor", "--set", "order=2"],
+            r"so --search, --metric, --set would change nothing; drop them\.",
+        ),
         (["tiny", "--remove", "block.1", "--exact"], r"so --exact would change nothing; drop it\."),
         (["tiny", "--remove", "block.1", "--search", "gredy"], r"unknown search 'gredy'; did you mean 'greedy'\?"),
         (["tiny", "--remove", "2", "--text", "none.txt"], r"none\.txt"),

@@ -30,6 +30,7 @@ from shallower.scores import Scores, ScoreSheet
 from shallower.testing.conformance import check_identity_is_lowest, check_metric, sample_text, static_metrics
 from shallower.testing.families import tiny_model
 from shallower.units import Span, Unit
+from shallower.verbs.prune import prune
 from shallower.verbs.score import score, score_many
 from shallower.verbs.search import search
 
@@ -661,6 +662,30 @@ def test_search_picks_one_metric_of_a_sheet(llama: PreTrainedModel, tmp_path: Pa
             assert set(plan.remove) == set(sheet.pick(name).ranked()[:2])
     with pytest.raises(UserError, match="several metrics; choose one with --metric"):
         search(llama, 2, search="one-shot", scores=sheet, calibration=text)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("taylor", "order", 2), ("relative-l1", "below", "before"), ("magnitude", "p", 2), ("shapley", "samples", 4)],
+)
+def test_a_search_passes_options_on_to_the_metric_it_ranks_by(
+    llama: PreTrainedModel, name: str, key: str, value: object
+) -> None:
+    asked: dict[str, Any] = {"calibration": sample_text(llama), "settings": {key: str(value)}}
+    scores = score(llama, name, **asked)
+    assert scores.made_by.options[key] == value
+    plan = search(llama, 2, search="one-shot", metric=name, exact=True, **asked)
+    assert plan.made_by.options[key] == value
+    assert set(plan.remove) == set(scores.ranked()[:2])
+    given = search(llama, 2, search="one-shot", metric=name, scores=scores, exact=True, **asked)
+    assert (given.order, given.made_by) == (plan.order, plan.made_by)
+    other = score(llama, name, calibration=asked["calibration"])
+    with pytest.raises(UserError, match=rf"--set {key}={value} and --scores that were measured with {key}=.* contrad"):
+        search(llama, 2, search="one-shot", metric=name, scores=other, **asked)
+    pruned = prune(llama, 2, search="one-shot", metric=name, recover="emulated-update", speed=False, **asked)
+    assert (pruned.plan.remove, pruned.plan.made_by.options[key]) == (plan.remove, value)
+    with pytest.raises(UnknownName, match=f"search 'one-shot', metric 'cosine' or objective 'nll' '{key}'"):
+        search(llama, 2, search="one-shot", **asked)
 
 
 def test_rank_correlations_are_those_of_the_textbook(llama: PreTrainedModel) -> None:

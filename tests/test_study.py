@@ -268,16 +268,18 @@ def test_a_search_may_rank_by_another_metric_than_its_own(place: Path) -> None:
     from shallower.verbs.search import search
 
     kept = [line for line in (place / "grid.yaml").read_text().splitlines() if not line.startswith("searches:")]
-    (place / "ranked.yaml").write_text("\n".join([*kept, "searches: [one-shot, 'one-shot:loss']"]))
+    lines = [*kept, "searches: [one-shot, 'one-shot:loss', 'one-shot:relative-l2']", "settings: {below: before}"]
+    (place / "ranked.yaml").write_text("\n".join(lines))
     assert run("study", place / "ranked.yaml", "--out", place / "ranked") == 0
     rows = [row for row in lines_of(place / "ranked") if row["cell"]["remove"] == "2" and row["cell"]["seed"] == 0]
-    assert len(rows) == 4
+    assert len(rows) == 6
     for row in rows:
         plan = search(
             str(place / "tiny"),
             "2",
             search="one-shot",
-            metric="loss" if row["cell"]["search"].endswith(":loss") else "cosine",
+            metric=(metric := row["cell"]["search"].partition(":")[2] or "cosine"),
+            settings={"below": "before"} if metric == "relative-l2" else {},
             calibration=str(place / f"{row['cell']['text']}.txt"),
             sequences=4,
             length=24,
@@ -456,6 +458,7 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
         ("searches: 'one-shot:lss'", "loss"),
         ("remove: 9", "9"),
         ("settings: {width: 2}", "width"),
+        ("settings: {order: 2}", "none of the study's searches, metrics and objectives has an option 'order'"),
         ("held_out: {quiz: other.txt}", "quiz"),
         ("tasks: {quiz: nowhere.jsonl}", "task 'quiz' reads nowhere.jsonl, which does not exist"),
         ("models: [tiny, tniy]", "there is no model at 'tniy'"),

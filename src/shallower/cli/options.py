@@ -246,6 +246,7 @@ def require_amount(
     *,
     search: str,
     objective: str,
+    metric: str | None,
     settings: Mapping[str, str],
     recoveries: Sequence[str] = (),
 ) -> None:
@@ -258,15 +259,15 @@ def require_amount(
         return
     from shallower.registry import objective as objectives
     from shallower.verbs.recoveries import named_recoveries
-    from shallower.verbs.search import search_stages
+    from shallower.verbs.search import settable
 
     heeding = [
         objectives.get(objective),
         *(method for names in recoveries if names for method in named_recoveries(names)),
     ]
     heeded = {option for method in heeding for option in method.options}
-    chosen = {option for method, _ in search_stages(search, objective, {})[0] for option in method.options}
-    given = {**searched, "--set": any(name in chosen - heeded for name in settings)}
+    idle_ones = settable(search, objective, metric) - heeded
+    given = {**searched, "--set": any(name in idle_ones for name in settings)}
     if idle := [flag for flag, there in given.items() if there]:
         them = "it" if len(idle) == 1 else "them"
         raise UserError(f"--remove {remove} names what goes, so {', '.join(idle)} would change nothing; drop {them}.")

@@ -110,7 +110,15 @@ def prune(
     if plan is None and remove is not None:
         heeded = {flag: searched[flag] for flag in ("--search", "--metric", "--units", "--exact")}
         methods = (repair, recover)
-        options.require_amount(remove, heeded, search=search, objective=objective, settings=chosen, recoveries=methods)
+        options.require_amount(
+            remove,
+            heeded,
+            search=search,
+            objective=objective,
+            metric=metric,
+            settings=chosen,
+            recoveries=methods,
+        )
     if stock and form not in ("auto", "padded"):
         raise UserError(f"--stock means --form padded, and --form {form} was given, too: drop one of the two.")
     from shallower.verbs.prune import prune as run

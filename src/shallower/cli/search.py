@@ -78,7 +78,9 @@ def search(
         "--units": units != "block" and target is None,  # a text is chosen by how it ranks these
         "--exact": exact,
     }
-    options.require_amount(remove, searched, search=search, objective=objective, settings=chosen, recoveries=(repair,))
+    options.require_amount(
+        remove, searched, search=search, objective=objective, metric=metric, settings=chosen, recoveries=(repair,)
+    )
     parse_memory(memory)
     parse_workers(workers)
     subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -16,8 +16,8 @@
     tasks:                            # questions (.jsonl of question, choices, gold) for accuracy
       arc_easy: arc_easy/test.jsonl
 
-Further keys: `units`, `protect`, `settings` (options of searches and objectives), `exact`, `held_out_sequences`,
-`held_out_length`, `questions`. Paths are relative to the file's folder.
+Further keys: `units`, `protect`, `settings` (options of searches, metrics and objectives), `exact`,
+`held_out_sequences`, `held_out_length`, `questions`. Paths are relative to the file's folder.
 """
 
 from __future__ import annotations

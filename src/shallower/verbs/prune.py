@@ -61,7 +61,7 @@ from shallower.verbs.recoveries import (
 )
 from shallower.verbs.repaired import Parts, judging_text
 from shallower.verbs.score import stream_statistic
-from shallower.verbs.search import require_possible, resolve, search_stages
+from shallower.verbs.search import require_possible, resolve, settable
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, units_of
 from shallower.version import __version__
@@ -146,7 +146,7 @@ def prune(
             f"a plan says what goes, so --repair {repair} would change nothing: drop it, or repair what the plan "
             f"leaves with --recover {repair}."
         )
-    steps, settings = _recoveries(recover, settings or {}, search, objective, repair, planned=plan is not None)
+    steps, settings = _recoveries(recover, settings or {}, search, objective, repair, metric, planned=plan is not None)
     if world_size() > 1:
         raise UserError(
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
@@ -345,10 +345,17 @@ def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], for
 
 
 def _recoveries(
-    names: str, settings: Mapping[str, str], search: str, objective: str, repair: str = "", *, planned: bool = False
+    names: str,
+    settings: Mapping[str, str],
+    search: str,
+    objective: str,
+    repair: str = "",
+    metric: str | None = None,
+    *,
+    planned: bool = False,
 ) -> tuple[Stages, dict[str, str]]:
-    """Recoveries with their options, and the options of search, objective and the repair that judges; one that both
-    sides have is for both.
+    """Recoveries with their options, and the options of search, metric, objective and the repair that judges; one that
+    both sides have is for both.
 
     planned: nothing is searched, so that all options have to be for the recoveries.
     """
@@ -362,10 +369,8 @@ def _recoveries(
     if planned:
         return parse_recoveries(names, settings), {}
     known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
-    stages, _ = search_stages(search, objective, {})
-    methods = [objectives.get(objective), *(method for method, _ in stages)]
-    methods += named_recoveries(repair) if repair else []
-    wanted = {option for method in methods for option in method.options}
+    wanted = settable(search, objective, metric)
+    wanted |= {option for method in (named_recoveries(repair) if repair else ()) for option in method.options}
     theirs = {key: text for key, text in settings.items() if key in known}
     others = {key: text for key, text in settings.items() if key not in known or key in wanted}
     return parse_recoveries(names, theirs), others

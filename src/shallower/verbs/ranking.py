@@ -24,6 +24,17 @@ def that_rank(stages: Sequence[Stage]) -> list[Method]:
     return [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
 
 
+def metric_of(stages: Sequence[Stage], metric: str | None) -> Method | None:
+    """What a ranking search reads scores of: the metric that was named, or its own; None where nothing ranks, unless
+    one was named all the same.
+
+    Raises UnknownName for a metric that does not exist.
+    """
+    ranking = that_rank(stages)
+    name = metric or (str(ranking[0].traits["metric"]) if ranking else None)
+    return None if name is None else metrics.get(name)
+
+
 def refuse_ranking(stages: Sequence[Stage]) -> NoReturn:
     """Raise UserError for a metric or scores that no search of these reads."""
     raise UserError(
@@ -46,17 +57,20 @@ def rank(
     workers: int | str | None = None,
     ablator: Ablator | None = None,
 ) -> Scores | None:
-    """Measure the scores that a ranking search reads; None for searches that only ask for losses. As in `search`."""
+    """Measure the scores that a ranking search reads; None for searches that only ask for losses. As in `search`.
+
+    settings: of which the metric's are read, and the objective's by a metric that asks it.
+    """
     ranking = that_rank(stages)
-    if not ranking:
-        if metric is not None:
-            refuse_ranking(stages)
+    method = metric_of(stages, metric)
+    if method is None:
         return None
-    name = metric or str(ranking[0].traits["metric"])
-    known = objectives.get(objective).options if "units" in metrics.get(name).parameters else {}
+    if not ranking:
+        refuse_ranking(stages)
+    known = {*method.options, *(objectives.get(objective).options if "units" in method.parameters else ())}
     [found] = score_many(
         subject,
-        [name],
+        [method.name],
         units=units,
         spans=any("spans" in method.parameters for method in ranking) or None,
         objective=objective,
@@ -71,9 +85,17 @@ def rank(
 
 
 def ranked(
-    subject: Subject, stages: Sequence[Stage], metric: str | None, scores: Scores | ScoreSheet | str | Path
+    subject: Subject,
+    stages: Sequence[Stage],
+    metric: str | None,
+    scores: Scores | ScoreSheet | str | Path,
+    options: Mapping[str, Any],
 ) -> Scores:
-    """Scores measured before, checked against the search that reads them."""
+    """Scores measured before, checked against the search that reads them. options: those that were set of the metric.
+
+    Raises UserError for scores of another model or metric, or with other options, and where there are none of spans
+    for a search that reads these.
+    """
     ranking = that_rank(stages)
     if not ranking:
         refuse_ranking(stages)
@@ -82,6 +104,14 @@ def ranked(
         raise UserError(
             f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
         )
+    known = metrics.get(given.metric).options if options else {}
+    for name, value in options.items():
+        measured = given.made_by.options.get(name, known[name].default if name in known else None)
+        if measured != value:
+            raise UserError(
+                f"--set {name}={value} and --scores that were measured with {name}={measured} contradict each other: "
+                "drop the first, or score again with it."
+            )
     if given.model.fingerprint != subject.identity.fingerprint:
         raise UserError(
             f"the scores are of {given.model.name}, not of {subject.identity.name}; score this model first."

@@ -29,7 +29,7 @@ from shallower.scores import Scores, ScoreSheet
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain
 from shallower.verbs.advise import advise, is_auto
-from shallower.verbs.ranking import Stage, rank, ranked, refuse_ranking, that_rank
+from shallower.verbs.ranking import Stage, metric_of, rank, ranked, refuse_ranking, that_rank
 from shallower.verbs.recoveries import Stages, named_recoveries
 from shallower.verbs.repaired import Parts, RepairedLosses, judging_text, require_closed
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
@@ -78,21 +78,21 @@ def search(
     with the attention after it. Each counts as one unit; a plan lists the sublayers of a pair one after the other.
     metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead; where they
     are by several metrics, `metric` names the one.
-    settings: options of the search, the objective and the repair as text. search: one, or several that improve on each
-    other (`greedy,swap`), of which all but the first start from what was found before them (`annealing`,
-    `evolutionary`, `swap`). exact: measure every candidate on all of the text. Otherwise they race, and those are
-    dropped that are clearly worse after a part of it: what a race chooses may be worse than the best by more than 0.2 %
-    of the loss with a probability of 5 %, which is each race's own; `made_by.options` of the plan says how many races
-    dropped any (`races`), and both numbers (`error_a_race`, `tie_of_a_race`). repair: judge every candidate after these
-    recoveries (`linear-fold`), by its loss on as much text as is asked for; they are fitted on other text, of at least
-    128 sequences of 256 tokens. Of a ready-made set, and one whose specification says how many sequences it has, a
-    quarter judges.
+    settings: options of the search, the metric, the objective and the repair as text. search: one, or several that
+    improve on each other (`greedy,swap`), of which all but the first start from what was found before them
+    (`annealing`, `evolutionary`, `swap`). exact: measure every candidate on all of the text. Otherwise they race, and
+    those are dropped that are clearly worse after a part of it: what a race chooses may be worse than the best by more
+    than 0.2 % of the loss with a probability of 5 %, which is each race's own; `made_by.options` of the plan says how
+    many races dropped any (`races`), and both numbers (`error_a_race`, `tie_of_a_race`). repair: judge every candidate
+    after these recoveries (`linear-fold`), by its loss on as much text as is asked for; they are fitted on other text,
+    of at least 128 sequences of 256 tokens. Of a ready-made set, and one whose specification says how many sequences it
+    has, a quarter judges.
     target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
     many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
     ablator: one of this model, calibration and objective that earlier searches used; it keeps its streams and workers,
     and stays open. It knows whether races are run, so `exact`, `memory` and `workers` are not looked at. With a repair
-    its calibration is the part that judges.
+    its calibration is the part that judges, and it lets its streams and workers go.
 
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says, and UserError for an
     ablator of something else.
@@ -102,7 +102,8 @@ def search(
         remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
     )
     require_target(calibration, target)
-    stages, judged, repairs = _stages(search, objective, repair, settings or {})
+    chosen = _chosen(search, objective, repair, settings or {}, metric)
+    stages, repairs = chosen.stages, chosen.repairs
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     shape: dict[str, Any] = {"sequences": sequences, "length": length, "seed": seed}
@@ -115,7 +116,7 @@ def search(
             target,
             removable,
             objective=objective,
-            options=judged,
+            options=chosen.of_objective,
             memory=memory,
             workers=workers,
             **shape,
@@ -131,7 +132,7 @@ def search(
             read = calibrate(subject, calibration, objective=objective, **shape)
     whole, text = (read.whole, read.judged) if isinstance(read, Parts) else (read, read)
     name, ranked_by = None, None
-    with _ablator(ablator, subject, text, objective, judged, exact, memory, workers) as measuring:
+    with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
         before = copy(measuring.spent)
         judge: Judge = measuring
         if repair:
@@ -160,7 +161,7 @@ def search(
                     ablator=measuring,  # what a metric measured need not be measured again, and is counted
                 )
             else:
-                ranking = ranked(subject, stages, metric, scores)
+                ranking = ranked(subject, stages, metric, scores, chosen.of_metric)
             if repair:
                 measuring.close()  # what it keeps in memory would stand beside what repairs keep
             ranked_by = ranking.metric if ranking else None
@@ -186,7 +187,8 @@ def search(
         progress.note(_cost(spent, repaired=bool(repair)))
     options: dict[str, object] = {key: value for _, given in (*stages, *repairs) for key, value in given.items()}
     options |= {
-        **judged,
+        **chosen.of_metric,
+        **chosen.of_objective,
         "remove": str(remove),
         "units": units,
         "ordinary": ordinary,
@@ -241,13 +243,12 @@ def require_possible(
     Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
     `ordinary` would restrict nothing, or `repair` change nothing, or nothing that can be done.
     """
-    stages, _, _ = _stages(search, objective, repair, settings or {})
+    stages = _chosen(search, objective, repair, settings or {}, metric).stages
     if metric is not None:
-        chosen = metrics.get(metric)
         readers = that_rank(stages)
         if not readers:
             refuse_ranking(stages)
-        if any("spans" in method.parameters for method in readers) and not reads_stream(chosen):
+        if any("spans" in method.parameters for method in readers) and not reads_stream(metrics.get(metric)):
             raise UserError(
                 f"search {readers[0].name!r} ranks spans, of which metric {metric!r} has no scores; use a metric of "
                 "the stream, such as angular or cosine."
@@ -326,30 +327,56 @@ def _methods(names: str) -> list[Method]:
     return methods
 
 
-def search_stages(names: str, objective: str, settings: Mapping[str, str]) -> tuple[list[Stage], dict[str, Any]]:
-    """The searches with their options, and the options of the objective.
+def search_stages(
+    names: str, objective: str, settings: Mapping[str, str], metric: str | None = None
+) -> tuple[list[Stage], dict[str, Any]]:
+    """The searches with their options, and the options of the objective. settings: also those of the metric.
 
     Raises UnknownName for a method, or an option that none of them has.
     """
-    stages, judged, _ = _stages(names, objective, "", settings)
-    return stages, judged
+    chosen = _chosen(names, objective, "", settings, metric)
+    return chosen.stages, chosen.of_objective
 
 
-def _stages(
-    names: str, objective: str, repair: str, settings: Mapping[str, str]
-) -> tuple[list[Stage], dict[str, Any], Stages]:
-    """As `search_stages`, and the recoveries that candidates are judged behind, with their options.
+def settable(names: str, objective: str, metric: str | None = None) -> set[str]:
+    """The options that the searches, the objective and the metric that ranks have."""
+    stages = search_stages(names, objective, {}, metric)[0]
+    ranking = metric_of(stages, metric)
+    methods = [objectives.get(objective), *(method for method, _ in stages), *([] if ranking is None else [ranking])]
+    return {option for method in methods for option in method.options}
 
-    Raises UserError, besides, for a recovery that is trained.
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The methods of a search: searches, recoveries that candidates are judged behind, objective and, for a search that
+    ranks, metric, with the options of each.
+    """
+
+    stages: list[Stage]
+    repairs: Stages
+    of_objective: dict[str, Any]
+    of_metric: dict[str, Any]
+
+
+def _chosen(names: str, objective: str, repair: str, settings: Mapping[str, str], metric: str | None) -> _Chosen:
+    """Look the methods up, and share the settings among them.
+
+    Raises as `search_stages`, and UserError for a recovery that is trained.
     """
     methods, repairs = _methods(names), named_recoveries(repair) if repair else []
     require_closed(repairs)
-    known = f"search {names!r}, objective {objective!r} or repair {repair!r}"
-    what = known if repair else f"search {names!r} or objective {objective!r}"
-    options = share_options(what, [*methods, *repairs, objectives.get(objective)], settings)
-    stages: list[Stage] = list(zip(methods, options[: len(methods)], strict=True))
-    steps: Stages = list(zip(repairs, options[len(methods) : -1], strict=True))
-    return stages, options[-1], steps
+    ranking = metric_of([(method, {}) for method in methods], metric)
+    named = {"search": names, "metric": ranking and ranking.name, "objective": objective, "repair": repair}
+    *others, last = [f"{kind} {name!r}" for kind, name in named.items() if name]
+    asked = [*methods, *repairs, objectives.get(objective), *([] if ranking is None else [ranking])]
+    shared = share_options(f"{', '.join(others)} or {last}", asked, settings)
+    own, rest = shared[: len(methods)], shared[len(methods) :]
+    return _Chosen(
+        list(zip(methods, own, strict=True)),
+        list(zip(repairs, rest[: len(repairs)], strict=True)),
+        rest[len(repairs)],
+        {} if ranking is None else rest[-1],
+    )
 
 
 def _require_finite(measured: Sequence[float], order: Sequence[Unit], objective: str) -> None:

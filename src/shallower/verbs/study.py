@@ -36,7 +36,7 @@ from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Result, search_and_metric
 from shallower.units import Span, Unit, plain
 from shallower.verbs.ranking import Stage, rank
-from shallower.verbs.search import require_possible, resolve, search, search_stages
+from shallower.verbs.search import require_possible, resolve, search, search_stages, settable
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
 from shallower.verbs.supply import supply
 from shallower.verbs.trail import run_search
@@ -120,10 +120,16 @@ def require_runnable(given: Study) -> None:
     for objective in given.objectives:
         for name, metric in map(search_and_metric, given.searches):
             for remove in given.remove:
-                require_possible(remove, name, objective, metric, _settings(given, name, objective), units=given.units)
-    unknown = [key for key in given.settings if not any(key in _options(given, *pair) for pair in _pairs(given))]
-    if unknown:
-        raise UserError(f"none of the study's searches and objectives has an option {unknown[0]!r}; drop it.")
+                settings = _settings(given, name, objective, metric)
+                require_possible(remove, name, objective, metric, settings, units=given.units)
+    known = {
+        option
+        for objective in given.objectives
+        for name, metric in map(search_and_metric, given.searches)
+        for option in settable(name, objective, metric)
+    }
+    if unknown := [key for key in given.settings if key not in known]:
+        raise UserError(f"none of the study's searches, metrics and objectives has an option {unknown[0]!r}; drop it.")
     both = set(given.held_out) & set(given.tasks)
     if both:
         raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
@@ -310,8 +316,9 @@ class _Runner:
         )
 
     def _stages(self, cell: Cell) -> tuple[list[Stage], dict[str, Any]]:
-        name, _ = search_and_metric(cell.search)
-        return search_stages(name, cell.objective, _settings(self.study, name, cell.objective))
+        name, metric = search_and_metric(cell.search)
+        settings = _settings(self.study, name, cell.objective, metric)
+        return search_stages(name, cell.objective, settings, metric)
 
     def _ranked(self, cell: Cell, text: CalibrationSet, ablator: Ablator) -> Scores | None:
         name, metric = search_and_metric(cell.search)
@@ -322,7 +329,7 @@ class _Runner:
             metric=metric,
             units=self.study.units,
             objective=cell.objective,
-            settings=_settings(self.study, name, cell.objective),
+            settings=_settings(self.study, name, cell.objective, metric),
             seed=cell.seed,
             memory=self.memory,
             workers=self.workers,
@@ -341,7 +348,7 @@ class _Runner:
             units=self.study.units,
             protect=self.study.protect,
             calibration=text,
-            settings=_settings(self.study, name, cell.objective),
+            settings=_settings(self.study, name, cell.objective, metric),
             exact=self.study.exact,
             seed=cell.seed,
             ablator=ablator,
@@ -418,19 +425,9 @@ def _require_sound(subject: Subject, given: Study) -> None:
             resolve(subject, remove, name, units=given.units, protect=given.protect)
 
 
-def _pairs(given: Study) -> Iterator[tuple[str, str]]:
-    names = dict.fromkeys(search_and_metric(asked)[0] for asked in given.searches)
-    return ((name, objective) for name in names for objective in given.objectives)
-
-
-def _options(given: Study, name: str, objective: str) -> set[str]:
-    methods = [method for method, _ in search_stages(name, objective, {})[0]] + [objectives.get(objective)]
-    return {option for method in methods for option in method.options}
-
-
-def _settings(given: Study, name: str, objective: str) -> dict[str, str]:
-    """Of the study's settings those that this search or objective knows."""
-    known = _options(given, name, objective)
+def _settings(given: Study, name: str, objective: str, metric: str | None) -> dict[str, str]:
+    """Of the study's settings those that this search, its metric or the objective knows."""
+    known = settable(name, objective, metric)
     return {key: value for key, value in given.settings.items() if key in known}
 
 
@@ -456,7 +453,7 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
         asked.update(frozenset(plain(candidate)) for candidate in candidates)
         return [sum(worth.get(unit, 0.5) for unit in candidate) + 0.01 * rng.random() for candidate in candidates]
 
-    stages, _ = search_stages(name, cell.objective, _settings(given, name, cell.objective))
+    stages, _ = search_stages(name, cell.objective, _settings(given, name, cell.objective, metric), metric)
     if request.budget is None:
         return {frozenset(request.units)}
     blocks = len(subject.anatomy.blocks)
