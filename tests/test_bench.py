@@ -18,6 +18,7 @@ from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.timing import Speed, Spread, compare_speed, memory_source, peak_above
 from shallower.units import parse_units
 from shallower.verbs.bench import Bench
+from shallower.verbs.subject import open_subject
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"generate": 2, "repeats": 2, "warmup": 0, "device": "cpu", "dtype": "float32"}
@@ -204,6 +205,11 @@ def test_one_model_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run(folder / "dense", folder / "dense", "--prompt", 4, "--generate", 1, "--repeats", 1, "--json") == 0
     names = [model["model"] for model in json.loads(capsys.readouterr().out)["models"]]
     assert len(set(names)) == 2
+
+
+def test_one_model_need_not_stand_in_a_list(folder: Path) -> None:
+    for one in (folder / "dense", str(folder / "dense"), tiny_model("llama"), open_subject(folder / "dense")):
+        assert len(shallower.bench(one, prompt=4, **SMALL).models) == 1
 
 
 @pytest.mark.parametrize(

@@ -751,6 +751,21 @@ def test_a_comparison_needs_the_same_windows(folder: Path, tmp_path: Path) -> No
     assert found.text_difference(found.evaluations[0], "text.txt") is None
 
 
+def test_one_of_something_need_not_stand_in_a_list(folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
+    asked: dict[str, Any] = {"window": 32, "task_data": data, "limit": 2}
+    listed = evaluate([folder], [str(tmp_path / "text.txt")], tasks=["boolq"], **asked).to_json()
+    path = tmp_path / "text.txt"
+    for model, text in ((folder, path), (str(folder), str(path)), (open_subject(str(folder)), path)):
+        assert evaluate(model, text, tasks="boolq", **asked).to_json() == listed
+    contents = read_questions(path, "boolq", "quick", settings=TaskSettings(), task_data=data)
+    assert list(contents.contents) == ["text.txt"]
+    shape: dict[str, Any] = {"sequences": 8, "length": 32, "speed": False}
+    pruned = prune(folder, 1, calibration=str(path), texts=path, tasks="boolq", task_items=2, task_data=data, **shape)
+    assert list(pruned.report.pruned.perplexity) == ["text.txt"]
+    assert list(pruned.report.pruned.tasks) == ["boolq acc (2 items)"]
+
+
 def test_lm_eval_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

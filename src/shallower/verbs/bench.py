@@ -16,7 +16,7 @@ from shallower.errors import UserError
 from shallower.reporting.wording import distinct_names, percent, plural
 from shallower.timing import Speed, Spread, compare_speed, memory_source, require_counts, require_fits
 from shallower.units import Unit
-from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.subject import Model, Subject, open_subject, several
 from shallower.version import __version__
 
 FORMAT = "shallower.bench/1"
@@ -88,7 +88,7 @@ class Bench:
 
 
 def bench(
-    models: Sequence[str | Path | PreTrainedModel | Subject] | Mapping[str, PreTrainedModel | Subject],
+    models: Model | Sequence[Model] | Mapping[str, PreTrainedModel | Subject],
     *,
     prompt: int | Sequence[int] = 128,
     generate: int = 32,
@@ -105,18 +105,18 @@ def bench(
     `batch` sequences and then decodes `generate` tokens, one at a time, never stopping early. Memory is seen in one
     more run, which is not timed.
 
-    models: what `open_subject` takes, or models by the name to show. warmup: runs of each that are not counted.
-    repeats: runs that are.
+    models: what `open_subject` takes, one or several, or models by the name to show. warmup: runs of each that are not
+    counted. repeats: runs that are.
 
     Raises UserError for sizes that are impossible or longer than a model's context, and ModelError for a model that
     cannot be used or has no KV cache.
     """
     sizes = list(itertools.product(_sizes("batch", batch), _sizes("prompt", prompt)))
-    if not models:
+    given = list(models.values()) if isinstance(models, Mapping) else several(models)
+    if not given:
         raise UserError("there is no model to time: name at least one.")
     for size, length in sizes:
         require_counts(prompt=length, generate=generate, batch=size, warmup=warmup, repeats=repeats)
-    given = list(models.values()) if isinstance(models, Mapping) else list(models)
     subjects = [open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for model in given]
     if isinstance(models, Mapping):
         names = list(models)
@@ -159,7 +159,7 @@ def _sizes(name: str, given: int | Sequence[int]) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-def _called(model: str | Path | PreTrainedModel | Subject) -> str:
+def _called(model: Model) -> str:
     return str(model) if isinstance(model, (str, Path)) else ""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shallower.checkpoint.cache import cache_root
 from shallower.corpus import CalibrationSet, named_options, text_of
@@ -27,7 +27,7 @@ from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import PruningPlan, without_folders
 from shallower.reporting.wording import distinct_names
 from shallower.verbs.contamination import contamination
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, open_subject
+from shallower.verbs.subject import DEFAULT_CALIBRATION, Model, Subject, open_subject, several, several_names
 from shallower.verbs.supply import supply
 
 if TYPE_CHECKING:
@@ -147,11 +147,11 @@ class Questions:
 
 
 def evaluate(
-    models: Sequence[str | Path | PreTrainedModel | Subject],
-    texts: Sequence[str] = (),
+    models: Model | Sequence[Model],
+    texts: str | Path | Sequence[str | Path] = (),
     *,
-    tasks: Sequence[str] = (),
-    suites: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
+    suites: str | Sequence[str] = (),
     generation: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int = 1024,
@@ -171,7 +171,8 @@ def evaluate(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Compare models on texts, tasks and what they write; one model is in memory at a time.
+    """Compare models on texts, tasks and what they write; one model is in memory at a time. Of models, texts, tasks and
+    suites, one alone need not stand in a list.
 
     texts: files, folders, data sets, or `wikitext2`, `c4`, `ptb`. window, stride, max_windows: how a text is read.
     tasks: names of lm-eval. suites: `commonsense`, `knowledge`, `reasoning`, `quick`. limit: items of each task, shots:
@@ -188,6 +189,7 @@ def evaluate(
     Raises UserError when there is nothing to evaluate or a prompt is too long, UnknownName for a task or suite,
     ModelError, CorpusError and OutputError for what cannot be used.
     """
+    models = several(models)
     if not models:
         raise UserError("nothing to evaluate: name at least one model.")
     if out is not None:
@@ -237,15 +239,16 @@ def evaluate(
 
 
 def read_questions(
-    texts: Sequence[str],
-    tasks: Sequence[str],
-    suites: Sequence[str],
+    texts: str | Path | Sequence[str | Path],
+    tasks: str | Sequence[str],
+    suites: str | Sequence[str],
     *,
     settings: TaskSettings,
     generation: bool = False,
     task_data: str | Path | None = None,
 ) -> Questions:
     """Read texts and the data of tasks. Raises as `evaluate` does."""
+    texts, tasks, suites = several_names(texts), several_names(tasks), several_names(suites)
     chosen = [suite_named(name) for name in suites]
     generation = generation or any(suite.generation for suite in chosen)
     if not (texts or tasks or chosen or generation):
@@ -350,7 +353,7 @@ def fitting(subject: Subject, window: int) -> int:
     return window if limit is None else min(window, limit)
 
 
-def _plan_of(model: str | Path | PreTrainedModel | Subject) -> PruningPlan | None:
+def _plan_of(model: Model) -> PruningPlan | None:
     """The plan inside a checkpoint's folder."""
     if isinstance(model, (str, Path)) and (file := Path(model).expanduser() / "plan.json").is_file():
         return PruningPlan.load(file)
@@ -421,12 +424,12 @@ def _head(each: Evaluation) -> dict[str, Any]:
     return told if each.removed is None else {**told, "removed": each.removed}
 
 
-def read_texts(texts: Sequence[str]) -> dict[str, str]:
+def read_texts(texts: str | Path | Sequence[str | Path]) -> dict[str, str]:
     """Held-out texts, by what to call each: files of one name in different folders are told apart.
 
     Raises CorpusError when one cannot be read.
     """
-    given = list(dict.fromkeys(texts))
+    given = list(dict.fromkeys(several_names(texts)))
     names = distinct_names([text_name(text) for text in given], given)
     return {name: read_evaluation_text(text, supply()) for name, text in zip(names, given, strict=True)}
 
@@ -453,5 +456,5 @@ def text_name(spec: str) -> str:
     return without_folders(path) + question + options
 
 
-def _path(model: str | Path | PreTrainedModel | Subject) -> str:
+def _path(model: Model) -> str:
     return str(model) if isinstance(model, (str, Path)) else ""

@@ -91,7 +91,7 @@ def recover(
     train_sequences: int = TRAIN_SEQUENCES,
     instructions: str | Path | None = None,
     settings: Mapping[str, str] | None = None,
-    texts: Sequence[str] = (),
+    texts: str | Path | Sequence[str | Path] = (),
     window: int = 1024,
     max_windows: int | None = 12,
     seed: int = 0,

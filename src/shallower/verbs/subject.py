@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,8 +84,23 @@ class Subject:
         return self.loaded.tokenizer
 
 
+Model: TypeAlias = str | Path | PreTrainedModel | Subject  # what `open_subject` takes
+
+
+def several(given: Model | Iterable[Model]) -> list[Model]:
+    """What was given as a list, also a model, or the name of a model or text, that was given alone: a str is made of
+    str, too, its letters.
+    """
+    return [given] if isinstance(given, (str, Path, PreTrainedModel, Subject)) else list(given)
+
+
+def several_names(given: str | Path | Iterable[str | Path]) -> list[str]:
+    """The same of texts and tasks, which are names or paths."""
+    return [str(name) for name in several(given)]
+
+
 def open_subject(
-    model: str | Path | PreTrainedModel | Subject,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: str = "auto",
