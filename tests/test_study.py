@@ -438,15 +438,53 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
     told = json.loads(capsys.readouterr().out)
     assert not (place / "none").exists()
     assert (told["cells"], told["done"]) == (16, 0)
-    # 4 calibration sets: 5 single removals, then 4 pairs; one-shot adds at most a pair of its own
-    assert 4 * 9 <= told["candidates"] <= 4 * 10
+    # 4 calibration sets: the dense model, 5 single removals, then 4 pairs; one-shot adds at most a pair of its own
+    assert 4 * 10 <= told["candidates"] <= 4 * 11
     assert told["alone"] > told["seconds"] > 0
     both = (place / "grid.yaml").read_text().replace("objectives: nll", "objectives: [nll, kl]")
     (place / "both.yaml").write_text(both)
     assert run("study", place / "both.yaml", "--out", place / "none", "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["cells"] == 32
-    assert told["candidates"] <= 4 * (10 + 5)  # single removals by nll are at hand from kl's pass
+    assert told["candidates"] <= 4 * (11 + 5)  # single removals by nll are at hand from kl's pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "remove", "sets"),
+    [
+        ("one-shot", "3", 1 + 3),  # what the plan tells: the dense model and every prefix
+        ("one-shot:loss", "3", 1 + 5 + 2),
+        ("one-shot:shapley", "2", 1 + 5 + 10 + 10 + 5),
+        ("greedy", "2", 1 + 4 + 3),  # the protected block is scored by metrics only
+        ("milp", "3", 1 + 5 + 2 + 1),  # one set, whose units are put in an order
+        ("random", "3", 1 + 3),
+        ("one-shot", "block.1,block.3", 1 + 2),
+    ],
+)
+def test_a_dry_run_counts_every_set_that_is_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, remove: str, sets: int
+) -> None:
+    from shallower.verbs.search import search
+    from shallower.verbs.study import estimate
+
+    name, _, metric = asked.partition(":")
+    data = {"models": "tiny", "texts": {"a": "a.txt"}, "sequences": 4, "length": 24, "searches": asked, "exact": True}
+    study = parse_study({**data, "objectives": "nll", "remove": [remove], "protect": "block.0"}, "s.yaml", place)
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path))  # else it was measured before
+    plan = search(
+        str(place / "tiny"),
+        remove,
+        search=name,
+        metric=metric or None,
+        calibration=str(place / "a.txt"),
+        sequences=4,
+        length=24,
+        protect="block.0",
+        exact=True,
+        dtype="float32",
+    )
+    assert plan.spent["tokens"] == sets * 4 * 24
+    assert estimate(study, tmp_path / "out", dtype="float32").candidates == sets
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -167,7 +167,7 @@ def score_many(
                 ablator = make_ablator(subject, text, objective, judged, memory=memory, workers=workers)
                 stack.enter_context(closing(ablator))
             for method in adaptive:
-                rows[method.name] = _measured(method, given[method.name], ablator, wanted, seed)
+                rows[method.name] = measured_scores(method, given[method.name], ablator, wanted, seed)
                 given[method.name] = {**judged, **given[method.name]}
     made = {
         method.name: MadeBy(
@@ -227,14 +227,22 @@ def _reads_text(method: Method) -> bool:
     return _is_adaptive(method) or reads_stream(method) or needs_backward(method)
 
 
-def _measured(
-    method: Method, options: Mapping[str, Any], ablator: Ablator, units: Sequence[Unit], seed: int
+class Judge(Protocol):
+    """What an adaptive metric asks: an `Ablator`, or one that stands in for it."""
+
+    def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]: ...
+
+    def differences(self, candidates: Sequence[Collection[Unit]]) -> list[tuple[float, float | None]]: ...
+
+
+def measured_scores(
+    method: Method, options: Mapping[str, Any], judge: Judge, units: Sequence[Unit], seed: int
 ) -> tuple[Score, ...]:
     """Scores by a metric that asks for losses of the model without units."""
     supply = {
         "units": units,
-        "losses": ablator.losses,
-        "differences": ablator.differences,
+        "losses": judge.losses,
+        "differences": judge.differences,
         "rng": random.Random(seed),
     }
     found = method.function(**{name: supply[name] for name in method.parameters}, **options)

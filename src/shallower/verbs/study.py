@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,6 @@ from shallower.engine.memo import beside_weights, context_key
 from shallower.engine.ray_session import connect
 from shallower.errors import CorpusError, UserError
 from shallower.plan import MadeBy, PruningPlan
-from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.resources import parse_workers
 from shallower.scores import Score, Scores
@@ -35,11 +34,12 @@ from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Result, search_and_metric
 from shallower.units import Span, Unit, plain
-from shallower.verbs.ranking import Stage, rank
+from shallower.verbs.ranking import Stage, metric_of, rank
+from shallower.verbs.score import measured_scores
 from shallower.verbs.search import require_possible, resolve, search, search_stages, settable
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
+from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.verbs.supply import supply
-from shallower.verbs.trail import run_search
+from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
 
 CELLS = "cells.jsonl"
@@ -441,34 +441,55 @@ def _tell(results: Sequence[Result]) -> None:
     )
 
 
+@dataclass(eq=False)
+class _MadeUp:
+    """Losses that nothing was run for: they add up over units, nearly. asked: of which sets."""
+
+    worth: Mapping[Unit, float]
+    rng: Random
+    asked: set[frozenset[Unit]] = field(default_factory=set)
+
+    def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
+        self.asked.update(frozenset(plain(candidate)) for candidate in candidates)
+        return [
+            sum(self.worth.get(unit, 0.5) for unit in candidate) + 0.01 * self.rng.random() for candidate in candidates
+        ]
+
+    def differences(self, candidates: Sequence[Collection[Unit]]) -> list[tuple[float, float | None]]:
+        dense, *without = self.losses([frozenset(), *candidates])
+        return [(loss - dense, None) for loss in without]
+
+
 def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit]]:
-    """The sets that a search asks for when losses are made up: they add up over units, nearly."""
+    """The sets that `search` asks for when losses are made up: to rank, to search, and for what the plan tells."""
     name, metric = search_and_metric(cell.search)
     request = resolve(subject, cell.remove, name, units=given.units, protect=given.protect)
-    asked: set[frozenset[Unit]] = set()
     rng = Random(cell.seed)
-    worth = {unit: rng.random() for unit in request.units}
+    made_up = _MadeUp({unit: rng.random() for unit in request.units}, rng)
+    order = list(request.units)
+    if request.budget is not None:
+        settings = _settings(given, name, cell.objective, metric)
+        stages, _ = search_stages(name, cell.objective, settings, metric)
+        ranking = metric_of(stages, metric)
+        if ranking is not None and "units" in ranking.parameters:
+            options = ranking.parse_options({key: text for key, text in settings.items() if key in ranking.options})
+            measured_scores(ranking, options, made_up, units_of(subject, given.units), cell.seed)
+        scores = _made_up_scores(subject, cell, made_up)
+        order = removal_order(
+            run_search(stages, request.units, request.budget, made_up.losses, scores, cell.seed), made_up.losses
+        )
+    made_up.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+    return made_up.asked
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
-        asked.update(frozenset(plain(candidate)) for candidate in candidates)
-        return [sum(worth.get(unit, 0.5) for unit in candidate) + 0.01 * rng.random() for candidate in candidates]
 
-    stages, _ = search_stages(name, cell.objective, _settings(given, name, cell.objective, metric), metric)
-    if request.budget is None:
-        return {frozenset(request.units)}
+def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp) -> Scores:
+    """Scores of the units that may go, and of all spans."""
     blocks = len(subject.anatomy.blocks)
     spans = [Span(first, last) for first in range(blocks) for last in range(first + 1, blocks + 1)]
-    rows = [Score(unit, value, None) for unit, value in worth.items()]
-    rows += [Score(span, rng.random(), None) for span in spans]
+    rows = [Score(unit, value, None) for unit, value in made_up.worth.items()]
+    rows += [Score(span, made_up.rng.random(), None) for span in spans]
     made_by = MadeBy(cell.search, cell.objective, None, {}, cell.seed, None, __version__)
-    scores = Scores(subject.identity, "made up", tuple(rows), made_by)
-    for method, _ in stages:
-        ranked = metric or method.traits.get("metric")
-        if "scores" in method.parameters and ranked and "units" in metrics.get(str(ranked)).parameters:
-            losses([frozenset({unit}) for unit in request.units])
-    trail = run_search(stages, request.units, request.budget, losses, scores, cell.seed)
-    losses([frozenset(trail[-1])])
-    return asked
+    return Scores(subject.identity, "made up", tuple(rows), made_by)
 
 
 def _seconds_a_token(subject: Subject, given: Study, context: Context) -> float:
