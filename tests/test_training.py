@@ -829,6 +829,17 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert wholes[1] == "<s>[user] Add the numbers.\n\n2 and 3</s>\n[assistant] 5</s>\n"
     portion = Feed(text, 1, 1000, 0).portion((1,))
     assert portion.input_ids.shape[1] == int(text.attention_mask[1].sum())  # no padding that is not needed
+def test_sequences_of_one_token_are_left_out() -> None:
+    ids, mask = torch.randint(3, 128, (8, 24)), torch.ones(8, 24, dtype=torch.int64)
+    mask[3, 1:] = 0
+    text = CalibrationSet("one", ids, mask)
+    feed = Feed(text, 24, 24, seed=0)
+    assert sorted(row for step in range(feed.steps) for row in feed.step(step)) == [0, 1, 2, 4, 5, 6, 7]
+    run("full", tiny_model("llama"), text, batch=24)
+    with pytest.raises(CorpusError, match="no sequence of the text has two tokens"):
+        Feed(text.subset([3]), 24, 24, seed=0)
+
+
     assert torch.equal(portion.scored[0], text.scored[1, : portion.scored.shape[1]])
     text.save(tmp_path / "saved")
     assert torch.equal(InstructionSet.load(tmp_path / "saved").scored, text.scored)

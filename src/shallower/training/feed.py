@@ -42,27 +42,31 @@ class Feed:
         self.seed = seed
         self.sequences = max(1, batch // text.length)
         self.together = max(1, at_once // text.length)
-        self.steps = text.sequences // self.sequences
+        real = torch.ones_like(text.input_ids) if text.attention_mask is None else text.attention_mask
+        self._real = real
+        self._scored = real.bool() & (text.scored if isinstance(text, InstructionSet) else True)
+        self._scored[:, 0] = False
+        # a sequence of one token says nothing of what comes next, and a step of such alone has no mean loss
+        self._learned: tuple[int, ...] = tuple(self._scored.any(1).nonzero().flatten().tolist())
+        if not self._learned:
+            raise CorpusError("no sequence of the text has two tokens, so there is nothing to learn: give longer text.")
+        self.steps = len(self._learned) // self.sequences
         if not self.steps:
             raise CorpusError(
-                f"the text has {text.sequences} sequences of {text.length} tokens, too few for one step of "
-                f"batch={batch} tokens: give more text, or set batch={text.sequences * text.length} or less."
+                f"the text has {len(self._learned)} sequences of {text.length} tokens, too few for one step of "
+                f"batch={batch} tokens: give more text, or set batch={len(self._learned) * text.length} or less."
             )
         if self.sequences % processes:
             raise UserError(
                 f"a step of batch={batch} tokens has {self.sequences} sequences of {text.length}, which {processes} "
                 f"processes cannot share: set batch={text.length * processes * -(-self.sequences // processes)}."
             )
-        real = torch.ones_like(text.input_ids) if text.attention_mask is None else text.attention_mask
-        self._real = real
-        self._scored = real.bool() & (text.scored if isinstance(text, InstructionSet) else True)
-        self._scored[:, 0] = False
 
     def step(self, number: int) -> tuple[int, ...]:
         """The sequences of a step, counted from 0; what does not fill a step at an epoch's end waits for the next."""
         epoch, at = divmod(number, self.steps)
-        order = _order(self.text.sequences, self.seed, epoch)
-        return order[at * self.sequences : (at + 1) * self.sequences]
+        order = _order(len(self._learned), self.seed, epoch)[at * self.sequences : (at + 1) * self.sequences]
+        return tuple(self._learned[index] for index in order)
 
     def portions(self, rows: tuple[int, ...]) -> Iterator[Portion]:
         """Rows a few at a time, without the padding that none of them needs."""
