@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy import dissect
@@ -32,7 +32,7 @@ from shallower.registry import recovery
 from shallower.surgery import cut
 from shallower.surgery.patch import patches
 from shallower.testing.conformance import sample_text
-from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.testing.families import tiny_config, tiny_model, tiny_tokenizer
 from shallower.training import loop, state, teacher
 from shallower.training.adapters import adapt, merge, projections, quantise
 from shallower.training.answers import answer_perplexity, split
@@ -521,6 +521,15 @@ def test_blocks_before_the_first_and_embeddings_stay() -> None:
     }
     changed.discard("weight")  # the final norm
     assert changed == {"2", "3", "4"}
+
+
+def test_embeddings_that_are_experts_learn() -> None:
+    config = tiny_config("doge")
+    config.is_moe, config.num_experts, config.num_experts_per_tok = True, 4, 2
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    start = {name: p.detach().clone() for name, p in cut(dissect(model), parse_units("block.2")).named_parameters()}
+    same = [name for name, p in run("full", model).named_parameters() if torch.equal(p, start[name])]
+    assert [name for name in same if "embed" in name] == ["model.embed_tokens.weight"]
 
 
 def test_recomputing_activations_changes_nothing() -> None:

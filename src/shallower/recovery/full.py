@@ -21,10 +21,12 @@ def full(student: PreTrainedModel, task: Task, *, first: int = 0, embeddings: bo
     embeddings: train input and output embeddings, too.
     """
     place = block_of(student)
-    blocks = len(find_blocks(student)[1])
-    if first >= blocks:
-        raise UserError(f"first={first}, but the cut model's blocks are 0 to {blocks - 1}: give one of these.")
-    ends = [student.get_output_embeddings(), *(m for m in student.modules() if isinstance(m, nn.Embedding))]
+    blocks = find_blocks(student)[1]
+    if first >= len(blocks):
+        raise UserError(f"first={first}, but the cut model's blocks are 0 to {len(blocks) - 1}: give one of these.")
+    inside = set(blocks.modules())  # where embeddings are experts
+    ends = [module for module in student.modules() if isinstance(module, nn.Embedding) and module not in inside]
+    ends.append(student.get_output_embeddings())
     held = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}
     fixed = {name for name, parameter in student.named_parameters() if id(parameter) in held}
 
