@@ -579,6 +579,29 @@ def test_experts_that_are_one_tensor_are_left_out_and_named(notes: list[str]) ->
     assert notes == ["experts that are one tensor have no adapters, and stay as they are: full trains them"]
 
 
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        ("jetmoe", "router.layer"),
+        ("dbrx", "ffn.router.layer"),
+        ("afmoe", "mlp.router.gate"),
+        ("hunyuan_v1_moe", "mlp.gate.wg"),
+        ("falcon_h1", "mamba.out_proj"),
+        ("jamba", "mamba.out_proj"),
+    ],
+)
+def test_routers_and_what_is_read_past_the_product_have_no_adapters(family: str, left_out: str) -> None:
+    student = cut(dissect(tiny_model(family)), ())
+    assert any(name.endswith(left_out) for name, _ in student.named_modules())
+    assert not any(name.endswith(left_out) for name in projections(student))
+
+
+def test_what_is_gated_has_adapters() -> None:
+    names = projections(cut(dissect(tiny_model("qwen3_next")), ()))  # their module is a GatedDeltaNet
+    assert any(name.endswith("linear_attn.in_proj_qkvz") for name in names)
+    assert any(name.endswith("linear_attn.out_proj") for name in names)
+
+
 def test_adapters_go_on_every_linear_map_of_the_blocks_and_nowhere_else() -> None:
     student = cut(dissect(tiny_model("llama")), parse_units("block.2"))
     maps = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import warnings
 from collections.abc import Collection, Mapping
 
@@ -17,6 +18,8 @@ from shallower.anatomy.dissect import find_blocks
 from shallower.errors import ModelError, UserError
 from shallower.training.heal import block_of
 
+_ROUTER = re.compile("Router|Gat(e|ing)$")  # and not what ends in GatedMLP, or the like
+
 
 def require_packages(method: str, *names: str) -> None:
     """Raise UserError when one of the packages that `method` stands on is not installed."""
@@ -25,8 +28,8 @@ def require_packages(method: str, *names: str) -> None:
 
 
 def projections(student: PreTrainedModel, first: int = 0) -> list[str]:
-    """Names of the linear maps in the student's blocks from `first` on that can have adapters. Routers cannot, as they
-    give more than a product, nor a Mamba's last map, whose weights are read past one, nor experts in one tensor.
+    """Names of the linear maps in the student's blocks from `first` on that get adapters. Routers do not, as most give
+    more than a product, nor a Mamba's last map, whose weights are read past one, nor experts in one tensor.
 
     Raises ModelError when there are none.
     """
@@ -50,10 +53,13 @@ def projections(student: PreTrainedModel, first: int = 0) -> list[str]:
 
 
 def _is_plain(student: PreTrainedModel, name: str) -> bool:
-    """Whether all that is done with a linear map's weights is its product."""
-    parent, _, own = name.rpartition(".")
-    around = type(student.get_submodule(parent)).__name__
-    return "Router" not in type(student.get_submodule(name)).__name__ and not ("Mamba" in around and own == "out_proj")
+    """Whether a linear map is no router, or part of one, and all that is done with its weights is its product."""
+    path = name.split(".")
+    around = [student.get_submodule(".".join(path[: depth + 1])) for depth in range(len(path))]
+    if any(_ROUTER.search(type(module).__name__) for module in around):
+        return False
+    # Mamba's kernels are given the last map's weights; of what has A_log, linear attention has no D and no such kernel
+    return not (path[-1] == "out_proj" and hasattr(around[-2], "A_log") and hasattr(around[-2], "D"))
 
 
 def adapt(
