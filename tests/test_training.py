@@ -997,6 +997,12 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
         calls.append(path)
         if len(calls) == 7:
             path.write_bytes(b"half")
+def test_what_another_process_deleted_first_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = [tmp_path / ".state-00000001.7", tmp_path / ".good.safetensors.7"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(gone))
+    state.Store(tmp_path, {})
+
+
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path)
 

@@ -71,7 +71,7 @@ class Store:
             with _one_sentence(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 for left in (*folder.glob(".state-*"), *folder.glob(f".{GOOD}.*")):  # of a process that was killed
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    _remove(left)
 
     def require_room(self, trained: int, unwritten: int = 0) -> None:
         """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk.
@@ -191,6 +191,14 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _remove(left: Path) -> None:
+    """Delete a file or a folder, which another process of the same training may delete just now."""
+    if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
