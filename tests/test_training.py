@@ -945,6 +945,13 @@ def test_a_template_that_refuses_a_row_is_told_with_its_line(tmp_path: Path) -> 
         build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer, length=120)
 
 
+def test_whatever_a_template_raises_is_told_with_its_line(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(CorpusError, match=r"line 1: .* refuses a conversation of user"):
+        build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tokenizer, length=120)
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None

@@ -51,15 +51,29 @@ def _chats(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) ->
         if not turns:
             yield Formatted(document, (document,), False)
             continue
-        try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        # a template is a program of the model's author and raises what it likes
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise CorpusError(f"{document.id} does not fit this model's chat template: {reason}.") from error
+        text = templated(tokenizer, turns, document.id)
         if adds_bos(tokenizer):  # else what looks like one, <|im_start|> for instance, belongs to the template
             text = text.removeprefix(str(tokenizer.bos_token))
         yield Formatted(replace(document, text=text), (document,), True)
+
+
+def templated(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], where: str, *, asks: bool = False
+) -> str:
+    """A conversation in the tokenizer's chat template. asks: it ends where the answer would begin.
+
+    Raises CorpusError, which names the row by `where`, when the template refuses it.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+    # a template is a program of the model's author and raises what it likes
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise CorpusError(
+            f"{where}: the model's chat template refuses a conversation of {roles} ({reason}): change the row, or "
+            "leave it out."
+        ) from error
 
 
 def _few_shot(documents: Iterable[Document], shots: int) -> Iterator[Formatted]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from shallower import progress
 from shallower.corpus.build import pad_id
 from shallower.corpus.calibration import CalibrationSet, SourceRecord
-from shallower.corpus.formats import conversation
+from shallower.corpus.formats import conversation, templated
 from shallower.corpus.sources import json_records
 from shallower.errors import CorpusError
 
@@ -117,15 +116,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where
             f"{where} holds no question with its answer, but {', '.join(sorted(record)) or 'nothing'}: write rows such "
             f"as {EXAMPLE}, or messages that end with the assistant's."
         )
-    try:
-        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise CorpusError(
-            f"{where}: the model's chat template refuses a conversation of {roles} ({error}): change the row, or leave "
-            "it out."
-        ) from None
+    prompt, whole = templated(tokenizer, turns[:-1], where, asks=True), templated(tokenizer, turns, where)
     if not whole.startswith(prompt):
         raise CorpusError(
             f"{where}: the chat template writes an answered question in another way than a question that waits for its "
