@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import torch
 
+from shallower import registry as registry_module
 from shallower.errors import UnknownName, UserError
 from shallower.registry import REGISTRIES, Above, Method, Registry
 from shallower.registry import metric as metrics
@@ -126,6 +129,90 @@ def unparsable(before: float, *, steps: list[int] | None = None) -> float:
 def test_options_that_cannot_be_parsed_fail_at_registration(registry: Registry, function: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=r"option 'steps' of .* needs a default and int, float, bool, str or Literal"):
         registry("m")(function)
+
+
+def misspelt(before: float, aftr: float, *, power: float = 1.0) -> float:
+    return before
+
+
+def untrainable(student: object, task: object) -> None:
+    """What `@trainable` would have turned into a recovery."""
+
+
+@pytest.mark.parametrize(
+    ("methods", "function", "traits", "message"),
+    [
+        (
+            registry_module.metric,
+            misspelt,
+            {},
+            r"unknown parameter of metric 'mine' 'aftr'; did you mean 'after'\? Known: before, after, .*, rng\. "
+            r"Options are keyword-only\. See the docstring of shallower\.metrics\.",
+        ),
+        (registry_module.objective, misspelt, {}, "parameter of objective 'mine' 'before'"),
+        (registry_module.search, misspelt, {}, "parameter of search 'mine' 'before'"),
+        (registry_module.recovery, untrainable, {}, r"parameter of recovery 'mine' 'student'.* Known: repair\."),
+        (
+            registry_module.recovery,
+            untrainable,
+            {"trained": True},
+            r"parameter of recovery 'mine' 'task'.* Known: student, .*, seed\.",
+        ),
+    ],
+)
+def test_a_parameter_that_nothing_supplies_is_refused_at_registration(
+    methods: Registry, function: Callable[..., Any], traits: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnknownName, match=message):
+        methods("mine", **traits)(function)
+    assert "mine" not in [method.name for method in methods]
+
+
+def test_what_can_be_asked_for_is_what_is_supplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shallower.budget import Budget, Limit
+    from shallower.corpus import CalibrationSet
+    from shallower.engine import gradients, scoring, stream
+    from shallower.testing.families import tiny_model
+    from shallower.units import Unit
+    from shallower.verbs.recover import recover
+    from shallower.verbs.score import ADAPTIVE
+    from shallower.verbs.search import search as searching
+    from shallower.verbs.trail import run_search
+
+    rows = {"logits", "dense_logits", "targets"}
+    for methods, supplied in (
+        (registry_module.metric, stream.STREAM | gradients.WEIGHTS | ADAPTIVE),
+        (registry_module.objective, scoring.STREAM | scoring.REDUCED | scoring.CHOICES | rows),
+    ):
+        assert set(methods.supplied({}) or ()) == supplied
+        assert all(name in (importlib.import_module(methods._package).__doc__ or "") for name in supplied)
+
+    def greedy(units, budget, scores, spans, losses, start, rng):  # type: ignore[no-untyped-def]
+        yield frozenset(units)
+
+    def repaired(repair):  # type: ignore[no-untyped-def]
+        repair.notes.append("was here")
+
+    def trained(student, anatomy, removed, calibration, held_out, folder, seed):  # type: ignore[no-untyped-def]
+        return student
+
+    recovery, search = registry_module.recovery, registry_module.search
+    for methods in (recovery, search):
+        monkeypatch.setattr(methods, "_methods", {method.name: method for method in methods})
+    search("of-all")(greedy)
+    recovery("of-all")(repaired)
+    recovery("of-all-trained", trained=True)(trained)
+    assert [search.get("of-all").parameters, recovery.get("of-all-trained").parameters] == [
+        tuple(search.supplied({}) or ()),
+        tuple(recovery.supplied({"trained": True}) or ()),
+    ]
+    block = Unit(1, "block")
+    budget = Budget((Limit("units", 1.0, 6.0, {block: 1.0}),))
+    run_search([(search.get("of-all"), {})], [block], budget, lambda candidates, keep=None: [], None, 0)
+    model = tiny_model("llama")
+    text = CalibrationSet("x", torch.arange(3, 99).reshape(3, 32), None)
+    plan = searching(model, "block.1", calibration=text)
+    assert "of-all: was here" in recover(model, "of-all,of-all-trained", plan=plan, calibration=text).notes
 
 
 def test_a_name_is_taken_once(registry: Registry) -> None:

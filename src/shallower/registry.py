@@ -3,7 +3,8 @@ function; others may, too.
 
 A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
 package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options
-(`--set name=value`), of numbers also such that must be above something: `Annotated[int, Above(0)]`.
+(`--set name=value`), of numbers also such that must be above something: `Annotated[int, Above(0)]`. The others are
+asked of the framework by name, and one that it does not know is refused at registration.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from shallower.errors import UnknownName, UserError
@@ -119,25 +121,58 @@ def share_options(what: str, methods: Sequence[Method], given: Mapping[str, str]
 class Registry:
     """The methods of one kind. Built-in modules of `package` and third-party entry points load at the first look-up."""
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        supplied: str | None = None,
+        *,
+        of_traits: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """supplied: names of the parameters that a method may ask for, besides its options, with spaces between them;
+        None where it is called by position. of_traits: the same for methods with a trait.
+        """
         self.kind = kind
         self._package = package
+        self._supplied = supplied
+        self._of_traits = of_traits
         self._methods: dict[str, Method] = {}
         self._loaded = False
 
     def __call__(self, name: str, *, source: str = "", **traits: Any) -> Callable[[F], F]:
         """Decorator that registers a function under `name`.
 
-        Raises TypeError when the name is taken or a keyword-only parameter has no parsable annotation or no default.
+        Raises TypeError when the name is taken or a keyword-only parameter has no parsable annotation or no default,
+        and UnknownName for a parameter that is none of those that can be asked for.
         """
 
         def register(function: F) -> F:
             if name in self._methods and self._methods[name].function.__module__ != function.__module__:
                 raise TypeError(f"{self.kind} {name!r} is registered twice")
-            self._methods[name] = Method(self.kind, name, function, source, _options(function), traits)
+            method = Method(self.kind, name, function, source, _options(function), traits)
+            self._require_supplied(method)
+            self._methods[name] = method
             return function
 
         return register
+
+    def supplied(self, traits: Mapping[str, Any]) -> list[str] | None:
+        """What a method with these traits may ask for; None where it is called by position."""
+        names = next((names for trait, names in self._of_traits.items() if traits.get(trait)), self._supplied)
+        return None if names is None else names.split()
+
+    def _require_supplied(self, method: Method) -> None:
+        known = self.supplied(method.traits)
+        if known is None:
+            return
+        for name in method.parameters:
+            if name not in known:
+                raise UnknownName(
+                    f"parameter of {self.kind} {method.name!r}",
+                    name,
+                    known,
+                    f"Options are keyword-only. See the docstring of {self._package}.",
+                )
 
     def get(self, name: str) -> Method:
         """Look a method up. Raises UnknownName, with the nearest name, when there is none."""
@@ -188,9 +223,29 @@ def _options(function: Callable[..., Any]) -> dict[str, Option]:
     return options
 
 
-metric = Registry("metric", "shallower.metrics")
-objective = Registry("objective", "shallower.objectives")
-search = Registry("search", "shallower.searches")
-recovery = Registry("recovery", "shallower.recovery")
+# What the framework supplies is said in the docstrings of these packages, and worked out by those who call the methods.
+metric = Registry(
+    "metric",
+    "shallower.metrics",
+    """
+    before after dot before_l2 after_l2 change_l2 before_l1 after_l1 change_l1 before_before before_after after_after
+    weights gradients fisher gate units losses differences rng
+    """,
+)
+objective = Registry(
+    "objective",
+    "shallower.objectives",
+    """
+    logits targets dense_logits hidden dense_hidden target_logits log_normalizer dense_mean_logit dense_entropy
+    log_likelihoods tokens bytes gold
+    """,
+)
+search = Registry("search", "shallower.searches", "units budget scores spans losses start rng")
+recovery = Registry(
+    "recovery",
+    "shallower.recovery",
+    "repair",
+    of_traits={"trained": "student anatomy removed calibration held_out folder seed"},
+)
 quality = Registry("quality", "shallower.corpus.quality")
 REGISTRIES = (metric, objective, search, recovery, quality)

@@ -1,7 +1,8 @@
 """What the whole model outputs with units removed, as one number a token; lower is better. One objective a file.
 
 The framework supplies what the signature asks for: `logits`, `targets`, `dense_logits`, `hidden`, `dense_hidden`; or
-`target_logits` and `log_normalizer`, for which it need not hold logits over the whole vocabulary.
+`target_logits`, `log_normalizer`, `dense_mean_logit` and `dense_entropy`, for which it need not hold logits over the
+whole vocabulary.
 
 Or one number a question, for an objective that asks for `log_likelihoods`, `tokens`, `bytes` or `gold` of choices: it
 is calibrated on a file of questions instead of text (`task.py`).

@@ -4,11 +4,14 @@ where the family has no bias for them.
 
 It asks by name for what it needs. In closed form: `repair` (a `Repair`): the cut model with its dense teacher, the
 units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing.
-Trained (trait `trained`): `student` (a PreTrainedModel already cut, in memory), `anatomy` (of the dense model),
-`removed` (frozenset of units), `calibration` (a CalibrationSet), `held_out` (a function from a model to its perplexity
-on text that nothing is fitted on, or None), `folder` (where it may keep what it resumes from, or None) and `seed`. It
-changes the student in place and returns it. Where it needs all weights in every process, the trait `whole` holds the
-options with which it does, {} for any.
+
+Trained (trait `trained`): one that is written as `method(student, task, *, options)` and decorated with
+`@trainable(Recipe())` (`shallower.training.recipe`) below `@recovery(…, trained=True)` is given a `Task` and takes the
+options of the recipe, too: see `full.py`. Without that it asks for what a `Task` is made of: `student` (a
+PreTrainedModel already cut, in memory), `anatomy` (of the dense model), `removed` (frozenset of units), `calibration`
+(a CalibrationSet), `held_out` (a function from a model to its perplexity on text that nothing is fitted on, or None),
+`folder` (where it may keep what it resumes from, or None) and `seed`. It changes the student in place and returns it.
+Where it needs all weights in every process, the trait `whole` holds the options with which it does, {} for any.
 
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.
