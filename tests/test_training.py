@@ -6,18 +6,20 @@ import copy
 import errno
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -36,13 +38,14 @@ from shallower.testing.families import tiny_config, tiny_model, tiny_tokenizer
 from shallower.training import loop, state, teacher
 from shallower.training.adapters import adapt, merge, projections, quantise
 from shallower.training.answers import answer_perplexity, split
-from shallower.training.feed import Feed
+from shallower.training.divergence import Losses
+from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide, head_losses
 from shallower.training.heal import own_parameters
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.objective import shared_blocks
 from shallower.training.patch import UnitObjective, attach, cuts
-from shallower.training.recipe import Recipe
+from shallower.training.recipe import Recipe, Task
 from shallower.units import parse_units
 
 SMALL = {"batch": 96, "at_once": 48, "compute": "float32", "lr": 1e-3, "evaluations": 0}
@@ -269,6 +272,75 @@ def test_a_resumed_training_computes_as_it_began(tmp_path: Path, monkeypatch: py
         assert json.loads((tmp_path / "training.json").read_text())["settings"]["options"]["compute"] == "bfloat16"
 
 
+class _Rare(nn.Module):
+    """Has a weight that not every step uses, as that of an expert which no token meets."""
+
+    def __init__(self, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.student = student
+        self.rare, self.often = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+
+    def forward(self, portion: Portion, guide: Guide | None) -> tuple[torch.Tensor, ...]:
+        used = [self.often, self.rare] if portion.rows[0] % 3 == 0 else [self.often]
+        total = torch.stack([(each - 0.5).square().sum() for each in used]).sum() * portion.scored.sum()
+        return total, total.detach(), total.detach() * 0
+
+
+def test_weights_that_some_steps_do_not_use_resume_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    anatomy, removed = dissect(model), frozenset(parse_units("block.2"))
+    recipe = Recipe(batch=24, at_once=24, compute="float32", lr=1e-2, evaluations=0, save_minutes=0.0)
+
+    def learned(folder: Path | None) -> list[torch.Tensor]:
+        student = cut(anatomy, removed)
+        own_parameters(student)
+        objective = _Rare(student)
+        task = Task(anatomy, removed, sample_text(model, sequences=40), None, folder, 0, recipe)
+        loop.train(objective, student, task, None)
+        return [objective.rare, objective.often]
+
+    expected = learned(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_write", _interrupted(state._write, 1 + 2 * 20))
+        with pytest.raises(KeyboardInterrupt):
+            learned(tmp_path)
+    for one, other in zip(learned(tmp_path), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_biases_of_experts_do_not_decay_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[Any] = []
+
+    class Seen(torch.optim.AdamW):
+        def __init__(self, given: Any, **settings: Any) -> None:
+            groups.extend(given)
+            super().__init__(given, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Seen)
+    healed = run("full", tiny_model("gpt_oss"), epochs=0.1)
+    decaying = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    biases = [parameter for name, parameter in healed.named_parameters() if name.endswith("bias")]
+    assert any(parameter.ndim == 2 for parameter in biases)
+    assert not any(id(parameter) in decaying for parameter in biases)
+    assert any(id(parameter) in decaying for parameter in healed.parameters())
+
+
+def test_what_the_launch_says_of_mixed_precision_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    rounded: list[bool] = []
+
+    def held_out(model: PreTrainedModel) -> float:
+        rounded.append(torch.is_autocast_enabled("cpu"))
+        return largest(model)
+
+    run("full", tiny_model("llama"), held_out=held_out)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert rounded == [False, False]
+
+
 def test_parameters_without_gradients_have_no_moments(tmp_path: Path) -> None:
     run("full", tiny_model("bloom"), remove="attn.2,mlp.4", folder=tmp_path, save_minutes=0.0)
 
@@ -432,6 +504,44 @@ def test_a_training_that_diverges_goes_back_to_what_was_good(
     assert json.loads((tmp_path / "training.json").read_text())["stopped"].startswith("it diverged")
     for one, other in zip(healed.parameters(), start, strict=True):
         assert torch.equal(one, other)
+
+
+def _stops(losses: Iterable[float]) -> int | None:
+    """The step at which a training with these losses is given up."""
+    seen = Losses()
+    for number, loss in enumerate(losses, 1):
+        seen = seen.after(loss)
+        if seen.spoiled:
+            return number
+    return None
+
+
+def _mixed(generator: random.Random, sequences: int, steps: int) -> list[float]:
+    """Losses of steps on text of two kinds, half at 1.0 nats and half at 2.8."""
+    draws = [[generator.gauss(generator.choice((1.0, 2.8)), 0.35) for _ in range(sequences)] for _ in range(steps)]
+    return [sum(each) / sequences for each in draws]
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 4])
+def test_text_of_two_kinds_is_no_divergence(sequences: int) -> None:
+    runs = [_stops(_mixed(random.Random(seed), sequences, 2048 // sequences)) for seed in range(60)]
+    assert runs == [None] * 60
+
+
+def test_short_answers_are_no_divergence() -> None:
+    runs = [_stops(random.Random(seed).expovariate(1 / 1.9) for _ in range(1000)) for seed in range(20)]
+    assert runs == [None] * 20
+
+
+@pytest.mark.parametrize("begun", [3, 15, 60, 500])
+@pytest.mark.parametrize(("level", "deviation"), [(8.0, 0.3), (25.0, 10.0)])
+def test_divergence_is_seen_within_some_steps(begun: int, level: float, deviation: float) -> None:
+    for seed in range(20):
+        generator = random.Random(seed)
+        losses = _mixed(generator, 2, begun) + [abs(generator.gauss(level, deviation)) for _ in range(60)]
+        found = _stops(losses)
+        assert found is not None
+        assert begun < found <= begun + 50, seed
 
 
 def test_without_held_out_text_spoiled_weights_are_not_kept(notes: list[str]) -> None:
@@ -829,6 +939,17 @@ def test_a_text_too_short_for_a_step_is_refused() -> None:
         run("full", model, sample_text(model, sequences=3))
 
 
+def test_sequences_of_one_token_are_left_out() -> None:
+    ids, mask = torch.randint(3, 128, (8, 24)), torch.ones(8, 24, dtype=torch.int64)
+    mask[3, 1:] = 0
+    text = CalibrationSet("one", ids, mask)
+    feed = Feed(text, 24, 24, seed=0)
+    assert sorted(row for step in range(feed.steps) for row in feed.step(step)) == [0, 1, 2, 4, 5, 6, 7]
+    run("full", tiny_model("llama"), text, batch=24)
+    with pytest.raises(CorpusError, match="no sequence of the text has two tokens"):
+        Feed(text.subset([3]), 24, 24, seed=0)
+
+
 def test_every_epoch_reads_every_sequence_once_in_another_order() -> None:
     feed = Feed(sample_text(tiny_model("llama"), sequences=12), 96, 24, seed=5)
     epochs = [[row for step in range(3) for row in feed.step(epoch * 3 + step)] for epoch in range(2)]
@@ -861,17 +982,6 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert wholes[1] == "<s>[user] Add the numbers.\n\n2 and 3</s>\n[assistant] 5</s>\n"
     portion = Feed(text, 1, 1000, 0).portion((1,))
     assert portion.input_ids.shape[1] == int(text.attention_mask[1].sum())  # no padding that is not needed
-def test_sequences_of_one_token_are_left_out() -> None:
-    ids, mask = torch.randint(3, 128, (8, 24)), torch.ones(8, 24, dtype=torch.int64)
-    mask[3, 1:] = 0
-    text = CalibrationSet("one", ids, mask)
-    feed = Feed(text, 24, 24, seed=0)
-    assert sorted(row for step in range(feed.steps) for row in feed.step(step)) == [0, 1, 2, 4, 5, 6, 7]
-    run("full", tiny_model("llama"), text, batch=24)
-    with pytest.raises(CorpusError, match="no sequence of the text has two tokens"):
-        Feed(text.subset([3]), 24, 24, seed=0)
-
-
     assert torch.equal(portion.scored[0], text.scored[1, : portion.scored.shape[1]])
     text.save(tmp_path / "saved")
     assert torch.equal(InstructionSet.load(tmp_path / "saved").scored, text.scored)
@@ -997,6 +1107,12 @@ def test_the_teachers_cache_and_the_state_have_to_fit_the_disk_together(
         run("full", tiny_model("llama"), folder=tmp_path)
 
 
+def test_what_another_process_deleted_first_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = [tmp_path / ".state-00000001.7", tmp_path / ".good.safetensors.7"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(gone))
+    state.Store(tmp_path, {})
+
+
 def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, calls = state.save_file, []
 
@@ -1004,12 +1120,6 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
         calls.append(path)
         if len(calls) == 7:
             path.write_bytes(b"half")
-def test_what_another_process_deleted_first_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = [tmp_path / ".state-00000001.7", tmp_path / ".good.safetensors.7"]
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(gone))
-    state.Store(tmp_path, {})
-
-
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path)
 
