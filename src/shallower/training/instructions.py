@@ -116,7 +116,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where
             f"{where} holds no question with its answer, but {', '.join(sorted(record)) or 'nothing'}: write rows such "
             f"as {EXAMPLE}, or messages that end with the assistant's."
         )
-    prompt, whole = templated(tokenizer, turns[:-1], where, asks=True), templated(tokenizer, turns, where)
+    whole, prompt = templated(tokenizer, turns, where), templated(tokenizer, turns[:-1], where, asks=True)
     if not whole.startswith(prompt):
         raise CorpusError(
             f"{where}: the chat template writes an answered question in another way than a question that waits for its "

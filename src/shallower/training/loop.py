@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -32,16 +32,14 @@ from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.errors import UserError
 from shallower.launched import world_size
+from shallower.training.divergence import Losses
 from shallower.training.feed import SEEDS, Feed, Portion
 from shallower.training.head_loss import Guide
 from shallower.training.recipe import HeldOut, Recipe, Task
 from shallower.training.state import State, Store, begun_options
 
 BETAS = (0.9, 0.95)
-MOMENTS = ("exp_avg", "exp_avg_sq")
-SMOOTH = 0.8  # weight of the past in the running mean of the loss
-UNSETTLED = 5  # steps before that mean means something
-WORSE = 1.5  # a running mean so many times its least, and 1 nat above it, has diverged
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what the optimizer keeps of a parameter
 PARTS = 1000  # of the progress bar
 _PERHAPS_UNUSED = re.compile(r"\.experts\.\d|(expert|correction)_bias$")
 
@@ -110,7 +108,10 @@ class _Loop:
         # alone, or on processors, the model stays where it is: accelerate's device is another one, or a copy's (cpu:1)
         moves = launched and not on_cpu
         unused = DistributedDataParallelKwargs(find_unused_parameters=_may_lack_gradients(student, task))
-        self.accelerator = Accelerator(cpu=launched and on_cpu, device_placement=moves, kwargs_handlers=[unused])
+        # what `accelerate launch` was told of mixed precision would come over the recipe's number format
+        self.accelerator = Accelerator(
+            cpu=launched and on_cpu, device_placement=moves, mixed_precision="no", kwargs_handlers=[unused]
+        )
         self.device = self.accelerator.device if moves else student.device
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)
@@ -121,12 +122,17 @@ class _Loop:
         if not names:
             raise UserError("nothing of the model takes gradients, so there is nothing to train.")
         trained = [whole.get_parameter(name) for name in names]
+        # norms and biases do not; those of experts have two dimensions
+        decaying = [p.ndim > 1 and not name.endswith("bias") for name, p in zip(names, trained, strict=True)]
         unwritten = 0 if teacher is None else teacher.unwritten
         self.store.require_room(sum(parameter.numel() for parameter in trained), unwritten)
         optimizer = torch.optim.AdamW(
             [
-                {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+                {
+                    "params": [p for p, decays in zip(trained, decaying, strict=True) if decays == wanted],
+                    "weight_decay": decay,
+                }
+                for wanted, decay in ((True, self.recipe.weight_decay), (False, 0.0))
             ],
             betas=BETAS,
             fused=True,
@@ -225,13 +231,11 @@ class _Loop:
         state, step = self.state, self.state.step + 1
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"it diverged: at step {step} the loss was {loss:.4g} and its gradient's norm {norm:.4g}"
-        state.first = loss if state.first is None else state.first
-        smoothed = loss if state.smoothed is None else SMOOTH * state.smoothed + (1 - SMOOTH) * loss
-        if state.lowest is not None and _spoiled(smoothed, state.lowest):
-            return f"it diverged: at step {step} the mean loss was {smoothed:.4g}, and {state.lowest:.4g} before"
-        state.smoothed = smoothed
-        if step >= UNSETTLED:
-            state.lowest = smoothed if state.lowest is None else min(state.lowest, smoothed)
+        before = Losses(**state.losses)
+        losses = before.after(loss)
+        if losses.spoiled:
+            return f"it diverged: at step {step} the mean loss was {losses.mean:.4g}, and {before.reference:.4g} before"
+        state.losses = asdict(losses)
         return ""
 
     def _after_step(self) -> str:
@@ -272,8 +276,7 @@ class _Loop:
         state = self.state
         if held_out is not None:
             return state.best is None or math.isnan(state.best) or held_out < state.best
-        seen = [loss for loss in (state.first, state.lowest) if loss is not None]
-        return state.smoothed is None or not _spoiled(state.smoothed, min(seen))
+        return not Losses(**state.losses).in_doubt
 
     def _held_out(self, measure: HeldOut) -> float:
         device, compute = self.device.type, number_format(self.recipe, self.student)
@@ -301,7 +304,7 @@ class _Loop:
                 parameter.copy_(_spread(weights[name], parameter))
 
     def _moments(self) -> dict[str, Tensor]:
-        """The optimizer's two running means of each parameter that ever had a gradient."""
+        """The optimizer's two running means of each parameter that ever had a gradient, and how many it had."""
         return {
             f"{name}.{moment}": _whole(self.optimizer.state[parameter][moment])
             for name, parameter in self.trained.items()
@@ -314,8 +317,8 @@ class _Loop:
             found = {key: moments[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in moments}
             if found:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.state.step), device=parameter.device),
-                    **{key: _spread(moment, parameter) for key, moment in found.items()},
+                    key: moment.to(parameter.device) if key == "step" else _spread(moment, parameter)
+                    for key, moment in found.items()
                 }
 
     def _end(self, stopped: str) -> Outcome:
@@ -377,10 +380,6 @@ def number_format(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
         return DTYPES[recipe.compute]
     chosen = choose_dtype(model.device)
     return torch.float32 if chosen == torch.float16 else chosen
-
-
-def _spoiled(loss: float, least: float) -> bool:
-    return not loss <= max(WORSE * least, least + 1)
 
 
 def _may_lack_gradients(student: PreTrainedModel, task: Task) -> bool:

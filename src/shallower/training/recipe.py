@@ -18,6 +18,7 @@ from shallower.errors import UserError
 from shallower.resources import parse_memory
 from shallower.units import Unit
 
+TRAINED_AS = 2  # to be raised when a training comes out otherwise than before, or its state holds something else
 HeldOut = Callable[[PreTrainedModel], float]
 """Perplexity of a model on text that it is not trained on."""
 
@@ -115,6 +116,7 @@ class Task:
     def settings(self) -> dict[str, Any]:
         """All that decides the result, but for the student's weights, as JSON holds it."""
         return {
+            "trained_as": TRAINED_AS,
             "method": self.method,
             "options": {**self.options, **asdict(self.recipe)},
             "text": self.text.digest,

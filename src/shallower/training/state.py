@@ -37,7 +37,7 @@ class State:
 
     step: steps done. tokens: read in them. seconds: spent, kills left out. curve: a row for each measurement. best: the
     lowest held-out perplexity, worse: measurements since. kept: the step whose weights are kept. measured: which
-    measurement is next. first: the first step's loss. smoothed: running mean of the loss, lowest: its least value.
+    measurement is next. losses: what `divergence.Losses` remembers of the steps.
     """
 
     settings: dict[str, Any]
@@ -49,9 +49,7 @@ class State:
     best: float | None = None
     kept: int = 0
     worse: int = 0
-    first: float | None = None
-    smoothed: float | None = None
-    lowest: float | None = None
+    losses: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -39,7 +39,7 @@ from shallower.surgery.patch import patches
 from shallower.training.answers import answer_perplexity, split
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
-from shallower.training.recipe import HeldOut, check_recipe
+from shallower.training.recipe import TRAINED_AS, HeldOut, check_recipe
 from shallower.training.state import ENDED
 from shallower.units import Unit
 from shallower.verbs.evaluate import fitting, held_out, text_perplexity
@@ -280,7 +280,7 @@ def run_recoveries(
     """
     stages = [RecoveryStage("repaired" if repaired else "cut", measure(student))]
     notes: list[str] = [] if training is None else [*training.notes]
-    begun: list[object] = [sorted(map(str, removed)), text.digest, seed]
+    begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
     if any(method.traits.get("trained") for method, _ in steps):
         begun += [part for one in (student, dense) for part in (checksum(one.model), beside_weights(one.model))]
     try:
