@@ -51,9 +51,10 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def asked(files: Path, **given: Any) -> dict[str, Any]:
-    few = {"sequences": 16, "length": 32, "train_sequences": 64, "window": 64, "max_windows": 3, "dtype": "float32"}
-    return {"calibration": str(files / "text.jsonl"), "settings": SMALL, **few, **given}
+def asked(files: Path, *, trains: bool = True, **given: Any) -> dict[str, Any]:
+    few = {"sequences": 16, "length": 32, "window": 64, "max_windows": 3, "dtype": "float32"}
+    few |= {"train_sequences": 64, "settings": SMALL} if trains else {}
+    return {"calibration": str(files / "text.jsonl"), **few, **given}
 
 
 def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Path) -> None:
@@ -287,7 +288,8 @@ def test_what_prune_repairs_is_in_the_folder(
     verb = sys.modules["shallower.verbs.prune"]
     monkeypatch.setattr(verb, "prune", lambda *args, **how: kept.append(prune(*args, **how)) or kept[0])
     given = ["prune", files / "dense", "--remove", "block.2-3", "--recover", methods, "--out", files / "out", "--quiet"]
-    given += ["--calibration", files / "text.jsonl", "--sequences", 16, "--length", 32, "--train-sequences", 4]
+    given += ["--calibration", files / "text.jsonl", "--sequences", 16, "--length", 32]
+    given += ["--train-sequences", 4] if "lora" in methods else []
     given += ["--window", 64, "--windows", 2, "--no-speed", "--dtype", "float32"]
     for setting in settings:
         given += ["--set", setting]
@@ -335,7 +337,7 @@ def test_evaluating_what_was_healed_tells_of_overlap_with_all_that_its_repairs_r
     (files / "first.jsonl").write_text("\n".join(rows))
     (files / "fresh.txt").write_text("Nobody has seen one of these dogs before. " * 40)
     settings = {**SMALL, "epochs": "0.1"}
-    earlier = asked(files, calibration=str(files / "first.jsonl"), settings={})
+    earlier = asked(files, trains=False, calibration=str(files / "first.jsonl"))
     recover(files / "pruned", "refit", teacher=files / "dense", out=files / "once", **earlier)
     recover(files / "once", "refit,full", teacher=files / "dense", out=files / "out", **asked(files, settings=settings))
 
@@ -385,7 +387,7 @@ def test_where_the_weights_were_chosen_by_what_is_shown_a_note_says_so(files: Pa
     assert not told(recover(files / "pruned", "full,lora", teacher=files / "dense", **elsewhere).notes)
     named = {**given, "texts": [*elsewhere["texts"], f"{files / 'text.jsonl'}?part=held-out"]}
     assert told(recover(files / "pruned", "full,lora", teacher=files / "dense", **named).notes) == told(found.notes)
-    assert not told(recover(files / "pruned", "refit", teacher=files / "dense", **asked(files, settings={})).notes)
+    assert not told(recover(files / "pruned", "refit", teacher=files / "dense", **asked(files, trains=False)).notes)
 
 
 def test_sublayers_that_are_missing_alone_are_repaired_and_trained_too(files: Path) -> None:
@@ -501,12 +503,11 @@ def test_a_bias_alone_is_trained_and_saved(files: Path) -> None:
 
 
 def test_a_checkpoint_with_maps_is_trained_further_but_not_repaired_again(files: Path) -> None:
-    given = {**asked(files), "settings": {}}
-    few = {key: value for key, value in given.items() if key != "train_sequences"}
+    few = asked(files, trains=False)
     prune(files / "dense", "attn.2", recover="low-rank", out=files / "mapped", speed=False, **few)
     for again in ("refit", "low-rank", "low-rank-trained", "full,refit"):
         with pytest.raises(PlanError, match=r"has maps .* trained further .* not repaired again by (refit|low-rank)"):
-            recover(files / "mapped", again, teacher=files / "dense", **given)
+            recover(files / "mapped", again, teacher=files / "dense", **few)
     found = recover(files / "mapped", "full", teacher=files / "dense", out=files / "out", **asked(files))
     loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
     ids = torch.arange(3, 27)[None]
@@ -517,14 +518,23 @@ def test_a_checkpoint_with_maps_is_trained_further_but_not_repaired_again(files:
     ("change", "error", "message"),
     [
         ({"methods": "refit", "instructions": "text.jsonl"}, UserError, "--instructions is for recoveries that train"),
+        (
+            {"methods": "refit", "train_sequences": 4096},
+            UserError,
+            "--train-sequences is for recoveries that train, such as full or lora: name one, or drop it",
+        ),
+        (
+            {"methods": "refit", "train_sequences": 9, "instructions": "text.jsonl"},
+            UserError,
+            "--train-sequences and --instructions are for recoveries that train, .*: name one, or drop them",
+        ),
         ({"methods": "refit,full", "train_sequences": 10**6}, UserError, "set with --train-sequences"),
         ({"methods": "full", "dtype": "bfloat16"}, UserError, "compute=float32 needs the model in float32"),
         ({"methods": "full", "settings": {**SMALL, "lr": "-1"}}, UserError, "lr=-1.0 is not above 0"),
     ],
 )
 def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
-    settings = {} if change["methods"] == "refit" else SMALL
-    given = {"settings": settings, **change}
+    given = {"trains": change["methods"] != "refit", **change}
     for name in ("instructions", "out"):
         if name in given:
             given[name] = files / given[name]
@@ -535,6 +545,8 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
         search(files / "dense", 1, repair="full", dtype="float32")
     with pytest.raises(UserError, match="a padded checkpoint has no place"):
         prune(files / "dense", "attn.2", recover="refit", form="padded")
+    with pytest.raises(UserError, match="--train-sequences is for recoveries that train"):
+        prune(files / "dense", "attn.2", train_sequences=9)
     with pytest.raises(UserError, match="the settings ridge would change nothing"):
         prune(files / "dense", plan=files / "plan.json", settings={"ridge": "0.1"})
 

@@ -28,8 +28,8 @@ ScoredBy = Annotated[
     Option(
         "--metric",
         metavar="NAMES",
-        help=f"What to measure: {_shipped('metrics')}, several (cosine,taylor) or all: every metric but those that run "
-        "many models without units, of which it has only loss; ask for others, such as shapley, by name.",
+        help=f"What to measure: {_shipped('metrics')}, several (cosine,taylor) or all: every metric computed on the "
+        "dense model, plus loss; name shapley to get it.",
     ),
 ]
 Model = Annotated[
@@ -85,17 +85,24 @@ Protect = Annotated[
     str,
     Option("--protect", metavar="BLOCKS", help="Blocks that stay: first:4,last:2 or block.7. Default: none."),
 ]
+_TEXT = (
+    "a .txt, .jsonl or .parquet file, a folder, hf:owner/name, python:docs, a domain such as wiki, a mixture "
+    "(a.jsonl*0.7+b.jsonl*0.3), a .yaml specification, a set of 'shallower corpus build', or self (the model's own)"
+)
 Calibration = Annotated[
     str | None,
     Option(
         "--calibration",
         metavar="TEXT",
-        help="Text to measure on: a .txt, .jsonl or .parquet file, a folder, hf:owner/name, python:docs, a domain such "
-        "as wiki, a mixture (a.jsonl*0.7+b.jsonl*0.3), a .yaml specification, a set of 'shallower corpus build', or "
-        "self (the model's own); for the objective task, a .jsonl file of questions. Default: python.",
+        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python.",
     ),
 ]
+RepairText = Annotated[
+    str | None,
+    Option("--calibration", metavar="TEXT", help=f"Text to repair and to train on: {_TEXT}. Default: python."),
+]
 Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
+TextSequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Sequences of text.")]
 Length = Annotated[int, Option("--length", metavar="N", min=2, help="Tokens in each sequence.")]
 Quality = Annotated[
     str, Option("--quality", metavar="NAME", help=f"What scores quality: {_shipped('corpus/quality')}.")
@@ -133,13 +140,13 @@ Recover = Annotated[
     ),
 ]
 TrainSequences = Annotated[
-    int,
+    int | None,
     Option(
         "--train-sequences",
         metavar="N",
         min=1,
         help="Sequences of the calibration text, or conversations, for recoveries that train (full, lora, qlora, "
-        "low-rank-trained).",
+        "low-rank-trained). Default: 4096.",
     ),
 ]
 Instructions = Annotated[

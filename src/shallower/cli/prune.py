@@ -49,15 +49,15 @@ def prune(
             "--length",
             metavar="N",
             min=2,
-            help="Tokens in each sequence. Where there is a repair, its sequences (and conversations that it trains "
-            "on) have up to 256 or, if that is more, this many.",
+            help="Tokens in each sequence. A repair uses sequences of at least 256 tokens, or of the model's context "
+            "if that is shorter.",
         ),
     ] = 128,
     settings: options.Settings = None,
     exact: options.Exact = False,
     repair: options.RepairBy = "",
     recover: options.Recover = "",
-    train_sequences: options.TrainSequences = 4096,
+    train_sequences: options.TrainSequences = None,
     instructions: options.Instructions = None,
     distill: options.Distill = None,
     text: options.Texts = None,

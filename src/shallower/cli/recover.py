@@ -44,10 +44,15 @@ def recover(
         Path | None,
         Option("--out", metavar="FOLDER", help="Write the repaired checkpoint here. Default: only show what it gives."),
     ] = None,
-    calibration: options.Calibration = None,
-    sequences: options.Sequences = 128,
+    calibration: options.RepairText = None,
+    sequences: Annotated[
+        int,
+        Option(
+            "--sequences", metavar="N", min=1, help="Sequences of the calibration text, for recoveries in closed form."
+        ),
+    ] = 128,
     length: options.Length = 256,
-    train_sequences: options.TrainSequences = 4096,
+    train_sequences: options.TrainSequences = None,
     instructions: options.Instructions = None,
     distill: options.Distill = None,
     settings: options.Settings = None,

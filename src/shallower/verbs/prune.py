@@ -43,7 +43,6 @@ from shallower.verbs.contamination import shared_runs
 from shallower.verbs.evaluate import TaskScores, held_out, read_questions, read_texts, task_scores, text_perplexity
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
-    TRAIN_SEQUENCES,
     Resume,
     Stages,
     named_recoveries,
@@ -54,6 +53,7 @@ from shallower.verbs.recoveries import (
     repair_size,
     require_launch,
     require_place,
+    require_training,
     run_recoveries,
     texts_read,
     training_text,
@@ -101,7 +101,7 @@ def prune(
     exact: bool = False,
     repair: str = "",
     recover: str = "",
-    train_sequences: int = TRAIN_SEQUENCES,
+    train_sequences: int | None = None,
     instructions: str | Path | None = None,
     texts: str | Path | Sequence[str | Path] = (),
     tasks: str | Sequence[str] = (),
@@ -125,9 +125,9 @@ def prune(
     remove, search, objective, metric, units, ordinary, protect, settings, exact, repair, memory, workers: as for
     `search`. plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit,full`);
     `settings` are theirs, too, and where `repair` has the same option, for both. Those in closed form read `sequences`
-    sequences of the calibration text, but at least 128; those that train `train_sequences` of them, or `instructions`:
-    see `recover`. Their sequences have `length` tokens, but at least 256 where the model can read so many. A ready-made
-    set is read whole.
+    sequences of the calibration text, but at least 128; those that train `train_sequences` of them (default: 4,096), or
+    `instructions`: see `recover`. Their sequences have `length` tokens, but at least 256 where the model can read so
+    many. A ready-made set is read whole.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
     and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.
@@ -153,6 +153,7 @@ def prune(
             "'accelerate launch -m shallower recover'."
         )
     require_launch(steps)
+    require_training(steps, train_sequences, instructions)
     if steps and form == "padded":
         raise UserError(
             "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."

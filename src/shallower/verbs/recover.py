@@ -32,7 +32,6 @@ from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
-    TRAIN_SEQUENCES,
     Resume,
     Stages,
     parse_recoveries,
@@ -41,6 +40,7 @@ from shallower.verbs.recoveries import (
     recovery_made_by,
     require_launch,
     require_place,
+    require_training,
     run_recoveries,
     texts_read,
     training_text,
@@ -88,7 +88,7 @@ def recover(
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = SEQUENCES,
     length: int = LENGTH,
-    train_sequences: int = TRAIN_SEQUENCES,
+    train_sequences: int | None = None,
     instructions: str | Path | None = None,
     settings: Mapping[str, str] | None = None,
     texts: str | Path | Sequence[str | Path] = (),
@@ -107,16 +107,17 @@ def recover(
     cut by `plan` first. methods: names of recoveries, one or several in order (`refit,full`). settings: their options
     as text. texts: held-out text; without any, the documents that calibration left out. out: folder to write; without
     it nothing is written.
-    train_sequences: what recoveries that train read of the calibration text, as the others read `sequences`; a
-    ready-made set is read whole by all. instructions: .jsonl file of conversations to train on instead. They keep the
-    weights that do best on the documents that calibration left out, or on the answers of every 20th conversation, never
-    by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of processes that
-    `accelerate launch` started together, all train, and the first one writes.
+    train_sequences: what recoveries that train read of the calibration text (default: 4,096), as the others read
+    `sequences`; a ready-made set is read whole by all. instructions: .jsonl file of conversations to train on instead.
+    They keep the weights that do best on the documents that calibration left out, or on the answers of every 20th
+    conversation, never by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of
+    processes that `accelerate launch` started together, all train, and the first one writes.
 
     Raises UserError (PlanError, ModelError, CorpusError, OutputError, …) before anything is written.
     """
     steps = parse_recoveries(methods, settings or {})
     require_launch(steps)
+    require_training(steps, train_sequences, instructions)
     memory = parse_memory(memory)
     if out is not None:
         require_place_for(out, model, teacher, force=force)

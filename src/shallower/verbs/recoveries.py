@@ -151,6 +151,17 @@ def require_launch(steps: Stages) -> None:
             )
 
 
+def require_training(steps: Stages, sequences: int | None, instructions: str | Path | None) -> None:
+    """Raise UserError where it is said what to train on, and none of the recoveries trains."""
+    given = {"--train-sequences": sequences, "--instructions": instructions}
+    idle = [flag for flag, value in given.items() if value is not None]
+    if idle and not any(method.traits.get("trained") for method, _ in steps):
+        are, them = ("is", "it") if len(idle) == 1 else ("are", "them")
+        raise UserError(
+            f"{' and '.join(idle)} {are} for recoveries that train, such as full or lora: name one, or drop {them}."
+        )
+
+
 def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
     """Raise ModelError where maps that these recoveries put at cuts could not be saved: before they are fitted."""
     maps = [method for method, _ in steps if method.traits.get("maps")]
@@ -194,7 +205,7 @@ def training_text(
     steps: Stages,
     calibration: str | Path | CalibrationSet | None,
     *,
-    sequences: int,
+    sequences: int | None,
     length: int,
     instructions: str | Path | None,
     contents: Mapping[str, str],
@@ -204,15 +215,14 @@ def training_text(
 ) -> Training | None:
     """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
 
-    contents: held-out texts on which the stages will be shown.
+    sequences: None for as many as is usual. contents: held-out texts on which the stages will be shown.
 
-    Raises UserError for instructions that nothing would read, CorpusError when there is too little text.
+    Raises UserError for instructions that cannot be read, CorpusError when there is too little text.
     """
     trained = [method.name for method, _ in steps if method.traits.get("trained")]
     if not trained:
-        if instructions is not None:
-            raise UserError("--instructions is for recoveries that train, such as full or lora: name one, or drop it.")
         return None
+    sequences = TRAIN_SEQUENCES if sequences is None else sequences
     text: CalibrationSet
     notes: tuple[str, ...] = ()
     if instructions is not None:
