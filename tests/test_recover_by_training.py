@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,27 @@ def test_of_two_trainings_the_first_is_not_done_again(files: Path, monkeypatch: 
     assert taken == list(range(4, 16))
 
 
+@pytest.mark.parametrize(
+    ("methods", "settings", "said"),
+    [
+        ("full", {"temperature": "2"}, "nothing reads temperature without distill"),
+        ("refit,lora", {"teacher_cache": "1MB", "hidden": "0.5"}, "nothing reads teacher_cache without distill"),
+        ("low-rank-trained", {"by": "mse", "hidden": "0.5"}, "nothing reads hidden with by=mse"),
+        ("low-rank-trained", {"by": "mse", "recompute": "true"}, "nothing reads recompute with by=mse"),
+        ("low-rank-trained", {"by": "nll", "temperature": "2"}, "nothing reads temperature with by=nll"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(methods: str, settings: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_recoveries(methods, settings)
+
+
+def test_a_setting_that_one_of_several_reads_or_that_is_the_default_is_not_refused() -> None:
+    parse_recoveries("low-rank-trained,full", {"temperature": "2"})
+    parse_recoveries("full", {"temperature": "2", "distill": "0.5"})
+    parse_recoveries("low-rank-trained", {"by": "mse", "temperature": "1"})
+
+
 def test_an_option_that_search_and_recovery_have_is_for_both() -> None:
     steps, others = _recoveries("full", {"temperature": "2", "lr": "0.1"}, "greedy", "kl")
     assert (steps[0][1]["temperature"], steps[0][1]["lr"], others) == (2.0, 0.1, {"temperature": "2"})
@@ -440,7 +462,8 @@ def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:
         told = recover(
             files / "pruned", "full", teacher=files / "dense", instructions=files / "chat.jsonl", **given
         ).notes
-        return [note for note in told if "conversation" in note]
+        assert any(re.match(r"all \d+ conversations are trained on, as 80 or more are needed", note) for note in told)
+        return [note for note in told if "are used" in note]
 
     assert notes(80, 1000) == []
     assert notes(80, 96) == [
@@ -549,6 +572,42 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
         prune(files / "dense", "attn.2", train_sequences=9)
     with pytest.raises(UserError, match="the settings ridge would change nothing"):
         prune(files / "dense", plan=files / "plan.json", settings={"ridge": "0.1"})
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "error", "said"),
+    [
+        ("refit,full", {"batch": "100000"}, CorpusError, "too few for one step of batch=100000"),
+        ("refit,full", {"first": "6"}, UserError, "first=6, but the model has only"),
+        ("refit,lora", {"rank": "0"}, UserError, "rank=0 is not above 0"),
+        ("refit,full", {"distill": "0.5", "teacher_cache": "1kB"}, UserError, "teacher_cache of 0.0 MB holds 0 words"),
+        ("refit,full", {"temperature": "2"}, UserError, "nothing reads temperature without distill"),
+    ],
+)
+@pytest.mark.parametrize("pruning", [False, True])
+def test_what_cannot_be_trained_is_refused_before_anything_is_computed(
+    pruning: bool,
+    methods: str,
+    settings: dict[str, str],
+    error: type[Exception],
+    said: str,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def computed(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was computed")
+
+    given = asked(files, settings={**SMALL, **settings})
+    monkeypatch.setattr("shallower.verbs.prune._stream_metrics", computed)
+    monkeypatch.setattr("shallower.verbs.recoveries.Repair", computed)
+    cut_first = {"recover": methods, "out": files / "out", **given}
+    repairs = (
+        partial(prune, files / "dense", 2, **cut_first)
+        if pruning
+        else partial(recover, files / "pruned", methods, teacher=files / "dense", **given)
+    )
+    with pytest.raises(error, match=said):
+        repairs()
 
 
 def _forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1137,12 +1137,18 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
     ("name", "options", "said"),
     [
         ("full", {"epochs": float("inf")}, r"epochs=inf has no end"),
-        ("full", {"first": 5}, r"first=5, but the cut model's blocks are 0 to 4"),
+        ("lora", {"rank": 0, "dropout": 1.0}, r"rank=0 is not above 0; dropout=1.0 is not from 0 to below 1"),
+        ("full", {"first": 5}, r"first=5, but the model has only 5 blocks"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         run(name, tiny_model("llama"), **options)
+
+
+def test_recomputing_is_refused_where_a_model_cannot() -> None:
+    with pytest.raises(UserError, match=r"recompute=true needs a model that can .* JetMoeForCausalLM cannot"):
+        run("full", tiny_model("jetmoe"), recompute=True)
 
 
 def test_any_seed_will_do() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,8 +15,14 @@ from shallower.training.heal import block_of, finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
+def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    blocks = len(find_blocks(student)[1])
+    if options["first"] >= blocks:
+        raise UserError(f"first={options['first']}, but the model has only {blocks} blocks: give a smaller number.")
+
+
 @recovery("full", source="arXiv:2402.02834", trained=True)
-@trainable(Recipe())
+@trainable(Recipe(), ready=_ready)
 def full(student: PreTrainedModel, task: Task, *, first: int = 0, embeddings: bool = False) -> PreTrainedModel:
     """Continued pretraining of the blocks' weights and the final norm, with AdamW.
 
@@ -21,10 +30,7 @@ def full(student: PreTrainedModel, task: Task, *, first: int = 0, embeddings: bo
     embeddings: train input and output embeddings, too.
     """
     place = block_of(student)
-    blocks = find_blocks(student)[1]
-    if first >= len(blocks):
-        raise UserError(f"first={first}, but the cut model's blocks are 0 to {len(blocks) - 1}: give one of these.")
-    inside = set(blocks.modules())  # where embeddings are experts
+    inside = set(find_blocks(student)[1].modules())  # where embeddings are experts
     ends = [module for module in student.modules() if isinstance(module, nn.Embedding) and module not in inside]
     ends.append(student.get_output_embeddings())
     held = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from shallower.registry import recovery
-from shallower.training.adapters import adapt, merge, projections, require_packages
+from shallower.training.adapters import adapt, merge, projections, require_adaptable, require_packages
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
+def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    require_packages("lora", "peft")
+    require_adaptable(student, options)
+
+
 @recovery("lora", source="arXiv:2402.02834", trained=True)
-@trainable(Recipe(weight_decay=0.0))
+@trainable(Recipe(weight_decay=0.0), ready=_ready)
 def lora(
     student: PreTrainedModel,
     task: Task,
@@ -27,7 +35,6 @@ def lora(
 
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them.
     """
-    require_packages("lora", "peft")
     own_parameters(student)
     adapt(student, projections(student, first), rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
     student = heal(student, task)

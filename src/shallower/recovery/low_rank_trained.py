@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -17,8 +18,19 @@ from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task, trainable
 
 
+def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    if (rank := options["rank"]) < 0:
+        raise UserError(f"rank={rank} is below 0: give the rank of the map, or 0 for a bias alone (--set rank=8).")
+
+
+def _unread(options: Mapping[str, Any]) -> dict[str, str]:
+    names = {"kl": (), "nll": ("temperature", "teacher_cache")}
+    rest = ("hidden", "temperature", "teacher_cache", "recompute")
+    return dict.fromkeys(names.get(options["by"], rest), f"with by={options['by']}")
+
+
 @recovery("low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True, whole={"by": "mse"})
-@trainable(Recipe(lr=1e-3, weight_decay=0.0), without=("distill",))
+@trainable(Recipe(lr=1e-3, weight_decay=0.0), without=("distill",), unread=_unread, ready=_ready)
 def low_rank_trained(
     student: PreTrainedModel, task: Task, *, rank: int = 8, by: Literal["mse", "kl", "nll"] = "kl"
 ) -> PreTrainedModel:
@@ -28,8 +40,6 @@ def low_rank_trained(
     for a student that nothing was repaired of; kl: the dense model's probabilities; nll: the text. The maps add
     parameters that a stock checkpoint has no place for: it is saved packaged.
     """
-    if rank < 0:
-        raise UserError(f"rank={rank} is below 0: give the rank of the map, or 0 for a bias alone (--set rank=8).")
     if by == "mse" and not _is_plain(student, task):
         raise UserError(
             "by=mse teaches all that the missing units did, and this model was repaired before: use by=kl, or let "

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from shallower.registry import recovery
-from shallower.training.adapters import adapt, merge, projections, quantise, require_packages
+from shallower.training.adapters import adapt, merge, projections, quantise, require_packages, require_quantisable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
+def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    require_packages("qlora", "peft", "bitsandbytes")
+    require_quantisable(student, options)
+
+
 @recovery("qlora", source="arXiv:2305.14314, arXiv:2403.17887", trained=True, whole={})
-@trainable(Recipe(weight_decay=0.0))
+@trainable(Recipe(weight_decay=0.0), ready=_ready)
 def qlora(
     student: PreTrainedModel,
     task: Task,
@@ -28,7 +36,6 @@ def qlora(
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them; those before keep
     their precision.
     """
-    require_packages("qlora", "peft", "bitsandbytes")
     own_parameters(student)
     names = projections(student, first)
     plain = quantise(student, names)

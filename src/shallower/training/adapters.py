@@ -6,7 +6,8 @@ import copy
 import importlib.util
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,55 @@ def projections(student: PreTrainedModel, first: int = 0) -> list[str]:
 
     Raises ModelError when there are none.
     """
+    wanted = _behind(student, first)
+    if any(
+        ".experts." in name and parameter.ndim == 3 and wanted(name) for name, parameter in student.named_parameters()
+    ):
+        progress.note("experts that are one tensor have no adapters, and stay as they are: full trains them")
+    return _plain_maps(student, first)
+
+
+def require_adaptable(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a rank or a dropout out of range, ModelError where nothing from the block `first` on can have
+    adapters.
+    """
+    rank, dropout = options["rank"], options["dropout"]
+    faults = [f"rank={rank} is not above 0"] if rank < 1 else []
+    faults += [f"dropout={dropout} is not from 0 to below 1"] if not 0 <= dropout < 1 else []
+    if faults:
+        raise UserError(f"{'; '.join(faults)}: correct it with --set.")
+    _plain_maps(student, options["first"])
+
+
+def require_quantisable(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Raise ModelError, beside what adapters need, for linear maps that cannot be quantised."""
+    require_adaptable(student, options)
+    for name in _plain_maps(student, options["first"]):
+        _require_linear(student, name)
+
+
+def _require_linear(student: PreTrainedModel, name: str) -> nn.Linear:
+    module = student.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"{name} is a {type(module).__name__}, which cannot be quantised: use lora.")
+    return module
+
+
+def _behind(student: PreTrainedModel, first: int) -> Callable[[str], bool]:
+    """Whether what has a name is in a block from `first` on."""
     place = block_of(student)
 
     def wanted(name: str) -> bool:
         index = place(name)
         return index is not None and index >= first
 
+    return wanted
+
+
+def _plain_maps(student: PreTrainedModel, first: int) -> list[str]:
+    wanted = _behind(student, first)
     linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     found = [name for name in linear if wanted(name) and _is_plain(student, name)]
-    if any(
-        ".experts." in name and parameter.ndim == 3 and wanted(name) for name, parameter in student.named_parameters()
-    ):
-        progress.note("experts that are one tensor have no adapters, and stay as they are: full trains them")
     if not found:
         raise ModelError(
             f"{type(student).__name__} has no linear maps in its blocks from {first} on to put adapters on."
@@ -68,10 +106,6 @@ def adapt(
     """Put an adapter, alpha / rank · B A, beside each named linear map; they are float32, and all that is trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    faults = [f"rank={rank} is not above 0"] if rank < 1 else []
-    faults += [f"dropout={dropout} is not from 0 to below 1"] if not 0 <= dropout < 1 else []
-    if faults:
-        raise UserError(f"{'; '.join(faults)}: correct it with --set.")
     # peft is given the list of blocks, as in a whole model it takes some families' names for other modules'
     path, blocks = find_blocks(student)
     own = [name.removeprefix(f"{path}.") for name in names]
@@ -112,9 +146,7 @@ def quantise(student: PreTrainedModel, names: Collection[str]) -> dict[str, nn.M
 
     replaced: dict[str, nn.Module] = {}
     for name in names:
-        module = student.get_submodule(name)
-        if not isinstance(module, nn.Linear):
-            raise ModelError(f"{name} is a {type(module).__name__}, which cannot be quantised: use lora.")
+        module = _require_linear(student, name)
         small = Linear4bit(
             module.in_features,
             module.out_features,

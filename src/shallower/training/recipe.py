@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import CalibrationSet
 from shallower.errors import UserError
+from shallower.launched import world_size
 from shallower.resources import parse_memory
+from shallower.training.feed import Feed
+from shallower.training.teacher import words_kept
 from shallower.units import Unit
 
 TRAINED_AS = 2  # to be raised when a training comes out otherwise than before, or its state holds something else
@@ -94,6 +97,26 @@ def check_recipe(options: Mapping[str, Any]) -> None:
     Recipe(**{name: value for name, value in options.items() if name in known})
 
 
+def unread_without_teacher(options: Mapping[str, Any]) -> dict[str, str]:
+    """Of a method's options those that nothing reads with the values of the others, and why."""
+    return {} if options["distill"] else dict.fromkeys(("temperature", "teacher_cache"), "without distill")
+
+
+def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Recipe) -> None:
+    """Raise CorpusError or UserError where a student cannot be trained on this text so: what is known before anything
+    is computed.
+    """
+    if recipe.recompute and not student.supports_gradient_checkpointing:
+        raise UserError(
+            f"recompute=true needs a model that can compute its activations again, and {type(student).__name__} "
+            "cannot: leave recompute out, and lower at_once to save memory."
+        )
+    feed = Feed(text, recipe.batch, recipe.at_once, 0, world_size())
+    if (budget := parse_memory(recipe.teacher_cache or None)) is not None:
+        vocabulary = student.get_input_embeddings().weight.shape[0]
+        words_kept(budget, feed.scored(tuple(range(text.sequences))), vocabulary)
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """What a trained method works with, besides the student.
@@ -125,12 +148,23 @@ class Task:
         }
 
 
+def _any(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """For a method that can train every student."""
+
+
 def trainable(
-    defaults: Recipe, *, without: Collection[str] = ()
+    defaults: Recipe,
+    *,
+    without: Collection[str] = (),
+    unread: Callable[[Mapping[str, Any]], dict[str, str]] = unread_without_teacher,
+    ready: Callable[[PreTrainedModel, Mapping[str, Any]], None] = _any,
 ) -> Callable[[Callable[..., PreTrainedModel]], Callable[..., PreTrainedModel]]:
     """Turn `method(student, task, *, own options)` into a recovery that takes the recipe's options, too.
 
-    defaults: the recipe's values where nothing is set. without: what of the recipe is no option of the method.
+    defaults: the recipe's values where nothing is set. without: what of the recipe is no option of the method. ready:
+    given a student and all options, raises where the method cannot train that so. The recovery's attribute `ready`, a
+    function (student, text, options that are set), raises this and what the recipe cannot do, before anything is done.
+    unread: given all options, names those that nothing reads, and why; the recovery's attribute `unread`.
     """
 
     def decorate(function: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
@@ -147,12 +181,18 @@ def trainable(
             seed: int,
             **options: Any,
         ) -> PreTrainedModel:
+            check(student, calibration, options)
             recipe = Recipe(**{name: options.pop(name, getattr(defaults, name)) for name in names})
             place = None if folder is None else Path(folder)
             task = Task(
                 anatomy, removed, calibration, held_out, place, seed, recipe, function.__name__, {**own, **options}
             )
             return function(student, task, **options)
+
+        def check(student: PreTrainedModel, text: CalibrationSet, options: Mapping[str, Any]) -> None:
+            every = {**values, **options}
+            ready(student, every)
+            require_trainable(student, text, Recipe(**{name: every[name] for name in names}))
 
         given = inspect.signature(function).parameters.values()
         hints = typing.get_type_hints(function)
@@ -167,6 +207,8 @@ def trainable(
         ]
         method.__signature__ = inspect.Signature([*supplied, *settable])  # type: ignore[attr-defined]
         method.__annotations__ = described
+        method.unread = unread  # type: ignore[attr-defined]
+        method.ready = check  # type: ignore[attr-defined]
         method.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{inspect.getdoc(Recipe)}"
         return method
 

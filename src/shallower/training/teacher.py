@@ -130,6 +130,20 @@ class CachedTeacher:
             progress.note(f"the teacher's cache holds {self.words} words a token, {share:.1%} of the probability")
 
 
+def words_kept(budget: int, tokens: int, vocabulary: int) -> int:
+    """How many words a token, 256 at most, `budget` bytes hold for `tokens` tokens. Raises UserError when that is fewer
+    than 8.
+    """
+    words = min(MOST_WORDS, vocabulary, budget // (tokens * BYTES_A_WORD))
+    if words < min(FEWEST_WORDS, vocabulary):
+        least = FEWEST_WORDS * tokens * BYTES_A_WORD
+        raise UserError(
+            f"teacher_cache of {budget / 1e6:.1f} MB holds {words} words for each of {tokens:,} tokens, and less than "
+            f"{FEWEST_WORDS} say too little: give {least / 1e6:.1f} MB or more, or leave it out."
+        )
+    return words
+
+
 def open_cache(
     teacher: Teacher, place: Path, digest: str, budget: int, tokens: int, temperature: float
 ) -> CachedTeacher:
@@ -139,13 +153,7 @@ def open_cache(
     Raises UserError when that is fewer than 8, OutputError when the disk has no such room.
     """
     vocabulary = teacher.anatomy.model.get_input_embeddings().weight.shape[0]
-    words = min(MOST_WORDS, vocabulary, budget // (tokens * BYTES_A_WORD))
-    if words < min(FEWEST_WORDS, vocabulary):
-        least = FEWEST_WORDS * tokens * BYTES_A_WORD
-        raise UserError(
-            f"teacher_cache of {budget / 1e6:.1f} MB holds {words} words for each of {tokens:,} tokens, and less than "
-            f"{FEWEST_WORDS} say too little: give {least / 1e6:.1f} MB or more, or leave it out."
-        )
+    words = words_kept(budget, tokens, vocabulary)
     model = teacher.anatomy.model
     what = f"{checksum(model)} {beside_weights(model)} {digest} {temperature} {words}"
     folder = place / f"teacher-{hashlib.sha256(what.encode()).hexdigest()[:16]}"

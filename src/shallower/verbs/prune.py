@@ -53,6 +53,7 @@ from shallower.verbs.recoveries import (
     repair_size,
     require_launch,
     require_place,
+    require_ready,
     require_training,
     run_recoveries,
     texts_read,
@@ -210,6 +211,7 @@ def prune(
             max_windows=max_windows,
             seed=seed,
         )
+        require_ready(subject.model, steps, training)
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, whole, seed)
     with clock("search"):
@@ -374,7 +376,7 @@ def _recoveries(
     wanted |= {option for method in (named_recoveries(repair) if repair else ()) for option in method.options}
     theirs = {key: text for key, text in settings.items() if key in known}
     others = {key: text for key, text in settings.items() if key not in known or key in wanted}
-    return parse_recoveries(names, theirs), others
+    return parse_recoveries(names, theirs, elsewhere=wanted), others
 
 
 def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from shallower.surgery import cut
 from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
-from shallower.training.answers import answer_perplexity, split
+from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut, check_recipe
@@ -115,18 +115,42 @@ def named_recoveries(names: str) -> list[Method]:
     return methods
 
 
-def parse_recoveries(names: str, settings: Mapping[str, str], what: str = "") -> Stages:
+def parse_recoveries(
+    names: str, settings: Mapping[str, str], what: str = "", *, elsewhere: Collection[str] = ()
+) -> Stages:
     """Recoveries by name with their options. what: whom to name in the error about an option that none of them has.
+    elsewhere: options that others read, too.
 
-    Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has,
-    or a value out of range.
+    Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has or none
+    reads, or a value out of range.
     """
     methods = named_recoveries(names)
-    options = share_options(what or f"recovery {names!r}", methods, settings)
-    for method, given in zip(methods, options, strict=True):
+    steps = list(zip(methods, share_options(what or f"recovery {names!r}", methods, settings), strict=True))
+    for method, given in steps:
         if method.traits.get("trained"):
             check_recipe(given)
-    return list(zip(methods, options, strict=True))
+    _require_read(steps, {*settings} - {*elsewhere})
+    return steps
+
+
+def _require_read(steps: Stages, settings: Collection[str]) -> None:
+    """Raise UserError for a setting, other than the default, that none of the recoveries reads with its other ones."""
+    for name in sorted(settings):
+        whys = [_unread(method, given, name) for method, given in steps if name in given]
+        if whys and all(whys):
+            raise UserError(
+                f"nothing reads {name} {whys[0]}: leave it out, or let something read it (--distill 0.9, or by=kl of "
+                "low-rank-trained)."
+            )
+
+
+def _unread(method: Method, given: Mapping[str, Any], name: str) -> str:
+    """Why a method does not read an option that was given; empty where it does, or it is the default."""
+    every = {key: option.default for key, option in method.options.items()}
+    if not hasattr(method.function, "unread") or given[name] == every[name]:
+        return ""
+    unread: dict[str, str] = method.function.unread({**every, **given})
+    return unread.get(name, "")
 
 
 def require_launch(steps: Stages) -> None:
@@ -160,6 +184,16 @@ def require_training(steps: Stages, sequences: int | None, instructions: str | P
         raise UserError(
             f"{' and '.join(idle)} {are} for recoveries that train, such as full or lora: name one, or drop {them}."
         )
+
+
+def require_ready(model: PreTrainedModel, steps: Stages, training: Training | None) -> None:
+    """Raise UserError, ModelError or CorpusError where one of the recoveries cannot train this model with its options
+    on this text: before the first begins.
+    """
+    for method, options in steps:
+        ready = getattr(method.function, "ready", None)  # a method from elsewhere may have none
+        if ready is not None and training is not None:
+            ready(model, training.text, options)
 
 
 def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
@@ -231,6 +265,13 @@ def training_text(
         text, held = split(conversations)
         if held is not None:
             return Training(text, lambda model: answer_perplexity(model, held), (held.digest,), notes)
+        kept = (
+            "do best on the documents that calibration left out" if held_out(calibration) else "the training ends with"
+        )
+        notes += (
+            f"all {plural(text.sequences, 'conversation')} are trained on, as {HELD_OUT * FEWEST} or more are needed "
+            f"to keep some to measure by: the weights are those that {kept}.",
+        )
     else:
         try:
             text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
@@ -288,6 +329,7 @@ def run_recoveries(
     text: for those in closed form. training: for those that train. measure: perplexities of the student as it is,
     called before the first and behind each. repaired: the student is no plain cut any more.
     """
+    require_ready(student.model, steps, training)
     stages = [RecoveryStage("repaired" if repaired else "cut", measure(student))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
