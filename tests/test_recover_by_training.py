@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from shallower import evaluate, prune, recover, search
+from shallower import evaluate, progress, prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UserError
@@ -172,6 +173,26 @@ def test_a_kill_in_the_training_after_a_repair_resumes(files: Path, monkeypatch:
     assert torch.equal(command("out"), whole)
     assert taken[10:] == list(range(9, 16))
     assert not list(files.glob(".*"))
+
+
+def test_an_unfinished_training_in_another_number_format_is_told_of(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SMALL, "compute": "auto", "save_minutes": "0", "evaluations": "0"}
+    given = {"plan": files / "plan.json", "out": files / "out", **asked(files, settings=settings)}
+    told: list[str] = []
+    taken = _steps(monkeypatch, dies_at=5)
+    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
+        for _ in range(2):
+            taken.clear()
+            with pytest.raises(KeyboardInterrupt):
+                recover(files / "dense", "full", **{**given, "dtype": "bfloat16"})
+        assert not any("begins anew" in note for note in told)
+        taken.clear()
+        with pytest.raises(KeyboardInterrupt):
+            recover(files / "dense", "full", **{**given, "dtype": "float32"})
+    [note] = [note for note in told if "begins anew" in note]
+    assert "another number format" in note
 
 
 def _steps(monkeypatch: pytest.MonkeyPatch, dies_at: int = 0) -> list[int]:

@@ -78,8 +78,19 @@ class Resume:
     def folder(self, *what: object) -> Path:
         """One for all that decides the result, `what`; another one for anything else."""
         key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
-        self._made.append(self._root / key)
-        return self._made[-1]
+        folder = self._root / key
+        if self._own and not folder.exists() and self._others():
+            progress.note(
+                f"{self._root} holds an unfinished training of other models, texts, options or another number format, "
+                "and this one begins anew: to go on with it, stop, and give what it was begun with, such as --dtype "
+                "float32 or bfloat16 where auto chose"
+            )
+        self._made.append(folder)
+        return folder
+
+    def _others(self) -> list[Path]:
+        """Folders with a state that this command did not name."""
+        return [path.parent for path in self._root.glob("*/state-*") if path.parent not in self._made]
 
     def tidy(self) -> None:
         """Remove the folders in which nothing is kept."""
