@@ -189,9 +189,9 @@ def _read(tallies: Sequence[_Tally], pairs: tuple[_Pairs, list[Tensor]], view: _
 def _read_points(tallies: Sequence[_Tally], pairs: _Pairs, points: Tensor, sequences: Tensor) -> None:
     """points: [tokens, points, hidden] in any float type. sequences: of which sequence each token is."""
     few = TOKENS_TOGETHER.get(points.device.type, TOKENS_TOGETHER_ELSEWHERE)
-    wide = [tally for tally in tallies if tally.whole]
-    narrow = [tally for tally in tallies if not tally.whole]
-    for readers, size in ((wide, len(points)), (narrow, few)):
+    at_once = [tally for tally in tallies if tally.whole]
+    in_chunks = [tally for tally in tallies if not tally.whole]
+    for readers, size in ((at_once, len(points)), (in_chunks, few)):
         for start in range(0, len(points) if readers else 0, max(size, 1)):
             chunk = _Chunk(points[start : start + size], pairs)
             for tally in readers:

@@ -12,21 +12,21 @@ from shallower.surgery.config import stored_text
 from shallower.surgery.patch import patches, repeat_patches
 
 
-def adopt(stored: PreTrainedModel, repaired: PreTrainedModel, untouched: Iterable[nn.Parameter]) -> None:
-    """Give `stored`, in place, every tensor of `repaired` that is not one of the `untouched`, in its own type.
+def adopt(stored: PreTrainedModel, repaired: PreTrainedModel, before: Iterable[nn.Parameter]) -> None:
+    """Give `stored`, in place, every tensor of `repaired` that it did not have `before`, in its own type.
 
-    stored: the cut model without the repair. untouched: what parameters `repaired` had before the repair; a
+    stored: the cut model without the repair. before: the parameters that `repaired` had before the repair; a
     recovery gives what it changes another storage. Config fields that a repair sets (biases, tied embeddings) follow,
     and so do maps at cuts.
     """
     maps = {id(part) for _, patch in patches(repaired) for part in patch.parameters()}
     if maps:
         repeat_patches(dissect(repaired), dissect(stored))
-    before = {parameter.data_ptr() for parameter in untouched}
+    untouched = {parameter.data_ptr() for parameter in before}
     kind = {"dtype": stored.dtype, "device": stored.device}
     made: dict[int, nn.Parameter] = {}  # what is tied stays so
     for name, parameter in repaired.named_parameters(remove_duplicate=False):
-        if parameter.data_ptr() in before or id(parameter) in maps:
+        if parameter.data_ptr() in untouched or id(parameter) in maps:
             continue
         place, _, own = name.rpartition(".")
         if id(parameter) not in made:

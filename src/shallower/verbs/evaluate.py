@@ -109,12 +109,12 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         rows = [
-            {**_head(each), "text": text, **measured.to_json()}
+            {**_whose(each), "text": text, **measured.to_json()}
             for each in self.evaluations
             for text, measured in each.perplexity.items()
         ]
-        tasks = [{**_head(each), **result.to_json()} for each in self.evaluations for result in each.tasks]
-        written = [{**_head(each), **each.generation.to_json()} for each in self.evaluations if each.generation]
+        tasks = [{**_whose(each), **result.to_json()} for each in self.evaluations for result in each.tasks]
+        written = [{**_whose(each), **each.generation.to_json()} for each in self.evaluations if each.generation]
         told = {"format": FORMAT, "evaluations": rows, "tasks": tasks, "generation": written}
         return {**told, "differences": list(self._differences()), "notes": list(self.notes)}
 
@@ -202,7 +202,7 @@ def evaluate(
         settings=TaskSettings(limit, shots, task_seed, chat, batch, truncate),
         task_data=task_data,
     )
-    read = None if max_windows is None else max_windows * window  # tokens of each text
+    tokens = None if max_windows is None else max_windows * window  # tokens of each text
     found: list[Evaluation] = []
     notes = [*asked.notes]
     with ExitStack() as stack:
@@ -210,7 +210,7 @@ def evaluate(
         for model in models:
             subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             label = subject.identity.name
-            notes += contamination(subject, _plan_of(model), calibration, asked, read)
+            notes += contamination(subject, _plan_of(model), calibration, asked, tokens)
             perplexities = {
                 name: text_perplexity(
                     subject,
@@ -419,7 +419,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and value - value != 0 else value
 
 
-def _head(each: Evaluation) -> dict[str, Any]:
+def _whose(each: Evaluation) -> dict[str, Any]:
     told = {"model": each.model, "blocks": each.blocks, "parameters": each.parameters}
     return told if each.removed is None else {**told, "removed": each.removed}
 

@@ -183,10 +183,10 @@ def prune(
         searched: CalibrationSet | Parts
         if repair:
             searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
-            whole, text = parts.whole, parts.judged
+            whole_text, text = parts.whole, parts.judged
         else:
             text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
-            searched = whole = text
+            searched = whole_text = text
         contents = contents or held_out(calibration)
         fitted, longest = text, length
         if steps:
@@ -213,7 +213,7 @@ def prune(
         )
         require_ready(subject.model, steps, training)
     with clock("stream metrics"):
-        influence, spans = _stream_metrics(subject, whole, seed)
+        influence, spans = _stream_metrics(subject, whole_text, seed)
     with clock("search"):
         if given is None:
             assert remove is not None
@@ -237,8 +237,8 @@ def prune(
             )
     if steps and form == "auto":
         form = "packaged"  # where blocks are not whole: transformers' own way is made from the dense model's weights
-    smaller, stored = _cut(subject, given.removed, form)
-    untouched = [*smaller.model.parameters()]
+    smaller, measured = _cut(subject, given.removed, form)
+    before_repair = [*smaller.model.parameters()]
     stages: tuple[RecoveryStage, ...] = ()
     said: tuple[str, ...] = ()
     resume = Resume(out)
@@ -268,11 +268,11 @@ def prune(
     with clock("speed"):
         speeds, untimed = _speeds(subject, smaller) if speed else ({}, ())
     repaired, trained = texts_read(steps, fitted, training)
-    read = {"the calibration text": whole, "the text of the repair": repaired, "the training text": trained}
+    read = {"the calibration text": whole_text, "the text of the repair": repaired, "the training text": trained}
     tokens = None if max_windows is None else window * max_windows
     shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
     unrepaired = () if steps else _left_unrepaired(given)
-    notes = (*shared, *scores.notes, *unrepaired, *untimed, *stored.notes, *said)
+    notes = (*shared, *scores.notes, *unrepaired, *untimed, *measured.notes, *said)
     data = ReportData(
         plan=given,
         influence=(influence,),
@@ -283,7 +283,7 @@ def prune(
         seconds=clock.seconds,
         notes=notes,
         machine=_machine(),
-        form="packaged" if any(patches(smaller.model)) else stored.form.name,
+        form="packaged" if any(patches(smaller.model)) else measured.form.name,
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
@@ -294,12 +294,12 @@ def prune(
         resume.clear()
         return Pruned(smaller.model, given, data, None)
     with clock("writing and verifying"):
-        anatomy, found = _as_stored(subject, stored, given.removed, form)
-        if steps and found is not stored:
-            adopt(found.model, smaller.model, untouched)
-        whole = with_maps_inside(found.model, anatomy, given.removed)
-        if whole is not found.model:
-            found = export(anatomy, given.removed, whole, form)
+        anatomy, found = _as_stored(subject, measured, given.removed, form)
+        if steps and found is not measured:
+            adopt(found.model, smaller.model, before_repair)
+        complete = with_maps_inside(found.model, anatomy, given.removed)
+        if complete is not found.model:
+            found = export(anatomy, given.removed, complete, form)
         folder = save(
             found,
             out,

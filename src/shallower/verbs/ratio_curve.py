@@ -86,8 +86,8 @@ def ratio_curve(
     )
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     given.require_for(subject.identity)
-    read = None if max_windows is None else max_windows * window
-    notes = (*asked.notes, *contamination(subject, given, calibration, asked, read))
+    tokens = None if max_windows is None else max_windows * window
+    notes = (*asked.notes, *contamination(subject, given, calibration, asked, tokens))
     if asked.generation:
         notes += ("the suite's continued prompts are left out for prefixes of a plan: evaluate checkpoints for them.",)
     removed = [frozenset(unit for unit, _ in given.order[:count]) for count in counts]

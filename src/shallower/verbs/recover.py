@@ -146,7 +146,7 @@ def recover(
     )
     resume = Resume(out)
     before = told_before(student.loaded.path) if teacher is not None else None
-    untouched = [*student.model.parameters()]
+    before_repair = [*student.model.parameters()]
     made = recovery_made_by(dense, steps, text, training, seed)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = None if max_windows is None else window * max_windows
@@ -171,7 +171,7 @@ def recover(
         anatomy, stored = dense.anatomy, student.model
         if (again := reload()) is not None:
             anatomy, stored = again
-            adopt(stored, student.model, untouched)
+            adopt(stored, student.model, before_repair)
         stored = with_maps_inside(stored, anatomy, given.removed)
         document = {
             "format": FORMAT,

@@ -47,7 +47,7 @@ _QUESTION_TOKENS = 256
 _TIMED_TOKENS = 1024
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
-Context = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
+TextAxes = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def study(
             texts = _judging_texts(subject, given)
             judges = _judges(subject, texts, memory, workers)
             runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
-            for context, cells in _contexts(given, model).items():
-                results += runner.run(context, cells, step)
+            for axes, cells in _by_text(given, model).items():
+                results += runner.run(axes, cells, step)
     order = {cell: number for number, cell in enumerate(given.cells)}  # whatever was measured first
     results.sort(key=lambda result: order[result.cell])
     findings = find(results)
@@ -201,13 +201,13 @@ def estimate(
     for model in given.models:
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         _require_sound(subject, given)
-        contexts = _contexts(given, model)
-        a_token = _seconds_a_token(subject, given, next(iter(contexts)))
+        cells_by_text = _by_text(given, model)
+        a_token = _seconds_a_token(subject, given, next(iter(cells_by_text)))
         runner = _Runner(subject, given, ledger, _digests(_judging_texts(subject, given)))
-        for context, cells in contexts.items():
+        for axes, cells in cells_by_text.items():
             measured: dict[tuple[str, str], set[frozenset[Unit]]] = {}  # by objective and text
             for objective in sorted(given.objectives, key=_companions_first):
-                text = _calibration(subject, given, context, objective)
+                text = _calibration(subject, given, axes, objective)
                 asked: set[frozenset[Unit]] = set()
                 for cell in (cell for cell in cells if cell.objective == objective):
                     if ledger.get(runner.key(cell, text)) is not None:
@@ -236,12 +236,12 @@ class _Runner:
     memory: int | str | None = None
     workers: int | str | None = None
 
-    def run(self, context: Context, cells: Sequence[Cell], step: progress.Step) -> list[Result]:
+    def run(self, axes: TextAxes, cells: Sequence[Cell], step: progress.Step) -> list[Result]:
         results: list[Result] = []
         for objective in sorted(self.study.objectives, key=_companions_first):
             own = [cell for cell in cells if cell.objective == objective]
             with progress.silent():
-                found = self._measured(own, _calibration(self.subject, self.study, context, objective))
+                found = self._measured(own, _calibration(self.subject, self.study, axes, objective))
             results += found
             step(len(own))
             _tell(found)
@@ -291,13 +291,13 @@ class _Runner:
         if not cells:
             return {}
         found: dict[Cell, Result] = {}
-        ranked: dict[str, Scores | None] = {}
+        scores: dict[str, Scores | None] = {}
         with closing(self._ablator(cells[0], text)) as ablator:
             for cell in cells:
                 start = time.perf_counter()
-                if cell.search not in ranked:
-                    ranked[cell.search] = self._ranked(cell, text, ablator)
-                plan = self._plan(cell, text, ablator, ranked[cell.search])
+                if cell.search not in scores:
+                    scores[cell.search] = self._rank(cell, text, ablator)
+                plan = self._plan(cell, text, ablator, scores[cell.search])
                 seconds = round(time.perf_counter() - start, 2)
                 last, dense = (math.inf if loss is None else loss for loss in (plan.order[-1][1], plan.dense))
                 found[cell] = Result(cell, tuple(unit for unit, _ in plan.order), last, dense, seconds)
@@ -320,7 +320,7 @@ class _Runner:
         settings = _settings(self.study, name, cell.objective, metric)
         return search_stages(name, cell.objective, settings, metric)
 
-    def _ranked(self, cell: Cell, text: CalibrationSet, ablator: Ablator) -> Scores | None:
+    def _rank(self, cell: Cell, text: CalibrationSet, ablator: Ablator) -> Scores | None:
         name, metric = search_and_metric(cell.search)
         return rank(
             self.subject,
@@ -360,17 +360,17 @@ def _companions_first(objective: str) -> int:
     return -len(along_with(objectives.get(objective), {}))
 
 
-def _contexts(given: Study, model: str) -> dict[Context, list[Cell]]:
-    contexts: dict[Context, list[Cell]] = {}
+def _by_text(given: Study, model: str) -> dict[TextAxes, list[Cell]]:
+    cells_by_text: dict[TextAxes, list[Cell]] = {}
     for cell in given.cells:
         if cell.model == model:
-            context = (cell.model, cell.text, cell.format, cell.sequences, cell.length, cell.seed)
-            contexts.setdefault(context, []).append(cell)
-    return contexts
+            axes = (cell.model, cell.text, cell.format, cell.sequences, cell.length, cell.seed)
+            cells_by_text.setdefault(axes, []).append(cell)
+    return cells_by_text
 
 
-def _calibration(subject: Subject, given: Study, context: Context, objective: str) -> CalibrationSet:
-    _, name, form, sequences, length, seed = context
+def _calibration(subject: Subject, given: Study, axes: TextAxes, objective: str) -> CalibrationSet:
+    _, name, form, sequences, length, seed = axes
     spec = given.texts[name]
     if form and not reads_choices(objectives.get(objective)):
         spec += f"{'&' if '?' in spec else '?'}format={form}"
@@ -492,9 +492,9 @@ def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp) -> Scores:
     return Scores(subject.identity, "made up", tuple(rows), made_by)
 
 
-def _seconds_a_token(subject: Subject, given: Study, context: Context) -> float:
+def _seconds_a_token(subject: Subject, given: Study, axes: TextAxes) -> float:
     """Seconds that one calibration token of one candidate takes here, from single removals spread over the depth."""
-    text = _calibration(subject, given, context, given.objectives[0])
+    text = _calibration(subject, given, axes, given.objectives[0])
     few = max(1, min(text.sequences, _TIMED_TOKENS // text.length))
     if not reads_choices(objectives.get(given.objectives[0])):
         text = CalibrationSet(text.spec, text.input_ids[:few], None)
