@@ -32,7 +32,7 @@ from shallower.units import parse_units
 from shallower.verbs import recover as verb
 from shallower.verbs import subject
 from shallower.verbs.prune import _recoveries
-from shallower.verbs.recoveries import parse_recoveries, require_launch
+from shallower.verbs.recoveries import TRAIN_SEQUENCES, parse_recoveries, require_launch
 from shallower.verbs.subject import open_subject
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
@@ -556,6 +556,18 @@ def test_a_checkpoint_with_maps_is_trained_further_but_not_repaired_again(files:
     loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
     ids = torch.arange(3, 27)[None]
     assert torch.allclose(full_logits(loaded, ids), full_logits(found.model, ids), atol=1e-5)
+
+
+def test_all_of_a_text_is_trained_on_where_it_is_shorter_than_usual(files: Path) -> None:
+    given = asked(files, train_sequences=None, length=128, settings={**SMALL, "epochs": "0.01"})
+    given["calibration"] = f"{files / 'text.jsonl'}*0.75+{files / 'text.jsonl'}*0.25?part=train"
+    done = recover(files / "pruned", "full", teacher=files / "dense", **given)
+    [told] = [note for note in done.notes if "all that the text holds" in note]
+    most = int(re.match(r"training reads ([\d,]+) sequences of 128 tokens", told)[1].replace(",", ""))
+    assert 1 < most < TRAIN_SEQUENCES
+    recover(files / "pruned", "full", teacher=files / "dense", **{**given, "train_sequences": most})
+    with pytest.raises(UserError, match="set with --train-sequences"):
+        recover(files / "pruned", "full", teacher=files / "dense", **{**given, "train_sequences": most + 4})
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import torch
 
 from shallower.cli import main
 from shallower.errors import UserError
+from shallower.registry import Method
 from shallower.studies.findings import find
 from shallower.studies.grid import Study, parse_study
 from shallower.studies.overlap import agreement, jaccard, mean_interval, order_agreement
@@ -403,8 +404,8 @@ def test_a_study_that_was_killed_goes_on(place: Path) -> None:
     assert plans[0] == plans[1]
 
 
-def test_cells_of_a_model_that_differs_in_one_weight_or_its_config_are_not_recalled(
-    place: Path, tmp_path: Path
+def test_cells_of_a_model_that_differs_in_one_weight_its_config_or_code_are_not_recalled(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from shallower.checkpoint.fingerprint import fingerprint
     from shallower.checkpoint.load import load_model
@@ -431,6 +432,19 @@ def test_cells_of_a_model_that_differs_in_one_weight_or_its_config_are_not_recal
     rows = lines_of(tmp_path / "out")
     assert len({row["key"] for row in rows}) == 3
     assert len({str(row["held_out"]) for row in rows}) == 3
+    with monkeypatch.context() as other:
+        other.setattr("shallower.checkpoint.determinants.transformers.__version__", "0.0")
+        assert run("study", grid, "--out", tmp_path / "out") == 0
+    for edited in ("one-shot", "cosine", "nll", "greedy"):  # the last is none that this study runs
+
+        def code(method: Method, edited: str = edited) -> str:
+            return f"{method.name} {method.name == edited}"
+
+        with monkeypatch.context() as other:
+            other.setattr("shallower.verbs.study.code_of", code)
+            assert run("study", grid, "--out", tmp_path / "out") == 0
+    keys = [row["key"] for row in lines_of(tmp_path / "out")]
+    assert len(set(keys)) == 8
 
 
 def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

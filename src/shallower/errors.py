@@ -56,7 +56,11 @@ class CorpusError(UserError):
 
 
 class TooLittleText(CorpusError):
-    """There is text, but less than what was asked for."""
+    """There is text, but less than what was asked for: `share` of its sequences."""
+
+    def __init__(self, message: str, share: float = 0.0) -> None:
+        super().__init__(message)
+        self.share = share
 
 
 class PlanError(UserError):

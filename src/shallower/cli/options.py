@@ -146,7 +146,7 @@ TrainSequences = Annotated[
         metavar="N",
         min=1,
         help="Sequences of the calibration text, or conversations, for recoveries that train (full, lora, qlora, "
-        "low-rank-trained). Default: 4096.",
+        "low-rank-trained). Default: 4096, or all of a shorter text.",
     ),
 ]
 Instructions = Annotated[

@@ -395,12 +395,14 @@ def _require_enough(rows: list[list[int]], source: str, options: BuildOptions, l
     if not options.pack:
         raise TooLittleText(
             f"{what} holds {len(rows)} documents, but sequences={options.sequences} was asked for without packing: "
-            f"use {_fewer(whole)}pack=true or more text."
+            f"use {_fewer(whole)}pack=true or more text.",
+            whole / options.sequences,
         )
     have = sum(map(len, rows))
     raise TooLittleText(
         f"{what} holds {have:,} tokens, but {options.sequences} sequences of {options.length} need "
-        f"{options.sequences * options.length:,}: use {_fewer(whole)}a shorter length, or more text."
+        f"{options.sequences * options.length:,}: use {_fewer(whole)}a shorter length, or more text.",
+        whole / options.sequences,
     )
 
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
-from shallower.checkpoint.fingerprint import checksum
+from shallower.checkpoint.determinants import determinants
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
-from shallower.engine.memo import Memo, beside_weights, code_of_model, context_key
+from shallower.engine.memo import Memo, context_key
 from shallower.engine.race import Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
@@ -132,14 +132,10 @@ class Ablator:
         self._contexts: list[str] = []
         if memo is not None:
             same = {
-                "weights": checksum(anatomy.model),  # a fingerprint takes models for one that differ in single weights
-                "beside_weights": beside_weights(anatomy.model),
-                "code": code_of_model(anatomy.model),
+                "model": determinants(anatomy.model),
                 "calibration": calibration.digest,
                 "sequences_a_batch": sequences,
                 "measured_as": MEASURED_AS,
-                "dtype": str(anatomy.model.dtype),
-                "device": device.type,
             }
             each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
             self._contexts = [

@@ -17,8 +17,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from shallower import progress
-from shallower.checkpoint.fingerprint import checksum
-from shallower.engine.memo import beside_weights
+from shallower.checkpoint.determinants import determinants
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import ModelError, UserError, out_of_memory
 from shallower.evaluation.answered import Answered, digest
@@ -236,4 +235,4 @@ def _positions(requests: Iterable[Encoded]) -> int:
 
 def context_of(model: PreTrainedModel) -> str:
     """Digest of what an answer depends on besides the request: weights, configuration, precision, device."""
-    return digest(checksum(model), beside_weights(model), [str(model.dtype), model.device.type])
+    return digest(*determinants(model))

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy, unpack
-from shallower.checkpoint.fingerprint import checksum
+from shallower.checkpoint.determinants import determinants
 from shallower.engine.head import Head, find_head
-from shallower.engine.memo import beside_weights
 from shallower.errors import ModelError, OutputError, UserError
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide
@@ -155,7 +154,7 @@ def open_cache(
     vocabulary = teacher.anatomy.model.get_input_embeddings().weight.shape[0]
     words = words_kept(budget, tokens, vocabulary)
     model = teacher.anatomy.model
-    what = f"{checksum(model)} {beside_weights(model)} {digest} {temperature} {words}"
+    what = f"{' '.join(determinants(model))} {digest} {temperature} {words}"
     folder = place / f"teacher-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,9 +20,8 @@ from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.fingerprint import checksum
+from shallower.checkpoint.determinants import determinants
 from shallower.corpus import CalibrationSet
-from shallower.engine.memo import beside_weights
 from shallower.engine.statistics import Station
 from shallower.errors import ModelError, TooLittleText, UserError
 from shallower.evaluation.perplexity import context_limit, perplexity
@@ -81,9 +80,10 @@ class Resume:
         folder = self._root / key
         if self._own and not folder.exists() and self._others():
             progress.note(
-                f"{self._root} holds an unfinished training of other models, texts, options or another number format, "
-                "and this one begins anew: to go on with it, stop, and give what it was begun with, such as --dtype "
-                "float32 or bfloat16 where auto chose"
+                f"{self._root} holds an unfinished training of other models, texts or options, or in another number "
+                "format, on another kind of device or by another version of transformers, and this one begins anew: to "
+                "go on with it, stop, and give what it was begun with, such as --dtype float32 or bfloat16 where auto "
+                "chose"
             )
         self._made.append(folder)
         return folder
@@ -260,17 +260,18 @@ def training_text(
 ) -> Training | None:
     """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
 
-    sequences: None for as many as is usual. contents: held-out texts on which the stages will be shown.
+    sequences: None for as many as is usual, or all of a shorter text. contents: held-out texts on which the stages
+    will be shown.
 
     Raises UserError for instructions that cannot be read, CorpusError when there is too little text.
     """
     trained = [method.name for method, _ in steps if method.traits.get("trained")]
     if not trained:
         return None
-    sequences = TRAIN_SEQUENCES if sequences is None else sequences
     text: CalibrationSet
     notes: tuple[str, ...] = ()
     if instructions is not None:
+        sequences = sequences or TRAIN_SEQUENCES
         conversations = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)
         notes = tuple(_left_out(conversations, length, sequences))
         text, held = split(conversations)
@@ -283,6 +284,8 @@ def training_text(
             f"all {plural(text.sequences, 'conversation')} are trained on, as {HELD_OUT * FEWEST} or more are needed "
             f"to keep some to measure by: the weights are those that {kept}.",
         )
+    elif sequences is None:
+        text, notes = _all_there_is(dense, calibration, length, seed)
     else:
         try:
             text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
@@ -306,6 +309,24 @@ def training_text(
     )
     digest = hashlib.sha256(left_out.encode()).hexdigest()
     return Training(text, measure, (digest, fitting(dense, window), max_windows), notes)
+
+
+def _all_there_is(
+    dense: Subject, calibration: str | Path | CalibrationSet | None, length: int, seed: int
+) -> tuple[CalibrationSet, tuple[str, ...]]:
+    """As many sequences as is usual, or all that the text holds, and a note that says so."""
+    sequences = TRAIN_SEQUENCES
+    while True:
+        try:
+            text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
+            break
+        except TooLittleText as error:  # of a mixture each text is told of on its own
+            sequences = int(sequences * error.share)
+            if not sequences:
+                raise
+    if sequences == TRAIN_SEQUENCES:
+        return text, ()
+    return text, (f"training reads {plural(sequences, 'sequence')} of {length} tokens, all that the text holds.",)
 
 
 def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Iterator[str]:
@@ -345,7 +366,7 @@ def run_recoveries(
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
     if any(method.traits.get("trained") for method, _ in steps):
-        begun += [part for one in (student, dense) for part in (checksum(one.model), beside_weights(one.model))]
+        begun += [*determinants(student.model), *determinants(dense.model)]
     try:
         for number, (method, options) in enumerate(steps):
             size = _parameters(student.model)

@@ -18,12 +18,12 @@ import numpy as np
 
 from shallower import progress
 from shallower.anatomy import dissect
-from shallower.checkpoint.fingerprint import checksum
+from shallower.checkpoint.determinants import determinants
 from shallower.corpus import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine import Ablator, Spent
 from shallower.engine.ablator import MEASURED_AS, code_of
-from shallower.engine.memo import Memo, beside_weights, code_of_model, context_key
+from shallower.engine.memo import Memo, context_key
 from shallower.engine.statistics import Streams
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
@@ -185,17 +185,12 @@ class RepairedLosses:
 
     def _depends_on(self) -> str:
         """The key of everything besides the removed set that a loss depends on."""
-        model = self.subject.model
         return context_key(
             {
-                "weights": checksum(model),
-                "beside_weights": beside_weights(model),
-                "code": code_of_model(model),
+                "model": determinants(self.subject.model),
                 "repaired_by": [[method.name, code_of(method), sorted(given.items())] for method, given in self.steps],
                 "fitted": self.fitted.digest,
                 "judged": self.judged.digest,
                 "measured_as": [MEASURED_AS, REPAIRED_AS],
-                "dtype": str(model.dtype),
-                "device": model.device.type,
             }
         )

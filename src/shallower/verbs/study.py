@@ -21,8 +21,8 @@ from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build
 from shallower.corpus.options import NAMED
 from shallower.corpus.specification import Specification, parse_specification, raise_all
 from shallower.engine import Ablator, Racing, along_with, reads_choices
-from shallower.engine.ablator import MEASURED_AS
-from shallower.engine.memo import beside_weights, context_key
+from shallower.engine.ablator import MEASURED_AS, code_of
+from shallower.engine.memo import context_key
 from shallower.engine.ray_session import connect
 from shallower.errors import CorpusError, UserError
 from shallower.plan import MadeBy, PruningPlan
@@ -268,14 +268,21 @@ class _Runner:
     def key(self, cell: Cell, text: CalibrationSet) -> str:
         """Digest of all that a cell's result depends on: not where texts lie, but what is in them."""
         study = self.study
+        stages, _ = self._stages(cell)
+        ranked_by = metric_of(stages, search_and_metric(cell.search)[1])
+        methods = [
+            objectives.get(cell.objective),
+            *(method for method, _ in stages),
+            *([ranked_by] if ranked_by else []),
+        ]
         return context_key(
             {
-                "model": [self.subject.checksum, beside_weights(self.subject.model)],
+                "model": self.subject.determinants,
                 "calibration": text.digest,
                 "cell": [cell.seed, cell.objective, cell.search, cell.remove],
+                "code": [code_of(method) for method in methods],
                 "how": [study.units, study.protect, sorted(study.settings.items()), study.exact],
                 "judged_on": sorted(self.judged_on.items()),
-                "dtype": str(self.subject.model.dtype),
                 "measured_as": MEASURED_AS,
                 "version": __version__,
             }

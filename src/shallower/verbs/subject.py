@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
+from shallower.checkpoint.determinants import determinants
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
@@ -60,9 +61,9 @@ class Subject:
         return ModelIdentity(self.loaded.name, self.loaded.revision, fingerprint(self.model, self.loaded.path), blocks)
 
     @cached_property
-    def checksum(self) -> str:
-        """Of all bits of the weights, as they are when it is first asked for."""
-        return checksum(self.model)
+    def determinants(self) -> list[str]:
+        """Of what the model computes, as it is when they are first asked for."""
+        return determinants(self.model)
 
     @cached_property
     def weights(self) -> Weights:
