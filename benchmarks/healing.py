@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.corpus import CalibrationSet, build_calibration
-from shallower.errors import CorpusError
+from shallower.errors import TooLittleText
 from shallower.evaluation.perplexity import perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import PruningPlan
@@ -54,10 +54,10 @@ def most_text(subject: Subject, source: str, length: int) -> CalibrationSet:
     while True:
         try:
             return build_calibration(source, subject.tokenizer, sequences=sequences, length=length, part="train")
-        except CorpusError as error:
-            if "sequences=" not in str(error).partition("use ")[2]:
+        except TooLittleText as error:
+            sequences = int(sequences * error.share)
+            if not sequences:
                 raise
-            sequences = int(str(error).partition("use sequences=")[2].partition(",")[0])
 
 
 def run(name: str, subject: Subject, text: CalibrationSet, given: argparse.Namespace) -> dict[str, Any]:

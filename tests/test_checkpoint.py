@@ -495,11 +495,13 @@ def write_gguf(
     *,
     parts: int = 1,
     scaling: str = "",
+    scale: tuple[str, float] | None = None,
     factors: Sequence[float] = (),
 ) -> None:
     """What llama.cpp's converter makes of a Llama model with a byte-level BPE tokenizer.
 
-    scaling, factors: of rotary positions, as it writes them for YaRN and for Llama 3.1.
+    scaling, factors: of rotary positions, as it writes them for YaRN and for Llama 3.1. scale: a key and a factor
+    without a kind, as in files of 2023.
     """
     package = pytest.importorskip("gguf")
     config, tokenizer = model.config, tiny_tokenizer()
@@ -532,6 +534,8 @@ def write_gguf(
     if scaling:
         writer.add_rope_scaling_type(package.RopeScalingType(scaling))
         writer.add_rope_scaling_factor(4.0)
+    if scale:
+        writer.add_float32(*scale)
     if factors:
         writer.add_tensor("rope_freqs.weight", torch.tensor(factors).numpy())
     table = package.get_tensor_name_map(package.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -614,6 +618,8 @@ def test_gguf_that_cannot_be_read(gguf_file: Path, monkeypatch: pytest.MonkeyPat
     ("scaled", "told"),
     [
         ({"scaling": "yarn"}, r"\(llama\.rope\.scaling\.type = yarn\)"),
+        ({"scale": ("llama.rope.scale_linear", 0.25)}, r"\(llama\.rope\.scale_linear = 0\.25\)"),
+        ({"scale": ("llama.rope.scaling.factor", 4.0)}, r"\(llama\.rope\.scaling\.factor = 4\)"),
         ({"factors": [1.0, 1.0, 2.0, 8.0]}, r"\(rope_freqs\.weight\)"),
     ],
 )

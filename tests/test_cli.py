@@ -485,6 +485,7 @@ def test_demo_ends_with_what_to_look_at(
         (["score", "{tiny}", "--calibration", "{place}/binary.txt"], r"binary\.txt"),
         (["score", "{tiny}", "--out", "{place}/empty.txt/scores.json"], r"empty\.txt is not a folder"),
         (["prune", "{tiny}", "--remove", "1", "--out", "{place}/empty.txt/out"], r"empty\.txt is not a folder"),
+        (["eval", "{tiny}", "--text", "{tiny}", "--out", "{place}/empty.txt/out"], r"empty\.txt is not a folder"),
         (
             ["recover", "{tiny}", "--with", "refit", "--plan", "p", "--out", "{place}/empty.txt/out"],
             r"empty\.txt is not a folder",

@@ -27,7 +27,7 @@ from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import PruningPlan
 from shallower.registry import search as searches
 from shallower.surgery import cut, leftovers, re_pair, skipping
-from shallower.surgery.ordinary import exact_pairs
+from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.units import Kind, Unit, plain, require_distinct
 from shallower.verbs.subject import Subject, open_subject

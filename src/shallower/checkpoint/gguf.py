@@ -107,15 +107,19 @@ def _convert(path: Path, folder: Path) -> None:
         raise OSError(stock.first_line(error)) from error
 
 
+_SCALING = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")  # the last in files of 2023
+
+
 def _require_positions(reader: Any, config: PretrainedConfig, name: str) -> None:
     """Raise ModelError where rotary positions are scaled (Llama 3.1, YaRN, LongRoPE) and the loader did not read how:
     the model would compute something else.
     """
-    told = [
-        f"{key} = {_text(field)}"
-        for key, field in reader.fields.items()
-        if key.endswith(".rope.scaling.type") and _text(field) != "none"
-    ]
+    said = {key: field for key, field in reader.fields.items() if key.endswith(_SCALING)}
+    kind = next((_text(field) for key, field in said.items() if key.endswith("type")), "")
+    told = [f"{key} = {kind}" for key in said if kind not in ("", "none") and key.endswith("type")]
+    if not kind:  # a factor without a kind is that of linear scaling
+        factors = {key: float(field.parts[field.data[0]][0]) for key, field in said.items()}
+        told += [f"{key} = {factor:g}" for key, factor in factors.items() if factor not in (0, 1)]
     told += [
         tensor.name
         for tensor in reader.tensors

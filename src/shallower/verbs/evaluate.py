@@ -26,6 +26,7 @@ from shallower.evaluation.tasks import LM_EVAL_SEED, LoadedTasks, TaskResult, Ta
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import PruningPlan, without_folders
 from shallower.reporting.wording import distinct_names
+from shallower.strict_json import require_writable
 from shallower.verbs.contamination import contamination
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Model, Subject, open_subject, several, several_names
 from shallower.verbs.supply import supply
@@ -367,8 +368,9 @@ def _open_answered(stack: ExitStack) -> Answered:
 
 
 def require_free(out: str | Path, *, force: bool) -> None:
-    """Raise OutputError unless the folder is free, or `force` may replace it: an evaluation, or empty."""
+    """Raise OutputError unless the folder can be made, or `force` may replace it: an evaluation, or empty."""
     target = Path(out)
+    require_writable(target, f"--out {target}")
     if not os.path.lexists(target):
         return
     if not force:

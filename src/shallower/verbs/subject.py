@@ -30,7 +30,7 @@ from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
 from shallower.surgery import require_apart, require_free
-from shallower.surgery.ordinary import exact_pairs, weigh_pairs
+from shallower.surgery.ordinary_pairs import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
 from shallower.verbs.supply import supply
 
