@@ -473,3 +473,11 @@ def test_cleaning_a_stream_or_nothing_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="is empty"):
         clean(tmp_path / "empty.jsonl", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_tokenizer_that_is_given_takes_the_place_of_the_model_s(tokenizer: Any, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "without")
+    assert open_subject(tmp_path / "without", tokenizer).tokenizer is tokenizer
+    other = open_subject(tmp_path / "without")
+    assert open_subject(other) is other
+    assert open_subject(other, tokenizer).tokenizer is tokenizer

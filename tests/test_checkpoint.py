@@ -661,6 +661,13 @@ def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.cache_root() == tmp_path / ".cache" / "shallower"
 
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(OutputError, match="no home folder is known here: set SHALLOWER_CACHE"):
+        cache.cache_root()
+
 
 def test_staging_is_all_or_nothing() -> None:
     target = cache.cache_root() / "made" / "thing"

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -235,9 +236,9 @@ def test_several_metrics_side_by_side(cli: Cli, place: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("units", ["block", "attn", "mlp", "sublayer", "all"])
 def test_what_is_advised_after_scores_can_be_typed(cli: Cli, place: Path, tmp_path: Path, units: str) -> None:
     text = ("--calibration", place / "text.txt", *SMALL)
-    ran = cli("score", place / "tiny", "--units", units, *text, "--out", tmp_path / "scores.json")
+    ran = cli("score", place / "tiny", "--units", units, *text, "--out", tmp_path / "it's scores.json")
     [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
-    found = cli(*advice.split(), *text, "--json")
+    found = cli(*shlex.split(advice), *text, "--json")
     assert found.code == 0, found.err
 
 
@@ -495,6 +496,7 @@ def test_demo_ends_with_what_to_look_at(
             r"empty\.txt is not",
         ),
         (["score", "{tiny}", "--out", "{place}"], r"is a folder; name a file"),
+        (["score", "{tiny}", "--out", "{place}/" + "a" * 300], r"File name too long .*; choose another name"),
         (
             ["search", "{tiny}", "--remove", "2", "--search", "gredy"],
             r"unknown search 'gredy'; did you mean 'greedy'\?",

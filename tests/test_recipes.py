@@ -62,6 +62,25 @@ def test_a_run_goes_on_after_the_step_that_failed(tmp_path: Path, capsys: pytest
     assert len(json.loads((out / "plan.json").read_text())["remove"]) == 1
 
 
+def test_a_step_is_done_once_its_work_is_whatever_becomes_of_its_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = written(tmp_path), tmp_path / "out"
+    asked = ["run", str(recipe), "--set", "remove=1", "--quiet", "--out"]
+    with monkeypatch.context() as unread:
+
+        def gone(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        unread.setattr("shallower.cli.score.print_written", gone)
+        assert main.run([*asked, str(out)]) == 130
+    assert [path.name for path in sorted(out.iterdir())] == ["scores.json", "steps.json"]
+    monkeypatch.chdir(tmp_path)
+    assert main.run([*asked, "out"]) == 0  # another spelling of the same folder
+    assert "is done already" in capsys.readouterr().out
+    assert (out / "plan.json").is_file()
+
+
 def test_a_folder_with_a_space_is_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my work").mkdir()
     recipe, out = written(tmp_path / "my work"), tmp_path / "it's out"

@@ -32,7 +32,7 @@ from shallower.units import parse_units
 from shallower.verbs import recover as verb
 from shallower.verbs import subject
 from shallower.verbs.prune import _recoveries
-from shallower.verbs.recoveries import TRAIN_SEQUENCES, parse_recoveries, require_launch
+from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume, parse_recoveries, require_launch
 from shallower.verbs.subject import open_subject
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
@@ -568,6 +568,25 @@ def test_all_of_a_text_is_trained_on_where_it_is_shorter_than_usual(files: Path)
     recover(files / "pruned", "full", teacher=files / "dense", **{**given, "train_sequences": most})
     with pytest.raises(UserError, match="set with --train-sequences"):
         recover(files / "pruned", "full", teacher=files / "dense", **{**given, "train_sequences": most + 4})
+
+
+def test_what_only_trains_needs_no_text_of_a_repair(files: Path) -> None:
+    given = asked(files, sequences=10**6, train_sequences=None, settings={**SMALL, "epochs": "0.01"})
+    done = recover(files / "pruned", "full", teacher=files / "dense", **given)
+    assert done.made_by.calibration is None
+    with pytest.raises(UserError, match=r"holds .* tokens, but 1000000 sequences"):
+        recover(files / "pruned", "refit,full", teacher=files / "dense", **given)
+
+
+def test_what_another_training_left_stays_where_nothing_is_trained(tmp_path: Path) -> None:
+    left = tmp_path / ".out.training" / "another" / "state-3"
+    left.mkdir(parents=True)
+    Resume(tmp_path / "out").clear()
+    assert left.is_dir()
+    resume = Resume(tmp_path / "out")
+    resume.folder("one that trains")
+    resume.clear()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,9 @@ def test_keyword_only_parameters_are_options(registry: Registry) -> None:
     texts = {"steps": "8", "rate": "1e-3", "twice": "Yes", "label": "y", "below": "before", "power": "2"}
     expected = {"steps": 8, "rate": 1e-3, "twice": True, "label": "y", "below": "before", "power": 2}
     assert method.parse_options(texts) == expected
+    assert method.parse_options({"twice": True, "steps": 8, "rate": 1e-3}) == {"twice": True, "steps": 8, "rate": 1e-3}
+    with pytest.raises(UserError, match=r"option steps='2\.7' does not fit"):
+        method.parse_options({"steps": 2.7})
     assert method.parse_options({}) == {}
     assert {name: option.default for name, option in method.options.items()}["below"] == "after"
 
@@ -294,6 +297,19 @@ def test_the_metric_of_the_guide_is_found_through_its_entry_point(package: Path)
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "('before', 'after') tensor([0.4805, 0.4805])"  # log(2) squared
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("import nothing_like_this\n")
+    (tmp_path / "bad-1.0.dist-info").mkdir()
+    (tmp_path / "bad-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
+    (tmp_path / "bad-1.0.dist-info" / "entry_points.txt").write_text("[shallower.methods]\nbad = bad\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from shallower.cli import main; "
+    program += "sys.exit(main.run(['methods', 'cosine']))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    told = "the package bad registers methods in bad, which cannot be imported (ModuleNotFoundError: No module named "
+    assert told + "'nothing_like_this'): repair or uninstall it." in ran.stderr
 
 
 def test_the_guide_is_not_among_the_built_in_methods() -> None:

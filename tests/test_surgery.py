@@ -625,6 +625,11 @@ def test_force_replaces_nothing_but_checkpoints(
     monkeypatch.setattr(pruned.config, "_name_or_path", str(source))
     with pytest.raises(OutputError, match="is the model itself"):
         save(pruned, source, plan=None, force=True)
+    checkpoint = save(pruned, source / "checkpoint-5", plan=None)  # where a training keeps it
+    monkeypatch.setattr(pruned.config, "_name_or_path", str(checkpoint))
+    with pytest.raises(OutputError, match=r"source holds the model \(.*checkpoint-5\); choose another folder"):
+        save(pruned, source, plan=None, force=True)
+    assert checkpoint.is_dir()
     monkeypatch.chdir(source)
     with pytest.raises(OutputError, match="not a checkpoint"):
         save(pruned, source, plan=None, force=True)

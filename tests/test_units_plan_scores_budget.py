@@ -130,6 +130,16 @@ def test_plan_file(tmp_path: Path) -> None:
     assert PLAN.removed == {Unit(13, "block"), Unit(22, "attn")}
 
 
+def test_a_plan_in_the_home_folder_and_of_a_model_whose_name_is_no_utf_8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = replace(PLAN, model=replace(PLAN.model, name=os.fsdecode(b"caf\xe9")))
+    plan.save("~/plan.json")
+    assert (tmp_path / "plan.json").is_file()
+    assert PruningPlan.load("~/plan.json") == plan
+
+
 def test_a_plan_without_calibration_or_losses(tmp_path: Path) -> None:
     made_by = MadeBy(None, None, None, {}, 0, None, "0.1.0")
     plan = PruningPlan(MODEL, (Unit(1, "mlp"),), ((Unit(1, "mlp"), None),), None, made_by)

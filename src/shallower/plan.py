@@ -192,7 +192,7 @@ class PruningPlan:
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan file. Raises PlanError when it is missing, not JSON, of another format or malformed."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PlanError(f"there is no plan at {path}; make one with `shallower search MODEL`.") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

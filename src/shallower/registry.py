@@ -17,9 +17,12 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from shallower.errors import UnknownName, UserError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +53,7 @@ class Option:
 
         Raises UserError when the text does not fit the annotation.
         """
-        kind = self.annotation
+        kind, text = self.annotation, str(text)  # from Python it may come as the value itself
         allowed = _allowed(kind) + ("" if self.above is None else f" {self.above}")
         try:
             if get_origin(kind) is Literal:
@@ -197,10 +200,24 @@ class Registry:
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
             for point in entry_points(group=ENTRY_POINTS):
-                point.load()
+                _load_from(point)
         except BaseException:
             self._loaded = False  # else the next look-up would say that the method does not exist
             raise
+
+
+def _load_from(point: EntryPoint) -> None:
+    """Import what another package registers. Raises UserError when it cannot be imported."""
+    try:
+        point.load()
+    except UserError:
+        raise
+    except Exception as error:
+        package = "a package" if point.dist is None else f"the package {point.dist.name}"
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{package} registers methods in {point.value}, which cannot be imported ({why}): repair or uninstall it."
+        ) from error
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Option]:

@@ -189,7 +189,7 @@ class ScoreSheet:
     def load(cls, path: str | os.PathLike[str]) -> ScoreSheet:
         """Read a score file. Raises UserError when it is missing, not JSON or malformed."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(
                 f"{path} cannot be read as scores: {error}. Make them with `shallower score MODEL`."

@@ -112,11 +112,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
     Raises OutputError when the place cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="utf-8") as file:
+        # a file's name may hold bytes that are no UTF-8; what they become, JSON reads as what they were
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -16,11 +16,19 @@ _ABANDONED_AFTER = 24 * 3600  # seconds; no download or conversion takes a day
 
 
 def cache_root() -> Path:
-    """`$SHALLOWER_CACHE`, else `$XDG_CACHE_HOME/shallower`, else `~/.cache/shallower`. The folder may not exist yet."""
+    """`$SHALLOWER_CACHE`, else `$XDG_CACHE_HOME/shallower`, else `~/.cache/shallower`. The folder may not exist yet.
+
+    Raises OutputError where no home is known, as of a user in a container.
+    """
     if chosen := os.environ.get("SHALLOWER_CACHE"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "shallower"
+    try:
+        return (Path(base).expanduser() if base else Path.home() / ".cache") / "shallower"
+    except RuntimeError:
+        raise OutputError(
+            "no home folder is known here: set SHALLOWER_CACHE to a folder that can be written."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option, Typer
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free
+from shallower.cli.output import print_written, require_free, typed
 from shallower.cli.verb import Answer, verb
 from shallower.errors import OutputError, UserError
 from shallower.strict_json import require_writable
@@ -68,7 +68,9 @@ def build(
 
     def show(console: Console) -> None:
         _show_set(console, made, first)
-        print_written(console, out, "the set", f"shallower search {model} --remove 25% --calibration {out}")
+        print_written(
+            console, out, "the set", f"shallower search {typed(model)} --remove 25% --calibration {typed(out)}"
+        )
 
     return Answer(made.to_json() | {"beginnings": first}, show)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
+from shallower.cli.output import typed
 from shallower.cli.prune import pruned_answer
 from shallower.cli.verb import Answer, verb
 
@@ -44,6 +45,6 @@ def demo(
         answer.show(console)
         console.print("\nWhat next?")
         for command, why in LOOK_NEXT.items():
-            console.print(f"  {command.format(out=out)}    # {why}", soft_wrap=True)
+            console.print(f"  {command.format(out=typed(out))}    # {why}", soft_wrap=True)
 
     return Answer(answer.data, show)

@@ -148,6 +148,8 @@ def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
         return f"the disk is full{_where(error)}; {RESUME}. Free some room first, or choose another place.", 2
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{error.strerror}{_where(error)}; choose another place or change its permissions.", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{error.strerror}{_where(error)}; choose another name.", 2
     if (type(error).__module__, type(error).__name__) == ("sqlite3", "OperationalError"):
         what = f"measurements cannot be kept in the cache ({error})"
         return f"{what}; free some room, or set SHALLOWER_CACHE to a folder that can be written.", 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,11 @@ def require_free(path: Path | None, *, force: bool) -> None:
     if path.exists() and not force:
         raise OutputError(f"--out {path} exists; name another file, or add --force to replace it.")
     require_writable(path, f"--out {path}")
+
+
+def typed(word: object) -> str:
+    """A word as it is typed in a shell, in quotes where it needs them."""
+    return shlex.quote(str(word))
 
 
 def print_written(console: Console, path: Path | None, what: str, next_step: str = "") -> None:

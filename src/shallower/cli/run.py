@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from typer import Argument, Option
 
 from shallower.cli import options
 from shallower.cli.output import print_json, screen
-from shallower.cli.verb import AsJson, Quiet
+from shallower.cli.verb import AsJson, Quiet, finished
 from shallower.errors import UserError
 from shallower.recipes import read_recipe, shipped
 from shallower.strict_json import write_json
@@ -67,18 +68,24 @@ def run(
     ledger = folder / DONE
     done = _done(ledger)
     found: list[Any] = []
-    for number, command in enumerate(commands, 1):
+    # what a step is, however the folders are spelled this time
+    steps = replace(chosen, here=Path("{here}")).commands(size, "{out}", options.parse_settings(settings))
+    for number, (command, step) in enumerate(zip(commands, steps, strict=True), 1):
         label = f"[{number}/{len(commands)}] shallower {command}"
-        if command in done:
+        if step in done:
             if not as_json:
                 console.print(f"{label}\nis done already.\n", soft_wrap=True, markup=False, highlight=False)
             continue
         if not as_json:
             console.print(label, soft_wrap=True, markup=False, highlight=False)
-        answer = _step(command, as_json=as_json, quiet=quiet)
+        before = len(finished)
+        try:
+            answer = _step(command, as_json=as_json, quiet=quiet)
+        finally:
+            if len(finished) > before:  # done, even where nobody reads its answer any more
+                done.append(step)
+                write_json(ledger, {"steps": done})
         found.append({"command": command, "answer": answer})
-        done.append(command)
-        write_json(ledger, {"steps": done})
     if as_json:
         print_json({**told, "steps": found})
 
@@ -99,9 +106,8 @@ def _step(command: str, *, as_json: bool, quiet: bool) -> Any:
 def _done(ledger: Path) -> list[str]:
     """Command lines that were run to their end before."""
     try:
-        steps = json.loads(ledger.read_text(encoding="utf-8"))["steps"]
+        return [str(step) for step in json.loads(ledger.read_text(encoding="utf-8"))["steps"]]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{ledger} cannot be read ({error!r}); move it away to begin anew.") from None
-    return [str(step) for step in steps]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free
+from shallower.cli.output import print_written, require_free, typed
 from shallower.cli.verb import Answer, verb
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def score(
             console.print(scores_table(sheet.scores[0]))
         # attentions alone may hold less than a quarter of the parameters
         amount = "25%" if units == "block" else f"25%:units --units {units}"
-        step = f"shallower search {model} --remove {amount} --search one-shot --scores {out}"
+        step = f"shallower search {typed(model)} --remove {amount} --search one-shot --scores {typed(out)}"
         print_written(console, out, "the scores", step + (f" --metric {sheet.metrics[0]}" if several else ""))
 
     told = sheet.to_json()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free
+from shallower.cli.output import print_written, require_free, typed
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
 from shallower.resources import parse_memory, parse_workers
@@ -111,6 +111,6 @@ def search(
 
     def show(console: Console) -> None:
         show_plan(console, plan, parameters=parameters)
-        print_written(console, out, "the plan", f"shallower prune {model} --plan {out} --out FOLDER")
+        print_written(console, out, "the plan", f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER")
 
     return Answer({**plan.to_json(), "spent": plan.spent}, show)

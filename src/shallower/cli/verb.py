@@ -21,6 +21,9 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON document and noth
 Quiet = Annotated[bool, Option("--quiet", help="Show no progress. Default: progress on stderr.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error. Default: one sentence.")]
 
+finished: list[str] = []
+"""Names of the verbs of this process whose work is done, though it may not be shown yet."""
+
 _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug}
 
 
@@ -43,6 +46,7 @@ def verb(function: Callable[..., Answer]) -> Callable[..., None]:
         as_json, quiet, _ = (given.pop(name) for name in _COMMON)  # main looks for --debug when something fails
         with working(quiet=quiet or as_json or not leads()):
             answer = function(**given)
+        finished.append(function.__name__)
         if not leads():
             return
         if as_json:

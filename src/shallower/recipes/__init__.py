@@ -78,7 +78,9 @@ def read_recipe(name: str) -> Recipe:
     faults = [*key_faults(str(path), data, ("title", "source", "about", "steps", "sizes")), *_faults(str(path), data)]
     if faults:
         raise UserError("; ".join(faults) + ".")
-    sizes = {size: {key: str(value) for key, value in values.items()} for size, values in data["sizes"].items()}
+    sizes = {
+        str(size): {str(key): str(value) for key, value in values.items()} for size, values in data["sizes"].items()
+    }
     about = str(data["about"]).strip()
     return Recipe(data["title"], str(data["source"]), about, tuple(data["steps"]), path.parent, sizes)
 

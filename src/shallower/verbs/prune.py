@@ -45,6 +45,7 @@ from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
     Stages,
+    in_closed_form,
     named_recoveries,
     parse_recoveries,
     perplexities,
@@ -193,7 +194,8 @@ def prune(
             size = (0, 0) if reads_choices(objectives.get(objective)) else (sequences, length)  # of text, not questions
             most, longest = repair_size(subject, *size)
             try:
-                fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
+                if in_closed_form(steps):
+                    fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
             except TooLittleText as error:
                 raise TooLittleText(
                     f"{error} A repair in prune reads {most} sequences of {longest} tokens; 'shallower recover' can do "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from shallower.verbs.recoveries import (
     SEQUENCES,
     Resume,
     Stages,
+    in_closed_form,
     parse_recoveries,
     perplexities,
     recovery_card,
@@ -128,7 +130,9 @@ def recover(
     require_unquantized(dense.model)
     student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
     _require_first_repair(student, steps)
-    text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
+    text = None
+    if in_closed_form(steps):
+        text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
     contents = contents or held_out(calibration)
     if out is not None:
         require_place(steps, dense.anatomy, given.removed)
@@ -144,6 +148,9 @@ def recover(
         max_windows=max_windows,
         seed=seed,
     )
+    if text is None:
+        assert training is not None
+        text = training.text
     resume = Resume(out)
     before = told_before(student.loaded.path) if teacher is not None else None
     before_repair = [*student.model.parameters()]
@@ -209,7 +216,7 @@ def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> Pr
             "say what the model was cut from, or how to cut it: give a pruned checkpoint with its dense model "
             "(--teacher MODEL), or a dense model with a plan (--plan FILE)."
         )
-    inside = Path(model) / PLAN if isinstance(model, (str, Path)) else None
+    inside = Path(os.path.expanduser(model)) / PLAN if isinstance(model, (str, Path)) else None
     if inside is None or not inside.is_file():
         raise PlanError(
             f"{model if inside is not None else 'a model in memory'} has no {PLAN} that says what is missing: name the "

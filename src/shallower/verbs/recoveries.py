@@ -99,8 +99,8 @@ class Resume:
                 folder.rmdir()
 
     def clear(self) -> None:
-        """Remove what was kept: the command came to its end."""
-        for folder in (self._root,) if self._own else self._made:
+        """Remove what was kept: the command came to its end. One that trained nothing leaves what others keep."""
+        for folder in (self._root,) if self._own and self._made else self._made:
             shutil.rmtree(folder, ignore_errors=True)
         self.tidy()
 
@@ -421,12 +421,16 @@ def perplexities(
     }
 
 
+def in_closed_form(steps: Stages) -> bool:
+    """Whether one of the recoveries is, and so reads the text of a repair."""
+    return any(not method.traits.get("trained") for method, _ in steps)
+
+
 def texts_read(
     steps: Stages, text: CalibrationSet, training: Training | None
 ) -> tuple[CalibrationSet | None, CalibrationSet | None]:
     """What the recoveries in closed form read, and what those that train do; None where there is none of that kind."""
-    closed = any(not method.traits.get("trained") for method, _ in steps)
-    return text if closed else None, None if training is None else training.text
+    return text if in_closed_form(steps) else None, None if training is None else training.text
 
 
 def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:

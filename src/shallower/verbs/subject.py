@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -110,15 +111,18 @@ def open_subject(
 ) -> Subject:
     """Load MODEL if it is a name or path, and find its anatomy. A Subject comes back as it is.
 
+    tokenizer: in place of the one that the model came with.
+
     Raises ModelError when the model cannot be found, read, or taken apart.
     """
     if isinstance(model, Subject):
-        return model
+        return model if tokenizer is None else replace(model, loaded=replace(model.loaded, tokenizer=tokenizer))
     if isinstance(model, PreTrainedModel):
         name = Path(model.config.name_or_path).name if model.config.name_or_path else type(model).__name__
         loaded = LoadedModel(model.eval(), tokenizer, name, None, None)
     else:
         loaded = load_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
     return Subject(loaded, dissect(loaded.model))
 
 
@@ -127,6 +131,7 @@ def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | S
     `models` that are read. Before anything is loaded.
     """
     require_free(out, force=force)
+    out = os.path.expanduser(out)
     for model in models:
         if isinstance(model, Subject):
             require_apart(out, model.loaded.path)
