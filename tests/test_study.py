@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ import statsmodels.formula.api
 import torch
 
 from shallower.cli import main
-from shallower.errors import UserError
+from shallower.errors import ModelError, UserError
 from shallower.registry import Method
 from shallower.studies.findings import find
 from shallower.studies.grid import Study, parse_study
@@ -445,6 +447,98 @@ def test_cells_of_a_model_that_differs_in_one_weight_its_config_or_code_are_not_
             assert run("study", grid, "--out", tmp_path / "out") == 0
     keys = [row["key"] for row in lines_of(tmp_path / "out")]
     assert len(set(keys)) == 8
+
+
+def test_a_cell_that_cannot_be_measured_costs_no_other(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shallower.verbs import study as studies
+    from shallower.verbs.search import search
+
+    def overflowing(subject: object, remove: str, **how: Any) -> object:
+        if (how["search"], remove) == ("greedy", "2") and len(failed) < 2:
+            failed.append(remove)
+            raise ModelError("without block.1 the model gives no finite nll: remove less.")
+        return search(subject, remove, **how)  # type: ignore[arg-type]
+
+    failed: list[str] = []
+    monkeypatch.setattr(studies, "search", overflowing)
+    file, out = place / "some.yaml", tmp_path / "out"
+    grid = (
+        (place / "grid.yaml")
+        .read_text()
+        .replace("seeds: [0, 1]", "seeds: 0")
+        .replace("{a: a.txt, b: b.txt}", "{a: a.txt}")
+    )
+    file.write_text(grid.replace("sequences: 4", "sequences: [4, 5000]"))
+    assert run("study", file, "--out", out, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answer"].startswith("3 cells were measured, 5 could not be.")
+    assert [(row["cell"]["search"], row["cell"]["remove"]) for row in lines_of(out)] == [
+        ("one-shot", "1"),
+        ("one-shot", "2"),
+        ("greedy", "1"),
+    ]
+    assert sorted(failure["cell"]["sequences"] for failure in told["failures"]) == [4, *[5000] * 4]
+    for page in ("study.md", "study.html"):
+        written = (out / page).read_text()
+        assert "What could not be measured" in written
+        assert "without block.1 the model gives no finite nll" in written
+    failed.extend(["2"] * 2)  # the next time nothing overflows
+    assert run("study", file, "--out", out) == 0
+    assert len(lines_of(out)) == 4
+    assert "4 cells were measured, 4 could not be." in " ".join(capsys.readouterr().out.split())
+    file.write_text(grid.replace("sequences: 4", "sequences: 5000"))
+    assert run("study", file, "--out", tmp_path / "none") == 2
+    assert "no cell of the study could be measured; the first of 4: " in capsys.readouterr().err
+    assert not (tmp_path / "none" / "study.html").exists()
+
+
+def test_runs_that_cannot_be_are_told_before_anything_is_measured(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "run.yaml"
+    grid = (
+        (place / "grid.yaml").read_text().replace("one-shot", "contiguous").replace("remove: [1, 2]", "remove: [2, 3]")
+    )
+    file.write_text(f"{grid}protect: block.2\n")
+    assert run("study", file, "--out", tmp_path / "out") == 2
+    assert "no run of neighbouring blocks that may go removes 3 units" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_are_all_looked_at_first_and_one_is_in_memory_at_a_time(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shallower.testing.families import tiny_model, tiny_tokenizer
+    from shallower.verbs import study as studies
+    from shallower.verbs.subject import Subject, open_subject
+
+    for name, blocks in (("small", 3), ("twin", 5)):
+        tiny_model("llama", blocks=blocks).save_pretrained(place / name)
+        tiny_tokenizer().save_pretrained(place / name)
+    grid = (place / "grid.yaml").read_text().replace("seeds: [0, 1]", "seeds: 0").replace(", greedy", "")
+    file = place / "models.yaml"
+    file.write_text(grid.replace("models: tiny", "models: [tiny, small]").replace("remove: [1, 2]", "remove: 4"))
+    assert run("study", file, "--out", tmp_path / "out") == 2
+    assert "cannot remove 4 units" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    there: list[weakref.ref[object]] = []
+
+    def opened(*model: Any, **how: Any) -> Subject:
+        gc.collect()
+        assert not any(model() is not None for model in there)
+        subject = open_subject(*model, **how)
+        there.append(weakref.ref(subject.model))
+        return subject
+
+    monkeypatch.setattr(studies, "open_subject", opened)
+    file.write_text(grid.replace("models: tiny", "models: [tiny, twin]"))
+    assert run("study", file, "--out", tmp_path / "out", "--dry-run") == 0
+    assert run("study", file, "--out", tmp_path / "out") == 0
+    assert len(there) == 2 + 3
+    assert json.loads((tmp_path / "out" / "findings.json").read_text())["cells"] == 8
 
 
 def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from shallower.errors import BudgetError, UnknownName
@@ -126,6 +126,16 @@ def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limi
             "Protect fewer or remove less."
         )
     return Limit(amount.quantity, needed, total, cost)
+
+
+def require_run(units: Iterable[Unit], budget: Budget) -> None:
+    """Raise BudgetError unless some run of neighbouring blocks among `units`, all of them blocks, meets the budget."""
+    run: list[Unit] = []
+    for unit in sorted(units):
+        run = [*run, unit] if run and run[-1].index + 1 == unit.index else [unit]
+        if budget.met(run):
+            return
+    raise BudgetError(f"no run of neighbouring blocks that may go removes {budget}; protect fewer or remove less.")
 
 
 def most(costs: Mapping[Unit, float]) -> float:

@@ -49,9 +49,10 @@ def study(
         cost = estimate(file, folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
         def tell(console: Console) -> None:
+            failing = f" and {cost.failing:,} that no search can give" if cost.failing else ""
             ratio = f", {cost.alone / cost.seconds:.1f} times less than cell by cell" if cost.seconds else ""
             console.print(
-                f"{cost.cells:,} cells, {cost.done:,} of them done. What is left asks for {cost.candidates:,} "
+                f"{cost.cells:,} cells, {cost.done:,} of them done{failing}. What is left asks for {cost.candidates:,} "
                 f"candidate sets: about {_spoken(cost.seconds)} if no race ends early{ratio}. Held-out texts come on "
                 "top.",
                 soft_wrap=True,
@@ -67,14 +68,18 @@ def study(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    from shallower.reporting.study import agreements_table, shares_table, write_pages
+    from shallower.reporting.study import agreements_table, failures_table, shares_table, write_pages
 
     pages = write_pages(finished.folder, finished.results, finished.findings)
 
     def show(console: Console) -> None:
-        console.print(agreements_table(finished.findings))
-        console.print(shares_table(finished.findings))
+        if finished.findings.agreements:
+            console.print(agreements_table(finished.findings))
+        if finished.findings.decompositions:
+            console.print(shares_table(finished.findings))
         console.print(finished.findings.answer, soft_wrap=True)
+        if finished.findings.failures:
+            console.print(failures_table(finished.results, finished.findings))
         console.print(f"\nPage:    {pages[0]}\nNumbers: {pages[1]}", soft_wrap=True)
 
     return Answer({"folder": str(finished.folder), **finished.findings.to_json()}, show)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from shallower.reporting.wording import distinct_names
 from shallower.strict_json import write_json, write_text
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
-from shallower.studies.result import FACTORS, Result, grouped
+from shallower.studies.result import FACTORS, Failure, Result, grouped
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,6 +51,13 @@ def agreements_table(findings: Findings) -> Table:
 def shares_table(findings: Findings) -> Table:
     """What the variance of each outcome is due to."""
     return _terminal(share_head(findings), share_rows(findings), "Share of the variance; means over ratios and models.")
+
+
+def failures_table(results: Sequence[Result], findings: Findings) -> Table:
+    """What could not be measured, and why."""
+    models = model_names([*results, *findings.failures])
+    head = (*(("Model",) if models else ()), *_FAILURE_HEAD)
+    return _terminal(head, failure_rows(findings, models), "Could not be measured; the others were.")
 
 
 def _terminal(head: Sequence[str], rows: Rows, caption: str) -> Table:
@@ -118,12 +126,29 @@ def stability_rows(findings: Findings) -> Rows:
     ]
 
 
+_FAILURE_HEAD = ("Removed", "Search", "Objective", "Cells", "Why")
+
+
+def failure_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
+    """What could not be measured: a line for the cells of one search and ratio that have the same reason.
+
+    models: see `model_names`; the first column, where there are.
+    """
+
+    def told(failure: Failure) -> tuple[str, ...]:
+        cell = failure.cell
+        return (*_first(models, cell.model), cell.remove, cell.search, cell.objective, failure.why)
+
+    counts = Counter(map(told, findings.failures))
+    return [(*where, str(count), why) for (*where, why), count in counts.items()]
+
+
 _BEST_HEAD = ("Removed", "Varied", "Level", "Held-out perplexity", "Task accuracy")
 
 
-def model_names(results: Sequence[Result]) -> dict[str, str]:
+def model_names(outcomes: Iterable[Result | Failure]) -> dict[str, str]:
     """Of several models, by MODEL, what to call each; nothing where there is only one."""
-    models = list(dict.fromkeys(result.cell.model for result in results))
+    models = list(dict.fromkeys(outcome.cell.model for outcome in outcomes))
     short = distinct_names([Path(model).name for model in models], models)
     return dict(zip(models, short, strict=True)) if len(models) > 1 else {}
 
@@ -176,7 +201,7 @@ def _percents(interval: Interval) -> str:
 
 def _tables(results: Sequence[Result], findings: Findings) -> list[tuple[str, str, Sequence[str], Rows]]:
     """Name, title, head and rows of every table that has rows."""
-    models = model_names(results)
+    models = model_names([*results, *findings.failures])
     several = ("Model",) if models else ()
     levels = level_rows(results, models)
     columns = len(levels[0]) if levels else 0
@@ -186,6 +211,7 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[tuple[str, st
         ("levels", "What each choice brings on average", (*several, *_BEST_HEAD)[:columns], levels),
         ("ranks", "Does perplexity rank as tasks do?", (*several, *_RANK_HEAD), rank_rows(findings, models)),
         ("stability", "How many tokens are enough?", _STABILITY_HEAD, stability_rows(findings)),
+        ("failures", "What could not be measured", (*several, *_FAILURE_HEAD), failure_rows(findings, models)),
     ]
     return [item for item in found if item[3]]
 

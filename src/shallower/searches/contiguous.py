@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from shallower.budget import Budget
-from shallower.errors import BudgetError
+from shallower.budget import Budget, require_run
 from shallower.registry import search
 from shallower.units import Span, Unit
 
@@ -16,6 +15,7 @@ def contiguous(units: Sequence[Unit], budget: Budget, spans: Mapping[Span, float
 
     The trail grows that span block by block, so that a prefix of the plan is a good shorter span.
     """
+    require_run(units, budget)
     removable = {unit.index for unit in units}
 
     def allowed(span: Span) -> bool:
@@ -31,8 +31,6 @@ def contiguous(units: Sequence[Unit], budget: Budget, spans: Mapping[Span, float
             if part is not None
         )
     ]
-    if not shortest:
-        raise BudgetError(f"no run of neighbouring blocks that may go removes {budget}; protect fewer or remove less.")
     span: Span | None = min(shortest, key=lambda span: (spans[span], span.start))
     grown: list[Span] = []
     while span is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement, mean_interval, percentiles
-from shallower.studies.result import CALIBRATION, FACTORS, Result, grouped
+from shallower.studies.result import CALIBRATION, FACTORS, Failure, Result, grouped
 from shallower.studies.variance import RESIDUAL, Share, decompose
 
 FEWEST_CELLS = 4  # below this a correlation or a share says nothing
@@ -57,9 +57,10 @@ class Stability:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study found; `answer` says it in words."""
+    """What a study found; `answer` says it in words. cells: that were measured; failures: those that could not be."""
 
     cells: int
+    failures: tuple[Failure, ...]
     agreements: tuple[Agreement, ...]
     decompositions: tuple[Decomposition, ...]
     ranks: tuple[RankAgreement, ...]
@@ -70,14 +71,14 @@ class Findings:
         return asdict(self)
 
 
-def find(results: Sequence[Result], seed: int = 0) -> Findings:
+def find(results: Sequence[Result], failures: Sequence[Failure] = (), seed: int = 0) -> Findings:
     """Run every statistic that the results allow. seed: of the resampling."""
     agreements = tuple(agreement(results, seed=seed))
     decompositions = tuple(_decompositions(results, seed))
     ranks = tuple(_ranks(results, seed))
     stability = tuple(_stability(results, seed))
-    words = _answer(results, agreements, decompositions, ranks, stability)
-    return Findings(len(results), agreements, decompositions, ranks, stability, words)
+    words = _answer(results, failures, agreements, decompositions, ranks, stability)
+    return Findings(len(results), tuple(failures), agreements, decompositions, ranks, stability, words)
 
 
 def _strata(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -149,13 +150,14 @@ def _stability(results: Sequence[Result], seed: int) -> list[Stability]:
 
 def _answer(
     results: Sequence[Result],
+    failures: Sequence[Failure],
     agreements: Sequence[Agreement],
     decompositions: Sequence[Decomposition],
     ranks: Sequence[RankAgreement],
     stability: Sequence[Stability],
 ) -> str:
     """One paragraph: which matters more, how sure that is, whether perplexity predicts tasks, how many tokens do."""
-    sentences = [f"{len(results)} cells were measured."]
+    sentences = [f"{len(results)} cells were measured" + (f", {len(failures)} could not be." if failures else ".")]
     by_factor = {item.factor: item for item in agreements}
     calibration = [by_factor[name] for name in CALIBRATION if name in by_factor]
     if calibration and "search" in by_factor:

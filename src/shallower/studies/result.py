@@ -39,6 +39,12 @@ class Cell:
         """Cells are compared within one model and one ratio: between ratios everything differs, and says nothing."""
         return self.model, self.remove
 
+    @property
+    def calibrated_on(self) -> str:
+        """In words, for lines that tell of a cell."""
+        form = f" {self.format}" if self.format else ""
+        return f"{self.text}{form} {self.sequences}×{self.length} seed {self.seed}"
+
     def level(self, factor: str) -> Hashable:
         value: Hashable = getattr(self, factor)
         return value
@@ -81,6 +87,14 @@ class Result:
         except (KeyError, TypeError) as error:
             raise UserError(f"{where} cannot be read as a result of a study: {error!r}.") from None
         return cls(Cell(**data["cell"]), units, **rest)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be measured, and why, as a sentence."""
+
+    cell: Cell
+    why: str
 
 
 def search_and_metric(asked: str) -> tuple[str, str | None]:

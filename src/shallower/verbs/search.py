@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import Block
-from shallower.budget import Amount, Budget, Limit, make_limit, most, parse_protect, parse_remove
+from shallower.budget import Amount, Budget, Limit, make_limit, most, parse_protect, parse_remove, require_run
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, Spent, reads_stream
 from shallower.errors import BudgetError, ModelError, UserError
@@ -304,7 +304,10 @@ def resolve(
     if any(method.traits.get("keeps_last_block") for method in methods):
         protected |= {len(subject.anatomy.blocks) - 1}
     removable = _removable(subject, units, protected, methods, ordinary)
-    return Request(removable, budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable))
+    budget = budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable)
+    if any("spans" in method.parameters for method in methods):
+        require_run(removable, budget)
+    return Request(removable, budget)
 
 
 def _methods(names: str) -> list[Method]:

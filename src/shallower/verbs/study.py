@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -24,7 +24,8 @@ from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.ablator import MEASURED_AS, code_of
 from shallower.engine.memo import context_key
 from shallower.engine.ray_session import connect
-from shallower.errors import CorpusError, UserError
+from shallower.engine.trace import prove
+from shallower.errors import BudgetError, CorpusError, ModelError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import objective as objectives
 from shallower.resources import parse_workers
@@ -32,7 +33,7 @@ from shallower.scores import Score, Scores
 from shallower.studies.findings import Findings, find
 from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
-from shallower.studies.result import Cell, Result, search_and_metric
+from shallower.studies.result import Cell, Failure, Result, search_and_metric
 from shallower.units import Span, Unit, plain
 from shallower.verbs.ranking import Stage, metric_of, rank
 from shallower.verbs.score import measured_scores
@@ -47,12 +48,16 @@ _QUESTION_TOKENS = 256
 _TIMED_TOKENS = 1024
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
+Outcome = Result | Failure
 TextAxes = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A study that was run: every cell of its grid, what they say together, and where they are."""
+    """A study that was run: the cells of its grid, what they say together, and where they are.
+
+    results: of the cells that could be measured; `findings.failures` has the others.
+    """
 
     study: Study
     results: tuple[Result, ...]
@@ -64,15 +69,20 @@ class Finished:
 class Estimate:
     """What a study would cost.
 
-    cells: of the grid; done: those that are on disk. candidates: sets to be measured if no race ends early. seconds:
-    for all of them, from the time that a few took here; alone: the same with every cell measured by itself.
+    cells: of the grid; done: those that are on disk; failing: those that a search cannot give. candidates: sets to be
+    measured if no race ends early. seconds: for all of them, from the time that a few took here; alone: the same with
+    every cell measured by itself.
     """
 
     cells: int
     done: int
+    failing: int
     candidates: int
     seconds: float
     alone: float
+
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 def study(
@@ -88,31 +98,48 @@ def study(
     """Measure every cell of a grid, and analyse them.
 
     A cell is a plan with its loss, held-out perplexities and task accuracies. What is done is on disk in `out`, so that
-    the same call goes on where it was interrupted, and cells share what the engine remembers.
+    the same call goes on where it was interrupted, and cells share what the engine remembers. A cell whose text is too
+    short, or whose search finds nothing that can be removed, is told in the findings, and the others are measured.
 
     file: STUDY.yaml, see `shallower.studies.grid`. memory, workers, device, dtype: as for `search`.
 
-    Raises UserError for a study that cannot be read or run, before anything is measured.
+    Raises UserError for a study that cannot be read or run, before anything is measured, and where no cell could be.
     """
     given = file if isinstance(file, Study) else read_study(file)
     require_runnable(given)
     folder = Path(out)
     ledger = Ledger(folder / CELLS)
-    results: list[Result] = []
     opened = partial(open_subject, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    for model in given.models[1:]:  # not after the first was measured; it is loaded again then, and one at a time
+        _require_sound(opened(model), given)
+    found: list[Outcome] = []
     with progress.task(f"study of {len(given.cells)} cells", len(given.cells)) as step:
         for model in given.models:
-            subject = opened(model)
-            _require_sound(subject, given)
-            texts = _judging_texts(subject, given)
-            judges = _judges(subject, texts, memory, workers)
-            runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
-            for axes, cells in _by_text(given, model).items():
-                results += runner.run(axes, cells, step)
+            found += _measure(opened(model), model, given, ledger, memory, workers, step)
     order = {cell: number for number, cell in enumerate(given.cells)}  # whatever was measured first
-    results.sort(key=lambda result: order[result.cell])
-    findings = find(results)
-    return Finished(given, tuple(results), findings, folder)
+    found.sort(key=lambda outcome: order[outcome.cell])
+    results = tuple(outcome for outcome in found if isinstance(outcome, Result))
+    failures = tuple(outcome for outcome in found if isinstance(outcome, Failure))
+    if not results:
+        raise UserError(f"no cell of the study could be measured; the first of {len(failures)}: {failures[0].why}")
+    return Finished(given, results, find(results, failures), folder)
+
+
+def _measure(
+    subject: Subject,
+    model: str,
+    given: Study,
+    ledger: Ledger,
+    memory: int | str | None,
+    workers: int | str | None,
+    step: progress.Step,
+) -> list[Outcome]:
+    """The cells of one model. All that holds it ends with the call, so that the next one has its memory."""
+    _require_sound(subject, given)
+    texts = _judging_texts(subject, given)
+    judges = _judges(subject, texts, memory, workers)
+    runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
+    return [outcome for axes, cells in _by_text(given, model).items() for outcome in runner.run(axes, cells, step)]
 
 
 def require_runnable(given: Study) -> None:
@@ -196,32 +223,44 @@ def estimate(
     given = file if isinstance(file, Study) else read_study(file)
     require_runnable(given)
     ledger = Ledger(Path(out) / CELLS)
-    done = candidates = 0
-    seconds = alone = 0.0
+    total = Estimate(0, 0, 0, 0, 0.0, 0.0)
     for model in given.models:
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        _require_sound(subject, given)
-        cells_by_text = _by_text(given, model)
-        a_token = _seconds_a_token(subject, given, next(iter(cells_by_text)))
-        runner = _Runner(subject, given, ledger, _digests(_judging_texts(subject, given)))
-        for axes, cells in cells_by_text.items():
-            measured: dict[tuple[str, str], set[frozenset[Unit]]] = {}  # by objective and text
-            for objective in sorted(given.objectives, key=_companions_first):
-                text = _calibration(subject, given, axes, objective)
-                asked: set[frozenset[Unit]] = set()
-                for cell in (cell for cell in cells if cell.objective == objective):
-                    if ledger.get(runner.key(cell, text)) is not None:
-                        done += 1
-                        continue
+        total += _estimated(subject, model, given, ledger)
+        del subject
+    return total
+
+
+def _estimated(subject: Subject, model: str, given: Study, ledger: Ledger) -> Estimate:
+    """What the cells of one model would cost."""
+    _require_sound(subject, given)
+    done = failing = candidates = 0
+    seconds = alone = 0.0
+    cells_by_text = _by_text(given, model)
+    a_token = _seconds_a_token(subject, given, next(iter(cells_by_text)))
+    runner = _Runner(subject, given, ledger, _digests(_judging_texts(subject, given)))
+    for axes, cells in cells_by_text.items():
+        measured: dict[tuple[str, str], set[frozenset[Unit]]] = {}  # by objective and text
+        for objective in sorted(given.objectives, key=_companions_first):
+            text = _calibration(subject, given, axes, objective)
+            asked: set[frozenset[Unit]] = set()
+            for cell in (cell for cell in cells if cell.objective == objective):
+                if ledger.get(runner.key(cell, text)) is not None:
+                    done += 1
+                    continue
+                try:
                     own = _simulated(subject, given, cell)
-                    alone += len(own) * text.tokens * a_token
-                    asked |= own
-                asked -= measured.get((objective, text.digest), set())
-                candidates += len(asked)
-                seconds += len(asked) * text.tokens * a_token
-                for companion in along_with(objectives.get(objective), {}):
-                    measured.setdefault((companion.name, text.digest), set()).update(asked)
-    return Estimate(len(given.cells), done, candidates, seconds, alone)
+                except BudgetError:
+                    failing += 1
+                    continue
+                alone += len(own) * text.tokens * a_token
+                asked |= own
+            asked -= measured.get((objective, text.digest), set())
+            candidates += len(asked)
+            seconds += len(asked) * text.tokens * a_token
+            for companion in along_with(objectives.get(objective), {}):
+                measured.setdefault((companion.name, text.digest), set()).update(asked)
+    return Estimate(sum(map(len, cells_by_text.values())), done, failing, candidates, seconds, alone)
 
 
 @dataclass(frozen=True)
@@ -236,34 +275,46 @@ class _Runner:
     memory: int | str | None = None
     workers: int | str | None = None
 
-    def run(self, axes: TextAxes, cells: Sequence[Cell], step: progress.Step) -> list[Result]:
-        results: list[Result] = []
+    def run(self, axes: TextAxes, cells: Sequence[Cell], step: progress.Step) -> list[Outcome]:
+        outcomes: list[Outcome] = []
         for objective in sorted(self.study.objectives, key=_companions_first):
             own = [cell for cell in cells if cell.objective == objective]
             with progress.silent():
-                found = self._measured(own, _calibration(self.subject, self.study, axes, objective))
-            results += found
+                found = self._measured(own, axes, objective)
+            outcomes += found
             step(len(own))
             _tell(found)
-        return results
+        return outcomes
 
-    def _measured(self, cells: Sequence[Cell], text: CalibrationSet) -> list[Result]:
-        """Results of the cells; those that are not on disk are searched one by one, and judged together."""
+    def _measured(self, cells: Sequence[Cell], axes: TextAxes, objective: str) -> list[Outcome]:
+        """What came of the cells; those that are not on disk are searched one by one, and judged together."""
+        try:
+            text = _calibration(self.subject, self.study, axes, objective)
+        except CorpusError as error:
+            return [Failure(cell, str(error)) for cell in cells]
         keys = {cell: self.key(cell, text) for cell in cells}
         known = {cell: result for cell, key in keys.items() if (result := self.ledger.get(key)) is not None}
         missing = [cell for cell in cells if cell not in known]
         with self._ray() if missing else nullcontext():
             fresh = self._searched(missing, text)
-            judged = {name: judge([result.removed for result in fresh.values()]) for name, judge in self.judges.items()}
-        for number, cell in enumerate(fresh):
-            values = {name: judged[name][number] for name in judged}
-            fresh[cell] = replace(
-                fresh[cell],
-                held_out={name: math.exp(values[name]) for name in self.study.held_out},
-                tasks={name: 1 - values[name] for name in self.study.tasks},
-            )
-            self.ledger.add(keys[cell], fresh[cell])
+            for result in self._judged([each for each in fresh.values() if isinstance(each, Result)]):
+                fresh[result.cell] = result
+                self.ledger.add(keys[result.cell], result)
         return [fresh[cell] if cell in fresh else replace(known[cell], cell=cell) for cell in cells]
+
+    def _judged(self, results: Sequence[Result]) -> list[Result]:
+        """The same with perplexities and accuracies, asked of each judge at once: plans share most of their blocks."""
+        if not results:
+            return []
+        judged = {name: judge([result.removed for result in results]) for name, judge in self.judges.items()}
+        return [
+            replace(
+                result,
+                held_out={name: math.exp(judged[name][number]) for name in self.study.held_out},
+                tasks={name: 1 - judged[name][number] for name in self.study.tasks},
+            )
+            for number, result in enumerate(results)
+        ]
 
     def key(self, cell: Cell, text: CalibrationSet) -> str:
         """Digest of all that a cell's result depends on: not where texts lie, but what is in them."""
@@ -293,18 +344,22 @@ class _Runner:
         workers = parse_workers(self.workers)
         return nullcontext() if workers is None else closing(connect(workers, self.subject.model.device))
 
-    def _searched(self, cells: Sequence[Cell], text: CalibrationSet) -> dict[Cell, Result]:
+    def _searched(self, cells: Sequence[Cell], text: CalibrationSet) -> dict[Cell, Outcome]:
         """Plans of cells that differ in search and ratio only: they share one ablator, and scores to rank by."""
         if not cells:
             return {}
-        found: dict[Cell, Result] = {}
+        found: dict[Cell, Outcome] = {}
         scores: dict[str, Scores | None] = {}
         with closing(self._ablator(cells[0], text)) as ablator:
             for cell in cells:
                 start = time.perf_counter()
-                if cell.search not in scores:
-                    scores[cell.search] = self._rank(cell, text, ablator)
-                plan = self._plan(cell, text, ablator, scores[cell.search])
+                try:
+                    if cell.search not in scores:
+                        scores[cell.search] = self._rank(cell, text, ablator)
+                    plan = self._plan(cell, text, ablator, scores[cell.search])
+                except (BudgetError, CorpusError, ModelError) as error:  # of this cell, which others need not share
+                    found[cell] = Failure(cell, str(error))
+                    continue
                 seconds = round(time.perf_counter() - start, 2)
                 last, dense = (math.inf if loss is None else loss for loss in (plan.order[-1][1], plan.dense))
                 found[cell] = Result(cell, tuple(unit for unit, _ in plan.order), last, dense, seconds)
@@ -427,6 +482,7 @@ def _judged(ablator: Ablator, candidates: Sequence[frozenset[Unit]]) -> list[flo
 
 def _require_sound(subject: Subject, given: Study) -> None:
     """Refuse, before an hour has gone, what this model cannot do. Raises UserError."""
+    prove(subject.anatomy)
     for name, _ in map(search_and_metric, given.searches):
         for remove in given.remove:
             resolve(subject, remove, name, units=given.units, protect=given.protect)
@@ -438,14 +494,20 @@ def _settings(given: Study, name: str, objective: str, metric: str | None) -> di
     return {key: value for key, value in given.settings.items() if key in known}
 
 
-def _tell(results: Sequence[Result]) -> None:
-    """A line a calibration set and objective, with the loss that each search reached at each ratio."""
-    cell = results[0].cell
-    parts = [f"{result.cell.search} {result.cell.remove}: {result.loss:.4f}" for result in results]
-    form = f" {cell.format}" if cell.format else ""
-    progress.note(
-        f"{cell.text}{form} {cell.sequences}×{cell.length} seed {cell.seed} {cell.objective:<6} {'  '.join(parts)}"
-    )
+def _tell(outcomes: Sequence[Outcome]) -> None:
+    """A line a calibration set and objective, with the loss that each search reached at each ratio, and one for each
+    cell that could not be measured.
+    """
+    cell = outcomes[0].cell
+    where = f"{cell.calibrated_on} {cell.objective:<6}"
+    reached = [
+        f"{each.cell.search} {each.cell.remove}: {each.loss:.4f}" for each in outcomes if isinstance(each, Result)
+    ]
+    if reached:
+        progress.note(f"{where} {'  '.join(reached)}")
+    for each in outcomes:
+        if isinstance(each, Failure):
+            progress.note(f"{where} {each.cell.search} {each.cell.remove} could not be measured: {each.why}")
 
 
 @dataclass(eq=False)
