@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -129,12 +130,95 @@ def test_an_outcome_that_never_varies_has_no_shares() -> None:
 def made_up(decisive: str) -> list[Result]:
     """A grid where one factor alone decides."""
     results = []
-    for text, seed, search in itertools.product("ab", (0, 1), ("greedy", "swap")):
-        level = {"text": text == "b", "search": search == "swap"}[decisive]
+    searches = ("greedy", "swap", "last", "beam")
+    for text, seed, search in itertools.product("abcd", (0, 1), searches):
+        level = {"text": "abcd".index(text), "search": searches.index(search)}[decisive]
         numbers = {"held_out": {"wiki": 30.0 + 10 * level}, "tasks": {"quiz": 0.5 - 0.1 * level}}
-        order = block(1, 2) if level else block(8, 9)
-        results.append(result(order, text=text, seed=seed, search=search, **numbers))
+        order = block(2 * level, 2 * level + 1)
+        results.append(result(order, text=text, seed=seed, search=search, loss=1.0 + level, **numbers))
     return results
+
+
+def test_what_does_not_vary_is_due_to_nothing() -> None:
+    from shallower.reporting.study import markdown
+
+    still = [result(block(3), text=text, search=search) for text in "ab" for search in ("greedy", "last")]
+    findings = find(still)
+    assert findings.decompositions == ()
+    assert "variance" not in findings.answer
+    moved = [
+        result(block(3 + shift), text=text, search=search, remove="4", loss=2.0 + shift)
+        for shift, (text, search) in enumerate(itertools.product("ab", ("greedy", "last")))
+    ]
+    findings = find([*still, *moved])
+    assert {(item.remove, item.outcome) for item in findings.decompositions} == {("4", "plan"), ("4", "loss")}
+    shares = {item.term: item.share.value for item in findings.decompositions[1].shares}
+    assert sum(shares.values()) == pytest.approx(1)  # not halved by the ratio at which nothing varies
+    written = markdown([*still, *moved], findings)
+    text, search, crossed = (f"{shares[term]:.0%}" for term in ("text", "search", "text × search"))
+    assert f"| text | 33% [33%, 33%] | {text} [{text}, {text}] |" in written
+    assert (
+        f"Of the variance of the calibration loss, {text} is due to calibration, 0% to the objective, {search} to the "
+        f"search, {crossed} to two of these together, and 0% is left over."
+    ) in findings.answer
+
+
+def test_what_a_search_draws_is_no_effect_of_calibration() -> None:
+    drawn = Random(0)
+    results = [
+        result(
+            block(*drawn.sample(range(10), 3)) if search == "random" else block(7, 8, 9),
+            text=text,
+            **{"seed": seed, "search": search},
+        )
+        for search, seed, text in itertools.product(("random", "last", "greedy"), range(4), "ab")
+    ]
+    for each in results:
+        assert each.cell.draws == (each.cell.search == "random")
+    findings = find(results)
+    across = {item.factor: item for item in findings.agreements}
+    assert across["seed"].jaccard.value == 1
+    assert across["seed"].pairs == 2 * 2 * 6
+    [of_plan] = [item for item in findings.decompositions if item.outcome == "plan"]
+    assert of_plan.share(["seed"]) == pytest.approx(0)
+    assert of_plan.share([RESIDUAL]) > 0.2
+    for asked, draws in (("swap", False), ("greedy,annealing", True), ("one-shot", False), ("one-shot:shapley", True)):
+        assert replace(results[0].cell, search=asked).draws == draws
+
+
+def test_many_cells_of_few_plans_are_few_points() -> None:
+    def plans(count: int) -> list[Result]:
+        """32 cells: the better a plan for perplexity, the better for accuracy."""
+        cells = itertools.product("abcd", range(8))
+        return [
+            result(block(plan), text=text, seed=seed, held_out={"wiki": 20.0 + plan}, tasks={"quiz": 0.5 - plan / 100})
+            for text, seed in cells
+            for plan in [(seed + ord(text)) % count]
+        ]
+
+    assert find(plans(3)).ranks == ()
+    [rank] = find(plans(4)).ranks
+    assert rank.correlation.value == pytest.approx(1)
+    mixed = [
+        replace(each, order=(Unit(0, "attn"), Unit(0, "mlp"))) if each.cell.seed == 0 else each for each in plans(3)
+    ]
+    assert find(mixed).ranks == ()  # the same model, though its plan is written otherwise
+    assert "beyond doubt" not in find(plans(4)).answer
+    assert "the interval is above zero in 1 of 1" in find(plans(4)).answer
+
+
+def test_a_block_and_its_sublayers_are_the_same_plan() -> None:
+    whole, halves = block(3, 5), (Unit(3, "attn"), Unit(3, "mlp"), Unit(5, "block"))
+    assert jaccard(whole, halves) == 1
+    assert jaccard(block(3), (Unit(3, "mlp"),)) == 1 / 2
+    assert order_agreement(whole, halves) > 0.8  # it would be 1 but for the order of the halves
+    assert math.isnan(order_agreement(block(3), (Unit(3, "attn"), Unit(3, "mlp"))))
+    results = [
+        result(order, text=text, search=search)
+        for text, order in (("a", whole), ("b", halves))
+        for search in ("greedy", "last")
+    ]
+    assert "plan" not in [item.outcome for item in find(results).decompositions]
 
 
 @pytest.mark.parametrize(

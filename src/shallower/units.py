@@ -119,6 +119,11 @@ def plain(units: Iterable[Unit]) -> list[Unit]:
     return [part for unit in units for part in (unit.sublayers if unit.kind == "pair" else (unit,))]
 
 
+def sublayers_of(units: Iterable[Unit]) -> frozenset[Unit]:
+    """All that goes with the units: `block.7` is the same as `attn.7` with `mlp.7`."""
+    return frozenset(part for unit in units for part in unit.sublayers)
+
+
 def require_distinct(units: Iterable[Unit]) -> None:
     """Raise BudgetError when a unit is named twice, or a sublayer together with the block that holds it."""
     seen: set[Unit] = set()

@@ -219,7 +219,8 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[tuple[str, st
 HOW = (
     "In brackets: 95 % intervals. Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
     "type II sums of squares of main effects and interactions of two factors, within one model and ratio, with redrawn "
-    "residuals; of a plan, summed over units. Correlation: bootstrap over cells."
+    "residuals; of a plan, summed over sublayers. Searches that draw are not compared across seeds, and what they draw "
+    "is left over. Correlation: over distinct plans, bootstrap over these."
 )
 
 

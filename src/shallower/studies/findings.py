@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement, mean_interval, percentiles
-from shallower.studies.result import CALIBRATION, FACTORS, Failure, Result, grouped
+from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement, percentiles
+from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, grouped
 from shallower.studies.variance import RESIDUAL, Share, decompose
 
-FEWEST_CELLS = 4  # below this a correlation or a share says nothing
+FEWEST = 4  # cells, or distinct plans, below which a share or a correlation says nothing
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Shares of the variance of one outcome in one stratum. outcome: `plan`, `loss`, or a text or task."""
+    """Shares of the variance of one outcome in one stratum, in which it varies. outcome: `plan`, `loss`, or a text or
+    task.
+    """
 
     model: str
     remove: str
@@ -28,12 +30,25 @@ class Decomposition:
 
     def share(self, factors: Sequence[str]) -> float:
         """What main effects of these factors, and interactions among them alone, explain together."""
-        return sum(item.share.value for item in self.shares if set(item.term.split(" × ")) <= set(factors))
+        return sum(item.share.value for item in self.shares if _among(item, factors))
+
+    @property
+    def together(self) -> float:
+        """What interactions explain, but for those that are calibration's alone."""
+        crossed = [item for item in self.shares if " × " in item.term and not _among(item, CALIBRATION)]
+        return sum(item.share.value for item in crossed)
+
+
+def _among(item: Share, factors: Sequence[str]) -> bool:
+    """Whether a share's term has no other factors."""
+    return set(item.term.split(" × ")) <= set(factors)
 
 
 @dataclass(frozen=True)
 class RankAgreement:
-    """Spearman's rank correlation over cells between perplexity on a text (low is good) and accuracy on a task."""
+    """Spearman's rank correlation over distinct plans between perplexity on a text (low is good) and accuracy on a
+    task.
+    """
 
     model: str
     remove: str
@@ -98,29 +113,36 @@ def outcomes(results: Sequence[Result]) -> dict[str, Callable[[Result], float]]:
 def _decompositions(results: Sequence[Result], seed: int) -> list[Decomposition]:
     found = []
     for (model, remove), group in _strata(results).items():
-        levels = {factor: [result.cell.level(factor) for result in group] for factor in FACTORS}
-        if len(group) < FEWEST_CELLS:
+        if len(group) < FEWEST:
             continue
-        units = sorted({unit for result in group for unit in result.removed})
-        plans = np.array([[float(unit in result.removed) for unit in units] for result in group])
-        found.append(Decomposition(model, remove, "plan", tuple(decompose(plans, levels, seed))))
+        levels = {factor: [_level(result.cell, factor) for result in group] for factor in FACTORS}
+        parts = sorted({part for result in group for part in result.sublayers})
+        measured = {"plan": np.array([[float(part in result.sublayers) for part in parts] for result in group])}
         for name, value in outcomes(group).items():
             if name == "loss" and len(set(levels["objective"])) > 1:
                 continue  # losses of different objectives cannot be compared
-            values = np.array([value(result) for result in group])
-            if np.isfinite(values).all():
-                found.append(Decomposition(model, remove, name, tuple(decompose(values, levels, seed))))
+            measured[name] = np.array([value(result) for result in group])
+        for name, values in measured.items():
+            shares = tuple(decompose(values, levels, seed)) if np.isfinite(values).all() else ()
+            if any(item.share.value for item in shares):  # what does not vary is due to nothing
+                found.append(Decomposition(model, remove, name, shares))
     return found
+
+
+def _level(cell: Cell, factor: str) -> Hashable:
+    """The level of a factor; of the seed none where a search draws with it: what it draws is then left over."""
+    return None if factor == "seed" and cell.draws else cell.level(factor)
 
 
 def _ranks(results: Sequence[Result], seed: int) -> list[RankAgreement]:
     found = []
     for (model, remove), group in _strata(results).items():
+        plans = list({result.sublayers: result for result in group}.values())  # what several cells found is one point
         for text in group[0].held_out:
             for task in group[0].tasks:
-                perplexities = np.array([result.held_out[text] for result in group])
-                accuracies = np.array([result.tasks[task] for result in group])
-                if len(group) >= FEWEST_CELLS and len(set(perplexities)) > 1 and len(set(accuracies)) > 1:
+                perplexities = np.array([result.held_out[text] for result in plans])
+                accuracies = np.array([result.tasks[task] for result in plans])
+                if len(plans) >= FEWEST and len(set(perplexities)) > 1 and len(set(accuracies)) > 1:
                     found.append(RankAgreement(model, remove, text, task, _spearman(-perplexities, accuracies, seed)))
     return found
 
@@ -175,11 +197,9 @@ def _answer(
             sentences.append("The intervals overlap, so these cells do not say which of the two changes plans more.")
     for outcome in dict.fromkeys(item.outcome for item in decompositions):
         own = [item for item in decompositions if item.outcome == outcome]
-        due = [
-            mean_interval([np.array([item.share(names) for item in own])]).value
-            for names in (CALIBRATION, ("objective",), ("search",), (RESIDUAL,))
-        ]
-        together = max(0.0, 1 - sum(due))
+        terms = (CALIBRATION, ("objective",), ("search",), (RESIDUAL,))
+        due = [float(np.mean([item.share(names) for item in own])) for names in terms]
+        together = float(np.mean([item.together for item in own]))
         what = {"plan": "plans", "loss": "the calibration loss"}.get(outcome, f"accuracy on {outcome}")
         if outcome in results[0].held_out:
             what = f"perplexity on {outcome}"
@@ -191,8 +211,8 @@ def _answer(
         typical = float(np.mean([item.correlation.value for item in ranks]))
         sure = sum(item.correlation.low > 0 for item in ranks)
         sentences.append(
-            f"Perplexity ranks the cells as task accuracy does with a rank correlation of {typical:.2f} on average; it "
-            f"is above zero beyond doubt in {sure} of {len(ranks)} pairs of a text and a task."
+            f"Perplexity ranks the distinct plans as task accuracy does with a rank correlation of {typical:.2f} on "
+            f"average; the interval is above zero in {sure} of {len(ranks)} cases of a ratio, a text and a task."
         )
     if len(stability) > 1:
         parts = [f"{item.tokens:,} tokens {item.jaccard.value:.2f}" for item in stability]

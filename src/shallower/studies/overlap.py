@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from shallower.studies.result import FACTORS, Result, grouped
-from shallower.units import Unit
+from shallower.units import Unit, sublayers_of
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -31,8 +31,9 @@ class Interval:
 class Agreement:
     """How alike the plans of cells are that differ in `factor` and in nothing else.
 
-    jaccard: shared units / all units of both. order: Kendall's tau-b of the removal order (units that stay come last,
-    tied); nan where a plan has no order to speak of. pairs: of cells. groups: sets of cells that such pairs come from.
+    jaccard: shared sublayers / all sublayers of both. order: Kendall's tau-b of the removal order (the sublayers of a
+    block are tied, and those that stay come last, tied); nan where a plan has no order to speak of. pairs: of cells.
+    groups: sets of cells that such pairs come from.
     """
 
     factor: str
@@ -43,33 +44,40 @@ class Agreement:
 
 
 def jaccard(first: Collection[Unit], second: Collection[Unit]) -> float:
-    """Units in both / units in either; 1 for two empty sets."""
-    first, second = set(first), set(second)
-    return len(first & second) / len(first | second) if first | second else 1.0
+    """Sublayers in both / sublayers in either; 1 for two empty sets. Whole blocks may as well be counted as blocks."""
+    one, other = sublayers_of(first), sublayers_of(second)
+    return len(one & other) / len(one | other) if one | other else 1.0
 
 
 def order_agreement(first: Sequence[Unit], second: Sequence[Unit]) -> float:
-    """Kendall's tau-b of the places that two orders give to the units that either removes; nan for a single unit."""
-    units = sorted({*first, *second})
+    """Kendall's tau-b of the places that two orders give to the sublayers that either removes; nan where one of them
+    gives all the same place, as for a single unit.
+    """
+    parts = sorted(sublayers_of([*first, *second]))
 
     def places(order: Sequence[Unit]) -> list[int]:
-        return [order.index(unit) if unit in order else len(order) for unit in units]
+        known = {part: place for place, unit in enumerate(order) for part in unit.sublayers}
+        return [known.get(part, len(order)) for part in parts]
 
-    if len(units) < 2:
+    both = places(first), places(second)
+    if any(len(set(each)) < 2 for each in both):
         return math.nan  # one place is no order
-    return float(kendalltau(places(first), places(second)).statistic)
+    return float(kendalltau(*both).statistic)
 
 
 def agreement(results: Sequence[Result], factors: Sequence[str] = FACTORS, seed: int = 0) -> list[Agreement]:
     """For each factor that takes several levels, how alike plans are across its levels with all else equal.
 
     The interval is a bootstrap over groups: cells of one group share everything but the factor, and their pairs are not
-    independent of each other.
+    independent of each other. Cells whose search draws are left out where seeds are compared: there the seed would be
+    that of the calibration set and of the draws.
     """
     return [found for factor in factors if (found := _across(results, factor, seed)) is not None]
 
 
 def _across(results: Sequence[Result], factor: str, seed: int) -> Agreement | None:
+    if factor == "seed":
+        results = [result for result in results if not result.cell.draws]
     others = [name for name in FACTORS if name != factor]
     groups = grouped(results, lambda result: (result.cell.stratum, *(result.cell.level(name) for name in others)))
     pairs = [list(combinations(group, 2)) for group in groups.values() if len(group) > 1]

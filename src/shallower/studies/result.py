@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shallower.errors import UserError
+from shallower.registry import metric as metrics
+from shallower.registry import search as searches
 from shallower.strict_json import record_faults
-from shallower.units import Unit
+from shallower.units import Unit, sublayers_of
 
 FACTORS = ("text", "format", "sequences", "length", "seed", "objective", "search")
 """What a cell varies, within a stratum: everything of the calibration set, then how the plan is chosen."""
@@ -40,6 +42,16 @@ class Cell:
         return self.model, self.remove
 
     @property
+    def draws(self) -> bool:
+        """Whether the search, or the metric that it ranks by, draws at random: the seed decides that, too."""
+        name, metric = search_and_metric(self.search)
+        methods = [searches.get(each.strip()) for each in name.split(",")]
+        if start := methods[0].traits.get("starts"):
+            methods.insert(0, searches.get(start))
+        ranking = [metric] if metric else [method.traits["metric"] for method in methods if "metric" in method.traits]
+        return any("rng" in method.parameters for method in [*methods, *map(metrics.get, ranking)])
+
+    @property
     def calibrated_on(self) -> str:
         """In words, for lines that tell of a cell."""
         form = f" {self.format}" if self.format else ""
@@ -69,6 +81,11 @@ class Result:
     @property
     def removed(self) -> frozenset[Unit]:
         return frozenset(self.order)
+
+    @property
+    def sublayers(self) -> frozenset[Unit]:
+        """What is gone, the same for plans that leave the same model."""
+        return sublayers_of(self.order)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "order": [str(unit) for unit in self.order]}

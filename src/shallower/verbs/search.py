@@ -27,7 +27,7 @@ from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
 from shallower.surgery import cut, leftovers
-from shallower.units import Unit, plain
+from shallower.units import Unit, plain, sublayers_of
 from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.ranking import Stage, metric_of, rank, ranked, refuse_ranking, that_rank
 from shallower.verbs.recoveries import Stages, named_recoveries
@@ -441,7 +441,7 @@ def _explicit(
 
 def _takes_all(subject: Subject, units: Iterable[Unit]) -> bool:
     """Whether nothing of any block would stay."""
-    gone = frozenset(part for unit in units for part in unit.sublayers)
+    gone = sublayers_of(units)
     return all(_is_empty(block, gone) for block in subject.anatomy.blocks)
 
 
