@@ -225,6 +225,15 @@ def test_linear_residual_is_one_minus_r_squared(llama: PreTrainedModel) -> None:
             assert (found.units | found.spans)[of] == pytest.approx(expected, rel=1e-4), (width, of)
 
 
+def test_linear_residual_of_sublayers_does_not_depend_on_what_is_scored_with_them(llama: PreTrainedModel) -> None:
+    text = sample_text(llama, sequences=30)
+    settings = {"width": "8"}
+    whole = score(llama, "linear-residual", calibration=text, units="all", spans=False, settings=settings).units
+    for units in ("block", "attn", "mlp"):
+        alone = score(llama, "linear-residual", calibration=text, units=units, spans=False, settings=settings).units
+        assert {unit: whole[unit] for unit in alone} == pytest.approx(alone, rel=1e-9)
+
+
 def test_linear_residual_of_a_linear_block_is_nothing() -> None:
     """A block that only rescales the stream can be repaired by a map; its cosine is not nothing."""
     model = tiny_model("llama")

@@ -416,6 +416,9 @@ class _Moments:
         return found
 
     def _moment(self, pairs: _Pairs, sums: Tensor, first: int, second: int) -> Tensor:
+        """Covariance of two points, float64 [width, width]. Of one block's units the point after may come first."""
+        if second < first:
+            return self._moment(pairs, sums, second, first).T
         width = sums.shape[1]
         columns = slice((second - first) * width, (second - first + 1) * width)
         tokens = self.tokens[pairs]
