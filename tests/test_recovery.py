@@ -40,6 +40,7 @@ from shallower.testing.conformance import sample_text, with_identity_block
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
 from shallower.verbs import recoveries
+from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
 from shallower.verbs.recover import recover
 from shallower.verbs.recoveries import parse_recoveries
@@ -911,6 +912,10 @@ def test_a_repair_of_what_was_repaired_tells_of_both(files: Path) -> None:
     ]
     assert once["made_by"]["seed"] == 0
     assert "then changed by refit, magnitude, refit" in (files / "out" / "README.md").read_text()
+    for before in ("x", {**once, "recovery": ["refit"]}, {**once, "before": [1]}):
+        (files / "twice" / "recovery.json").write_text(json.dumps({**twice, "before": before}))
+        with pytest.raises(UserError, match=r"recovery\.json, which tells how the model was repaired, cannot be read"):
+            told_before(files / "twice")
     (files / "twice" / "recovery.json").write_text("{")
     with pytest.raises(UserError, match=r"recovery\.json, which tells how the model was repaired, cannot be read"):
         recover(files / "twice", "refit", teacher=files / "dense", **asked(files))

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,10 +29,11 @@ import statsmodels.formula.api
 import torch
 
 from shallower.cli import main
+from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, UserError
 from shallower.registry import Method
 from shallower.studies.findings import find
-from shallower.studies.grid import Study, parse_study
+from shallower.studies.grid import Study, parse_study, read_study
 from shallower.studies.overlap import agreement, jaccard, mean_interval, order_agreement
 from shallower.studies.result import Cell, Result
 from shallower.studies.variance import RESIDUAL, decompose
@@ -235,6 +238,13 @@ def test_the_answer_names_what_decides(decisive: str, said: str) -> None:
     assert rank.correlation.value == pytest.approx(1)  # lower perplexity goes with higher accuracy
 
 
+def test_a_bar_in_a_name_is_no_column() -> None:
+    from shallower.reporting.study import markdown
+
+    results = [result(block(shift), text=text) for shift, text in enumerate(("a|b", "c"))]
+    assert r"| 2 | text | a\|b | – |" in markdown(results, find(results))
+
+
 def test_tables_tell_several_models_apart() -> None:
     from shallower.reporting.study import markdown
 
@@ -263,6 +273,25 @@ def test_all_faults_of_a_study_are_told_at_once() -> None:
         "'exact'",
     ):
         assert part in told
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("1: 2", "unknown key 1"),
+        ("remov: 2", "unknown key 'remov' (did you mean 'remove'?)"),
+        ("objectives:", "'objectives' of {0} holds None where a word or number belongs"),
+        ("protect:", "'protect' of {0} holds None"),
+        ("settings: {width: }", "'settings' of {0} holds None"),
+        ("settings: {width: [1, 2]}", "'settings' of {0} holds [1, 2]"),
+        ("searches: [greedy, null]", "'searches' of {0} holds None"),
+    ],
+)
+def test_what_yaml_reads_as_no_text_is_told(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(f"models: m\ntexts: {{a: x.txt}}\nremove: 10%\n{line}\n")
+    with pytest.raises(UserError, match=re.escape(said.format(file))):
+        read_study(file)
 
 
 def test_a_grid_has_every_combination_once() -> None:
@@ -392,6 +421,81 @@ def test_a_held_out_text_has_nothing_of_what_calibration_mixes(
     study = parse_study({**data, "held_out_sequences": 2, "held_out_length": 32}, "s.yaml", tmp_path)
     text = _judging_texts(open_subject(str(place / "tiny"), dtype="float32"), study)["b"]
     assert f"part={part}&" in text.spec
+
+
+@pytest.mark.parametrize(
+    ("data", "fits"),
+    [
+        ({"texts": {"a": "a.txt?sequences=8&length=32"}, "sequences": 8, "length": 32}, True),
+        ({"texts": {"a": "a.txt?seed=7&dedup=0.8"}}, True),
+        ({"texts": {"a": "a.txt?format=chat"}, "format": "chat"}, True),
+        ({"texts": {"a": "a.txt?format=chat"}, "format": "text"}, False),
+        ({"texts": {"a": "a.txt?format=chat"}, "format": ["text", "chat"]}, False),
+        ({"texts": {"a": "a.txt?length=32"}, "length": [32, 64]}, False),
+        ({"texts": {"a": "quiz.jsonl?questions=8"}, "sequences": [8, 16], "objectives": "task"}, False),
+    ],
+)
+def test_a_text_may_say_itself_what_the_study_says_too(place: Path, data: dict[str, Any], fits: bool) -> None:
+    from shallower.verbs.study import require_runnable
+
+    study = parse_study({"models": "tiny", "remove": 1, **data}, "s.yaml", place)
+    with nullcontext() if fits else pytest.raises(UserError, match="but the study asks for"):
+        require_runnable(study)
+
+
+def test_no_question_that_calibration_reads_is_judged_on(place: Path, tmp_path: Path) -> None:
+    from shallower.corpus.questions import read_questions
+    from shallower.corpus.specification import in_part
+    from shallower.verbs.study import _calibration, _judging_texts
+    from shallower.verbs.subject import open_subject
+
+    rows = [{"question": f"What is {n} and 1?", "choices": [str(n + 1), str(n)], "gold": n % 2} for n in range(80)]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    held = sum(in_part(question.text, "held-out") for _, question in read_questions(tmp_path / "quiz.jsonl"))
+    data = {"models": "m", "texts": {"quiz": "quiz.jsonl"}, "remove": 1, "tasks": {"own": "quiz.jsonl"}}
+    subject = open_subject(str(place / "tiny"), dtype="float32")
+    study = parse_study({**data, "objectives": "task", "sequences": 60, "questions": held}, "s.yaml", tmp_path)
+    read = _calibration(subject, study, ("m", "quiz", "", 60, 128, 0), "task")
+    judged = _judging_texts(subject, study)["own"]
+    texts = [set(subject.tokenizer.batch_decode(each.input_ids, skip_special_tokens=True)) for each in (read, judged)]
+    assert [len(text) for text in texts] == [2 * 60, 2 * held]
+    assert held > 0
+    assert not texts[0] & texts[1]
+    study = parse_study({**data, "questions": 80}, "s.yaml", tmp_path)  # no objective reads questions: all of them
+    assert "part=all" in _judging_texts(subject, study)["own"].spec
+
+
+def test_a_model_that_is_lost_has_an_infinite_perplexity(place: Path, tmp_path: Path) -> None:
+    from shallower.testing.families import tiny_model, tiny_tokenizer
+
+    loud = tiny_model("llama", blocks=3)
+    with torch.no_grad():
+        loud.get_output_embeddings().weight.mul_(3e3)  # thousands of nats a token
+    loud.save_pretrained(place / "loud")
+    tiny_tokenizer().save_pretrained(place / "loud")
+    grid = (
+        (place / "grid.yaml").read_text().replace("models: tiny", "models: loud").replace("remove: [1, 2]", "remove: 1")
+    )
+    (place / "loud.yaml").write_text(grid.replace("seeds: [0, 1]", "seeds: 0"))
+    for _ in range(2):  # the second time from disk
+        assert run("study", place / "loud.yaml", "--out", tmp_path / "out") == 0
+        [told, *_] = lines_of(tmp_path / "out")
+        assert told["held_out"] == {"other": "inf"}
+    written = (tmp_path / "out" / "findings.json").read_text()
+    for text in (written, *(tmp_path / "out" / "cells.jsonl").read_text().splitlines()):
+        json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_a_place_that_cannot_be_written_is_told_first(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shallower.verbs import study as studies
+
+    monkeypatch.setattr(studies, "open_subject", lambda *given, **how: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    assert run("study", place / "grid.yaml", "--out", out) == 2
+    assert f"{out} cannot be written: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
 
 
 def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
@@ -579,8 +683,11 @@ def test_a_cell_that_cannot_be_measured_costs_no_other(
 
 
 def test_runs_that_cannot_be_are_told_before_anything_is_measured(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from shallower.verbs import study as studies
+
+    monkeypatch.setattr(studies, "build_calibration", lambda *given, **how: pytest.fail("a text was read"))
     file = place / "run.yaml"
     grid = (
         (place / "grid.yaml").read_text().replace("one-shot", "contiguous").replace("remove: [1, 2]", "remove: [2, 3]")
@@ -695,6 +802,16 @@ def test_a_dry_run_counts_every_set_that_is_measured(
         ("texts: {a: a.txt, b: a.txt*0.5+bb.txt*0.5}", "no text at 'bb.txt'"),
         ("texts: {a: aa.txt, b: 'bb.txt?seed=1'}", "(2) no text at 'bb.txt'"),
         ("held_out: {other: othr.txt}", "no text at 'othr.txt'"),
+        ("texts: {a: 'a.txt?seed=7'}", "text 'a' says seed=7, but the study asks for seed 0, 1: leave it out"),
+        ("texts: {a: 'a.txt?sequences=8'}", "text 'a' says sequences=8, but the study asks for sequences 4"),
+        (
+            "texts: {a: a.txt, s: saved}",
+            "text 's' is a finished set with sequences=3, but the study asks for sequences 4",
+        ),
+        (
+            "texts: {s: fits}",
+            "is a finished set with a seed of its own, but the study asks for seed 0, 1: name the text",
+        ),
     ],
 )
 def test_a_study_that_cannot_run_is_refused(
@@ -702,6 +819,8 @@ def test_a_study_that_cannot_run_is_refused(
 ) -> None:
     key = line.partition(":")[0]
     kept = [old for old in (place / "grid.yaml").read_text().splitlines() if not old.startswith(f"{key}:")]
+    for name, sequences in (("saved", 3), ("fits", 4)):
+        CalibrationSet("x", torch.ones((sequences, 24), dtype=torch.int64), None).save(place / name)
     file = place / f"wrong-{key}-{len(line)}.yaml"
     file.write_text("\n".join([*kept, line]))
     assert run("study", file, "--out", tmp_path / "out") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -1027,6 +1028,9 @@ def test_every_twentieth_conversation_measures_by_its_answers(tmp_path: Path) ->
     with torch.no_grad():
         loss = model(input_ids=held.input_ids, attention_mask=held.attention_mask, labels=labels).loss
     assert answer_perplexity(model, held) == pytest.approx(float(loss.exp()), rel=1e-4)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3e4)
+    assert answer_perplexity(model, held) == math.inf
     assert split(whole.subset(range(79)))[1] is None
 
 

@@ -16,8 +16,9 @@ OverTensors = Literal["sum", "mean", "max", "prod"]
 def reduce_weights(tensors: Iterable[Tensor], weights: OverWeights, block: OverTensors) -> float:
     """Reduce what each weight counts, tensor by tensor; 0 where a unit has no weights.
 
-    A row, which is one output of a matrix or one entry of a vector, is summed. weights: how the rows of one tensor are
-    joined (the source's product under- or overflows for any real matrix). block: how the tensors of a unit are.
+    A row, which is one output of a matrix (of GPT-2's `Conv1D`, stored the other way round, one input) or one entry of
+    a vector, is summed. weights: how the rows of one tensor are joined (the source's product under- or overflows for
+    any real matrix). block: how the tensors of a unit are.
     """
     joined = []
     for tensor in tensors:

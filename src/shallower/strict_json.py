@@ -24,7 +24,7 @@ def key_faults(what: str, data: Mapping[str, Any], required: Iterable[str], opti
     faults = [f"{what} lacks {key!r}" for key in required if key not in data]
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)  # a key of YAML may be a number
             faults.append(f"{what} has an unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     return faults
 
@@ -68,6 +68,17 @@ def is_number(value: Any) -> bool:
 def finite(value: float | None) -> float | None:
     """The value, or None where JSON has no word for it."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def spelled(value: Any) -> Any:
+    """The same as JSON: it has no infinity, which a broken model's perplexity can be, so that becomes a string (`inf`,
+    `-inf` or `nan`, which `float` reads).
+    """
+    if isinstance(value, Mapping):
+        return {str(key): spelled(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [spelled(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fits(value: Any, kind: Any) -> bool:

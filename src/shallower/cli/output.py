@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shallower.errors import OutputError
 from shallower.plan import ModelIdentity
-from shallower.strict_json import require_writable
+from shallower.strict_json import require_writable, spelled
 from shallower.units import KINDS, Unit
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def screen() -> Console:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print one JSON document. JSON has no infinity: what is not finite becomes the string `inf`, `-inf` or `nan`."""
-    sys.stdout.write(json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(spelled(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def require_free(path: Path | None, *, force: bool) -> None:
@@ -82,13 +81,3 @@ def print_removed(
     if parameters is not None:
         gone, dense = parameters
         console.print(f"That is {gone:,} of {dense:,} parameters ({percent(gone, dense)}).")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

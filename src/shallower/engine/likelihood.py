@@ -6,6 +6,7 @@ whose tokens are asked for.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
@@ -38,6 +39,14 @@ class Asked:
 
     ids: tuple[int, ...]
     targets: tuple[int, ...]
+
+
+def perplexity_of(loss: float) -> float:
+    """Exponential of a mean loss in nats, infinite where it is larger than a float can be (e^709)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 class Likelihoods:

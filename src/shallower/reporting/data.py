@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from shallower.errors import UserError
 from shallower.forms import FORMS
 from shallower.plan import CalibrationIdentity, ModelIdentity, PruningPlan
 from shallower.scores import Scores
-from shallower.strict_json import key_faults, record_faults, write_json
+from shallower.strict_json import key_faults, record_faults, spelled, write_json
 
 FORMAT = "shallower.report/1"
 
@@ -41,7 +40,7 @@ class Side:
     tasks: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _plain(getattr(self, key)) for key in _SIDE}
+        return {key: spelled(getattr(self, key)) for key in _SIDE}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "the side") -> Side:
@@ -68,7 +67,7 @@ class RecoveryStage:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {key: _plain(getattr(self, key)) for key in _STAGE}
+        return {key: spelled(getattr(self, key)) for key in _STAGE}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "the stage") -> RecoveryStage:
@@ -145,7 +144,7 @@ class ReportData:
             "influence": [scores.to_json() for scores in self.influence],
             "spans": None if self.spans is None else self.spans.to_json(),
             "speed_setting": self.speed_setting,
-            "seconds": _plain(self.seconds),
+            "seconds": spelled(self.seconds),
             "machine": self.machine,
             "notes": list(self.notes),
             "form": self.form,
@@ -183,17 +182,6 @@ class ReportData:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a report: {error}.") from None
         return cls.from_json(data, str(path))
-
-
-def _plain(value: Any) -> Any:
-    """The JSON form. JSON has no infinity, which a broken model's perplexity can be, so it becomes a string."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _fields(data: Any, where: str, readers: Mapping[str, _Reader], *, optional: Collection[str] = ()) -> dict[str, Any]:

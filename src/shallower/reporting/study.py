@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from shallower.reporting.curves import perplexity_axis
 from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.markup import html_page, html_section, html_table
 from shallower.reporting.wording import distinct_names
-from shallower.strict_json import write_json, write_text
+from shallower.strict_json import spelled, write_json, write_text
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
 from shallower.studies.result import FACTORS, Failure, Result, grouped
@@ -36,8 +35,7 @@ Rows = list[tuple[str, ...]]
 def write_pages(folder: Path, results: Sequence[Result], findings: Findings) -> tuple[Path, Path, Path]:
     """Write page, numbers and Markdown tables into `folder`. Raises OutputError when it cannot be written."""
     page, numbers, tables = folder / PAGE, folder / NUMBERS, folder / TABLES
-    # JSON has no word for nan
-    write_json(numbers, json.loads(json.dumps(findings.to_json()), parse_constant=lambda word: None))
+    write_json(numbers, spelled(findings.to_json()))
     write_text(page, render(results, findings))
     write_text(tables, markdown(results, findings))
     return page, numbers, tables
@@ -247,7 +245,8 @@ def markdown(results: Sequence[Result], findings: Findings) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def agreement_bars(findings: Findings) -> str | None:

@@ -11,7 +11,7 @@
     objectives: [nll, kl]
     searches: [one-shot, one-shot:loss, greedy]   # with a metric to rank by where it is not the search's own
     remove: [10%, 20%]                # ratios, as --remove takes them
-    held_out:                         # texts for perplexity, read from their start
+    held_out:                         # texts for perplexity; of a longer one documents in the order of seed 0
       wikitext: wikitext2.test.txt
     tasks:                            # questions (.jsonl of question, choices, gold) for accuracy
       arc_easy: arc_easy/test.jsonl
@@ -109,14 +109,14 @@ def _value(name: str, value: Any, folder: Path) -> Any:
     if name in ("texts", "held_out", "tasks", "settings"):
         if not isinstance(value, dict) or (name == "texts" and not value):
             raise UserError(f"is {value!r}, not a list of names with a value each (`web: c4.jsonl`)")
-        texts = {str(key): str(item) for key, item in value.items()}
+        texts = {_word(key): _word(item) for key, item in value.items()}
         return texts if name == "settings" else {key: _located_text(item, folder) for key, item in texts.items()}
     if name == "exact":
         if not isinstance(value, bool):
             raise UserError(f"is {value!r}, not true or false")
         return value
     if name in ("units", "protect"):
-        return str(value)
+        return _word(value)
     if name in _SINGLE_WHOLE:
         return _whole(value)
     items = value if isinstance(value, list) else [value]
@@ -127,8 +127,15 @@ def _value(name: str, value: Any, folder: Path) -> Any:
     if name in _WHOLE:
         return tuple(_whole(item, least=0 if name == "seeds" else 1) for item in items)
     if name == "models":
-        return tuple(_located(str(item), folder) for item in items)
-    return tuple(str(item) for item in items)
+        return tuple(_located(_word(item), folder) for item in items)
+    return tuple(_word(item) for item in items)
+
+
+def _word(value: Any) -> str:
+    """One value as text."""
+    if value is None or isinstance(value, (list, dict)):
+        raise UserError(f"holds {value!r} where a word or number belongs; write one, or leave the key out")
+    return str(value)
 
 
 def _whole(value: Any, least: int = 1) -> int:

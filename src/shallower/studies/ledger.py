@@ -14,9 +14,9 @@ class Ledger:
     """A file of lines, each one result under the key of everything that it depends on."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. A last line that a kill cut short is dropped.
+        """Read the file, where there is one; `add` makes it. A last line that a kill cut short is dropped.
 
-        Raises UserError for a file that is no ledger, and OutputError for a place that cannot be written.
+        Raises UserError for a file that is no ledger.
         """
         self.path = path
         self._known: dict[str, Result] = {}
@@ -43,8 +43,11 @@ class Ledger:
         return self._known.get(key)
 
     def add(self, key: str, result: Result) -> None:
-        """Write a result, to the disk and not only to its cache."""
-        line = json.dumps({"key": key, **result.to_json()}, ensure_ascii=False)
+        """Write a result, to the disk and not only to its cache.
+
+        Raises OutputError when it cannot be written.
+        """
+        line = json.dumps({"key": key, **result.to_json()}, ensure_ascii=False, allow_nan=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from typing import Any
 from shallower.errors import UserError
 from shallower.registry import metric as metrics
 from shallower.registry import search as searches
-from shallower.strict_json import record_faults
+from shallower.strict_json import record_faults, spelled
 from shallower.units import Unit, sublayers_of
 
 FACTORS = ("text", "format", "sequences", "length", "seed", "objective", "search")
@@ -88,7 +88,8 @@ class Result:
         return sublayers_of(self.order)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "order": [str(unit) for unit in self.order]}
+        data: dict[str, Any] = spelled({**asdict(self), "order": [str(unit) for unit in self.order]})
+        return data
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> Result:
@@ -100,10 +101,13 @@ class Result:
             raise UserError(f"{where} cannot be read as a result of a study: {'; '.join(faults)}.")
         try:
             units = tuple(Unit.parse(text) for text in data["order"])
-            rest = {name: data[name] for name in ("loss", "dense", "seconds", "held_out", "tasks")}
-        except (KeyError, TypeError) as error:
+            loss, dense, seconds = (float(data[name]) for name in ("loss", "dense", "seconds"))
+            held_out, tasks = (
+                {name: float(value) for name, value in data[kind].items()} for kind in ("held_out", "tasks")
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where} cannot be read as a result of a study: {error!r}.") from None
-        return cls(Cell(**data["cell"]), units, **rest)
+        return cls(Cell(**data["cell"]), units, loss, dense, seconds, held_out, tasks)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from shallower import progress
+from shallower.engine.likelihood import perplexity_of
 from shallower.training.feed import Feed
 from shallower.training.instructions import InstructionSet
 
@@ -40,4 +39,4 @@ def answer_perplexity(model: PreTrainedModel, conversations: InstructionSet) -> 
             scored = logits[:, :-1][counts.to(logits.device)].float()
             total += float(cross_entropy(scored, portion.input_ids[:, 1:][counts].to(logits.device), reduction="sum"))
             step(len(portion.rows))
-    return math.exp(min(total / feed.scored(rows), 700.0))  # floats end at e^709
+    return perplexity_of(total / feed.scored(rows))

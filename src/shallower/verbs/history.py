@@ -22,16 +22,27 @@ def told_before(folder: Path | None) -> dict[str, Any] | None:
         if folder is None or not (folder / name).is_file():
             continue
         try:
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-            told = {"made_by": data.get(key), "recovery": data.get("recovery", [])}
-            stages = [RecoveryStage.from_json(stage) for stage in told["recovery"]]
+            told = _told(json.loads((folder / name).read_text(encoding="utf-8")), key)
         except (OSError, ValueError, AttributeError, TypeError, UserError):
             raise UserError(
                 f"{folder / name}, which tells how the model was repaired, cannot be read: restore it, or delete it."
             ) from None
-        if stages:
-            return told | ({"before": data["before"]} if "before" in data else {})
+        if told is not None:
+            return told
     return None
+
+
+def _told(data: Any, key: str) -> dict[str, Any] | None:
+    """Of the content of such a file, and of each `before` in it; None where nothing was repaired.
+
+    Raises UserError, AttributeError or TypeError for what is malformed.
+    """
+    told = {"made_by": data.get(key), "recovery": data.get("recovery", [])}
+    stages = [RecoveryStage.from_json(stage) for stage in told["recovery"]]
+    before = None if data.get("before") is None else _told(data["before"], "made_by")
+    if not stages:
+        return None
+    return told if before is None else {**told, "before": before}
 
 
 def methods_of(told: Mapping[str, Any] | None) -> list[str]:

@@ -17,11 +17,20 @@ from typing import Any
 
 from shallower import progress
 from shallower.checkpoint.locate import locate
-from shallower.corpus import CalibrationSet, ChoiceSet, build_calibration, build_choices, is_saved, open_source
+from shallower.corpus import (
+    CalibrationSet,
+    ChoiceSet,
+    build_calibration,
+    build_choices,
+    is_saved,
+    open_source,
+    with_options,
+)
 from shallower.corpus.options import NAMED
 from shallower.corpus.specification import Specification, parse_specification, raise_all
 from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.ablator import MEASURED_AS, code_of
+from shallower.engine.likelihood import perplexity_of
 from shallower.engine.memo import context_key
 from shallower.engine.ray_session import connect
 from shallower.engine.trace import prove
@@ -30,6 +39,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import objective as objectives
 from shallower.resources import parse_workers
 from shallower.scores import Score, Scores
+from shallower.strict_json import require_writable
 from shallower.studies.findings import Findings, find
 from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
@@ -108,6 +118,7 @@ def study(
     given = file if isinstance(file, Study) else read_study(file)
     require_runnable(given)
     folder = Path(out)
+    require_writable(folder / CELLS, str(folder))
     ledger = Ledger(folder / CELLS)
     opened = partial(open_subject, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for model in given.models[1:]:  # not after the first was measured; it is loaded again then, and one at a time
@@ -174,14 +185,15 @@ def _require_found(given: Study) -> None:
     if any(asking):
         checks += [partial(_require_questions, f"text {name!r}", spec) for name, spec in given.texts.items()]
     checks += [partial(_require_questions, f"task {name!r}", spec) for name, spec in given.tasks.items()]
-    faults: list[UserError] = []
+    checks += [partial(_require_axes, given, name) for name in given.texts]
+    faults: dict[str, UserError] = {}  # by what they say: a text that cannot be read is found by two checks
     with progress.silent():  # what is read instead of a domain is told when it is read
         for check in checks:
             try:
                 check()
             except UserError as fault:
-                faults.append(fault)
-    raise_all(faults)
+                faults.setdefault(str(fault), fault)
+    raise_all(list(faults.values()))
 
 
 def _require_text(spec: str) -> None:
@@ -190,6 +202,39 @@ def _require_text(spec: str) -> None:
     if not is_saved(Path(parsed.source).expanduser()):
         for term in parsed.terms:
             open_source(term.source, replace(supply(), sample=_unsaid))
+
+
+def _require_axes(given: Study, name: str) -> None:
+    """Raise CorpusError for a text that has a size, seed or format of its own which is not the study's: its cells would
+    be alike where the study varies it, or would not be what they are called.
+    """
+    parsed = _parsed(given.texts[name])
+    path = Path(parsed.source).expanduser()
+    fixed: dict[str, str | None]
+    if is_saved(path):
+        told, instead = "is a finished set with", "name the text that it was built from"
+        fixed = {**_size(path, given), "seed": None, "format": None}
+    else:
+        told, instead = "says", "leave it out of the text"
+        fixed = {"sequences" if key == "questions" else key: value for key, value in parsed.options.items()}
+    axes = {"sequences": given.sequences, "length": given.length, "seed": given.seeds, "format": given.format}
+    for axis, value in fixed.items():
+        levels = [str(level) for level in axes.get(axis, ("",))]
+        fits = axis == "seed" or value is None or levels[0] in ("", value)
+        if len(levels) > 1 or not fits:
+            own = f"a {axis} of its own" if value is None else f"{axis}={value}"
+            raise CorpusError(
+                f"text {name!r} {told} {own}, but the study asks for {axis} {', '.join(levels)}: {instead}, or let the "
+                "study ask for that one."
+            )
+
+
+def _size(saved: Path, given: Study) -> dict[str, str | None]:
+    """What a finished set has of `sequences` and, of text, `length`."""
+    if all(reads_choices(objectives.get(objective)) for objective in given.objectives):
+        return {"sequences": str(ChoiceSet.load(saved).questions)}
+    text = CalibrationSet.load(saved)
+    return {"sequences": str(text.sequences), "length": str(text.length)}
 
 
 def _unsaid(start: str, *, tokens: int, seed: int) -> Iterator[str]:
@@ -310,7 +355,7 @@ class _Runner:
         return [
             replace(
                 result,
-                held_out={name: math.exp(judged[name][number]) for name in self.study.held_out},
+                held_out={name: perplexity_of(judged[name][number]) for name in self.study.held_out},
                 tasks={name: 1 - judged[name][number] for name in self.study.tasks},
             )
             for number, result in enumerate(results)
@@ -435,7 +480,7 @@ def _calibration(subject: Subject, given: Study, axes: TextAxes, objective: str)
     _, name, form, sequences, length, seed = axes
     spec = given.texts[name]
     if form and not reads_choices(objectives.get(objective)):
-        spec += f"{'&' if '?' in spec else '?'}format={form}"
+        spec = with_options(spec, {"format": form})
     return calibrate(subject, spec, sequences=sequences, length=length, seed=seed, objective=objective)
 
 
@@ -453,8 +498,15 @@ def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
             part="held-out" if shared else "all",
             supply=supply(subject.model, subject.tokenizer),
         )
+    asking = any(reads_choices(objectives.get(name)) for name in given.objectives)
     for name, spec in given.tasks.items():
-        found[name] = build_choices(spec, subject.tokenizer, questions=given.questions, length=_QUESTION_TOKENS)
+        found[name] = build_choices(
+            spec,
+            subject.tokenizer,
+            questions=given.questions,
+            length=_QUESTION_TOKENS,
+            part="held-out" if asking and _parsed(spec).source in calibration else "all",
+        )
     return found
 
 
