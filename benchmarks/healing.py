@@ -27,15 +27,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shallower import progress
-from shallower.corpus import CalibrationSet, build_calibration
-from shallower.errors import TooLittleText
+from shallower.corpus import CalibrationSet
 from shallower.evaluation.perplexity import perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import PruningPlan
 from shallower.registry import recovery
 from shallower.surgery import cut
 from shallower.units import parse_units
-from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.subject import Subject, calibrate_most, open_subject
+
+MOST = 1 << 20  # sequences to train on: all whole ones of the text's training part
 
 
 def held_out(subject: Subject, spec: str, window: int, count: int) -> Callable[[PreTrainedModel], float]:
@@ -46,18 +47,6 @@ def held_out(subject: Subject, spec: str, window: int, count: int) -> Callable[[
     parts: list[Tensor] = [part for part in ids.split(window)[::every] if len(part) == window]
     chosen = torch.cat(parts[: count or None])
     return lambda model: perplexity(model, subject.tokenizer, chosen, window=window).perplexity
-
-
-def most_text(subject: Subject, source: str, length: int) -> CalibrationSet:
-    """All whole sequences that the text's training part fills."""
-    sequences = 1 << 20
-    while True:
-        try:
-            return build_calibration(source, subject.tokenizer, sequences=sequences, length=length, part="train")
-        except TooLittleText as error:
-            sequences = int(sequences * error.share)
-            if not sequences:
-                raise
 
 
 def run(name: str, subject: Subject, text: CalibrationSet, given: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     subject = open_subject(given.model, dtype=given.dtype)
-    text = most_text(subject, given.text, given.length)
+    text, _ = calibrate_most(subject, given.text, sequences=MOST, length=given.length, seed=0)
     if not given.json:
         print(
             f"{text.tokens:,} tokens in sequences of {text.length}, {subject.model.dtype}, "

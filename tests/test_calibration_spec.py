@@ -19,14 +19,15 @@ from shallower.cli import main
 from shallower.corpus import CalibrationSet, Supply, build_calibration, build_choices, open_source, text_of
 from shallower.corpus.build import _shares
 from shallower.corpus.specification import Term, parse_specification
-from shallower.errors import CorpusError, UnknownName, UserError
+from shallower.errors import CorpusError, TooLittleText, UnknownName, UserError
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
+from shallower.verbs import subject as verbs_subject
 from shallower.verbs.contamination import _calibration_of
 from shallower.verbs.evaluate import held_out
-from shallower.verbs.subject import calibrate, open_subject
+from shallower.verbs.subject import calibrate, calibrate_most, open_subject
 from shallower.verbs.supply import sample
 
 SMALL: dict[str, Any] = {"sequences": 4, "length": 16}
@@ -314,6 +315,34 @@ def test_duplicates_leave_before_there_are_tokens(tokenizer: Any, tmp_path: Path
     assert len({tuple(row) for row in made.input_ids.tolist()}) == 5
     with pytest.raises(CorpusError, match="without 2 documents that dedup and min_quality leave out"):
         build_calibration(f"{spec}?dedup=0.8&pack=false", tokenizer, sequences=6, length=8)
+
+
+def test_all_of_a_text_is_found_in_few_builds(
+    two: tuple[str, str], model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    subject = open_subject(model)
+    asked: list[int] = []
+
+    def counted(*given: Any, **named: Any) -> CalibrationSet:
+        asked.append(named["sequences"])
+        assert len(asked) < 4, f"built {len(asked)} times"
+        return build_calibration(*given, **named)
+
+    monkeypatch.setattr(verbs_subject, "build_calibration", counted)
+    text, sequences = calibrate_most(subject, two[0], sequences=1000, length=16, seed=0)
+    assert 50 < text.sequences == sequences < 1000
+    asked.clear()
+    with pytest.raises(TooLittleText, match=rf"use sequences={sequences}"):
+        calibrate(subject, two[0], sequences=sequences + 1, length=16, seed=0)
+    # what a specification names itself, wins over the argument: fewer would be asked for in vain
+    (tmp_path / "spec.yaml").write_text("sources: [a.jsonl]\nsequences: 999\n")
+    for spec in (f"{two[0]}?sequences=999", str(tmp_path / "spec.yaml")):
+        asked.clear()
+        with pytest.raises(TooLittleText, match="but 999 sequences of 16 need"):
+            calibrate_most(subject, spec, sequences=4096, length=16, seed=0)
+        assert asked == [4096]
+    few, sequences = calibrate_most(subject, f"{two[0]}?sequences=5", sequences=4096, length=16, seed=0)
+    assert (few.sequences, sequences) == (5, 4096)
 
 
 # --- the model's own text ------------------------------------------------------------------------------------------

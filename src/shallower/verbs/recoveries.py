@@ -42,7 +42,7 @@ from shallower.training.recipe import TRAINED_AS, HeldOut, check_recipe
 from shallower.training.state import ENDED
 from shallower.units import Unit
 from shallower.verbs.evaluate import fitting, held_out, text_perplexity
-from shallower.verbs.subject import Subject, calibrate
+from shallower.verbs.subject import Subject, calibrate, calibrate_most
 from shallower.version import __version__
 
 SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
@@ -285,7 +285,9 @@ def training_text(
             f"to keep some to measure by: the weights are those that {kept}.",
         )
     elif sequences is None:
-        text, notes = _all_there_is(dense, calibration, length, seed)
+        text, most = calibrate_most(dense, calibration, sequences=TRAIN_SEQUENCES, length=length, seed=seed)
+        if most < TRAIN_SEQUENCES:
+            notes = (f"training reads {plural(most, 'sequence')} of {length} tokens, all that the text holds.",)
     else:
         try:
             text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
@@ -309,24 +311,6 @@ def training_text(
     )
     digest = hashlib.sha256(left_out.encode()).hexdigest()
     return Training(text, measure, (digest, fitting(dense, window), max_windows), notes)
-
-
-def _all_there_is(
-    dense: Subject, calibration: str | Path | CalibrationSet | None, length: int, seed: int
-) -> tuple[CalibrationSet, tuple[str, ...]]:
-    """As many sequences as is usual, or all that the text holds, and a note that says so."""
-    sequences = TRAIN_SEQUENCES
-    while True:
-        try:
-            text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
-            break
-        except TooLittleText as error:  # of a mixture each text is told of on its own
-            sequences = int(sequences * error.share)
-            if not sequences:
-                raise
-    if sequences == TRAIN_SEQUENCES:
-        return text, ()
-    return text, (f"training reads {plural(sequences, 'sequence')} of {length} tokens, all that the text holds.",)
 
 
 def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,12 +21,12 @@ from shallower.checkpoint.determinants import determinants
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
-from shallower.corpus import CalibrationSet, build_calibration, build_choices
+from shallower.corpus import CalibrationSet, build_calibration, build_choices, named_options
 from shallower.corpus.questions import EXAMPLE
 from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
-from shallower.errors import BudgetError, CorpusError, out_of_memory
+from shallower.errors import BudgetError, CorpusError, TooLittleText, out_of_memory
 from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
@@ -184,6 +185,24 @@ def calibrate(
         text = _build(subject, calibration, sequences, length, seed, objective)
     require_room(subject.model, text.length)
     return text
+
+
+def calibrate_most(
+    subject: Subject, calibration: str | Path | CalibrationSet | None, *, sequences: int, length: int, seed: int
+) -> tuple[CalibrationSet, int]:
+    """As `calibrate`, of a text that holds less than `sequences` all it has; and how many sequences were asked for in
+    the end.
+
+    Raises CorpusError as `calibrate` does: TooLittleText when it holds none, or less than its specification asks for.
+    """
+    while True:
+        try:
+            return calibrate(subject, calibration, sequences=sequences, length=length, seed=seed), sequences
+        except TooLittleText as error:  # of a mixture each text is told of on its own
+            sequences = math.floor(sequences * error.share + 1e-9)
+            # what the specification says wins over the argument, and would fail again
+            if not sequences or "sequences" in named_options(str(calibration)):
+                raise
 
 
 def require_room(model: PreTrainedModel, length: int) -> None:
