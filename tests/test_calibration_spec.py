@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
 from shallower.cli import main
 from shallower.corpus import CalibrationSet, Supply, build_calibration, build_choices, open_source, text_of
@@ -23,6 +25,7 @@ from shallower.errors import CorpusError, TooLittleText, UnknownName, UserError
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan
 from shallower.testing.families import tiny_model, tiny_tokenizer
+from shallower.training.instructions import build_instructions
 from shallower.units import Unit
 from shallower.verbs import subject as verbs_subject
 from shallower.verbs.contamination import _calibration_of
@@ -281,6 +284,33 @@ def test_chats_use_the_model_s_template(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CorpusError, match="roles must alternate"):
         build_calibration(spec, tokenizer, format="chat", **SMALL)
+
+
+def test_chats_are_the_same_on_any_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
+        '{{ day }} {{ strftime_now( format="%Y-%m-%d") }} {% for m in messages %}[{{ m.role }}]{{ m.content }}'
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    spec = _jsonl(tmp_path / "a.jsonl", [{"instruction": "Add.", "output": "3"}])
+
+    def sets() -> list[CalibrationSet]:
+        return [
+            build_calibration(spec, tokenizer, format="chat", sequences=1, length=80, pack=False),
+            build_instructions(spec, tokenizer, length=80),
+        ]
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2033, 5, 1)
+
+    before = sets()
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    assert [text.digest for text in sets()] == [text.digest for text in before]
+    read = tokenizer.decode(before[0].input_ids[0], skip_special_tokens=True)
+    assert read == "26 Jul 2024 2024-07-26 [user]Add.[assistant]3"
 
 
 def test_few_shot_prompts_are_solved_questions_in_order(tokenizer: Any, tmp_path: Path) -> None:

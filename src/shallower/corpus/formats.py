@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from shallower.corpus.bos import adds_bos
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Format = Literal["text", "chat", "few-shot"]
+_TODAY = datetime(2024, 7, 26)  # in every chat: Llama's templates take it where they cannot ask for the day
+_ASKS_DAY = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,16 @@ def templated(
 ) -> str:
     """A conversation in the tokenizer's chat template. asks: it ends where the answer would begin.
 
+    A template that writes the day writes the same on any day, so that one text has one digest, and a training that was
+    begun yesterday goes on.
+
     Raises CorpusError, which names the row by `where`, when the template refuses it.
     """
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+        template = _dated(tokenizer.get_chat_template())
+        return str(
+            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=asks)
+        )
     # a template is a program of the model's author and raises what it likes
     except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
@@ -74,6 +84,11 @@ def templated(
             f"{where}: the model's chat template refuses a conversation of {roles} ({reason}): change the row, or "
             "leave it out."
         ) from error
+
+
+def _dated(template: str) -> str:
+    """The template with `_TODAY` where it asks for the day, written out: transformers lets nobody else answer."""
+    return _ASKS_DAY.sub(lambda call: f"{call[1]}{_TODAY.strftime(call[2])}{call[1]}", template)
 
 
 def _few_shot(documents: Iterable[Document], shots: int) -> Iterator[Formatted]:
