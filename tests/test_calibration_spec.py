@@ -117,6 +117,16 @@ def test_weights_that_cannot_be(two: tuple[str, str], tokenizer: Any) -> None:
             build_calibration(spec, tokenizer, **SMALL)
 
 
+def test_great_and_small_weights_are_written_so_that_they_can_be_read(two: tuple[str, str], tokenizer: Any) -> None:
+    weights = {"3000000": "1000000", "0.33333334": "0.66666666", "0.0000001": "0.0000001", "3": "0.7"}
+    for one, other in weights.items():
+        spec = f"{two[0]}*{one}+{two[1]}*{other}"
+        assert text_of(spec) == spec
+    made = build_calibration(f"{two[0]}*3e6+{two[1]}*1e6", tokenizer, **SMALL)
+    assert build_calibration(made.spec, tokenizer).digest == made.digest
+    assert held_out(f"{two[0]}*3000000+{two[1]}*1000000")
+
+
 def test_all_faults_are_told_together(two: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         build_calibration(f"{two[0]}*lots?sequnces=3&length=long&part=none&seed=", tokenizer)
@@ -198,6 +208,11 @@ def test_domains(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path
     made = build_calibration("wiki*0.5+code*0.5", tokenizer, supply=supply, **SMALL)
     assert made.spec.startswith("demo:wiki*0.5+python:source*0.5?"), "says what was found"
     assert build_calibration(made.spec, tokenizer, supply=supply).digest == made.digest
+    rows = _jsonl(tmp_path / "fields.jsonl", [{"text": "of the text", "passage": "of the field " * 20}])
+    supply = Supply(texts={"wiki": lambda: Path(rows)})
+    field = build_calibration("wiki#passage", tokenizer, sequences=1, length=16, supply=supply)
+    assert field.spec.startswith("demo:wiki#passage?"), "says the field, too"
+    assert build_calibration(field.spec, tokenizer, supply=supply).digest == field.digest
     with pytest.raises(CorpusError, match=r"'books' is hf:emozilla/pg19.*HF_HUB_OFFLINE is set.*Without a hub"):
         open_source("books")
     with pytest.raises(CorpusError, match="domain 'wiki'"):
@@ -227,10 +242,11 @@ def test_a_domain_is_the_hub_s_where_it_can_be_reached(monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.HfApi", HfApi)
     assert open_source("code").spec == "hf:codeparrot/codeparrot-clean-valid:train#content"
+    assert open_source("code#license").spec == "hf:codeparrot/codeparrot-clean-valid:train#license"
     assert open_source("web").name == "hf:allenai/c4:en:train"
     with pytest.raises(CorpusError, match="ConnectionError"):
         open_source("math")
-    assert asked == ["codeparrot/codeparrot-clean-valid", "allenai/c4", "openai/gsm8k"]
+    assert asked == [*["codeparrot/codeparrot-clean-valid"] * 2, "allenai/c4", "openai/gsm8k"]
 
 
 # --- positions and formats -----------------------------------------------------------------------------------------

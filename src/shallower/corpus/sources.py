@@ -115,7 +115,8 @@ def open_source(text: str, supply: Supply = NOTHING) -> Source:
     if name in DOMAINS or name.startswith("domain:"):
         if not os.path.exists(name):
             found = resolve(name.removeprefix("domain:"), supply)
-            return replace(open_source(found + (f"#{field}" if field else ""), supply), spec=found)
+            found = f"{found.partition('#')[0]}#{field}" if field else found
+            return replace(open_source(found, supply), spec=found)
         progress.note(f"{name} is read from the path of that name; write domain:{name} for the domain.")
     if name.split(":")[0] == "self":
         return _self(name, field, supply)

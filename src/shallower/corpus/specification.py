@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -123,7 +124,13 @@ def joined(terms: Sequence[Term]) -> str:
     """The mixture as it stands before the `?`; of one source, its name."""
     if len(terms) == 1:
         return terms[0].source
-    return "+".join(f"{term.source}*{term.weight:g}" for term in terms)
+    return "+".join(f"{term.source}*{_plain(term.weight)}" for term in terms)
+
+
+def _plain(weight: float) -> str:
+    """All its digits, and no exponent, whose + would begin another source."""
+    digits = format(Decimal(repr(weight)), "f")
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
 def in_part(text: str, part: Part) -> bool:
