@@ -22,6 +22,7 @@ from shallower.corpus import CalibrationSet, Supply, build_calibration, build_ch
 from shallower.corpus.build import _shares
 from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, TooLittleText, UnknownName, UserError
+from shallower.evaluation import text as evaluation_text
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan
 from shallower.testing.families import tiny_model, tiny_tokenizer
@@ -198,6 +199,19 @@ def test_files_are_read_only_as_far_as_needed(tmp_path: Path) -> None:
     assert [next(documents).text for _ in range(10)] == ["fine"] * 10
     with pytest.raises(CorpusError, match="line 11"):
         next(documents)
+
+
+def test_of_what_is_held_out_no_more_is_read_than_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(_texts(tmp_path / "a.jsonl", "z", 120))
+    whole = read_evaluation_text(f"{path}?part=held-out")
+    monkeypatch.setattr(evaluation_text, "_MOST_CHARACTERS", len(whole) // 2, raising=False)
+    with path.open("a") as file:
+        file.write("not json\n")
+    (some,) = held_out(path).values()
+    assert len(whole) // 2 < len(some) < len(whole)
+    assert whole.startswith(some)
+    with pytest.raises(CorpusError, match="line 121"):
+        read_evaluation_text(str(path))
 
 
 def test_domains(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from shallower import progress
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet, ChoiceSet, build_choices
-from shallower.corpus.questions import read_questions
+from shallower.corpus.questions import read_questions, solved
 from shallower.engine import Ablator, Racing
 from shallower.engine.memo import Memo
 from shallower.errors import CorpusError, UnknownName, UserError
@@ -25,6 +26,7 @@ from shallower.surgery import cut
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
+from shallower.verbs.evaluate import held_out
 from shallower.verbs.prune import prune
 from shallower.verbs.score import score
 from shallower.verbs.search import search
@@ -243,6 +245,9 @@ def test_prompts(tmp_path: Path) -> None:
         {"ctx": "[header] How [title] Do this. he", "endings": ["[step] goes.", "x"], "gold": 0, "activity_label": "L"},
         {"context": "Once upon", "choices": ["a time", "b"], "gold": 0},
         {"sentence": "Ann met Eve as _ was late.", "choices": ["Ann", "Eve"], "gold": 0},
+        {"context": "Ann ran. ", "question": "Who ran?", "choices": ["Ann", "Eve"], "gold": 0},
+        {"passage": "P.", "context": "C.", "question": "Q?", "choices": ["a", "b"], "gold": 1},
+        {"context": "Once upon", "question": None, "choices": ["a time", "b"], "gold": 0},
     ]
     found = [question for _, question in read_questions(Path(_jsonl(tmp_path / "q.jsonl", records)))]
     why = "Question: Why?\nAnswer:"
@@ -253,6 +258,13 @@ def test_prompts(tmp_path: Path) -> None:
     assert found[3].prompts[0] == ("L: How. Do this. he", " goes.")
     assert found[4].prompts[0] == ("Once upon", " a time")
     assert found[5].prompts == (("Ann met Eve as Ann", " was late."), ("Ann met Eve as Eve", " was late."))
+    assert found[6].prompts[0] == ("Ann ran.\nQuestion: Who ran?\nAnswer:", " Ann")
+    assert found[7].prompts[1] == ("P.\nC.\nQuestion: Q?\nAnswer:", " b")
+    assert found[8].prompts[0] == ("Once upon", " a time")
+    assert solved(records[6], "here") == "Ann ran.\nQuestion: Who ran?\nAnswer: Ann"
+    told = {"passage": "The sky is green.", "question": "What colour?", "answer": "green"}
+    assert solved(told, "here") == "The sky is green.\nQuestion: What colour?\nAnswer: green"
+    assert solved({**told, "passage": None, "context": ["x"]}, "here") == "Question: What colour?\nAnswer: green"
 
 
 def test_tokens_of_choices_are_scored_and_no_others(tmp_path: Path) -> None:
@@ -293,6 +305,7 @@ GOOD = {"question": "Q?", "choices": ["a", "b"], "gold": 0}
         ({"question": "Q?", "gold": 0}, "no field choices or endings, only question, gold"),
         ({"text": "T", "choices": ["a", "b"], "gold": 0}, "asks nothing: it has the fields text, choices, gold"),
         ({**GOOD, "question": None}, "field 'question' holds null"),
+        ({**GOOD, "passage": None}, "field 'passage' holds null"),
         ({"sentence": "no gap", "choices": ["a", "b"], "gold": 0}, "needs a blank, _, and text after it"),
         ([1], "not a JSON object"),
     ],
@@ -368,6 +381,25 @@ def test_parts_share_no_question(tmp_path: Path) -> None:
         build_choices(path, tokenizer, questions=60, part="train")
     train = build_choices(path, tokenizer, questions=40, part="train")
     assert held_out.input_ids[0].tolist()[:20] not in [row[:20] for row in train.input_ids.tolist()]
+
+
+def test_no_question_that_is_calibrated_on_is_held_out_text(tmp_path: Path) -> None:
+    plain = _records(240)
+    records = [*plain[:60], *({**row, "answer": "A"} for row in plain[60:120])]
+    records += [{**row, "question": f"  {row['question']} "} for row in plain[120:180]]
+    records += [{**row, "context": "Told before."} for row in plain[180:]]
+    path = _jsonl(tmp_path / "q.jsonl", records)
+    tokenizer = tiny_tokenizer()
+    (held,) = held_out(path).values()
+    with pytest.raises(CorpusError, match=r"the train part of .* holds (\d+) questions") as told:
+        build_choices(path, tokenizer, questions=240, length=200, part="train")
+    most = int(re.search(r"holds (\d+)", str(told.value))[1])
+    train = build_choices(path, tokenizer, questions=most, length=200, part="train")
+    asked = {int(re.search(r"(\d+)\?", tokenizer.decode(row))[1]) for row in train.input_ids}
+    left = {int(number) for number in re.findall(r"(\d+)\?", held)}
+    assert len(left) > 8
+    assert not asked & left
+    assert asked | left == set(range(240))
 
 
 @pytest.mark.parametrize(

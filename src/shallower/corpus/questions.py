@@ -3,6 +3,7 @@
     {"question": …, "choices": […], "gold": 2}       Question: …⏎Answer: CHOICE           (ARC, OpenBookQA, MMLU)
     {"goal": …, "choices": […], "gold": 0}           the same                             (PIQA)
     {"passage": …, "question": …, "answer": true}    PASSAGE⏎Question: …?⏎Answer: yes     (BoolQ; no is choice 0)
+    {"context": …, "question": …, …}                 CONTEXT⏎Question: …⏎Answer: CHOICE
     {"context": …, "choices": […], "gold": 1}        … CHOICE
     {"ctx": …, "endings": […], "gold": 3}            LABEL: … ENDING, without [marks]     (HellaSwag)
     {"sentence": "… _ …", "choices": […], "gold": 0} the choice in the blank; what follows it is scored (WinoGrande)
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shallower.corpus.sources import encodable, json_records
+from shallower.corpus.sources import encodable, json_records, text_of_record
 from shallower.errors import CorpusError
 
 ASKING = ("sentence", "ctx", "context", "goal", "question")
@@ -30,8 +31,8 @@ _MARK = re.compile(r"\[.*?\]")
 
 @dataclass(frozen=True)
 class Question:
-    """text: what is asked, as in the file. prompts: for each choice what the model reads, and what of it is scored
-    after that. gold: which choice is right, from 0.
+    """text: the row as a text source reads it, by which parts are told there as well. prompts: for each choice what the
+    model reads, and what of it is scored after that. gold: which choice is right, from 0.
     """
 
     text: str
@@ -64,22 +65,25 @@ def solved(record: Mapping[str, Any], where: str) -> str:
     """
     if isinstance(record.get("answer"), str) and not ("choices" in record or "endings" in record):
         asked, answer = (_text(record.get(name), name, where) for name in ("question", "answer"))
-        return f"Question: {asked}\nAnswer: {answer}"
+        return f"{_asking(record, asked)} {answer}"
     question = _question(record, where)
     return "".join(question.prompts[question.gold])
 
 
 def _question(record: Mapping[str, Any], where: str) -> Question:
     field = next((name for name in ASKING if name in record), None)
+    if field == "context" and _is_said(record.get("question")):
+        field = "question"
     if field is None:
         raise CorpusError(
             f"{where} asks nothing: it has the fields {', '.join(record)}, but none of {', '.join(ASKING)}. Write "
             f"rows such as {EXAMPLE}."
         )
     text = _text(record[field], field, where)
+    whole = _as_document(record, where) or text
     choices, gold = _choices(record, where)
     if field == "sentence":
-        return Question(text, _in_blank(text, choices, where), gold)
+        return Question(whole, _in_blank(text, choices, where), gold)
     if field == "ctx":
         label = record.get("activity_label")
         context = _without_marks(f"{label}: {text}" if label else text)
@@ -88,11 +92,29 @@ def _question(record: Mapping[str, Any], where: str) -> Question:
         context = text
     else:
         plain = isinstance(record.get("answer"), bool) and not text.endswith("?")  # BoolQ writes none
-        asked = f"{text}?" if plain else text
-        context = f"Question: {asked}\nAnswer:"
         if "passage" in record:
-            context = f"{_text(record['passage'], 'passage', where)}\n{context}"
-    return Question(text, tuple((context.rstrip(), f" {choice}") for choice in choices), gold)
+            _text(record["passage"], "passage", where)
+        context = _asking(record, f"{text}?" if plain else text)
+    return Question(whole, tuple((context.rstrip(), f" {choice}") for choice in choices), gold)
+
+
+def _asking(record: Mapping[str, Any], question: str) -> str:
+    """The question behind what is told before it: a passage and a context, where these are text."""
+    before = [record[name].strip() for name in ("passage", "context") if _is_said(record.get(name))]
+    return "\n".join([*map(encodable, before), f"Question: {question}\nAnswer:"])
+
+
+def _is_said(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _as_document(record: Mapping[str, Any], where: str) -> str:
+    """The text of the row as a text source reads it; empty where that is blank, or refuses it."""
+    try:
+        text = text_of_record(record, None, where)
+    except CorpusError:
+        return ""
+    return text if text.strip() else ""
 
 
 def _choices(record: Mapping[str, Any], where: str) -> tuple[list[str], int]:

@@ -216,7 +216,7 @@ def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
     else:
         records = json_records(path) if kind == ".jsonl" else _parquet_records(path)
         unit = "line" if kind == ".jsonl" else "row"
-        rows = ((_text_of(record, field, f"{path}, {unit} {number}"), record) for number, record in records)
+        rows = ((text_of_record(record, field, f"{path}, {unit} {number}"), record) for number, record in records)
     documents = (Document(text, f"{name}:{number}", name, record) for number, (text, record) in enumerate(rows))
     return _not_empty(documents, str(path))
 
@@ -302,7 +302,11 @@ def encodable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _text_of(record: Mapping[str, Any], field: str | None, where: str) -> str:
+def text_of_record(record: Mapping[str, Any], field: str | None, where: str) -> str:
+    """What a row says: the field, or those that the module's docstring names.
+
+    Raises CorpusError, which names the row by `where`, when there are none of these, or they are not text.
+    """
     if field is None and isinstance(record.get("messages"), list) and "text" not in record:
         said = (turn.get("content") for turn in record["messages"] if isinstance(turn, dict))
         # a call of a tool says nothing, and content in parts may be pictures
@@ -349,7 +353,7 @@ def _hub(name: str, field: str | None) -> Source:
         number = -1
         try:
             for number, record in enumerate(load_dataset(repository, name=config, split=split, streaming=True)):
-                yield Document(_text_of(record, field, f"{full}, row {number}"), f"{full}:{number}", full, record)
+                yield Document(text_of_record(record, field, f"{full}, row {number}"), f"{full}:{number}", full, record)
         except CorpusError:
             raise
         # whatever the network, the Hub client or a format's reader raises, the user needs the same sentence
@@ -383,7 +387,7 @@ def _arrow(path: Path, field: str | None) -> Source:
                 with pyarrow.memory_map(str(file)) as mapped:
                     records = (row for batch in pyarrow.ipc.open_stream(mapped) for row in batch.to_pylist())
                     for number, record in enumerate(records):
-                        text = _text_of(record, field, f"{file}, row {number}")
+                        text = text_of_record(record, field, f"{file}, row {number}")
                         if text not in seen:
                             seen.add(text)
                             yield text, record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ NAMED: Mapping[str, str] = {
 """Texts that papers report perplexity on, and the data set of the Hub that each is."""
 
 _PART = Option("part", Part, "all")
-_STREAMED_CHARACTERS = 4_000_000
+_MOST_CHARACTERS = 4_000_000
 
 
 def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
@@ -32,8 +33,8 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     - WikiText (a `.txt` file or Hub data set with `wikitext` in its name) takes the form of published results: a row a
       line, blank rows emptied, the others keeping their line end, joined with two line ends.
     - `wikitext2`, `c4` and `ptb` are the Hub's copies, unless there is a file of that name.
-    - Documents of anything else are joined with an empty line between them; of a Hub data set the first 4,000,000
-      characters. Of a mixture, those of all its sources, without regard to weights.
+    - Documents of anything else are joined with an empty line between them; of a Hub data set, and of what is held out,
+      the first 4,000,000 characters. Of a mixture, those of all its sources, without regard to weights.
 
     supply: what the sources `demo:` need.
 
@@ -59,13 +60,14 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     texts: list[str] = []
     for term in parsed.terms:
         source = open_source(term.source, supply)
+        limit = _MOST_CHARACTERS if source.streamed or part == "held-out" else math.inf
         keep_blank = source.streamed and "wikitext" in source.name.lower()
         size = 0
         for document in source.read():
             if (keep_blank or document.text.strip()) and in_part(document.whole or document.text, part):
                 texts.append(document.text)
                 size += len(document.text)
-            if source.streamed and size > _STREAMED_CHARACTERS:
+            if size > limit:
                 break
     return _not_blank("\n\n".join(texts), spec)
 
