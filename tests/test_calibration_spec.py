@@ -377,6 +377,21 @@ def test_duplicates_leave_before_there_are_tokens(tokenizer: Any, tmp_path: Path
         build_calibration(f"{spec}?dedup=0.8&pack=false", tokenizer, sequences=6, length=8)
 
 
+def test_copies_in_two_sources_of_a_mixture_leave(tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    one = Path(_texts(tmp_path / "a.jsonl", "x", 8))
+    rows = [json.loads(line) for line in one.read_text().splitlines()]
+    own = [json.loads(line) for line in Path(_texts(tmp_path / "own.jsonl", "y", 4)).read_text().splitlines()]
+    near = [{"text": row["text"] + " more"} for row in rows[4:]]
+    other = _jsonl(tmp_path / "b.jsonl", [*rows[:4], *near, *own])
+    spec = f"{one}+{other}?sequences=8&length=64&pack=false&dedup=0.8"
+    made = build_calibration(spec, tokenizer)
+    assert [(r.exact_duplicates, r.near_duplicates, r.documents) for r in made.sources] == [(None, None, 4), (4, 4, 4)]
+    assert sorted(tokenizer.decode(row).startswith("y") for row in made.input_ids) == [False] * 4 + [True] * 4
+    with pytest.raises(TooLittleText, match="without 8 documents that dedup and min_quality leave out"):
+        build_calibration(spec.replace("sequences=8", "sequences=10"), tokenizer)
+
+
 def test_all_of_a_text_is_found_in_few_builds(
     two: tuple[str, str], model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -427,6 +442,33 @@ def test_the_model_s_own_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -
         calibrate(subject, "self:here", **SMALL, seed=0)
     with pytest.raises(CorpusError, match="there is no model here"):
         build_calibration("self", tokenizer)
+
+
+@pytest.mark.parametrize("option", ["min_quality=0.9", "dedup=0.8"])
+def test_own_text_of_which_nothing_is_worth_reading_comes_to_an_end(option: str, tokenizer: Any) -> None:
+    if option.startswith("dedup"):
+        pytest.importorskip("datasketch")
+    said: list[str] = []
+
+    def says(start: str, *, tokens: int, seed: int) -> Iterator[str]:
+        while len(said) < 3000:
+            said.append("qzx")
+            yield "qzx"
+        raise AssertionError("no end")
+
+    with pytest.raises(CorpusError, match=f"{option} left out the last 1,000 documents of self, .* do without"):
+        build_calibration(f"self?sequences=2&length=16&{option}", tokenizer, supply=Supply(sample=says))
+    assert 1000 <= len(said) <= 1001
+
+
+def test_own_text_is_sampled_from_the_whole_distribution(tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    plain = next(sample(model, tokenizer, "auto", tokens=32, seed=0))
+    own = model.generation_config
+    own.repetition_penalty, own.suppress_tokens, own.min_p = 3.0, list(range(20, 90)), 0.2
+    assert next(sample(model, tokenizer, "auto", tokens=32, seed=0)) == plain
+    assert model.generation_config is own
+    assert own.repetition_penalty == 3.0
 
 
 def test_own_text_begins_with_bos_or_a_random_token() -> None:

@@ -276,6 +276,10 @@ def test_sources_are_recorded(corpus: str, tokenizer: Any, tmp_path: Path) -> No
     weights = [record.weight for record in made.sources]
     tokens = [record.tokens for record in made.sources]
     assert weights == pytest.approx([count / sum(tokens) for count in tokens])
+    for bos in ("each-sequence", "each-document", "none"):
+        for pack in (True, False):
+            made = build_calibration(str(folder), tokenizer, sequences=2, length=100, bos=bos, pack=pack)
+            assert sum(record.tokens or 0 for record in made.sources) == made.tokens
     other_seed = build_calibration(str(folder), tokenizer, sequences=1, length=500, seed=5)
     assert [record.sha256 for record in other_seed.sources] == [record.sha256 for record in made.sources]
 

@@ -29,6 +29,7 @@ from shallower import progress
 from shallower.corpus.bos import Bos, resolve_bos
 from shallower.corpus.calibration import CalibrationSet, SourceRecord, is_saved, tokens_digest
 from shallower.corpus.clean import Dropped, worth_reading
+from shallower.corpus.duplicates import Duplicates
 from shallower.corpus.formats import Format, Formatted, formatted
 from shallower.corpus.options import LATER, OPTIONS, BuildOptions, Position
 from shallower.corpus.quality import scorer
@@ -94,7 +95,7 @@ def build_calibration(
             chat template; `few-shot` joins questions with their answers into prompts. Other rows stay text.
         shots: Solved questions before the last one of a few-shot prompt.
         dedup: Leave out a document whose five-word runs have at least this Jaccard similarity to those of an earlier
-            one, and exact duplicates. 0 keeps all.
+            one, also of an earlier source of a mixture, and exact duplicates. 0 keeps all.
         min_quality: Leave out documents of lower quality. 0 keeps all.
         quality: The registered scorer that says so.
         supply: What the sources `self` and `demo:` need, from later layers.
@@ -113,12 +114,13 @@ def build_calibration(
     scorer(options.quality)  # refused before anything is read
     sources = _open(parsed.terms, replace(supply, tokens=options.length, seed=options.seed))
     shares = _shares(parsed.terms, options.sequences)
+    seen = Duplicates(options.dedup) if options.dedup else None  # one, as a text may stand in several sources
     rows: list[tuple[int, list[int]]] = []
     records: list[SourceRecord] = []
     as_asked = False
     for number, (term, source, share) in enumerate(zip(parsed.terms, sources, shares, strict=True)):
         ledger = _Ledger(share / options.sequences)
-        made = _term_rows(term, source, tokenizer, replace(options, sequences=share), ledger)
+        made = _term_rows(term, source, tokenizer, replace(options, sequences=share), ledger, seen)
         rows += [(number, row) for row in made]
         records += ledger.records()
         as_asked = as_asked or ledger.as_asked
@@ -176,7 +178,12 @@ def _interleaved(rows: Sequence[tuple[int, list[int]]], seed: int) -> list[tuple
 
 
 def _term_rows(
-    term: Term, source: Source, tokenizer: PreTrainedTokenizerBase, options: BuildOptions, ledger: _Ledger
+    term: Term,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: BuildOptions,
+    ledger: _Ledger,
+    seen: Duplicates | None,
 ) -> list[list[int]]:
     documents: Iterable[Document] = ledger.recorded(source.read())
     # the whole text decides the part, so that sets with another max_chars split alike
@@ -187,10 +194,11 @@ def _term_rows(
     )
     documents = worth_reading(
         documents,
-        dedup=options.dedup,
+        seen=seen,
         min_quality=options.min_quality,
         quality=options.quality,
         dropped=ledger.dropped,
+        endless=source.endless,
     )
     texts = ledger.noticed(formatted(documents, options.format, options.shots, tokenizer))
     excerpts = _shuffled(_excerpts(texts, options), source, options.seed)
@@ -349,7 +357,8 @@ def _rows(
         pending = pending + ids
         while pending:
             room = options.length - len(row)
-            ledger.use(excerpt, min(room, len(pending)))
+            # the BOS that opens a sequence counts for the document that it stands before
+            ledger.use(excerpt, min(room, len(pending)) + (len(opening) if len(row) == len(opening) else 0))
             row, pending = row + pending[:room], pending[room:]
             if len(row) < options.length:
                 break

@@ -15,6 +15,9 @@ from shallower import progress
 from shallower.corpus.duplicates import Duplicates, words_of
 from shallower.corpus.quality import Signals, scorer, signals
 from shallower.corpus.sources import Document, Source
+from shallower.errors import CorpusError
+
+_IN_VAIN = 1_000  # documents in a row that are left out, after which a source without an end is given up
 
 
 @dataclass(frozen=True)
@@ -189,29 +192,49 @@ class Dropped:
 
 
 def worth_reading(
-    documents: Iterable[Document], *, dedup: float, min_quality: float, quality: str, dropped: Dropped
+    documents: Iterable[Document],
+    *,
+    seen: Duplicates | None,
+    min_quality: float,
+    quality: str,
+    dropped: Dropped,
+    endless: bool = False,
 ) -> Iterator[Document]:
     """The documents without those below `min_quality` and without those that say what one before them says.
 
-    In contrast to `clean` this does not wait for the end: of duplicates the first stays. dedup 0: no duplicates are
-    looked for.
+    In contrast to `clean` this does not wait for the end: of duplicates the first stays. seen: what was read before, to
+    which this is added; None looks for no duplicates. endless: the documents have no end.
+
+    Raises CorpusError for endless documents of which none stays any more.
     """
-    seen = Duplicates(dedup) if dedup else None
     judge = scorer(quality) if min_quality else None
-    for number, document in enumerate(documents):
+    before = dropped.total
+    for document in documents:
         if judge is not None and judge(document.text, signals(document.text)) < min_quality:
             dropped.low_quality += 1
-            continue
-        if seen is not None:
-            words = words_of(document.text)
-            if seen.exact(number, words, document.text) is not None:
-                dropped.exact += 1
-                continue
-            if next(seen.near(words), None) is not None:
-                dropped.near += 1
-                continue
-            seen.add(number)
-        yield document
+        elif seen is None or not _said_before(document.text, seen, dropped):
+            yield document
+            before = dropped.total
+        if endless and dropped.total - before == _IN_VAIN:
+            options = [] if seen is None else [f"dedup={seen.threshold:g}"]
+            options += [] if judge is None else [f"min_quality={min_quality:g}"]
+            raise CorpusError(
+                f"{' and '.join(options)} left out the last {_IN_VAIN:,} documents of {document.source}, which has no "
+                "end: do without, or name another text."
+            )
+
+
+def _said_before(text: str, seen: Duplicates, dropped: Dropped) -> bool:
+    """Whether it is a duplicate, which is counted; else it is one of those that are seen."""
+    number, words = seen.different, words_of(text)
+    if seen.exact(number, words, text) is not None:
+        dropped.exact += 1
+    elif next(seen.near(words), None) is not None:
+        dropped.near += 1
+    else:
+        seen.add(number)
+        return False
+    return True
 
 
 def _connect(

@@ -121,6 +121,11 @@ class Duplicates:
         self._exact: dict[bytes, int] = {}
         self._sets: dict[int, Hashes] = {}
 
+    @property
+    def different(self) -> int:
+        """How many texts `exact` was asked about, without copies: a number that none of them has yet."""
+        return len(self._exact)
+
     def exact(self, number: int, words: Sequence[str], text: str) -> int | None:
         """The first text with the same words in the same order, if there is one; else `number` is that first one."""
         first = self._exact.setdefault(fingerprint(words, text), number)

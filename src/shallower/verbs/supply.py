@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 
@@ -61,7 +62,7 @@ def sample(
             first = ordinary[torch.randint(len(ordinary), (_AT_ONCE,), generator=generator)]
         prompt = first[:, None].to(model.device)
         devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(), _nothing_else(model, settings):
             torch.manual_seed(seed * 1_000_003 + number)
             ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         texts = [text for text in tokenizer.batch_decode(ids, skip_special_tokens=True) if text.strip()]
@@ -69,3 +70,16 @@ def sample(
         if empty == _EMPTY_BATCHES:
             raise CorpusError(f"the model says nothing when it begins with {start}: give calibration text instead.")
         yield from texts
+
+
+@contextmanager
+def _nothing_else(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """The model generates by these settings alone: what they leave open, such as penalties and tokens that may not be
+    said, would come from its own.
+    """
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
