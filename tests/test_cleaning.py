@@ -287,7 +287,7 @@ def test_a_scorer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # --- overlap -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_an_evaluation_set_are_found_in_text(tmp_path: Path) -> None:
+def test_rows_of_an_evaluation_set_are_found_in_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [_text(seed, 50) for seed in range(6)]
     rows = [
         {"question": "Who? " + texts[0], "choices": ["a", "b"], "gold": 0},
@@ -303,6 +303,11 @@ def test_rows_of_an_evaluation_set_are_found_in_text(tmp_path: Path) -> None:
     assert found.examples == (" ".join(texts[1].split()[10:23]),)
     runs.look(texts[0])
     assert (runs.found().shared, runs.found().documents) == (2, 2)
+    passages = Path(_jsonl(tmp_path / "passages.jsonl", [{"text": text} for text in texts]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("shallower.verbs.supply.demo_text", lambda name: passages)
+    (shared,) = clean_file(passages, dedup=None, against=("wiki",)).overlaps
+    assert (shared.rows, shared.shared) == (6, 6), "a domain is there as for calibration"
     with pytest.raises(CorpusError, match="no row with 13 words"):
         EvaluationRuns(_jsonl(tmp_path / "short.jsonl", rows[1:2]))
     with pytest.raises(CorpusError, match="no such file"):

@@ -151,6 +151,24 @@ def test_a_folder_is_for_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
 
 
+@installed
+def test_a_folder_of_text_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    text = str(tmp_path / "texts")
+    _corpus(tmp_path / "texts" / "a.jsonl")
+    for work, out in ((tmp_path / "texts/work", None), (tmp_path / "work", tmp_path / "texts/deep/out.jsonl")):
+        with pytest.raises(OutputError, match=r"is in .*texts, where it would be read as text the next time"):
+            clean_on_disk(text, work, out)
+        assert not work.exists()
+    found = clean_on_disk(text, tmp_path / "work", tmp_path / "out.jsonl")
+    (tmp_path / "texts" / "notes.md").write_text("This is not read.")
+    (tmp_path / "texts" / ".b.jsonl").write_text("Nor is this.")
+    assert clean_on_disk(text, tmp_path / "work", tmp_path / "out.jsonl") == found
+    _corpus(tmp_path / "texts" / "b.jsonl", seed=1)
+    with pytest.raises(CorpusError, match="has changed since"):
+        clean_on_disk(text, tmp_path / "work")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -38,7 +38,7 @@ from shallower import progress
 from shallower.corpus.clean import Counts
 from shallower.corpus.duplicates import LEAST_WORDS, SHINGLE, Hashes, Shingles, bands, fingerprint, jaccard, words_of
 from shallower.corpus.quality import scorer, signals
-from shallower.corpus.sources import Source
+from shallower.corpus.sources import Source, text_files
 from shallower.errors import CorpusError, OutputError
 from shallower.strict_json import write_json
 
@@ -104,12 +104,13 @@ class Work:
         text: the specification that names `source`. tasks: shares of the text; a folder keeps those it was begun with.
 
         Raises CorpusError when the threshold is out of range, or the folder was begun otherwise or for text that has
-        changed since; OutputError when it holds something else or cannot be written; UnknownName for a scorer that does
-        not exist.
+        changed since; OutputError when it holds something else, is part of the text or cannot be written; UnknownName
+        for a scorer that does not exist.
         """
         if not 0 < dedup <= 1:
             raise CorpusError(f"dedup={dedup} is not above 0 and at most 1, the Jaccard similarity of duplicates.")
         scorer(quality)
+        require_outside(text, folder)
         self.source, self.folder = source, folder.absolute()
         self.dedup, self.min_quality, self.quality = dedup, min_quality, quality
         asked = {"text": text, "files": _stamp(text), "dedup": dedup, "min_quality": min_quality, "quality": quality}
@@ -481,11 +482,25 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
+def require_outside(text: str, written: Path) -> None:
+    """Raise OutputError for a place in a folder of text: what is written there would be read as text, too."""
+    place = _place(text)
+    if os.path.isdir(place) and written.resolve().is_relative_to(place.resolve()):
+        raise OutputError(f"{written} is in {text}, where it would be read as text the next time: name another place.")
+
+
+def _place(text: str) -> Path:
+    """The path that the specification names, if it names one."""
+    # os.path: what is no path may be longer than a name can be
+    return Path(os.path.expanduser(text if os.path.exists(text) else text.partition("#")[0].removeprefix("arrow:")))
+
+
 def _stamp(text: str) -> str:
     """Changes when a file that the specification names does; empty where it names none."""
-    path = Path(text if Path(text).exists() else text.partition("#")[0].removeprefix("arrow:")).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files if file.is_file()]
+    path = _place(text)
+    arrow = text.startswith("arrow:")
+    files = [path] if not os.path.isdir(path) else sorted(path.glob("*.arrow")) if arrow else text_files(path)
+    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files if os.path.isfile(file)]
     told = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest() if told else ""
 

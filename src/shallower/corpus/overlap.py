@@ -18,6 +18,7 @@ from torch import Tensor
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.duplicates import Shingles, words_of
 from shallower.corpus.sources import json_records, open_source
+from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError
 
 _EXAMPLES = 3
@@ -76,20 +77,20 @@ class SharedRows:
 class EvaluationRuns:
     """The runs of words of an evaluation set, to be looked for in document after document.
 
-    path: a .jsonl file, of whose rows every text is read, field by field, or any other text source. Runs are known by
-    64 bits. Keeps 16 bytes a run.
+    path: a .jsonl file, of whose rows every text is read, field by field, or any other text source. supply: what the
+    sources `demo:` need. Runs are known by 64 bits. Keeps 16 bytes a run.
 
     Raises CorpusError when it cannot be read, or no row has `n` words.
     """
 
-    def __init__(self, path: str, n: int = 13) -> None:
+    def __init__(self, path: str, n: int = 13, supply: Supply = NOTHING) -> None:
         self._n = n
         self._name = "/".join(Path(path).parts[-2:])
         self._shingles = Shingles(n)
         found: list[npt.NDArray[np.uint64]] = []
         owners: list[_Ids] = []
         self._rows = self._long = 0
-        for texts in _rows_of(path):
+        for texts in _rows_of(path, supply):
             runs = [self._shingles.runs(words) for words in map(words_of, texts) if len(words) >= n]
             found += runs
             owners += [np.full(len(row), self._rows) for row in runs]
@@ -129,12 +130,12 @@ class EvaluationRuns:
         return SharedRows(self._name, self._n, self._rows, self._long, hit, self._documents, tuple(self._examples))
 
 
-def _rows_of(path: str) -> Iterator[list[str]]:
+def _rows_of(path: str, supply: Supply) -> Iterator[list[str]]:
     if ".jsonl" in Path(path).suffixes and Path(path).is_file():
         for _, record in json_records(Path(path)):
             yield list(_texts(record))
     else:
-        for document in open_source(path).read():
+        for document in open_source(path, supply).read():
             yield [document.text]
 
 

@@ -127,8 +127,8 @@ def open_source(text: str, supply: Supply = NOTHING) -> Source:
     if name.startswith("hf:"):
         return _hub(name.removeprefix("hf:"), field)
     if name.startswith("arrow:"):
-        return _arrow(Path(name.removeprefix("arrow:")).expanduser(), field)
-    path = Path(name).expanduser()
+        return _arrow(Path(os.path.expanduser(name.removeprefix("arrow:"))), field)
+    path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         return _folder(path, field)
     if os.path.exists(path):
@@ -176,13 +176,7 @@ def _hard_cut(line: str, limit: int) -> Iterator[str]:
 
 
 def _folder(path: Path, field: str | None) -> Source:
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and file_kind(file) is not None
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    files = text_files(path)
     if not files:
         hint = f" It has Arrow files: write arrow:{path}#FIELD." if any(path.glob("*.arrow")) else ""
         raise CorpusError(f"the folder {path} holds no {', '.join(EXTENSIONS)} file.{hint}")
@@ -193,6 +187,17 @@ def _folder(path: Path, field: str | None) -> Source:
             yield from _read_file(file, file.relative_to(path).as_posix(), fields)
 
     return Source(path.name, read)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of text below a folder, in the order in which they are read; hidden ones are not."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and file_kind(file) is not None
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
 
 
 def file_kind(path: Path) -> str | None:
@@ -237,7 +242,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path} cannot be read as parquet: {str(error).rstrip('.')}.") from None
 
 
@@ -290,6 +295,9 @@ def json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             raise CorpusError(
                 f"{path}, line {number} is not JSON ({error.msg}): a .jsonl file has one JSON object a line."
             ) from None
+        except (ValueError, RecursionError) as error:
+            what = "is nested too deeply" if isinstance(error, RecursionError) else "has a number of too many digits"
+            raise CorpusError(f"{path}, line {number} {what} to be read: change the line, or leave it out.") from None
         if not isinstance(record, dict):
             raise CorpusError(
                 f'{path}, line {number} is {_shown(line)}, not a JSON object: write {{"text": …}} on each line.'
@@ -325,11 +333,11 @@ def text_of_record(record: Mapping[str, Any], field: str | None, where: str) -> 
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise CorpusError(f"{where} has no field {field!r}, only {', '.join(record)}{hint}")
     # a question that is answered by true or false says nothing as text
-    values = [record[name] for name in fields if record.get(name) is not None and not isinstance(record[name], bool)]
-    for name, value in zip(fields, values, strict=False):
+    values = {name: record.get(name) for name in fields if not isinstance(record.get(name), (bool, type(None)))}
+    for name, value in values.items():
         if not isinstance(value, str):
             raise CorpusError(f"{where}: field {name!r} holds {_shown(json.dumps(value, default=str))}, not text.")
-    text = values[0] if len(fields) == 1 and values else "\n\n".join(filter(None, values))
+    text = "\n\n".join(filter(None, values.values()))
     return encodable(text)
 
 
@@ -391,7 +399,7 @@ def _arrow(path: Path, field: str | None) -> Source:
                         if text not in seen:
                             seen.add(text)
                             yield text, record
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise CorpusError(f"{file} cannot be read as an Arrow stream: {error}.") from None
 
     name = "/".join(path.parts[-3:])  # as in boolq/none/validation

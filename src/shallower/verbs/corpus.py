@@ -54,7 +54,7 @@ def build(
     Raises CorpusError and UnknownName as `build_calibration` does, ModelError when MODEL cannot be used.
     """
     spec = str(spec)
-    own = not is_saved(Path(spec).expanduser()) and any(
+    own = not is_saved(os.path.expanduser(spec)) and any(
         term.partition("*")[0].partition(":")[0].strip() == "self" for term in text_of(spec).split("+")
     )
     if own:
@@ -105,7 +105,7 @@ def clean(
     does not exist, OutputError when the result cannot be written.
     """
     source = _source(text)
-    sets = [EvaluationRuns(name) for name in against]
+    sets = [EvaluationRuns(name, supply=supply()) for name in against]
     found = find(source, dedup=dedup, min_quality=min_quality, quality=quality)
     kept = found.kept
     _require_some(found.counts)
@@ -150,8 +150,10 @@ def clean_on_disk(
     """
     if workers < 1:
         raise CorpusError(f"workers={workers} is not a number of processes: 1 or more.")
-    from shallower.corpus.datatrove import Work
+    from shallower.corpus.datatrove import Work, require_outside
 
+    if out is not None:
+        require_outside(str(text), Path(out))
     work = Work(
         str(text), _source(text), Path(folder), dedup=dedup, min_quality=min_quality, quality=quality, tasks=workers
     )
