@@ -139,6 +139,39 @@ def test_all_faults_are_told_together(two: tuple[str, str], tokenizer: Any, tmp_
         build_calibration("nowhere.txt+nothing.txt", tokenizer)
 
 
+def test_paths_in_yaml_are_those_beside_it(
+    two: tuple[str, str], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    folder = tmp_path / "deep"
+    (folder / "data").mkdir(parents=True)
+    _jsonl(folder / "a*b+c.jsonl", [{"body": "of a star " * 20}])
+    table = pyarrow.table({"body": ["of an arrow " * 20]})
+    with (
+        pyarrow.OSFile(str(folder / "data" / "d.arrow"), "wb") as file,
+        pyarrow.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    monkeypatch.chdir(tmp_path)
+    spec = folder / "spec.yaml"
+    for listed, terms in {
+        "a*b+c.jsonl#body": [Term("deep/a*b+c.jsonl#body")],
+        "a*b+c.jsonl": [Term("deep/a*b+c.jsonl")],
+        "a*b+c.jsonl#body*3": [Term("deep/a*b+c.jsonl#body", 3)],
+        "arrow:data#body": [Term("arrow:deep/data#body")],
+        "arrow:data#body*0.5": [Term("arrow:deep/data#body", 0.5)],
+        "{source: 'arrow:data/d.arrow#body', weight: 2}": [Term("arrow:deep/data/d.arrow#body", 2)],
+        "a.jsonl*2": [Term("a.jsonl", 2)],
+        "arrow:elsewhere#body": [Term("arrow:elsewhere#body")],
+    }.items():
+        quoted = listed if listed.startswith("{") else f"'{listed}'"
+        spec.write_text(f"sources:\n  - {quoted}\n")
+        assert [*parse_specification("deep/spec.yaml", ()).terms] == terms
+    spec.write_text("sources:\n  - 'a*b+c.jsonl#body'\n  - 'arrow:data#body'\n")
+    made = build_calibration("deep/spec.yaml?sequences=2&length=16", tokenizer)
+    assert [record.name for record in made.sources] == ["a*b+c.jsonl", "deep/data"]
+
+
 def test_yaml_is_the_same_specification(two: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(
@@ -546,6 +579,10 @@ def test_a_set_of_another_tokenizer_is_refused(two: tuple[str, str], tokenizer: 
 
     with pytest.raises(CorpusError, match="stand for other tokens"):
         build_calibration(str(tmp_path / "set"), Other())  # type: ignore[arg-type]
+    row = {"question": "Why?", "choices": ["So.", "Not."], "gold": 0}
+    build_choices(_jsonl(tmp_path / "q.jsonl", [row]), tokenizer, questions=1).save(tmp_path / "questions")
+    with pytest.raises(CorpusError, match="stand for other tokens"):
+        build_choices(str(tmp_path / "questions"), Other())  # type: ignore[arg-type]
     manifest = tmp_path / "set" / "manifest.json"
     data = json.loads(manifest.read_text())
     del data["tokenizer"]

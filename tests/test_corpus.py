@@ -16,7 +16,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from shallower.corpus import CalibrationSet, adds_bos, build_calibration, open_source, overlap
+from shallower.corpus import CalibrationSet, adds_bos, build_calibration, build_choices, open_source, overlap
 from shallower.corpus.sources import pieces
 from shallower.errors import CorpusError, OutputError, UnknownName, UserError
 from shallower.evaluation.text import read_evaluation_text
@@ -174,6 +174,18 @@ def test_changed_or_malformed_saved_sets_are_refused(corpus: str, tokenizer: Any
         CalibrationSet.load(tmp_path)
     manifest.write_text(json.dumps({**good, "digset": 1, "format": "shallower.calibration/9"}))
     with pytest.raises(CorpusError, match=r"calibration/9.*did you mean 'digest'"):
+        CalibrationSet.load(tmp_path)
+    for content, message in (
+        ([], "is not an object, but list"),
+        ("x", "is not an object, but str"),
+        ({**good, "sources": None}, "'sources' of .* is null, not a list"),
+        ({**good, "sources": [1]}, "source 0 is not an object"),
+    ):
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(CorpusError, match=message):
+            CalibrationSet.load(tmp_path)
+    manifest.write_text("1" * 5000)
+    with pytest.raises(CorpusError, match="cannot be read"):
         CalibrationSet.load(tmp_path)
     (tmp_path / "calibration.safetensors").write_bytes(b"no")
     with pytest.raises(CorpusError, match="cannot be read"):
@@ -401,6 +413,9 @@ def test_arrow_folder(tmp_path: Path) -> None:
         ("latin.txt", "caf\u00e9".encode("latin-1"), "byte 0xe9"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("list.jsonl", b'["a"]\n', "not a JSON object"),
+        ("digits.jsonl", b'{"text": "a", "id": ' + b"1" * 5000 + b"}\n", "line 1 has a number of too many digits"),
+        ("deep.jsonl", b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", "line 1 is nested too deeply"),
+        ("null.jsonl", b'{"instruction": "a", "input": null, "output": 5}\n', "field 'output' holds 5, not text"),
         ("page.pdf", b"text", "extension '.pdf'"),
         ("short.txt", b"a few words", r"holds \d+ tokens.* need 16,384"),
     ],
@@ -432,8 +447,29 @@ def test_bad_options(corpus: str, tokenizer: Any, tail: str, kind: type[Exceptio
         build_calibration(corpus + tail, tokenizer)
 
 
+def test_columns_that_are_not_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    content = pyarrow.array([b"fine", b"\xff\xfe"]).buffers()
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, content)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    for spec, kind in ((f"{tmp_path / 'a.parquet'}", "parquet"), (f"arrow:{tmp_path / 'a.arrow'}", "an Arrow stream")):
+        with pytest.raises(CorpusError, match=f"cannot be read as {kind}: 'utf-8' codec"):
+            list(open_source(spec).read())
+
+
 def test_missing_text(tmp_path: Path, tokenizer: Any) -> None:
-    for spec in (tmp_path / "none.txt", "some/none.jsonl", "none", ""):
+    nobodys = "~a-user-that-is-not-there/a.txt"
+    with pytest.raises(CorpusError, match="no Arrow data at '~a-user"):
+        open_source(f"arrow:{nobodys}")
+    with pytest.raises(CorpusError, match="is no file"):
+        build_choices(nobodys, tokenizer)
+    with pytest.raises(CorpusError, match="no such file"):
+        read_evaluation_text(nobodys)
+    for spec in (tmp_path / "none.txt", "some/none.jsonl", "none", "", nobodys, f"{nobodys}*0.5+{nobodys}"):
         with pytest.raises(CorpusError, match=r"no such file|names no text"):
             build_calibration(str(spec), tokenizer)
     with pytest.raises(CorpusError, match="holds no"):

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shallower import progress
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
+from shallower.corpus.calibration import tokens_digest
 from shallower.engine.head import Head
 from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
 from shallower.recovery import Repair
@@ -985,6 +986,7 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert portion.input_ids.shape[1] == int(text.attention_mask[1].sum())  # no padding that is not needed
     assert torch.equal(portion.scored[0], text.scored[1, : portion.scored.shape[1]])
     text.save(tmp_path / "saved")
+    assert InstructionSet.load(tmp_path / "saved").tokenizer == tokens_digest(tokenizer, text.input_ids)
     assert torch.equal(InstructionSet.load(tmp_path / "saved").scored, text.scored)
     assert text.digest != CalibrationSet(text.spec, text.input_ids, text.attention_mask).digest
 

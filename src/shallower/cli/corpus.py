@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,9 +96,10 @@ def show(
     from shallower.corpus import CalibrationSet, is_saved
 
     if model is None:
-        if not is_saved(Path(spec).expanduser()):
+        folder = os.path.expanduser(spec)
+        if not is_saved(folder):
             raise UserError(f"{spec} is no saved set, and building it takes a tokenizer: add --model MODEL.")
-        made, first = CalibrationSet.load(Path(spec).expanduser()), list[str]()
+        made, first = CalibrationSet.load(folder), list[str]()
     else:
         from shallower.verbs.corpus import beginnings
         from shallower.verbs.corpus import build as run

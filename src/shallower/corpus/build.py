@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,8 +106,9 @@ def build_calibration(
         UnknownName: An option after `?`, a domain or a scorer does not exist.
     """
     parsed = parse_specification(spec, OPTIONS)
-    if is_saved(Path(parsed.source).expanduser()):
-        return _saved(Path(parsed.source).expanduser(), parsed.options, tokenizer)
+    folder = Path(os.path.expanduser(parsed.source))
+    if is_saved(folder):
+        return _saved(folder, parsed.options, tokenizer)
     arguments = BuildOptions(
         sequences, length, seed, pack, bos, part, max_chars, position, format, shots, dedup, min_quality, quality
     )

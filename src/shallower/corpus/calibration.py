@@ -152,7 +152,9 @@ class CalibrationSet:
             yield Batch(self.input_ids[start : start + size], None if mask is None else mask[start : start + size])
 
     def subset(self, indices: Sequence[int]) -> CalibrationSet:
-        """The named sequences, in the order given. `spec` and `sources` still say where the whole set came from."""
+        """The named sequences, in the order given. `spec` and `sources` still say where the whole set came from;
+        `tokenizer`, which is of all ids, is not known of some.
+        """
         rows = torch.tensor(list(indices), dtype=torch.int64)
         mask = None if self.attention_mask is None else self.attention_mask[rows]
         return CalibrationSet(self.spec, self.input_ids[rows], mask, self.sources)
@@ -200,7 +202,7 @@ class CalibrationSet:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             tensors = load_tensors((folder / TENSORS).read_bytes())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:  # of JSON, too
             raise CorpusError(f"{folder} cannot be read as a calibration set: {error}.") from None
         return _from_files(cls, folder, manifest, tensors)
 
@@ -222,21 +224,32 @@ def is_saved(folder: str | os.PathLike[str]) -> bool:
     return all(os.path.isfile(os.path.join(folder, name)) for name in (MANIFEST, TENSORS))
 
 
-def _from_files(kind: type[Set], folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Set:
+def _from_files(kind: type[Set], folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> Set:
     where = str(folder / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise CorpusError(f"{where} is not an object, but {type(manifest).__name__}: build the set again.")
     faults = key_faults(
         where, manifest, ("format", "spec", "sequences", "length", "tokens", "digest", "sources"), ("tokenizer",)
     )
     if manifest.get("format") != kind.format:
         faults.insert(0, f"{where} has format {manifest.get('format')!r}, not {kind.format!r}")
-    for number, source in enumerate(manifest.get("sources", ())):
-        faults += key_faults(f"{where}, source {number}", source, _RECORD[:3], _RECORD[3:])
+    sources = manifest.get("sources", [])
+    if not isinstance(sources, list):
+        faults.append(f"'sources' of {where} is {json.dumps(sources)}, not a list")
+        sources = []
+    for number, source in enumerate(sources):
+        what = f"{where}, source {number}"
+        faults += (
+            key_faults(what, source, _RECORD[:3], _RECORD[3:])
+            if isinstance(source, dict)
+            else [f"{what} is not an object"]
+        )
     if "input_ids" not in tensors:
         faults.append(f"{folder / TENSORS} has no 'input_ids'")
     if faults:
         raise CorpusError("; ".join(faults) + ".")
-    sources = tuple(SourceRecord(**source) for source in manifest["sources"])
-    loaded = replace(kind._made(manifest["spec"], tensors, sources), tokenizer=manifest.get("tokenizer"))
+    records = tuple(SourceRecord(**source) for source in sources)
+    loaded = replace(kind._made(manifest["spec"], tensors, records), tokenizer=manifest.get("tokenizer"))
     if loaded.digest != manifest["digest"]:
         raise CorpusError(
             f"{folder} was changed after it was saved: its digest is {loaded.digest}, the manifest says "

@@ -24,7 +24,7 @@ from shallower import progress
 from shallower.corpus.answers import Answers
 from shallower.corpus.bos import resolve_bos
 from shallower.corpus.build import pad_id, require_vocabulary
-from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved
+from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved, tokens_digest
 from shallower.corpus.questions import EXAMPLE, Question, read_questions
 from shallower.corpus.specification import Part, check_options, in_part, parse_specification, written_out
 from shallower.errors import CorpusError
@@ -156,7 +156,7 @@ def build_choices(
         UnknownName: An option after `?` does not exist.
     """
     parsed = parse_specification(spec, _OPTIONS)
-    path = Path(parsed.source).expanduser()
+    path = Path(os.path.expanduser(parsed.source))
     if is_saved(path):
         if parsed.options:
             raise CorpusError(
@@ -272,4 +272,5 @@ class _Rows:
             torch.tensor(self.gold),
             torch.tensor(self.bytes),
         )
-        return ChoiceSet(spec, ids, real.to(torch.int64), sources, answers=answers)
+        tokens = tokens_digest(self.tokenizer, ids)
+        return ChoiceSet(spec, ids, real.to(torch.int64), sources, tokens, answers=answers)

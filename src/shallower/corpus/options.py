@@ -7,7 +7,6 @@ import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from shallower.corpus.bos import Bos
@@ -74,6 +73,6 @@ def with_options(spec: str, options: Mapping[str, str]) -> str:
     Raises as `named_options`.
     """
     parsed = parse_specification(spec, NAMED)
-    if is_saved(Path(parsed.source).expanduser()):
+    if is_saved(os.path.expanduser(parsed.source)):
         return spec
     return f"{parsed.source}?" + "&".join(f"{name}={value}" for name, value in {**options, **parsed.options}.items())

@@ -66,7 +66,7 @@ def parse_specification(text: str, known: Iterable[str]) -> Specification:
     allowed: Mapping[str, Option | None] = known if isinstance(known, Mapping) else dict.fromkeys(known)
     faults: list[UserError] = []
     options: dict[str, str] = {}
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix in YAML and os.path.isfile(path):
         terms, options, found = _read_yaml(path, allowed)
     else:
@@ -159,7 +159,7 @@ def _option_faults(where: str, name: str, value: str, allowed: Mapping[str, Opti
 
 def _terms(text: str) -> tuple[tuple[Term, ...], list[UserError]]:
     """The sources of a mixture with their weights, and what is wrong with them."""
-    if os.path.exists(Path(text).expanduser()):
+    if _exists(text):
         return (Term(text),), []
     terms, faults = [], []
     for item in text.split("+"):
@@ -170,16 +170,25 @@ def _terms(text: str) -> tuple[tuple[Term, ...], list[UserError]]:
     return _weighed(terms, text, faults)
 
 
-def _term(item: str, where: str) -> Term:
-    name, star, weight = item.strip().rpartition("*")
-    if not star or os.path.exists(Path(item.strip()).expanduser()):
-        name, weight = item.strip(), "1"
+def _term(item: str, where: str, folder: Path = Path()) -> Term:
+    """A source with its weight; a * is the path's own where that exists, here or in `folder`."""
+    item = item.strip()
+    name, star, weight = item.rpartition("*")
+    places = (item, item.partition("#")[0]) if "#" in weight else (item,)
+    if not star or any(_exists(place, folder) for place in places):
+        name, weight = item, "1"
     if not name.strip():
         raise CorpusError(
             f"a source of the mixture {where!r} has no name: write SOURCE*WEIGHT+SOURCE*WEIGHT, and list paths that "
             "hold a + in a .yaml file."
         )
     return Term(name.strip(), _weight(weight, name.strip()))
+
+
+def _exists(source: str, folder: Path = Path()) -> bool:
+    """Whether the source is a path, here or in `folder`."""
+    place = os.path.expanduser(source.removeprefix("arrow:"))
+    return os.path.exists(place) or os.path.exists(folder / place)
 
 
 def _weight(given: object, source: str) -> float:
@@ -242,7 +251,7 @@ def _read_yaml(
 
 def _yaml_term(item: object, path: Path, where: str) -> Term:
     if isinstance(item, str):
-        term = _term(item, where)
+        term = _term(item, where, path.parent)
     elif isinstance(item, dict):
         wrong = []
         for key in item:
@@ -256,6 +265,7 @@ def _yaml_term(item: object, path: Path, where: str) -> Term:
         term = Term(item["source"].strip(), _weight(item.get("weight", 1), item["source"]))
     else:
         raise CorpusError(f"{where} is {item!r}: write a text, or source: and weight:.")
-    name = term.source.partition("#")[0]
-    beside = path.parent / name
-    return Term(str(path.parent / term.source), term.weight) if os.path.exists(beside) else term
+    arrow = "arrow:" if term.source.startswith("arrow:") else ""
+    place = term.source.removeprefix(arrow)
+    beside = os.path.exists(path.parent / place.partition("#")[0])
+    return Term(f"{arrow}{path.parent / place}", term.weight) if beside else term

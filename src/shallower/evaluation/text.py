@@ -50,7 +50,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
             )
         parsed = parse_specification(spec.replace(parsed.source, NAMED[parsed.source], 1), ("part",))
     part: Part = _PART.parse(parsed.options.get("part", "all"))
-    path = Path(parsed.source).expanduser()
+    path = Path(os.path.expanduser(parsed.source))
     if part == "all" and file_kind(path) == ".txt" and os.path.isfile(path):
         lines = [line for _, line in text_lines(path)]
         if "wikitext" in path.name.lower():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.corpus.build import pad_id
-from shallower.corpus.calibration import CalibrationSet, SourceRecord
+from shallower.corpus.calibration import CalibrationSet, SourceRecord, tokens_digest
 from shallower.corpus.formats import conversation, templated
 from shallower.corpus.sources import json_records
 from shallower.errors import CorpusError
@@ -105,7 +105,8 @@ def build_instructions(
     scored = real & (torch.arange(width)[None, :] >= torch.tensor([begin for _, begin in found])[:, None])
     source = SourceRecord(path.name, f"sha256:{total.hexdigest()}", len(found), read)
     described = f"{path.name}?{CONVERSATIONS}&length={length}"
-    return InstructionSet(described, rows, real.to(torch.int64), (source,), scored=scored)
+    tokens = tokens_digest(tokenizer, rows)
+    return InstructionSet(described, rows, real.to(torch.int64), (source,), tokens, scored=scored)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where: str) -> tuple[list[int], int]:
