@@ -309,11 +309,9 @@ def test_a_prompt_beyond_the_context_is_refused_or_cut(data: Path, model: Any, s
 
 
 def test_written_answers(data: Path, model: Any, tmp_path: Path) -> None:
-    own = open_tasks(["gsm8k"], data=data)
+    own = writing(data)
     assert own.generating == ("gsm8k",)
     settings = TaskSettings(shots=0)
-    for task in own.loaded["tasks"].values():
-        task.config.generation_kwargs["max_gen_toks"] = 8
     store = Answered(tmp_path / "answered.sqlite")
     [found] = run_tasks(respondent(model, answered=store), own, settings)
     assert found.metrics[0].name.startswith("exact_match")
@@ -325,6 +323,44 @@ def test_written_answers(data: Path, model: Any, tmp_path: Path) -> None:
     assert [each["resps"] for each in again.samples] == [each["resps"] for each in found.samples]
     with pytest.raises(CorpusError, match=r"gsm8k takes its 5 examples from its split train.*train\.jsonl"):
         run_tasks(respondent(model), own, TaskSettings(shots=5))
+
+
+def writing(data: Path, tokens: int = 8) -> LoadedTasks:
+    """A task whose answers are written, of so many tokens."""
+    own = open_tasks(["gsm8k"], data=data)
+    for task in own.loaded["tasks"].values():
+        task.config.generation_kwargs["max_gen_toks"] = tokens
+    return own
+
+
+def test_a_written_answer_belongs_to_the_generation_config_and_the_tokenizer(
+    data: Path, model: Any, tmp_path: Path
+) -> None:
+    from shallower.evaluation.respondent import Respondent
+
+    own, store, settings = writing(data), Answered(tmp_path / "answered.sqlite"), TaskSettings(shots=0)
+
+    def written(one: Any, tokenizer: Any, answered: Answered | None = None) -> list[str]:
+        [found] = run_tasks(Respondent(one, tokenizer, answered=answered), own, settings)
+        return [each["resps"][0][0] for each in found.samples]
+
+    penal = copy.deepcopy(model)
+    penal.generation_config.repetition_penalty = 3.0
+    plain = written(model, tiny_tokenizer(), store)
+    other = tiny_tokenizer()
+    other.eos_token = other.decode([int(other(plain[0]).input_ids[1])])  # the text ends where this is written
+    for one, tokenizer in ((penal, tiny_tokenizer()), (model, other)):
+        alone = written(one, tokenizer)
+        assert alone != plain
+        assert written(one, tokenizer, store) == alone
+
+
+def test_a_tokenizer_that_was_used_is_still_the_same() -> None:
+    from shallower.evaluation.respondent import _of_tokenizer
+
+    used = tiny_tokenizer()
+    used(["a", "a longer text"], padding="longest", truncation=True, max_length=5)
+    assert _of_tokenizer(used) == _of_tokenizer(tiny_tokenizer())
 
 
 # Data

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from shallower import progress
 from shallower.checkpoint.determinants import determinants
@@ -70,6 +72,11 @@ class Respondent(HFLM):  # type: ignore[misc]
     def context(self) -> str:
         """What an answer depends on besides the request. All weights are read for it: only where answers are kept."""
         return context_of(self.model)
+
+    @cached_property
+    def _tokens(self) -> str:
+        """Which texts the ids stand for, and where a text ends."""
+        return digest(_of_tokenizer(self.tokenizer), self.eot_token_id, self.tokenizer.pad_token_id)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Answer]:
         self._asked = requests
@@ -137,15 +144,19 @@ class Respondent(HFLM):  # type: ignore[misc]
         found: dict[int, str] = {}
         todo: dict[int, str] = {}
         keys = []
+        sampled: set[int] = set()
+        own = _of_generation(self.model)
+        self._asked = requests
         for place, request in enumerate(requests):
-            text, arguments = request.args
+            text, given = request.args
+            arguments = normalize_gen_kwargs(given, self.max_gen_toks)
             ids = self.tok_encode(text)
-            room = self.max_length - int(arguments.get("max_gen_toks", self.max_gen_toks))
-            self._asked = requests
+            room = self.max_length - arguments["max_gen_toks"]
             if len(ids) > room:
                 self._too_long(place, len(ids), room)
-            keys.append(digest("generate", ids, arguments))
-        sampled = {place for place, request in enumerate(requests) if request.args[1].get("do_sample")}
+            if arguments["do_sample"]:
+                sampled.add(place)
+            keys.append(digest("generate", ids, arguments, own, self._tokens))
         known = self._recall([key for place, key in enumerate(keys) if place not in sampled])
         for place, key in enumerate(keys):
             if place not in sampled and key in known:
@@ -236,3 +247,20 @@ def _positions(requests: Iterable[Encoded]) -> int:
 def context_of(model: PreTrainedModel) -> str:
     """Digest of what an answer depends on besides the request: weights, configuration, precision, device."""
     return digest(*determinants(model))
+
+
+def _of_generation(model: PreTrainedModel) -> str:
+    """What `generate` obeys besides its arguments, such as a penalty for repetition."""
+    own = model.generation_config
+    return "" if own is None else str(own.to_json_string(ignore_metadata=True))
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of how a tokenizer reads and writes text."""
+    if tokenizer.is_fast:
+        told = json.loads(tokenizer.backend_tokenizer.to_str())
+        # these two are set anew with every batch
+        state = {name: value for name, value in told.items() if name not in ("padding", "truncation")}
+    else:
+        state = {type(tokenizer).__name__: tokenizer.get_vocab()}
+    return digest(state, tokenizer.all_special_ids, getattr(tokenizer, "clean_up_tokenization_spaces", None))
