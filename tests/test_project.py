@@ -82,6 +82,13 @@ def test_every_dependency_is_pinned_for_development(root: Path) -> None:
     assert {name.lower() for name in wanted} <= names
 
 
+def test_scipy_is_new_enough_for_the_bootstrap(root: Path) -> None:
+    """`stats.bootstrap` takes `rng` from 1.15 on."""
+    [floor] = re.findall(r'"scipy>=(\d+)\.(\d+)"', (root / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "rng=" in (root / "src" / "shallower" / "evaluation" / "pairs.py").read_text(encoding="utf-8")
+    assert tuple(map(int, floor)) >= (1, 15)
+
+
 @pytest.mark.parametrize("target", ["help", "setup", "demo", "test", "check", "format", "lowest", "docs", "clean"])
 def test_make_knows(root: Path, target: str) -> None:
     makefile = (root / "Makefile").read_text(encoding="utf-8")
