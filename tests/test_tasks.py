@@ -39,6 +39,7 @@ from shallower.evaluation.task_fields import with_fields
 from shallower.evaluation.tasks import LoadedTasks, TaskResult, TaskSettings, open_tasks, run_tasks
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan
+from shallower.reporting.evaluation import TaskColumn, task_table
 from shallower.surgery import cut
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
@@ -395,6 +396,21 @@ def test_a_group_is_loaded_whole_and_summed_up(model: Any, tmp_path: Path) -> No
     assert top.metrics[0].value == pytest.approx(right / 58)
     assert top.metrics[0].is_mean
     assert own.of_suites == {"mmlu": 5}
+
+
+def test_members_of_a_group_that_is_not_summed_up_are_shown(model: Any, data: Path) -> None:
+    from lm_eval.api.group import Group
+
+    own = open_tasks(["arc_easy", "boolq"], data=data)
+    outer, inner = Group(name="outer"), Group(name="inner")
+    for task in own.loaded["tasks"].values():
+        inner.add(task)
+    outer.add(inner)
+    own = replace(own, names=("outer",), loaded={**own.loaded, "groups": {"outer": outer, "inner": inner}})
+    found = run_tasks(respondent(model), own, TaskSettings(limit=3))
+    assert [(result.task, result.within) for result in found] == [("arc_easy", None), ("boolq", None)]
+    [shown] = task_table([TaskColumn("m", found, {})]).columns[:1]
+    assert [str(cell) for cell in shown.cells if str(cell)] == ["arc_easy", "boolq"]
 
 
 def _leaves(name: str) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,8 @@ class TaskResult:
     """What one model reached in one task, or group of tasks. The first metric is the task's main one.
 
     shots: examples before each question, None where a group's tasks differ. split, route: what was read, and from
-    where. group: whether it sums others up; within: the group that it is summed up in. samples: of each item what was
+    where. group: whether it sums others up; within: the nearest group whose sum
+    it is in. samples: of each item what was
     asked and answered, as lm-eval logs it.
     """
 
@@ -280,10 +281,11 @@ def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
                 route=", ".join(sorted({record.route for record in records})),
                 metrics=metrics,
                 group=group,
-                within=parents.get(name),
                 samples=() if group else tuple(found["samples"][name]),
             )
         )
+    summed_up = {result.task for result in results}
+    results = [replace(result, within=_above(result.task, parents, summed_up)) for result in results]
     depth = {result.task: _depth(result.task, parents) for result in results}
     return sorted(results, key=lambda result: (_root(result.task, parents, tasks), depth[result.task]))
 
@@ -293,6 +295,14 @@ def _root(name: str, parents: Mapping[str, str], tasks: LoadedTasks) -> int:
     while name not in tasks.names and name in parents:
         name = parents[name]
     return tasks.names.index(name) if name in tasks.names else len(tasks.names)
+
+
+def _above(name: str, parents: Mapping[str, str], shown: Collection[str]) -> str | None:
+    """The nearest group above that is shown itself; lm-eval does not sum up every group."""
+    above = parents.get(name)
+    while above is not None and above not in shown:
+        above = parents.get(above)
+    return above
 
 
 def _depth(name: str, parents: Mapping[str, str]) -> int:
