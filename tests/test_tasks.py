@@ -334,6 +334,28 @@ def writing(data: Path, tokens: int = 8) -> LoadedTasks:
     return own
 
 
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(data: Path, model: Any, name: str, truncate: bool) -> None:
+    own = writing(data)
+    [task] = own.loaded["tasks"].values()
+    task.config.generation_kwargs[name] = task.config.generation_kwargs.pop("max_gen_toks") + 248
+    with pytest.raises(UserError, match=r"item 0 of task gsm8k takes answers of up to 256 tokens.* 256 .*leave the"):
+        run_tasks(respondent(model, truncate=truncate), own, TaskSettings(shots=0))
+
+
+def test_a_choice_longer_than_the_context_is_refused_also_where_prompts_are_cut(model: Any, tmp_path: Path) -> None:
+    row = {"question": "q", "choices": ["ab" * 200, "c"], "gold": 0}
+    jsonl(tmp_path / "arc_easy" / "test.jsonl", [{**row, "choices": ["a", "b"]}, row])
+    own = open_tasks(["arc_easy"], data=tmp_path)
+    told = r"item 1 of task arc_easy has a choice of \d+ tokens, but the model reads 256 at most: leave the task out"
+    with pytest.raises(UserError, match=told):
+        run_tasks(respondent(model, truncate=True), own, TaskSettings())
+    plan = make_plan(model, [2])
+    with pytest.raises(UserError, match=told):
+        ratio_curve(model, plan, tasks="arc_easy", tokenizer=tiny_tokenizer(), task_data=tmp_path, truncate=True)
+
+
 def test_a_written_answer_belongs_to_the_generation_config_and_the_tokenizer(
     data: Path, model: Any, tmp_path: Path
 ) -> None:

@@ -94,6 +94,12 @@ class Respondent(HFLM):  # type: ignore[misc]
         for place, (_, context, continuation) in enumerate(requests):
             if not continuation:
                 self._refuse(place, "has a choice of which the tokenizer makes no token; it cannot be scored")
+            if len(continuation) > self.max_length:  # cut from the left it would be another choice
+                self._refuse(
+                    place,
+                    f"has a choice of {len(continuation):,} tokens, but the model reads {self.max_length:,} at most: "
+                    "leave the task out",
+                )
             if len(context) + len(continuation) > self.max_length + 1:
                 self._too_long(place, len(context) + len(continuation) - 1)
         known = self._recall(keys)
@@ -152,6 +158,12 @@ class Respondent(HFLM):  # type: ignore[misc]
             arguments = normalize_gen_kwargs(given, self.max_gen_toks)
             ids = self.tok_encode(text)
             room = self.max_length - arguments["max_gen_toks"]
+            if room < 1:
+                self._refuse(
+                    place,
+                    f"takes answers of up to {arguments['max_gen_toks']:,} tokens, which leaves no room for a prompt "
+                    f"in the {self.max_length:,} tokens that the model reads at most: leave the task out",
+                )
             if len(ids) > room:
                 self._too_long(place, len(ids), room)
             if arguments["do_sample"]:
