@@ -101,6 +101,7 @@ def test_windows_spread_and_limits(model: Any, tokenizer: Any) -> None:
     assert few.stderr > 0
     assert perplexity(model, tokenizer, TEXT, window=50, max_windows=1).stderr is None
     assert Perplexity(1e4, None, 1, 1, 0).perplexity == math.inf
+    assert math.isnan(Perplexity(math.nan, None, 1, 1, 0).perplexity)
     assert math.isnan(Perplexity(1.0, None, 1, 1, 0).bits_per_byte)
 
 

@@ -825,6 +825,41 @@ def test_a_comparison_needs_the_same_windows(folder: Path, tmp_path: Path) -> No
     assert found.text_difference(found.evaluations[0], "text.txt") is None
 
 
+def test_a_model_that_overflows_is_told_of(
+    model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Answered):
+        def write(self, *_: Any) -> None:
+            pytest.fail("what is no number is not remembered")
+
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "cache"))
+    lost = copy.deepcopy(model)
+    with torch.no_grad():
+        lost.lm_head.weight.fill_(math.nan)
+    asked: dict[str, Any] = {"tasks": "boolq", "limit": 4, "task_data": data, "tokenizer": tiny_tokenizer()}
+    found = evaluate([model, lost], out=tmp_path / "out", **asked)
+    told = ["boolq: 8 of 8 answers of LlamaForCausalLM (2) are not a number, so its score means nothing"]
+    assert [note.partition(":")[0] + ":" + note.split(":")[1] for note in found.notes if "number" in note] == told
+    [sound, other] = [
+        [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+        for file in sorted((tmp_path / "out" / "items").glob("*/boolq.jsonl"))
+    ]
+    assert [[pair for [pair] in row["resps"]] for row in other] == [[["nan", False]] * 2] * 4
+    assert sound[0]["resps"] == [[list(answer)] for answer in answers(found.evaluations[0].tasks)[0]]
+    own = open_tasks(["boolq"], data=data)
+    run_tasks(respondent(lost, answered=Refusing(tmp_path / "answered.sqlite")), own, TaskSettings(limit=2))
+
+    def of(self: Likelihoods, *rest: Any, real: Any = Likelihoods.of) -> Iterator[Any]:
+        for part in real(self, *rest):
+            yield {place: [first, (math.nan, False)] for place, (first, _) in part.items()}
+
+    monkeypatch.setattr(Likelihoods, "of", of)
+    curve = ratio_curve(model, make_plan(model, [3]), **asked)
+    assert [note.partition(" are not")[0] for note in curve.notes if "number" in note] == [
+        "boolq: 8 of 8 answers of 1 removed"
+    ]
+
+
 def test_one_of_something_need_not_stand_in_a_list(folder: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
     asked: dict[str, Any] = {"window": 32, "task_data": data, "limit": 2}

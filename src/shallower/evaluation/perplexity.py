@@ -49,7 +49,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return math.inf if self.nll >= 700 else math.exp(self.nll)
 
     @property
     def bits_per_byte(self) -> float:

@@ -10,6 +10,7 @@ import copy
 import gc
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -245,8 +246,10 @@ class Respondent(HFLM):  # type: ignore[misc]
         return {} if self.answered is None else self.answered.read(self.context, keys)
 
     def _remember(self, answers: dict[str, Any]) -> None:
-        if self.answered is not None and answers:
-            self.answered.write(self.context, answers)
+        """Keep what is an answer: not what is no number, as of a model that overflows."""
+        held = {key: one for key, one in answers.items() if isinstance(one, str) or not math.isnan(one[0])}
+        if self.answered is not None and held:
+            self.answered.write(self.context, held)
 
 
 def _positions(requests: Iterable[Encoded]) -> int:

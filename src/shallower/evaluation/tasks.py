@@ -84,6 +84,14 @@ class TaskResult:
     within: str | None = None
     samples: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
 
+    @property
+    def likelihoods(self) -> tuple[float, ...]:
+        """The log-likelihoods that were answered, in nats; none where the model wrote texts."""
+        asked = {sample["doc_id"]: sample["resps"] for sample in self.samples}  # a sample more for each filter
+        answers = [answer for requests in asked.values() for repeats in requests for answer in repeats]
+        found = [answer[0] if isinstance(answer, (tuple, list)) else answer for answer in answers]
+        return tuple(float(answer) for answer in found if not isinstance(answer, str))
+
     def to_json(self) -> dict[str, Any]:
         """Without items, which are in files of their own."""
         metrics = {

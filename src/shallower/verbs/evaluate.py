@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -96,6 +97,18 @@ class Comparison:
                     yield (
                         f"{text}: {other.model} was scored on {read[0]}, {first.model} on {read[1]}, as its tokenizer "
                         "or its context is another: compare bits per byte, not perplexity."
+                    )
+
+    def overflows(self) -> Iterator[str]:
+        """Sentences about scores that mean nothing: among answers that are no number lm-eval takes the first."""
+        for each in self.evaluations:
+            for result in each.tasks:
+                lost, all_of_them = sum(map(math.isnan, result.likelihoods)), len(result.likelihoods)
+                if lost:
+                    yield (
+                        f"{result.task}: {lost:,} of {all_of_them:,} answers of {each.model} are not a number, so its "
+                        "score means nothing: it overflows in its number format, or has such weights. Try --dtype "
+                        "float32."
                     )
 
     def task_difference(self, other: Evaluation, task: str, metric: str) -> Difference | None:
@@ -233,7 +246,8 @@ def evaluate(
     labels = distinct_names([each.model for each in found], [_path(model) for model in models])
     named = tuple(replace(each, model=label) for each, label in zip(found, labels, strict=True))
     comparison = Comparison(named)
-    comparison = replace(comparison, notes=(*dict.fromkeys(notes), *comparison.windows_apart()))
+    told = (*dict.fromkeys(notes), *comparison.windows_apart(), *comparison.overflows())
+    comparison = replace(comparison, notes=told)
     if out is not None:
         write_comparison(comparison, out, force=force)
     return comparison
@@ -310,7 +324,7 @@ def task_scores(dense: Subject, pruned: Subject, asked: Questions) -> TaskScores
             sides.append(Evaluation(label, len(subject.anatomy.blocks), 0, tasks=tuple(results)))
     both = Comparison(tuple(sides))
     scores: tuple[dict[str, float], dict[str, float]] = {}, {}
-    notes = []
+    notes = [*both.overflows()]
     for before, after in zip(sides[0].tasks, sides[1].tasks, strict=True):
         if before.within is not None:
             continue
@@ -401,7 +415,10 @@ def write_comparison(
             for result in each.tasks:
                 if result.samples:
                     folder.mkdir(parents=True, exist_ok=True)
-                    lines = (json.dumps(sample, ensure_ascii=False, default=str) for sample in result.samples)
+                    lines = (
+                        json.dumps(_plain(sample), ensure_ascii=False, allow_nan=False, default=str)
+                        for sample in result.samples
+                    )
                     (folder / f"{result.task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         if target.is_dir():
             shutil.rmtree(target)

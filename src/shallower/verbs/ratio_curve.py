@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +100,8 @@ def ratio_curve(
         Evaluation(label, *_size(subject, gone), measured, tuple(found), None, len(gone))
         for label, gone, measured, found in zip(labels, removed, perplexities, results, strict=True)
     ]
-    comparison = Comparison(tuple(evaluations), notes)
+    comparison = Comparison(tuple(evaluations))
+    comparison = replace(comparison, notes=(*notes, *comparison.overflows()))
     if out is not None:
         write_comparison(comparison, out, force=force, more=curve_files(comparison.evaluations, subject.identity.name))
     return comparison
