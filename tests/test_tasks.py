@@ -289,6 +289,28 @@ def test_a_full_memory_halves_the_batch(
         run_tasks(respondent(model, batch=2), tasks, TaskSettings())
 
 
+def test_a_memory_that_is_full_while_writing_is_so_once(
+    data: Path, model: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from shallower.evaluation import respondent as module
+
+    real, rows = HFLM.generate_until, []
+
+    def small(self: Any, requests: Sequence[Any], disable_tqdm: bool = True) -> Any:
+        rows.append(self.batch_size_per_gpu)
+        if self.batch_size_per_gpu > 1:
+            raise MemoryError
+        return real(self, requests, disable_tqdm=True)
+
+    monkeypatch.setattr(HFLM, "generate_until", small)
+    monkeypatch.setattr(module, "WRITTEN_TOGETHER", 2)
+    [found] = run_tasks(respondent(model), writing(data), TaskSettings(shots=0))
+    assert (rows, found.count) == ([2, 1, 1], 3)
+    assert len(said) == 1
+
+
 def test_other_errors_are_no_full_memory(tasks: LoadedTasks, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from shallower.evaluation.respondent import Respondent
 

@@ -176,12 +176,12 @@ class Respondent(HFLM):  # type: ignore[misc]
                 found[place] = str(known[key])
             else:
                 todo[place] = key
-        rows = self.batch or WRITTEN_TOGETHER
         with progress.task(f"{self.label} writing".strip(), total=len(requests)) as step:
             step(len(found))
             places = list(todo)
-            for start in range(0, len(places), rows):
-                part = places[start : start + rows]
+            while places:
+                rows = self.batch or WRITTEN_TOGETHER  # fewer once memory was full
+                part, places = places[:rows], places[rows:]
 
                 def write(size: int, part: list[int] = part) -> list[str]:
                     self.batch_size_per_gpu = size
