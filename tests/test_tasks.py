@@ -289,6 +289,30 @@ def test_a_full_memory_halves_the_batch(
         run_tasks(respondent(model, batch=2), tasks, TaskSettings())
 
 
+def test_windows_of_long_texts_go_through_the_model_together(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shallower.evaluation.respondent import Respondent
+
+    pages = [{"page": words(random.Random(place), 150)} for place in range(3)]
+    jsonl(tmp_path / "wikitext" / "test.jsonl", pages)
+    monkeypatch.setattr("shallower.evaluation.tasks.BOOTSTRAPS", 0)  # seconds, for errors that are not looked at
+    own, calls, real = open_tasks(["wikitext"], data=tmp_path), [], Respondent._model_call
+
+    def counted(self: Any, inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(len(inputs))
+        return real(self, inputs, *rest)
+
+    monkeypatch.setattr(Respondent, "_model_call", counted)
+    [together] = run_tasks(respondent(model), own, TaskSettings())
+    assert len(calls) == 1
+    assert calls[0] >= 2 * len(pages)
+    [alone] = run_tasks(respondent(model, batch=1), own, TaskSettings())
+    assert calls[1:] == [1] * calls[0]
+    for one, other in zip(together.samples, alone.samples, strict=True):
+        assert one["resps"][0][0] == pytest.approx(other["resps"][0][0], rel=1e-5)
+
+
 def test_a_memory_that_is_full_while_writing_is_so_once(
     data: Path, model: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

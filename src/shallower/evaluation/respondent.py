@@ -11,6 +11,7 @@ import gc
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,7 +86,7 @@ class Respondent(HFLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         self._asked = ()  # lm-eval cuts these into windows that fit
-        self.batch_size_per_gpu = self.batch or 1
+        self.batch_size_per_gpu = sys.maxsize  # all in one call, which finds out how many fit
         return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(
