@@ -424,6 +424,20 @@ def test_a_written_answer_belongs_to_the_generation_config_and_the_tokenizer(
         assert written(one, tokenizer, store) == alone
 
 
+def test_a_tokenizer_without_the_tokens_that_lm_eval_needs_is_refused(data: Path, model: Any) -> None:
+    from shallower.evaluation.respondent import Respondent
+
+    bare = tiny_tokenizer()
+    bare.eos_token = None
+    [found] = run_tasks(Respondent(model, bare), open_tasks(["boolq"], data=data), TaskSettings(limit=1))
+    assert found.count == 1
+    with pytest.raises(ModelError, match="the tokenizer of tiny has no EOS token"):
+        run_tasks(Respondent(model, bare, label="tiny"), writing(data), TaskSettings(shots=0))
+    bare.bos_token = None
+    with pytest.raises(ModelError, match="the tokenizer of the model has neither a BOS nor an EOS token"):
+        Respondent(model, bare)
+
+
 def test_a_tokenizer_that_was_used_is_still_the_same() -> None:
     from shallower.evaluation.respondent import _of_tokenizer
 

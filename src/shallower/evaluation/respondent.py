@@ -57,10 +57,17 @@ class Respondent(HFLM):  # type: ignore[misc]
     ) -> None:
         """batch: rows at a time, as many as fit by default. truncate: cut prompts that are longer than the model's
         context from the left, as lm-eval does, instead of refusing them. label: what progress calls the model.
+
+        Raises ModelError for a tokenizer without a token to begin a text with.
         """
         own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
         with quiet_harness(), evaluating(model):
             super().__init__(pretrained=model, tokenizer=own, batch_size=batch or 1)
+        if self.prefix_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {label or 'the model'} has neither a BOS nor an EOS token, and lm-eval reads what "
+                "has no prompt after one: name one in its tokenizer_config.json, or leave the tasks out."
+            )
         self.batch = batch
         self.answered = answered
         self.truncate = truncate
@@ -153,6 +160,11 @@ class Respondent(HFLM):  # type: ignore[misc]
         todo: dict[int, str] = {}
         keys = []
         sampled: set[int] = set()
+        if self.eot_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {self.label or 'the model'} has no EOS token, with which lm-eval ends what is "
+                "written: name one in its tokenizer_config.json, or leave out tasks whose answers are written."
+            )
         own = _of_generation(self.model)
         self._asked = requests
         for place, request in enumerate(requests):
