@@ -626,6 +626,18 @@ def test_what_is_wrong_with_a_task_besides_its_data_is_not_put_on_them(
     assert "right answer of its first item" in why(ValueError("'E' is not in list"), "boolq")
 
 
+@pytest.mark.parametrize(("trait", "told"), [("UNSAFE_CODE", "runs code"), ("MULTIMODAL", "shows images")])
+def test_tasks_that_need_more_than_text_are_refused_before_a_model_is_loaded(
+    trait: str, told: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, trait, True, raising=False)
+    monkeypatch.setattr("shallower.verbs.evaluate.open_subject", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=f"task boolq {told}.*leave"):
+        evaluate(["owner/name"], tasks="boolq", task_data=data)
+
+
 def test_fields_of_copies() -> None:
     arc = with_fields("allenai/ai2_arc:ARC-Easy", {"question": "q", "choices": ["x", "y"], "gold": 1})
     assert (arc["choices"], arc["answerKey"]) == ({"text": ["x", "y"], "label": ["A", "B"]}, "B")

@@ -137,7 +137,8 @@ def open_tasks(
     limit: of how many items the right answers are checked.
 
     Raises UnknownName for a task or suite that does not exist, CorpusError when data cannot be read or a right answer
-    is none of the choices, UserError when lm-eval, or a package that a task needs, is not installed.
+    is none of the choices, UserError when lm-eval, or a package that a task needs, is not installed, and for a
+    task that needs more than text.
     """
     chosen = [suite_named(name) for name in suites]
     every = tuple(dict.fromkeys([*names, *(task for one in chosen for task in one.tasks)]))
@@ -157,6 +158,7 @@ def open_tasks(
             raise CorpusError(_unreadable(name, "Hub" if record is None else record.route, error)) from error
     with quiet_harness():
         for name, task in loaded["tasks"].items():
+            _require_text(name, task)
             _require_answers(name, task, limit)
     _note_splits(source.records)
     of_suites = {task: count for one in chosen for task, count in one.shots.items()}
@@ -259,6 +261,17 @@ def _docs(task: Any, limit: int | None) -> Iterator[Any]:
     docs = task.task_docs if hasattr(task, "task_docs") else task.eval_docs
     for place in range(len(docs) if limit is None else min(limit, len(docs))):
         yield docs[place]
+
+
+def _require_text(name: str, task: Any) -> None:
+    """Raise UserError for a task that lm-eval would refuse only once the model is loaded."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(
+            f"task {name} runs code that the model wrote, which is not done here: leave the task out, or give it to "
+            "lm-eval itself, in a sandbox."
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"task {name} shows images or sounds, and models are only asked text here: leave it out.")
 
 
 def _require_answers(name: str, task: Any, limit: int | None) -> None:
