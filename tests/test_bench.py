@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,18 @@ def test_why_a_model_is_no_faster() -> None:
     assert set(told) == {"padded:", "other"}
     assert told["padded:"].startswith("1 sublayer of 12 have a matrix of zeros")
     assert "runs as many sublayers as dense (6 attention, 6 MLP)" in told["other"]
+
+
+def test_narrower_models_and_other_number_formats_are_no_puzzle() -> None:
+    wide, half = tiny_model("llama"), tiny_model("llama").to(torch.bfloat16)
+    config = copy.deepcopy(wide.config)
+    config.intermediate_size //= 2
+    narrow = type(wide)(config)
+    found = shallower.bench({"wide": wide, "narrow": narrow, "half": half}, prompt=4, **SMALL)
+    assert found.notes == ()
+    assert found.dtype == "float32, bfloat16"
+    assert found.setting.startswith("wide in float32, narrow in float32, half in bfloat16, cpu")
+    assert [model["dtype"] for model in found.to_json()["models"]] == ["float32", "float32", "bfloat16"]
 
 
 def test_a_head_that_dominates_is_named() -> None:

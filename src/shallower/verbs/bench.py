@@ -26,13 +26,14 @@ HEAD_DOMINATES = 0.5
 
 @dataclass(frozen=True)
 class Timed:
-    """One model. attns, mlps: sublayers that it runs. speeds: one for each setting."""
+    """One model. attns, mlps: sublayers that it runs. dtype: its number format. speeds: one for each setting."""
 
     model: str
     blocks: int
     attns: int
     mlps: int
     parameters: int
+    dtype: str
     speeds: tuple[Speed, ...]
 
 
@@ -40,7 +41,8 @@ class Timed:
 class Bench:
     """Models at the same settings; differences are to the first. notes: why a model is no faster, where that is known.
 
-    memory: what the peak was read from; None where it could not be.
+    dtype: the number format, all of them where models differ. memory: what the peak was read from; None where it could
+    not be.
     """
 
     models: tuple[Timed, ...]
@@ -56,8 +58,10 @@ class Bench:
     def setting(self) -> str:
         """How it was measured, in one sentence."""
         machine = f"{self.device}, {plural(self.threads, 'thread')}, torch {torch.__version__}"
+        alike = len({timed.dtype for timed in self.models}) == 1
+        dtypes = self.dtype if alike else ", ".join(f"{timed.model} in {timed.dtype}" for timed in self.models)
         return (
-            f"{self.dtype}, {machine}; {self.models[0].speeds[0].generate} tokens decoded; medians (least to most) of "
+            f"{dtypes}, {machine}; {self.models[0].speeds[0].generate} tokens decoded; medians (least to most) of "
             f"{plural(self.repeats, 'run')} in turns after {self.warmup} not counted, KV cache on."
         )
 
@@ -135,6 +139,7 @@ def bench(
             len(subject.anatomy.of_kind("attn")),
             len(subject.anatomy.of_kind("mlp")),
             subject.weights.model.parameters,
+            subject.dtype,
             tuple(speeds[name] for speeds in found),
         )
         for name, subject in zip(names, subjects, strict=True)
@@ -145,7 +150,7 @@ def bench(
         tuple(_notes(timed, subjects)),
         warmup,
         repeats,
-        str(model.dtype).removeprefix("torch."),
+        ", ".join(dict.fromkeys(each.dtype for each in timed)),
         model.device.type,
         torch.get_num_threads(),
         memory_source(model.device),
@@ -194,7 +199,7 @@ def _notes(timed: Sequence[Timed], subjects: Sequence[Subject]) -> Iterator[str]
                 "padded checkpoint). They add nothing, but are computed and cached like all others: no time and no "
                 "memory is saved."
             )
-        else:
+        elif (mine.parameters, mine.dtype) == (first.parameters, first.dtype):
             yield (
                 f"{mine.model} runs as many sublayers as {first.model} ({mine.attns} attention, {mine.mlps} MLP): "
                 "nothing is gone that would make it faster."
