@@ -402,7 +402,8 @@ def test_eval_compares_no_perplexity_on_other_windows(cli: Cli, place: Path, tmp
     assert ran.out.count("×)") == 1  # of the third model alone
     assert re.search(r"text\.txt: [\d,]+ tokens scored in 4 windows, other windows by short; bits per byte", ran.out)
     told = cli(*asked, "--json").json
-    [note] = told["notes"]
+    shorter, note = told["notes"]
+    assert shorter == "short reads 16 tokens at most: its windows are of 16 tokens instead of 32."
     assert re.match(
         r"text\.txt: short was scored on \d+ tokens \([\d,]+ bytes\) in 4 windows, tiny on \d+ tokens", note
     )
@@ -737,7 +738,7 @@ def test_a_full_disk(cli: Cli, place: Path, plan: Path, tmp_path: Path, monkeypa
         (
             KeyboardInterrupt(),
             130,
-            "interrupted; nothing half-written. Run the same command again: what was measured is",
+            "interrupted; nothing half-written. Run the same command again: it goes on with what",
         ),
         (main.Terminated(signal.SIGTERM), 143, "terminated; nothing half-written."),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 2, "the disk is full (x.bin)"),

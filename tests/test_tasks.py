@@ -954,6 +954,40 @@ def test_a_model_that_overflows_is_told_of(
     ]
 
 
+def test_mistakes_are_found_before_anything_is_measured(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shallower.verbs.evaluate.perplexity", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
+    asked: dict[str, Any] = {"texts": tmp_path / "text.txt", "tasks": "arc_easy", "task_data": data}
+    with pytest.raises(ModelError, match="there is no model at 'nope'"):
+        evaluate([folder, "nope"], **asked)
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(UserError, match="--chat-template was asked for"):
+        evaluate(tiny_model("llama"), tokenizer=plain, chat=True, **asked)
+    with pytest.raises(UserError, match="tokens long"):
+        evaluate(folder, shots=5, **asked)
+    monkeypatch.setattr("shallower.verbs.evaluate.open_subject", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="stride=512 must be between 1 and the window, 256"):
+        evaluate(folder, window=256, stride=512, **asked)
+
+
+def test_a_stride_is_cut_with_its_window(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
+    asked: dict[str, Any] = {"texts": tmp_path / "text.txt", "tokenizer": tiny_tokenizer()}
+    plan = make_plan(model, [2])
+    fits = evaluate(model, window=256, **asked)
+    assert fits.notes == ()
+    for found in (evaluate(model, stride=512, **asked), ratio_curve(model, plan, stride=512, **asked)):
+        measured = [each.evaluations[0].perplexity["text.txt"] for each in (found, fits)]
+        assert measured[0].counts == measured[1].counts
+        assert found.notes == (
+            f"{fits.evaluations[0].model} reads 256 tokens at most: its windows are of 256 tokens instead of 1,024, "
+            "256 apart instead of 512.",
+        )
+
+
 def test_one_of_something_need_not_stand_in_a_list(folder: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
     asked: dict[str, Any] = {"window": 32, "task_data": data, "limit": 2}

@@ -42,7 +42,7 @@ from shallower.version import __version__
 # Newer versions of typer carry a copy of click; its exceptions are found through typer in all of them.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
-RESUME = "nothing half-written. Run the same command again: what was measured is kept and it resumes"
+RESUME = "nothing half-written. Run the same command again: it goes on with what was kept"
 
 app = typer.Typer(
     name="shallower",

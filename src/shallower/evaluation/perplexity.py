@@ -182,6 +182,12 @@ def context_limit(model: PreTrainedModel) -> int | None:
     return None
 
 
+def require_stride(window: int, stride: int | None) -> None:
+    """Raise UserError for a stride that would leave text out."""
+    if stride is not None and not 1 <= stride <= window:
+        raise UserError(f"stride={stride} must be between 1 and the window, {window}, or text would be left out.")
+
+
 def _check(
     model: PreTrainedModel, window: int, room: int, stride: int | None, batch_size: int, max_windows: int | None
 ) -> None:
@@ -194,8 +200,7 @@ def _check(
         raise UserError(
             f"window={window} leaves room for {room} tokens of text; use a window of at least {2 + window - room}."
         )
-    if stride is not None and not 1 <= stride <= window:
-        raise UserError(f"stride={stride} must be between 1 and the window, {window}, or text would be left out.")
+    require_stride(window, stride)
     for name, value in (("batch_size", batch_size), ("max_windows", max_windows)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1.")

@@ -21,7 +21,7 @@ from shallower.corpus import CalibrationSet, named_options, text_of
 from shallower.errors import CorpusError, OutputError, UserError
 from shallower.evaluation.generation import Generation, continue_prompts
 from shallower.evaluation.pairs import Difference, paired
-from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
+from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity, require_stride
 from shallower.evaluation.suites import suite as suite_named
 from shallower.evaluation.tasks import LM_EVAL_SEED, LoadedTasks, TaskResult, TaskSettings, open_tasks, run_tasks
 from shallower.evaluation.text import read_evaluation_text
@@ -29,7 +29,15 @@ from shallower.plan import PruningPlan, without_folders
 from shallower.reporting.wording import distinct_names
 from shallower.strict_json import require_writable
 from shallower.verbs.contamination import contamination
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Model, Subject, open_subject, several, several_names
+from shallower.verbs.subject import (
+    DEFAULT_CALIBRATION,
+    Model,
+    Subject,
+    open_subject,
+    require_there,
+    several,
+    several_names,
+)
 from shallower.verbs.supply import supply
 
 if TYPE_CHECKING:
@@ -198,7 +206,8 @@ def evaluate(
     what the checkpoint was repaired or trained on, shares 13 tokens in a row with a text or question, a note says so.
     out: folder to write, with evaluation.json and a file of items for each model and task.
 
-    Answers are kept on disk: an interrupted evaluation resumes at the item where it was.
+    Answers to tasks are kept on disk: an interrupted evaluation resumes at the item where it was. Perplexity and
+    continued prompts are measured again.
 
     Raises UserError when there is nothing to evaluate or a prompt is too long, UnknownName for a task or suite,
     ModelError, CorpusError and OutputError for what cannot be used.
@@ -208,6 +217,8 @@ def evaluate(
         raise UserError("nothing to evaluate: name at least one model.")
     if out is not None:
         require_free(out, force=force)
+    require_there(models)
+    require_stride(window, stride)
     asked = read_questions(
         texts,
         tasks,
@@ -225,6 +236,9 @@ def evaluate(
             subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             label = subject.identity.name
             notes += contamination(subject, _plan_of(model), calibration, asked, tokens)
+            notes += windows_cut(subject, asked, window, stride)
+            # before texts: answers are kept, and what cannot be asked is refused at once
+            results = model_tasks(subject, asked, answered, label)
             perplexities = {
                 name: text_perplexity(
                     subject,
@@ -236,7 +250,6 @@ def evaluate(
                 )
                 for name, content in asked.contents.items()
             }
-            results = model_tasks(subject, asked, answered, label)
             written = None
             if asked.generation:
                 written = continue_prompts(subject.model, subject.tokenizer, label=label)
@@ -350,13 +363,13 @@ def text_perplexity(
     max_windows: int | None = None,
     label: str = "",
 ) -> Perplexity:
-    """Perplexity of a loaded model; a window longer than the model's context is cut to it."""
+    """Perplexity of a loaded model; a window longer than the model's context is cut to it, and so is the stride."""
     return perplexity(
         subject.model,
         subject.tokenizer,
         content,
         window=fitting(subject, window),
-        stride=stride,
+        stride=fitting_stride(subject, window, stride),
         max_windows=max_windows,
         label=label,
     )
@@ -366,6 +379,23 @@ def fitting(subject: Subject, window: int) -> int:
     """The window, or the model's context where that is shorter."""
     limit = context_limit(subject.model)
     return window if limit is None else min(window, limit)
+
+
+def fitting_stride(subject: Subject, window: int, stride: int | None) -> int | None:
+    """The stride, or the window that fits where that is shorter."""
+    return None if stride is None else min(stride, fitting(subject, window))
+
+
+def windows_cut(subject: Subject, asked: Questions, window: int, stride: int | None) -> list[str]:
+    """What to say of texts that are read in shorter windows than was asked for."""
+    fits, step = fitting(subject, window), fitting_stride(subject, window, stride)
+    if fits == window or not asked.contents:
+        return []
+    apart = "" if step == stride else f", {step:,} apart instead of {stride:,}"
+    return [
+        f"{subject.identity.name} reads {fits:,} tokens at most: its windows are of {fits:,} tokens instead of "
+        f"{window:,}{apart}."
+    ]
 
 
 def _plan_of(model: Model) -> PruningPlan | None:

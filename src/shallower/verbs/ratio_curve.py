@@ -17,7 +17,7 @@ from shallower import progress
 from shallower.checkpoint.cache import cache_root
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import ModelError, PlanError
-from shallower.evaluation.perplexity import Perplexity, cut_windows
+from shallower.evaluation.perplexity import Perplexity, cut_windows, require_stride
 from shallower.evaluation.tasks import LM_EVAL_SEED, TaskResult, TaskSettings, run_tasks
 from shallower.plan import PruningPlan
 from shallower.reporting.curves import curve_files
@@ -30,8 +30,10 @@ from shallower.verbs.evaluate import (
     Evaluation,
     Questions,
     fitting,
+    fitting_stride,
     read_questions,
     require_free,
+    windows_cut,
     write_comparison,
 )
 from shallower.verbs.subject import Subject, open_subject
@@ -78,6 +80,7 @@ def ratio_curve(
     if out is not None:
         require_free(out, force=force)
     room = parse_memory(memory)
+    require_stride(window, stride)
     asked = read_questions(
         texts,
         tasks,
@@ -89,13 +92,14 @@ def ratio_curve(
     given.require_for(subject.identity)
     tokens = None if max_windows is None else max_windows * window
     notes = (*asked.notes, *contamination(subject, given, calibration, asked, tokens))
+    notes += tuple(windows_cut(subject, asked, window, stride))
     if asked.generation:
         notes += ("the suite's continued prompts are left out for prefixes of a plan: evaluate checkpoints for them.",)
     removed = [frozenset(unit for unit, _ in given.order[:count]) for count in counts]
     labels = ["dense", *(f"{count} removed" for count in counts[1:])]
     likelihoods = Likelihoods(subject.anatomy, removed, memory=room)
+    results = _tasks(subject, likelihoods, asked, labels)  # before texts, as `evaluate` does
     perplexities = _perplexities(subject, likelihoods, asked, window, stride, max_windows)
-    results = _tasks(subject, likelihoods, asked, labels)
     evaluations = [
         Evaluation(label, *_size(subject, gone), measured, tuple(found), None, len(gone))
         for label, gone, measured, found in zip(labels, removed, perplexities, results, strict=True)
@@ -135,7 +139,7 @@ def _perplexities(
             subject.tokenizer,
             content,
             window=fitting(subject, window),
-            stride=stride,
+            stride=fitting_stride(subject, window, stride),
             max_windows=windows,
         )
         questions = [Asked(tuple(ids), tuple(targets)) for ids, targets in text.asked]

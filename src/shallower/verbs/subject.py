@@ -127,6 +127,15 @@ def open_subject(
     return Subject(loaded, dissect(loaded.model))
 
 
+def require_there(models: Iterable[Model]) -> None:
+    """Raise ModelError for a name or path that is no model, before any is loaded; whether a name is on the Hub is only
+    found out then.
+    """
+    for model in models:
+        if isinstance(model, (str, Path)):
+            locate(str(model))
+
+
 def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | Subject | None, force: bool) -> None:
     """Raise OutputError unless a checkpoint can be written to `out`: it is free, or may be replaced and is none of the
     `models` that are read. Before anything is loaded.
