@@ -988,6 +988,19 @@ def test_a_stride_is_cut_with_its_window(model: Any, tmp_path: Path) -> None:
         )
 
 
+def test_items_of_models_with_like_names_lie_apart(
+    model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("x/tiny", "y/tiny", "x_tiny"):
+        model.save_pretrained(tmp_path / place)
+        tiny_tokenizer().save_pretrained(tmp_path / place)
+    found = evaluate(["x/tiny", "y/tiny", "x_tiny"], tasks="boolq", task_data=data, limit=1, out="out")
+    assert [each.model for each in found.evaluations] == ["x/tiny", "y/tiny", "x_tiny"]
+    folders = sorted(file.parent.name for file in (tmp_path / "out" / "items").glob("*/boolq.jsonl"))
+    assert folders == ["x_tiny (1)", "x_tiny (2)", "y_tiny"]
+
+
 def test_one_of_something_need_not_stand_in_a_list(folder: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
     asked: dict[str, Any] = {"window": 32, "task_data": data, "limit": 2}

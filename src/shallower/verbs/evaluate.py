@@ -440,8 +440,8 @@ def write_comparison(
         (made / FILE).write_text(text + "\n", encoding="utf-8")
         for name, content in (more or {}).items():
             (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        for each in comparison.evaluations:
-            folder = made / "items" / re.sub(r"[^\w.-]+", "_", each.model)
+        for each, name in zip(comparison.evaluations, _folders(comparison), strict=True):
+            folder = made / "items" / name
             for result in each.tasks:
                 if result.samples:
                     folder.mkdir(parents=True, exist_ok=True)
@@ -457,6 +457,12 @@ def write_comparison(
         raise OutputError(f"--out {target} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _folders(comparison: Comparison) -> list[str]:
+    """A folder's name for each model: distinct names may differ in nothing but what a folder's cannot hold."""
+    names = [re.sub(r"[^\w.-]+", "_", each.model) for each in comparison.evaluations]
+    return distinct_names(names, [""] * len(names))
 
 
 def _plain(value: Any) -> Any:
