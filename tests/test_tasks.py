@@ -905,6 +905,16 @@ def test_eval_on_the_command_line(
         ([str(folder), "--plan", str(tmp_path / "plan.json"), "--at", "x", *shared], "cannot be read"),
         ([str(folder), str(folder), "--plan", str(tmp_path / "plan.json"), *shared], "--plan takes one model"),
         ([str(folder), *shared, *out], "exists"),
+        ([str(folder), "--text", "t.txt", "--limit", "3"], "--limit is read only with --tasks or a --suite: name one"),
+        (
+            [str(folder), "--text", "t.txt", *("--fewshot", "0", "--batch", "1", "--chat-template", "--truncate")],
+            "--fewshot, --batch, --chat-template and --truncate are read only with --tasks or a --suite",
+        ),
+        ([str(folder), "--generate", "--task-data", "hub", "--task-seed", "1"], "--task-data and --task-seed are read"),
+        (
+            [str(folder), *shared, "--window", "64", "--stride", "32", "--windows", "2"],
+            "--window, --stride and --windows are read only with a --text: name one, or leave them out.",
+        ),
     ):
         assert main.run(["eval", *wrong, "--quiet"]) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from shallower.verbs.evaluate import Comparison
+
+WINDOW, TASK_SEED = 1024, 1234
 
 
 @verb
@@ -103,7 +106,7 @@ def evaluate(
     ] = None,
     task_seed: Annotated[
         int, Option("--task-seed", metavar="N", min=0, help="Decides which examples stand before a question.")
-    ] = 1234,
+    ] = TASK_SEED,
     calibration: Annotated[
         str | None,
         Option(
@@ -112,7 +115,7 @@ def evaluate(
             help="What the models were calibrated on, to warn of overlaps. Default: what their plan says.",
         ),
     ] = None,
-    window: options.Window = 1024,
+    window: options.Window = WINDOW,
     stride: Annotated[
         int | None,
         Option(
@@ -140,6 +143,13 @@ def evaluate(
     if plan is not None and (len(models) > 1 or generate or batch):
         raise UserError("--plan takes one model, and neither --generate nor --batch; evaluate checkpoints for those.")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not (names or suite):
+        of_tasks = {"--limit": limit, "--fewshot": fewshot, "--batch": batch, "--task-data": task_data}
+        given = {**of_tasks, "--chat-template": chat_template or None, "--truncate": truncate or None}
+        _require_reader({**given, "--task-seed": None if task_seed == TASK_SEED else task_seed}, "--tasks or a --suite")
+    if not text:
+        shape = {"--window": None if window == WINDOW else window, "--stride": stride, "--windows": windows}
+        _require_reader(shape, "a --text")
     from shallower.verbs.evaluate import evaluate as run
     from shallower.verbs.ratio_curve import ratio_curve
 
@@ -199,6 +209,14 @@ def evaluate(
             console.print(f"\nWrote {out}: evaluation.json{', curve.svg, curve.png' if plan else ''}", soft_wrap=True)
 
     return Answer(found.to_json(), show)
+
+
+def _require_reader(given: Mapping[str, object], reader: str) -> None:
+    """Raise UserError when an option was given, which is not None here, that nothing reads without `reader`."""
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        told = f"{', '.join(named[:-1])} and {named[-1]} are" if len(named) > 1 else f"{named[0]} is"
+        raise UserError(f"{told} read only with {reader}: name one, or leave {'them' if named[1:] else 'it'} out.")
 
 
 def _counts(text: str | None) -> list[int]:
