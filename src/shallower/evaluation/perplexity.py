@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.corpus.bos import resolve_bos
+from shallower.engine.likelihood import perplexity_of
 from shallower.errors import CorpusError, ModelError, UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.inf if self.nll >= 700 else math.exp(self.nll)
+        return perplexity_of(self.nll)
 
     @property
     def bits_per_byte(self) -> float:

@@ -27,7 +27,7 @@ from shallower.evaluation.tasks import LM_EVAL_SEED, LoadedTasks, TaskResult, Ta
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import PruningPlan, without_folders
 from shallower.reporting.wording import distinct_names
-from shallower.strict_json import require_writable
+from shallower.strict_json import require_writable, spelled
 from shallower.verbs.contamination import contamination
 from shallower.verbs.subject import (
     DEFAULT_CALIBRATION,
@@ -436,7 +436,7 @@ def write_comparison(
         raise OutputError(f"--out {target} cannot be written: {error.strerror or error}.") from None
     try:
         made.chmod(0o755)
-        text = json.dumps(_plain(comparison.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(spelled(comparison.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
         (made / FILE).write_text(text + "\n", encoding="utf-8")
         for name, content in (more or {}).items():
             (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -446,7 +446,7 @@ def write_comparison(
                 if result.samples:
                     folder.mkdir(parents=True, exist_ok=True)
                     lines = (
-                        json.dumps(_plain(sample), ensure_ascii=False, allow_nan=False, default=str)
+                        json.dumps(spelled(sample), ensure_ascii=False, allow_nan=False, default=str)
                         for sample in result.samples
                     )
                     (folder / f"{result.task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -463,15 +463,6 @@ def _folders(comparison: Comparison) -> list[str]:
     """A folder's name for each model: distinct names may differ in nothing but what a folder's cannot hold."""
     names = [re.sub(r"[^\w.-]+", "_", each.model) for each in comparison.evaluations]
     return distinct_names(names, [""] * len(names))
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: what is not finite becomes a string."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and value - value != 0 else value
 
 
 def _whose(each: Evaluation) -> dict[str, Any]:
