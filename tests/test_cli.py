@@ -867,3 +867,15 @@ def test_a_reader_that_has_seen_enough(plan: Path) -> None:
     process.stdout.close()
     _, error = process.communicate()
     assert (process.returncode, error) == (1, b"")
+
+
+def test_a_home_folder_after_an_equals_sign_is_what_shells_make_of_one(
+    cli: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "scores.json").write_text("precious")
+    asked = ("score", place / "tiny", "--calibration", place / "text.txt", *SMALL, "--quiet")
+    assert "exists; name another file" in sentence(cli(*asked, "--out=~/scores.json"))
+    assert (tmp_path / "scores.json").read_text() == "precious"
+    assert cli(*asked, "--out=~/others.json").code == 0
+    assert (tmp_path / "others.json").is_file()

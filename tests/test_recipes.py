@@ -81,6 +81,16 @@ def test_a_step_is_done_once_its_work_is_whatever_becomes_of_its_answer(
     assert (out / "plan.json").is_file()
 
 
+def test_a_recipe_in_a_recipe_is_done_when_all_of_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inner, out = written(tmp_path), tmp_path / "out"  # its second step fails
+    data = json.loads(inner.read_text())
+    outer = {**data, "steps": [f"run {inner} --out {{out}}/inner"], "sizes": {"demo": {}}}
+    (tmp_path / "outer.yaml").write_text(json.dumps(outer))
+    for _ in range(2):
+        assert main.run(["run", str(tmp_path / "outer.yaml"), "--out", str(out), "--quiet"]) == 2
+        assert "cannot remove 9" in capsys.readouterr().err
+
+
 def test_a_folder_with_a_space_is_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my work").mkdir()
     recipe, out = written(tmp_path / "my work"), tmp_path / "it's out"

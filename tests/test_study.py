@@ -461,8 +461,10 @@ def test_no_question_that_calibration_reads_is_judged_on(place: Path, tmp_path: 
     assert [len(text) for text in texts] == [2 * 60, 2 * held]
     assert held > 0
     assert not texts[0] & texts[1]
-    study = parse_study({**data, "questions": 80}, "s.yaml", tmp_path)  # no objective reads questions: all of them
-    assert "part=all" in _judging_texts(subject, study)["own"].spec
+    shots = {**data, "format": "few-shot", "questions": held}  # no objective reads questions, but calibration does
+    assert "part=held-out" in _judging_texts(subject, parse_study(shots, "s.yaml", tmp_path))["own"].spec
+    apart = {**data, "texts": {"a": str(place / "a.txt")}, "questions": 80}
+    assert "part=all" in _judging_texts(subject, parse_study(apart, "s.yaml", tmp_path))["own"].spec
 
 
 def test_a_model_that_is_lost_has_an_infinite_perplexity(place: Path, tmp_path: Path) -> None:
@@ -676,10 +678,31 @@ def test_a_cell_that_cannot_be_measured_costs_no_other(
     assert run("study", file, "--out", out) == 0
     assert len(lines_of(out)) == 4
     assert "4 cells were measured, 4 could not be." in " ".join(capsys.readouterr().out.split())
+    assert run("study", file, "--out", tmp_path / "dry", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["failing"] == 4
     file.write_text(grid.replace("sequences: 4", "sequences: 5000"))
     assert run("study", file, "--out", tmp_path / "none") == 2
     assert "no cell of the study could be measured; the first of 4: " in capsys.readouterr().err
     assert not (tmp_path / "none" / "study.html").exists()
+
+
+def test_a_text_on_which_the_model_overflows_costs_no_other(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shallower.verbs import study as studies
+    from shallower.verbs.subject import make_ablator
+
+    def overflowing(subject: object, text: Any, *how: Any, **more: Any) -> object:
+        if "b.txt" in text.spec:
+            raise ModelError("the model gives logits that are not finite.")
+        return make_ablator(subject, text, *how, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(studies, "make_ablator", overflowing)
+    (place / "two.yaml").write_text((place / "grid.yaml").read_text().replace("seeds: [0, 1]", "seeds: 0"))
+    assert run("study", place / "two.yaml", "--out", tmp_path / "out", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {failure["cell"]["text"] for failure in told["failures"]} == {"b"}
+    assert len(lines_of(tmp_path / "out")) == 4
 
 
 def test_runs_that_cannot_be_are_told_before_anything_is_measured(

@@ -123,7 +123,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
     Raises OutputError when the place cannot be written.
     """
-    path = Path(os.path.expanduser(path))
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -110,10 +110,11 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code; an error becomes a sentence on stderr."""
+    arguments = [_as_a_word_of_its_own(word) for word in arguments]
     debug = "--debug" in arguments or os.environ.get("SHALLOWER_DEBUG", "0") not in ("", "0")
     command = typer.main.get_command(app)
     try:
-        with command.make_context("shallower", list(arguments)) as context:
+        with command.make_context("shallower", arguments) as context:
             command.invoke(context)
         sys.stdout.flush()
         return 0
@@ -130,6 +131,12 @@ def run(arguments: Sequence[str]) -> int:
         sentence, code = explain(error, debug=debug)
         print(f"shallower: {' '.join(sentence.split())}", file=sys.stderr)
         return code
+
+
+def _as_a_word_of_its_own(word: str) -> str:
+    """`--out=~/x` with the home folder spelled out, which shells do for `--out ~/x` only."""
+    name, sign, value = word.partition("=")
+    return name + sign + os.path.expanduser(value) if name.startswith("--") and value.startswith("~") else word
 
 
 def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:

@@ -69,7 +69,7 @@ def run(
     done = _done(ledger)
     found: list[Any] = []
     # what a step is, however the folders are spelled this time
-    steps = replace(chosen, here=Path("{here}")).commands(size, "{out}", options.parse_settings(settings))
+    steps = replace(chosen, here=chosen.here.resolve()).commands(size, "{out}", options.parse_settings(settings))
     for number, (command, step) in enumerate(zip(commands, steps, strict=True), 1):
         label = f"[{number}/{len(commands)}] shallower {command}"
         if step in done:
@@ -78,11 +78,14 @@ def run(
             continue
         if not as_json:
             console.print(label, soft_wrap=True, markup=False, highlight=False)
-        before = len(finished)
+        finished.clear()
+        ended = False
         try:
             answer = _step(command, as_json=as_json, quiet=quiet)
+            ended = True
         finally:
-            if len(finished) > before:  # done, even where nobody reads its answer any more
+            # a verb's work counts even where nobody reads its answer any more; within another recipe it is one of many
+            if ended or (finished and not command.startswith("run ")):
                 done.append(step)
                 write_json(ledger, {"steps": done})
         found.append({"command": command, "answer": answer})

@@ -49,7 +49,7 @@ def study(
         cost = estimate(file, folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
         def tell(console: Console) -> None:
-            failing = f" and {cost.failing:,} that no search can give" if cost.failing else ""
+            failing = f" and {cost.failing:,} that cannot be measured" if cost.failing else ""
             ratio = f", {cost.alone / cost.seconds:.1f} times less than cell by cell" if cost.seconds else ""
             console.print(
                 f"{cost.cells:,} cells, {cost.done:,} of them done{failing}. What is left asks for {cost.candidates:,} "

@@ -50,7 +50,8 @@ class Ledger:
         line = json.dumps({"key": key, **result.to_json()}, ensure_ascii=False, allow_nan=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            # as strict_json.write_text: a name may hold bytes that are no UTF-8
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -105,7 +105,7 @@ def save(
     model = export.model
     require_no_maps(model)
     require_unquantized(model)
-    target = Path(os.path.abspath(os.path.expanduser(folder)))
+    target = Path(os.path.abspath(folder))
     require_free(target, force=force)
     require_apart(target, model.config._name_or_path)  # the plan's name of the model is not a path
     readme = model_card(
@@ -188,7 +188,7 @@ def require_unquantized(model: PreTrainedModel) -> None:
 
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
     """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace."""
-    target = Path(os.path.abspath(os.path.expanduser(folder)))
+    target = Path(os.path.abspath(folder))
     require_writable(target, str(target))
     if not os.path.lexists(target):
         return
@@ -208,13 +208,14 @@ def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[st
     """Raise OutputError when `folder` is one of the `sources`, folders or files of the models that are read, or holds
     one, as a training's folder holds its checkpoints.
     """
-    target = Path(folder).resolve()
+    target = os.path.abspath(folder)
     for source in sources:
-        if not source or not os.path.exists(source):
+        if not source or not os.path.exists(source) or not os.path.exists(target):
             continue
         model = Path(source).resolve()
-        if target == model or target in model.parents:
-            is_or_holds = "is the model itself" if target == model else f"holds the model ({model})"
+        # not by name: a disk may not tell upper from lower case
+        if any(os.path.samefile(target, place) for place in (model, *model.parents)):
+            is_or_holds = "is the model itself" if os.path.samefile(target, model) else f"holds the model ({model})"
             raise OutputError(f"{target} {is_or_holds}; choose another folder for what becomes of it.")
 
 

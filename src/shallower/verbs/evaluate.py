@@ -437,7 +437,7 @@ def write_comparison(
     try:
         made.chmod(0o755)
         text = json.dumps(spelled(comparison.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
-        (made / FILE).write_text(text + "\n", encoding="utf-8")
+        (made / FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         for name, content in (more or {}).items():
             (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for each, name in zip(comparison.evaluations, _folders(comparison), strict=True):
@@ -449,7 +449,9 @@ def write_comparison(
                         json.dumps(spelled(sample), ensure_ascii=False, allow_nan=False, default=str)
                         for sample in result.samples
                     )
-                    (folder / f"{result.task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                    (folder / f"{result.task}.jsonl").write_text(
+                        "\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace"
+                    )
         if target.is_dir():
             shutil.rmtree(target)
         made.rename(target)

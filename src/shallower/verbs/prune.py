@@ -127,9 +127,9 @@ def prune(
     remove, search, objective, metric, units, ordinary, protect, settings, exact, repair, memory, workers: as for
     `search`. plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit,full`);
     `settings` are theirs, too, and where `repair` has the same option, for both. Those in closed form read `sequences`
-    sequences of the calibration text, but at least 128; those that train `train_sequences` of them (default: 4,096), or
-    `instructions`: see `recover`. Their sequences have `length` tokens, but at least 256 where the model can read so
-    many. A ready-made set is read whole.
+    sequences of the calibration text, but at least 128; those that train `train_sequences` of them (default: 4,096, or
+    all of a shorter text), or `instructions`: see `recover`. Their sequences have `length` tokens, but at least 256
+    where the model can read so many. A ready-made set is read whole.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
     and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.

@@ -282,14 +282,20 @@ def _estimated(subject: Subject, model: str, given: Study, ledger: Ledger) -> Es
     done = failing = candidates = 0
     seconds = alone = 0.0
     cells_by_text = _by_text(given, model)
-    a_token = _seconds_a_token(subject, given, next(iter(cells_by_text)))
+    a_token: float | None = None
     runner = _Runner(subject, given, ledger, _digests(_judging_texts(subject, given)))
     for axes, cells in cells_by_text.items():
         measured: dict[tuple[str, str], set[frozenset[Unit]]] = {}  # by objective and text
         for objective in sorted(given.objectives, key=_companions_first):
-            text = _calibration(subject, given, axes, objective)
+            own_cells = [cell for cell in cells if cell.objective == objective]
+            try:
+                text = _calibration(subject, given, axes, objective)
+                a_token = _seconds_a_token(subject, text, objective) if a_token is None else a_token
+            except (CorpusError, ModelError):
+                failing += len(own_cells)
+                continue
             asked: set[frozenset[Unit]] = set()
-            for cell in (cell for cell in cells if cell.objective == objective):
+            for cell in own_cells:
                 if ledger.get(runner.key(cell, text)) is not None:
                     done += 1
                     continue
@@ -395,7 +401,11 @@ class _Runner:
             return {}
         found: dict[Cell, Outcome] = {}
         scores: dict[str, Scores | None] = {}
-        with closing(self._ablator(cells[0], text)) as ablator:
+        try:
+            ablator = self._ablator(cells[0], text)
+        except ModelError as error:  # it overflows on this text
+            return {cell: Failure(cell, str(error)) for cell in cells}
+        with closing(ablator):
             for cell in cells:
                 start = time.perf_counter()
                 try:
@@ -498,14 +508,13 @@ def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
             part="held-out" if shared else "all",
             supply=supply(subject.model, subject.tokenizer),
         )
-    asking = any(reads_choices(objectives.get(name)) for name in given.objectives)
     for name, spec in given.tasks.items():
         found[name] = build_choices(
             spec,
             subject.tokenizer,
             questions=given.questions,
             length=_QUESTION_TOKENS,
-            part="held-out" if asking and _parsed(spec).source in calibration else "all",
+            part="held-out" if _parsed(spec).source in calibration else "all",
         )
     return found
 
@@ -613,14 +622,13 @@ def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp) -> Scores:
     return Scores(subject.identity, "made up", tuple(rows), made_by)
 
 
-def _seconds_a_token(subject: Subject, given: Study, axes: TextAxes) -> float:
+def _seconds_a_token(subject: Subject, text: CalibrationSet, objective: str) -> float:
     """Seconds that one calibration token of one candidate takes here, from single removals spread over the depth."""
-    text = _calibration(subject, given, axes, given.objectives[0])
     few = max(1, min(text.sequences, _TIMED_TOKENS // text.length))
-    if not reads_choices(objectives.get(given.objectives[0])):
+    if not reads_choices(objectives.get(objective)):
         text = CalibrationSet(text.spec, text.input_ids[:few], None)
     blocks = subject.anatomy.of_kind("block")
-    with closing(Ablator(subject.anatomy, text, given.objectives[0])) as ablator:
+    with closing(Ablator(subject.anatomy, text, objective)) as ablator:
         ablator.losses([frozenset()])
         start = time.perf_counter()
         ablator.losses([frozenset({unit}) for unit in blocks[:: max(1, len(blocks) // 8)]])

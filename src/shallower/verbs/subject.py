@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -110,7 +109,7 @@ def open_subject(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Subject:
-    """Load MODEL if it is a name or path, and find its anatomy. A Subject comes back as it is.
+    """Load MODEL if it is a name or path, and find its anatomy. A Subject comes back as it is, but for a `tokenizer`.
 
     tokenizer: in place of the one that the model came with.
 
@@ -141,7 +140,6 @@ def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | S
     `models` that are read. Before anything is loaded.
     """
     require_free(out, force=force)
-    out = os.path.expanduser(out)
     for model in models:
         if isinstance(model, Subject):
             require_apart(out, model.loaded.path)
@@ -204,14 +202,20 @@ def calibrate_most(
 
     Raises CorpusError as `calibrate` does: TooLittleText when it holds none, or less than its specification asks for.
     """
+    short: TooLittleText | None = None
     while True:
         try:
             return calibrate(subject, calibration, sequences=sequences, length=length, seed=seed), sequences
         except TooLittleText as error:  # of a mixture each text is told of on its own
+            short = error
             sequences = math.floor(sequences * error.share + 1e-9)
             # what the specification says wins over the argument, and would fail again
             if not sequences or "sequences" in named_options(str(calibration)):
                 raise
+        except CorpusError:
+            if short is None:
+                raise
+            raise short from None  # so few that a small weight of the mixture is none of them
 
 
 def require_room(model: PreTrainedModel, length: int) -> None:
