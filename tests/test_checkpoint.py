@@ -298,6 +298,9 @@ def test_dtype_and_device(saved: Path) -> None:
     assert dtype.parse_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
     with pytest.raises(UnknownName, match="did you mean 'bfloat16'"):
         load_model(str(saved), dtype="bfloat")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"device 'cuda:1' is not there: torch sees no CUDA .*: use --device cpu\."):
+            dtype.parse_device("cuda:1")
     with pytest.raises(UnknownName, match="unknown device 'gpu'"):
         load_model(str(saved), device="gpu")
 

@@ -570,6 +570,14 @@ def test_all_of_a_text_is_trained_on_where_it_is_shorter_than_usual(files: Path)
         recover(files / "pruned", "full", teacher=files / "dense", **{**given, "train_sequences": most + 4})
 
 
+def test_what_is_not_there_or_not_shown_is_said(files: Path) -> None:
+    with pytest.raises(ModelError, match="no-such-folder"):
+        recover(files / "no-such-folder", "refit", teacher=files / "dense", **asked(files, trains=False))
+    whole = str(files / "text.jsonl") + "?part=all"
+    done = recover(files / "pruned", "refit", teacher=files / "dense", **asked(files, trains=False, calibration=whole))
+    assert any(re.search(r"no perplexity: nothing of text\.jsonl\?part=all is held out", note) for note in done.notes)
+
+
 def test_what_only_trains_needs_no_text_of_a_repair(files: Path) -> None:
     given = asked(files, sequences=10**6, train_sequences=None, settings={**SMALL, "epochs": "0.01"})
     done = recover(files / "pruned", "full", teacher=files / "dense", **given)

@@ -138,7 +138,8 @@ class PruningPlan:
             rounded = " Or one of them was loaded as float16, whose rounding can show: try --dtype float32."
             raise PlanError(
                 f"this plan was made for {mine.name} ({mine.blocks} blocks, {mine.fingerprint[:19]}…), "
-                f"not for {model.name} ({model.blocks} blocks, {model.fingerprint[:19]}…). Search again for this model."
+                f"not for {model.name} ({model.blocks} blocks, {model.fingerprint[:19]}…). Name "
+                "the model that it was made for, or search again for this one."
                 f"{rounded if same else ''}"
             )
 

@@ -30,6 +30,10 @@ def parse_device(name: str) -> torch.device:
     if name == "auto":
         together = there[0] == "cuda" and world_size() > 1
         return torch.device(f"cuda:{local_rank()}" if together else there[0])
+    if name.partition(":")[0] == "cuda" and "cuda" not in there:
+        raise UserError(
+            f"device {name!r} is not there: torch sees no CUDA (built for processors, or no driver): use --device cpu."
+        )
     if name not in there:
         raise UnknownName("device", name, ("auto", *there))
     return torch.device(name)

@@ -63,6 +63,8 @@ def search(
     """
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
+    from shallower.engine import reads_choices
+    from shallower.registry import objective as objectives
     from shallower.verbs.search import require_possible, require_target
     from shallower.verbs.search import search as run
     from shallower.verbs.subject import open_subject
@@ -107,10 +109,13 @@ def search(
     )
     if out is not None:
         plan.save(out)
+    text = None if reads_choices(objectives.get(objective)) else calibration  # questions are no text to measure on
     parameters = subject.weights.of(plan.remove).parameters, subject.weights.model.parameters
 
     def show(console: Console) -> None:
         show_plan(console, plan, parameters=parameters)
-        print_written(console, out, "the plan", f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER")
+        step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
+        read = "" if text is None else f" --calibration {typed(text)}"
+        print_written(console, out, "the plan", step + read)
 
     return Answer({**plan.to_json(), "spent": plan.spent}, show)

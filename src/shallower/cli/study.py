@@ -27,7 +27,8 @@ def study(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Say what it would cost, and measure nothing. Default: run it.")
+        bool,
+        Option("--dry-run", help="Say what it would cost by a few timed sets; search nothing. Default: run it."),
     ] = False,
     memory: options.Memory = None,
     workers: options.Workers = None,

@@ -434,6 +434,9 @@ def _saved(folder: Path, options: Mapping[str, str], tokenizer: PreTrainedTokeni
         )
     loaded = CalibrationSet.load(folder)
     require_vocabulary(loaded, folder, tokenizer)
+    progress.note(
+        f"{folder.name} is a finished set: all its {loaded.sequences:,} sequences of {loaded.length:,} tokens are read."
+    )
     return loaded
 
 

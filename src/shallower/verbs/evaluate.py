@@ -498,6 +498,14 @@ def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
         return {}  # too few documents to leave any out: the report then shows no perplexity
 
 
+def nothing_held_out(contents: Mapping[str, str], calibration: str | Path | CalibrationSet | None) -> tuple[str, ...]:
+    """A note where there is no text that perplexity could be shown on."""
+    if contents:
+        return ()
+    read = "the calibration set" if isinstance(calibration, CalibrationSet) else str(calibration or DEFAULT_CALIBRATION)
+    return (f"no perplexity: nothing of {without_folders(read)} is held out; name other text with --text.",)
+
+
 def text_name(spec: str) -> str:
     """What to call a text in a table: the file's own name with its options, not its folder."""
     path, question, options = spec.partition("?")

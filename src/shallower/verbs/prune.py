@@ -40,7 +40,15 @@ from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
-from shallower.verbs.evaluate import TaskScores, held_out, read_questions, read_texts, task_scores, text_perplexity
+from shallower.verbs.evaluate import (
+    TaskScores,
+    held_out,
+    nothing_held_out,
+    read_questions,
+    read_texts,
+    task_scores,
+    text_perplexity,
+)
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
@@ -274,7 +282,15 @@ def prune(
     tokens = None if max_windows is None else window * max_windows
     shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
     unrepaired = () if steps else _left_unrepaired(given)
-    notes = (*shared, *scores.notes, *unrepaired, *untimed, *measured.notes, *said)
+    notes = (
+        *shared,
+        *nothing_held_out(contents, calibration),
+        *scores.notes,
+        *unrepaired,
+        *untimed,
+        *measured.notes,
+        *said,
+    )
     data = ReportData(
         plan=given,
         influence=(influence,),

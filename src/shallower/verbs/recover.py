@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import LoadedModel
+from shallower.checkpoint.locate import locate
 from shallower.checkpoint.shards import stored_dtype
 from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, PlanError, UserError
@@ -28,7 +29,7 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.save import form_of
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
-from shallower.verbs.evaluate import held_out, read_texts
+from shallower.verbs.evaluate import held_out, nothing_held_out, read_texts
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.recoveries import (
     LENGTH,
@@ -172,7 +173,7 @@ def recover(
         memory=memory,
         repaired=before is not None,
     )
-    notes = (*shared, *said)
+    notes = (*shared, *nothing_held_out(contents, calibration), *said)
     wait()  # until all have read what the trainings left
     folder, form = None, ""
     if leads() and out is not None:
@@ -218,6 +219,8 @@ def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> Pr
             "(--teacher MODEL), or a dense model with a plan (--plan FILE)."
         )
     inside = Path(os.path.expanduser(model)) / PLAN if isinstance(model, (str, Path)) else None
+    if inside is not None and not inside.parent.is_dir():
+        locate(str(model))  # says that there is no such model, or what it is instead
     if inside is None or not inside.is_file():
         raise PlanError(
             f"{model if inside is not None else 'a model in memory'} has no {PLAN} that says what is missing: name the "

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shallower import progress
 from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
@@ -21,7 +22,9 @@ from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet, build_calibration, build_choices, named_options
+from shallower.corpus.options import NAMED
 from shallower.corpus.questions import EXAMPLE
+from shallower.corpus.specification import parse_specification
 from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
@@ -188,10 +191,17 @@ def calibrate(
     if isinstance(calibration, CalibrationSet):
         text = calibration
     else:
-        require_room(subject.model, length)  # a model may have to write its text itself
+        if _writes_itself(calibration):
+            require_room(subject.model, length)
         text = _build(subject, calibration, sequences, length, seed, objective)
     require_room(subject.model, text.length)
     return text
+
+
+def _writes_itself(calibration: str | Path | None) -> bool:
+    """Whether the model has to write the text (`self`)."""
+    terms = parse_specification(str(calibration or DEFAULT_CALIBRATION), NAMED).terms
+    return any(term.source.partition(":")[0] == "self" for term in terms)
 
 
 def calibrate_most(
@@ -230,7 +240,7 @@ def require_room(model: PreTrainedModel, length: int) -> None:
     ends = any(_POSITIONS.search(name) and len(table) - limit in _RESERVED for name, table in model.named_parameters())
     if not ends:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), progress.task(f"trying a sequence of {length:,} tokens"):
                 model.base_model(torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False)
         except (IndexError, RuntimeError) as error:
             if out_of_memory(error):
