@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,17 @@ def test_searches_that_look_at_nothing_are_compared_too(script: Callable[[str], 
         assert row in searches.ROWS
         found = searches.run(row, open_subject(model), text, [], 0)
         assert [len(removed) for removed in found.removed] == [1, 2, 2]
+
+
+def test_every_set_is_counted_once(script: Callable[[str], ModuleType]) -> None:
+    exhaustive = script("exhaustive")
+    everything = list(exhaustive.sets(9, 3, None))
+    assert len(set(everything)) == len(everything) == math.comb(7, 3)
+    assert {min(units).index for units in everything} >= {1}
+    assert {max(units).index for units in everything} >= {7}
+    assert len(list(exhaustive.sets(9, 3, 1))) == 5  # [1, 4) to [5, 8)
+    assert len(list(exhaustive.sets(9, 3, 2))) == math.comb(7, 3) - math.comb(5, 3)  # but those of three lone blocks
+    assert list(exhaustive.sets(9, 3, 3)) == everything
 
 
 def test_the_reference_of_contiguous_reads_the_stream_in_front_of_the_final_norm(

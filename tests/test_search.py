@@ -540,6 +540,11 @@ def test_contiguous_finds_the_best_of_the_shortest_runs(
         assert indices == list(range(indices[0], indices[-1] + 1))
 
 
+def test_contiguous_with_scores_of_some_spans_only() -> None:
+    with pytest.raises(BudgetError, match="none of the spans that have a score removes"):
+        run("contiguous", BLOCKS[:5], count(3, BLOCKS[:5]), spans={Span(0, 1): 0.5, Span(1, 3): 0.1})
+
+
 def test_contiguous_grows_by_the_better_shorter_span() -> None:
     spans = {Span(start, stop): 1.0 for start in range(5) for stop in range(start + 1, 6)}
     spans |= {Span(1, 4): 0.5, Span(2, 4): 0.2, Span(3, 4): 0.1}

@@ -436,7 +436,7 @@ def test_a_held_out_text_has_nothing_of_what_calibration_mixes(
     ],
 )
 def test_a_text_may_say_itself_what_the_study_says_too(place: Path, data: dict[str, Any], fits: bool) -> None:
-    from shallower.verbs.study import require_runnable
+    from shallower.verbs.runnable import require_runnable
 
     study = parse_study({"models": "tiny", "remove": 1, **data}, "s.yaml", place)
     with nullcontext() if fits else pytest.raises(UserError, match="but the study asks for"):

@@ -22,6 +22,7 @@ from shallower.checkpoint.cache import cache_root, scratch, staging
 from shallower.errors import ModelError
 
 _MAGIC = b"GGUF"
+_SCALING = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")  # the last in files of 2023
 _FORM = 2  # of the converted folder; raise it when conversion changes, so that old conversions are not found
 
 
@@ -105,9 +106,6 @@ def _convert(path: Path, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # its way of reporting a full disk
         raise OSError(stock.first_line(error)) from error
-
-
-_SCALING = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")  # the last in files of 2023
 
 
 def _require_positions(reader: Any, config: PretrainedConfig, name: str) -> None:

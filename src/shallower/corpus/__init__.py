@@ -7,7 +7,7 @@ from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is
 from shallower.corpus.choices import ChoiceSet, build_choices
 from shallower.corpus.clean import Cleaning, Cluster, Counts, clean
 from shallower.corpus.domains import DOMAINS
-from shallower.corpus.options import named_options, text_of, with_options
+from shallower.corpus.options import asks_model, named_options, text_of, with_options
 from shallower.corpus.overlap import EvaluationRuns, Overlap, SharedRows, overlap
 from shallower.corpus.sources import Document, Source, open_source
 from shallower.corpus.specification import Part
@@ -32,6 +32,7 @@ __all__ = [
     "SourceRecord",
     "Supply",
     "adds_bos",
+    "asks_model",
     "build_calibration",
     "build_choices",
     "clean",

@@ -67,6 +67,17 @@ def named_options(spec: str) -> dict[str, str]:
     return parse_specification(spec, NAMED).options
 
 
+def asks_model(spec: str) -> bool:
+    """Whether a specification wants text that the model itself writes (`self`).
+
+    Raises as `named_options`.
+    """
+    parsed = parse_specification(spec, NAMED)
+    return not is_saved(os.path.expanduser(parsed.source)) and any(
+        term.source.partition("#")[0].partition(":")[0] == "self" for term in parsed.terms
+    )
+
+
 def with_options(spec: str, options: Mapping[str, str]) -> str:
     """The specification with `options` where it does not name them itself; of a finished set, as it is.
 

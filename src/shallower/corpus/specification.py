@@ -124,13 +124,13 @@ def joined(terms: Sequence[Term]) -> str:
     """The mixture as it stands before the `?`; of one source, its name."""
     if len(terms) == 1:
         return terms[0].source
-    return "+".join(f"{term.source}*{_plain(term.weight)}" for term in terms)
+    return "+".join(f"{term.source}*{_digits(term.weight)}" for term in terms)
 
 
-def _plain(weight: float) -> str:
+def _digits(weight: float) -> str:
     """All its digits, and no exponent, whose + would begin another source."""
-    digits = format(Decimal(repr(weight)), "f")
-    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+    written = format(Decimal(repr(weight)), "f")
+    return written.rstrip("0").rstrip(".") if "." in written else written
 
 
 def in_part(text: str, part: Part) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from shallower import progress
+from shallower.checkpoint.stock import first_line
 from shallower.errors import CorpusError, ShallowerError, UserError
 from shallower.evaluation.harness import load_tasks, quiet_harness
 from shallower.evaluation.suites import suite as suite_named
@@ -68,9 +69,8 @@ class TaskResult:
     """What one model reached in one task, or group of tasks. The first metric is the task's main one.
 
     shots: examples before each question, None where a group's tasks differ. split, route: what was read, and from
-    where. group: whether it sums others up; within: the nearest group whose sum
-    it is in. samples: of each item what was
-    asked and answered, as lm-eval logs it.
+    where. group: whether it sums others up; within: the nearest group whose sum it is in. samples: of each item what
+    was asked and answered, as lm-eval logs it.
     """
 
     task: str
@@ -170,7 +170,7 @@ def _lacking(names: Sequence[str], error: ImportError) -> str:
     """What to tell of tasks whose own code cannot be imported."""
     whose = f"task {names[0]} needs" if len(names) == 1 else f"one of the tasks {', '.join(names)} needs"
     if error.name is None:  # raised by the code itself, whose words name the package
-        return f"{whose} a package that is not there: {_reason(error)}. Install it, or leave the task out."
+        return f"{whose} a package that is not there: {first_line(error)} Install it, or leave the task out."
     return f"{whose} the package {error.name}, which is not there: pip install {error.name}, or leave the task out."
 
 
@@ -188,12 +188,7 @@ def _unreadable(name: str, route: str, error: Exception) -> str:
         )
     else:
         why = f"Try {elsewhere}, or leave the task out."
-    return f"task {name} (data from the {route}) cannot be read: {type(error).__name__}: {_reason(error)}. {why}"
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an exception."""
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+    return f"task {name} (data from the {route}) cannot be read: {type(error).__name__}: {first_line(error)} {why}"
 
 
 def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings) -> list[TaskResult]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from shallower.budget import Budget, require_run
+from shallower.errors import BudgetError
 from shallower.registry import search
 from shallower.units import Span, Unit
 
@@ -31,6 +32,8 @@ def contiguous(units: Sequence[Unit], budget: Budget, spans: Mapping[Span, float
             if part is not None
         )
     ]
+    if not shortest:
+        raise BudgetError(f"none of the spans that have a score removes {budget}; score all spans.")
     span: Span | None = min(shortest, key=lambda span: (spans[span], span.start))
     grown: list[Span] = []
     while span is not None:

@@ -20,10 +20,9 @@ from shallower.corpus import (
     EvaluationRuns,
     SharedRows,
     Source,
+    asks_model,
     build_calibration,
-    is_saved,
     open_source,
-    text_of,
 )
 from shallower.corpus import clean as find
 from shallower.errors import CorpusError, OutputError
@@ -54,10 +53,7 @@ def build(
     Raises CorpusError and UnknownName as `build_calibration` does, ModelError when MODEL cannot be used.
     """
     spec = str(spec)
-    own = not is_saved(os.path.expanduser(spec)) and any(
-        term.partition("*")[0].partition(":")[0].strip() == "self" for term in text_of(spec).split("+")
-    )
-    if own:
+    if asks_model(spec):
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer, given = subject.tokenizer, supply(subject.model, subject.tokenizer)
     else:

@@ -110,9 +110,9 @@ def recover(
     cut by `plan` first. methods: names of recoveries, one or several in order (`refit,full`). settings: their options
     as text. texts: held-out text; without any, the documents that calibration left out. out: folder to write; without
     it nothing is written.
-    train_sequences: what recoveries that train read of the calibration text (default: 4,096, or all of a
-    shorter text), as the others read
-    `sequences`; a ready-made set is read whole by all. instructions: .jsonl file of conversations to train on instead.
+    train_sequences: what recoveries that train read of the calibration text (default: 4,096, or all of a shorter text),
+    as the others read `sequences`; a ready-made set is read whole by all. instructions: .jsonl file of conversations to
+    train on instead.
     They keep the weights that do best on the documents that calibration left out, or on the answers of every 20th
     conversation, never by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of
     processes that `accelerate launch` started together, all train, and the first one writes.

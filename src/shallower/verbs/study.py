@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
@@ -16,18 +16,13 @@ from random import Random
 from typing import Any
 
 from shallower import progress
-from shallower.checkpoint.locate import locate
 from shallower.corpus import (
     CalibrationSet,
     ChoiceSet,
     build_calibration,
     build_choices,
-    is_saved,
-    open_source,
     with_options,
 )
-from shallower.corpus.options import NAMED
-from shallower.corpus.specification import Specification, parse_specification, raise_all
 from shallower.engine import Ablator, Racing, along_with, reads_choices
 from shallower.engine.ablator import MEASURED_AS, code_of
 from shallower.engine.likelihood import perplexity_of
@@ -46,8 +41,9 @@ from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Failure, Result, search_and_metric
 from shallower.units import Span, Unit, plain
 from shallower.verbs.ranking import Stage, metric_of, rank
+from shallower.verbs.runnable import parsed_text, require_runnable, settings_of
 from shallower.verbs.score import measured_scores
-from shallower.verbs.search import require_possible, resolve, search, search_stages, settable
+from shallower.verbs.search import resolve, search, search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.verbs.supply import supply
 from shallower.verbs.trail import removal_order, run_search
@@ -151,105 +147,6 @@ def _measure(
     judges = _judges(subject, texts, memory, workers)
     runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
     return [outcome for axes, cells in _by_text(given, model).items() for outcome in runner.run(axes, cells, step)]
-
-
-def require_runnable(given: Study) -> None:
-    """Refuse what is wrong with any model. Raises UserError."""
-    for objective in given.objectives:
-        for name, metric in map(search_and_metric, given.searches):
-            for remove in given.remove:
-                settings = _settings(given, name, objective, metric)
-                require_possible(remove, name, objective, metric, settings, units=given.units)
-    known = {
-        option
-        for objective in given.objectives
-        for name, metric in map(search_and_metric, given.searches)
-        for option in settable(name, objective, metric)
-    }
-    if unknown := [key for key in given.settings if key not in known]:
-        raise UserError(f"none of the study's searches, metrics and objectives has an option {unknown[0]!r}; drop it.")
-    both = set(given.held_out) & set(given.tasks)
-    if both:
-        raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
-    _require_found(given)
-
-
-def _require_found(given: Study) -> None:
-    """Refuse models and texts that are not there, also those that only the last cells need. Raises UserError that tells
-    all.
-    """
-    asking = [reads_choices(objectives.get(name)) for name in given.objectives]
-    texts = [*([] if all(asking) else given.texts.values()), *given.held_out.values()]
-    checks: list[Callable[[], object]] = [partial(locate, model) for model in given.models]
-    checks += [partial(_require_text, spec) for spec in dict.fromkeys(texts)]
-    if any(asking):
-        checks += [partial(_require_questions, f"text {name!r}", spec) for name, spec in given.texts.items()]
-    checks += [partial(_require_questions, f"task {name!r}", spec) for name, spec in given.tasks.items()]
-    checks += [partial(_require_axes, given, name) for name in given.texts]
-    faults: dict[str, UserError] = {}  # by what they say: a text that cannot be read is found by two checks
-    with progress.silent():  # what is read instead of a domain is told when it is read
-        for check in checks:
-            try:
-                check()
-            except UserError as fault:
-                faults.setdefault(str(fault), fault)
-    raise_all(list(faults.values()))
-
-
-def _require_text(spec: str) -> None:
-    """Raise UserError unless all that a text is mixed of can be opened; nothing is read."""
-    parsed = _parsed(spec)
-    if not is_saved(Path(parsed.source).expanduser()):
-        for term in parsed.terms:
-            open_source(term.source, replace(supply(), sample=_unsaid))
-
-
-def _require_axes(given: Study, name: str) -> None:
-    """Raise CorpusError for a text that has a size, seed or format of its own which is not the study's: its cells would
-    be alike where the study varies it, or would not be what they are called.
-    """
-    parsed = _parsed(given.texts[name])
-    path = Path(parsed.source).expanduser()
-    fixed: dict[str, str | None]
-    if is_saved(path):
-        told, instead = "is a finished set with", "name the text that it was built from"
-        fixed = {**_size(path, given), "seed": None, "format": None}
-    else:
-        told, instead = "says", "leave it out of the text"
-        fixed = {"sequences" if key == "questions" else key: value for key, value in parsed.options.items()}
-    axes = {"sequences": given.sequences, "length": given.length, "seed": given.seeds, "format": given.format}
-    for axis, value in fixed.items():
-        levels = [str(level) for level in axes.get(axis, ("",))]
-        fits = axis == "seed" or value is None or levels[0] in ("", value)
-        if len(levels) > 1 or not fits:
-            own = f"a {axis} of its own" if value is None else f"{axis}={value}"
-            raise CorpusError(
-                f"text {name!r} {told} {own}, but the study asks for {axis} {', '.join(levels)}: {instead}, or let the "
-                "study ask for that one."
-            )
-
-
-def _size(saved: Path, given: Study) -> dict[str, str | None]:
-    """What a finished set has of `sequences` and, of text, `length`."""
-    if all(reads_choices(objectives.get(objective)) for objective in given.objectives):
-        return {"sequences": str(ChoiceSet.load(saved).questions)}
-    text = CalibrationSet.load(saved)
-    return {"sequences": str(text.sequences), "length": str(text.length)}
-
-
-def _unsaid(start: str, *, tokens: int, seed: int) -> Iterator[str]:
-    """What a model that is not loaded yet says."""
-    return iter(())
-
-
-def _require_questions(what: str, spec: str) -> None:
-    if not os.path.exists(os.path.expanduser(_parsed(spec).source)):
-        raise CorpusError(f"{what} reads {spec}, which does not exist.")
-
-
-def _parsed(spec: str) -> Specification:
-    """Raises UserError for what cannot be read; values of options are looked at when the text is."""
-    return parse_specification(spec, NAMED)
 
 
 def estimate(
@@ -434,7 +331,7 @@ class _Runner:
 
     def _stages(self, cell: Cell) -> tuple[list[Stage], dict[str, Any]]:
         name, metric = search_and_metric(cell.search)
-        settings = _settings(self.study, name, cell.objective, metric)
+        settings = settings_of(self.study, name, cell.objective, metric)
         return search_stages(name, cell.objective, settings, metric)
 
     def _rank(self, cell: Cell, text: CalibrationSet, ablator: Ablator) -> Scores | None:
@@ -446,7 +343,7 @@ class _Runner:
             metric=metric,
             units=self.study.units,
             objective=cell.objective,
-            settings=_settings(self.study, name, cell.objective, metric),
+            settings=settings_of(self.study, name, cell.objective, metric),
             seed=cell.seed,
             memory=self.memory,
             workers=self.workers,
@@ -465,7 +362,7 @@ class _Runner:
             units=self.study.units,
             protect=self.study.protect,
             calibration=text,
-            settings=_settings(self.study, name, cell.objective, metric),
+            settings=settings_of(self.study, name, cell.objective, metric),
             exact=self.study.exact,
             seed=cell.seed,
             ablator=ablator,
@@ -497,9 +394,9 @@ def _calibration(subject: Subject, given: Study, axes: TextAxes, objective: str)
 def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
     """What plans are judged on: held-out texts, and questions of tasks, by name."""
     found: dict[str, CalibrationSet] = {}
-    calibration = {term.source for spec in given.texts.values() for term in _parsed(spec).terms}
+    calibration = {term.source for spec in given.texts.values() for term in parsed_text(spec).terms}
     for name, spec in given.held_out.items():
-        shared = not calibration.isdisjoint(term.source for term in _parsed(spec).terms)
+        shared = not calibration.isdisjoint(term.source for term in parsed_text(spec).terms)
         found[name] = build_calibration(
             spec,
             subject.tokenizer,
@@ -514,7 +411,7 @@ def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
             subject.tokenizer,
             questions=given.questions,
             length=_QUESTION_TOKENS,
-            part="held-out" if _parsed(spec).source in calibration else "all",
+            part="held-out" if parsed_text(spec).source in calibration else "all",
         )
     return found
 
@@ -547,12 +444,6 @@ def _require_sound(subject: Subject, given: Study) -> None:
     for name, _ in map(search_and_metric, given.searches):
         for remove in given.remove:
             resolve(subject, remove, name, units=given.units, protect=given.protect)
-
-
-def _settings(given: Study, name: str, objective: str, metric: str | None) -> dict[str, str]:
-    """Of the study's settings those that this search, its metric or the objective knows."""
-    known = settable(name, objective, metric)
-    return {key: value for key, value in given.settings.items() if key in known}
 
 
 def _tell(outcomes: Sequence[Outcome]) -> None:
@@ -598,7 +489,7 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
     made_up = _MadeUp({unit: rng.random() for unit in request.units}, rng)
     order = list(request.units)
     if request.budget is not None:
-        settings = _settings(given, name, cell.objective, metric)
+        settings = settings_of(given, name, cell.objective, metric)
         stages, _ = search_stages(name, cell.objective, settings, metric)
         ranking = metric_of(stages, metric)
         if ranking is not None and "units" in ranking.parameters:

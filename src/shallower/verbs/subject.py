@@ -21,10 +21,8 @@ from shallower.checkpoint.determinants import determinants
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
-from shallower.corpus import CalibrationSet, build_calibration, build_choices, named_options
-from shallower.corpus.options import NAMED
+from shallower.corpus import CalibrationSet, asks_model, build_calibration, build_choices, named_options
 from shallower.corpus.questions import EXAMPLE
-from shallower.corpus.specification import parse_specification
 from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
@@ -191,17 +189,11 @@ def calibrate(
     if isinstance(calibration, CalibrationSet):
         text = calibration
     else:
-        if _writes_itself(calibration):
+        if asks_model(str(calibration or DEFAULT_CALIBRATION)):
             require_room(subject.model, length)
         text = _build(subject, calibration, sequences, length, seed, objective)
     require_room(subject.model, text.length)
     return text
-
-
-def _writes_itself(calibration: str | Path | None) -> bool:
-    """Whether the model has to write the text (`self`)."""
-    terms = parse_specification(str(calibration or DEFAULT_CALIBRATION), NAMED).terms
-    return any(term.source.partition(":")[0] == "self" for term in terms)
 
 
 def calibrate_most(

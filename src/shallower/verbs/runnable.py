@@ -1,0 +1,127 @@
+"""What can be known of a study before a model is loaded: whether it can run at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from shallower import progress
+from shallower.checkpoint.locate import locate
+from shallower.corpus import CalibrationSet, ChoiceSet, is_saved, open_source
+from shallower.corpus.options import NAMED
+from shallower.corpus.specification import Specification, parse_specification, raise_all
+from shallower.engine import reads_choices
+from shallower.errors import CorpusError, UserError
+from shallower.registry import objective as objectives
+from shallower.studies.grid import Study
+from shallower.studies.result import search_and_metric
+from shallower.verbs.search import require_possible, settable
+from shallower.verbs.supply import supply
+
+
+def require_runnable(given: Study) -> None:
+    """Refuse what is wrong with any model. Raises UserError."""
+    for objective in given.objectives:
+        for name, metric in map(search_and_metric, given.searches):
+            for remove in given.remove:
+                settings = settings_of(given, name, objective, metric)
+                require_possible(remove, name, objective, metric, settings, units=given.units)
+    known = {
+        option
+        for objective in given.objectives
+        for name, metric in map(search_and_metric, given.searches)
+        for option in settable(name, objective, metric)
+    }
+    if unknown := [key for key in given.settings if key not in known]:
+        raise UserError(f"none of the study's searches, metrics and objectives has an option {unknown[0]!r}; drop it.")
+    both = set(given.held_out) & set(given.tasks)
+    if both:
+        raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
+    _require_found(given)
+
+
+def _require_found(given: Study) -> None:
+    """Refuse models and texts that are not there, also those that only the last cells need. Raises UserError that tells
+    all.
+    """
+    asking = [reads_choices(objectives.get(name)) for name in given.objectives]
+    texts = [*([] if all(asking) else given.texts.values()), *given.held_out.values()]
+    checks: list[Callable[[], object]] = [partial(locate, model) for model in given.models]
+    checks += [partial(_require_text, spec) for spec in dict.fromkeys(texts)]
+    if any(asking):
+        checks += [partial(_require_questions, f"text {name!r}", spec) for name, spec in given.texts.items()]
+    checks += [partial(_require_questions, f"task {name!r}", spec) for name, spec in given.tasks.items()]
+    checks += [partial(_require_axes, given, name) for name in given.texts]
+    faults: dict[str, UserError] = {}  # by what they say: a text that cannot be read is found by two checks
+    with progress.silent():  # what is read instead of a domain is told when it is read
+        for check in checks:
+            try:
+                check()
+            except UserError as fault:
+                faults.setdefault(str(fault), fault)
+    raise_all(list(faults.values()))
+
+
+def _require_text(spec: str) -> None:
+    """Raise UserError unless all that a text is mixed of can be opened; nothing is read."""
+    parsed = parsed_text(spec)
+    if not is_saved(Path(parsed.source).expanduser()):
+        for term in parsed.terms:
+            open_source(term.source, replace(supply(), sample=_unsaid))
+
+
+def _require_axes(given: Study, name: str) -> None:
+    """Raise CorpusError for a text that has a size, seed or format of its own which is not the study's: its cells would
+    be alike where the study varies it, or would not be what they are called.
+    """
+    parsed = parsed_text(given.texts[name])
+    path = Path(parsed.source).expanduser()
+    fixed: dict[str, str | None]
+    if is_saved(path):
+        told, instead = "is a finished set with", "name the text that it was built from"
+        fixed = {**_size(path, given), "seed": None, "format": None}
+    else:
+        told, instead = "says", "leave it out of the text"
+        fixed = {"sequences" if key == "questions" else key: value for key, value in parsed.options.items()}
+    axes = {"sequences": given.sequences, "length": given.length, "seed": given.seeds, "format": given.format}
+    for axis, value in fixed.items():
+        levels = [str(level) for level in axes.get(axis, ("",))]
+        fits = axis == "seed" or value is None or levels[0] in ("", value)
+        if len(levels) > 1 or not fits:
+            own = f"a {axis} of its own" if value is None else f"{axis}={value}"
+            raise CorpusError(
+                f"text {name!r} {told} {own}, but the study asks for {axis} {', '.join(levels)}: {instead}, or let the "
+                "study ask for that one."
+            )
+
+
+def _size(saved: Path, given: Study) -> dict[str, str | None]:
+    """What a finished set has of `sequences` and, of text, `length`."""
+    if all(reads_choices(objectives.get(objective)) for objective in given.objectives):
+        return {"sequences": str(ChoiceSet.load(saved).questions)}
+    text = CalibrationSet.load(saved)
+    return {"sequences": str(text.sequences), "length": str(text.length)}
+
+
+def _unsaid(start: str, *, tokens: int, seed: int) -> Iterator[str]:
+    """What a model that is not loaded yet says."""
+    return iter(())
+
+
+def _require_questions(what: str, spec: str) -> None:
+    if not os.path.exists(os.path.expanduser(parsed_text(spec).source)):
+        raise CorpusError(f"{what} reads {spec}, which does not exist.")
+
+
+def parsed_text(spec: str) -> Specification:
+    """Raises UserError for what cannot be read; values of options are looked at when the text is."""
+    return parse_specification(spec, NAMED)
+
+
+def settings_of(given: Study, name: str, objective: str, metric: str | None) -> dict[str, str]:
+    """Of the study's settings those that this search, its metric or the objective knows."""
+    known = settable(name, objective, metric)
+    return {key: value for key, value in given.settings.items() if key in known}
