@@ -151,26 +151,26 @@ def most(costs: Mapping[Unit, float]) -> float:
 
 
 def parse_protect(text: str, blocks: int) -> frozenset[int]:
-    """Read `--protect`: `first:4,last:2`, block numbers, or both; returns the indices of protected blocks.
+    """Read `--protect`: `first:4,last:2`, blocks (`block.7`, `block.4-9`), or both; returns the indices of protected
+    blocks.
 
     Raises BudgetError for what cannot be read or does not exist.
     """
     protected: set[int] = set()
     for item in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(?:(first|last):|block\.)?(\d+)", item)
+        match = re.fullmatch(r"(first|last):(\d+)|(?:block\.)?(\d+(?:-\d+)?)", item)
         if match is None:
             raise BudgetError(
-                f"--protect {item!r} cannot be read: write first:4, last:2 or block.7, separated by commas."
+                f"--protect {item!r} cannot be read: write first:4, last:2, block.7 or block.4-9, separated by commas."
             )
-        count = int(match[2])
-        if match[1] is None and count >= blocks:
-            raise BudgetError(f"--protect {item} does not exist: the model has blocks 0 to {blocks - 1}.")
-        if match[1] is not None and count > blocks:
+        end, count, numbers = match.groups()
+        if end is None:
+            named = {unit.index for unit in parse_units(f"block.{numbers}")}
+            if max(named) >= blocks:
+                raise BudgetError(f"--protect {item} does not exist: the model has blocks 0 to {blocks - 1}.")
+            protected |= named
+            continue
+        if int(count) > blocks:
             raise BudgetError(f"--protect {item} is more than the model's {blocks} blocks.")
-        if match[1] == "first":
-            protected |= set(range(count))
-        elif match[1] == "last":
-            protected |= set(range(blocks - count, blocks))
-        else:
-            protected.add(count)
+        protected |= set(range(int(count)) if end == "first" else range(blocks - int(count), blocks))
     return frozenset(protected)

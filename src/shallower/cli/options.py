@@ -83,7 +83,7 @@ Ordinary = Annotated[
 ]
 Protect = Annotated[
     str,
-    Option("--protect", metavar="BLOCKS", help="Blocks that stay: first:4,last:2 or block.7. Default: none."),
+    Option("--protect", metavar="BLOCKS", help="Blocks that stay: first:4,last:2 or block.4-9. Default: none."),
 ]
 _TEXT = (
     "a .txt, .jsonl or .parquet file, a folder, hf:owner/name, python:docs, a domain such as wiki, a mixture "
