@@ -421,6 +421,7 @@ def test_methods(cli: Cli) -> None:
     assert "Angle between the stream before and after" in one
     assert "https://arxiv.org/abs/2403.17887" in one
     assert "--set width=" in cli("methods", "beam").out
+    assert "true or false; default false" in cli("methods", "refit").out
     assert "did you mean 'greedy'?" in sentence(cli("methods", "gredy"))
 
 

@@ -75,6 +75,15 @@ def _takes(option: Option) -> str:
     return takes if option.above is None else f"{takes} {option.above}"
 
 
+def _written(default: object) -> str:
+    """A default as `--set` takes it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, float):
+        return f"{default:g}"
+    return str(default) or "empty"
+
+
 def _list(console: Console, found: Sequence[Method]) -> None:
     from rich.table import Table
 
@@ -101,7 +110,7 @@ def _describe(console: Console, found: Sequence[Method]) -> None:
         told = {f"--set {option.name}=…": option for option in method.options.values()}
         for flag, option in told.items():
             column = flag.ljust(max(map(len, told)))
-            console.print(f"  {column}  {_takes(option)}; default {option.default}", soft_wrap=True)
+            console.print(f"  {column}  {_takes(option)}; default {_written(option.default)}", soft_wrap=True)
         if not method.options:
             console.print("It has no options.")
         for link in paper_links(method.source) or [method.source or "this package; no paper"]:
