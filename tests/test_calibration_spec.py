@@ -30,9 +30,9 @@ from shallower.training.instructions import build_instructions
 from shallower.units import Unit
 from shallower.verbs import subject as verbs_subject
 from shallower.verbs.contamination import _calibration_of
-from shallower.verbs.evaluate import held_out
 from shallower.verbs.subject import calibrate, calibrate_most, open_subject
 from shallower.verbs.supply import sample
+from shallower.verbs.texts import held_out
 
 SMALL: dict[str, Any] = {"sequences": 4, "length": 16}
 

@@ -14,13 +14,13 @@ import typer.main
 
 import shallower
 from shallower.cli.main import app
+from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import Continuation, Generation
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import Metric, TaskResult
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage, ReportData, Side
 from shallower.scores import Score, Scores, ScoreSheet
-from shallower.verbs.evaluate import Comparison, Evaluation
 from shallower.version import __version__
 
 LIGHT_MODULES = (

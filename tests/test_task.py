@@ -26,10 +26,10 @@ from shallower.surgery import cut
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
-from shallower.verbs.evaluate import held_out
 from shallower.verbs.prune import prune
 from shallower.verbs.score import score
 from shallower.verbs.search import search
+from shallower.verbs.texts import held_out
 
 TASKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks"
 SETS = ("", "block.0", "block.5", "block.1,block.2", "attn.3")

@@ -29,6 +29,7 @@ from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UnknownName, UserError
 from shallower.evaluation import generation, task_data
 from shallower.evaluation.answered import Answered
+from shallower.evaluation.comparison import Comparison
 from shallower.evaluation.generation import continue_prompts
 from shallower.evaluation.harness import load_tasks
 from shallower.evaluation.pairs import paired
@@ -43,8 +44,9 @@ from shallower.reporting.evaluation import TaskColumn, task_table
 from shallower.surgery import cut
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
-from shallower.verbs.evaluate import Comparison, evaluate, read_questions
+from shallower.verbs.evaluate import evaluate
 from shallower.verbs.prune import prune
+from shallower.verbs.questions import read_questions
 from shallower.verbs.ratio_curve import ratio_curve
 from shallower.verbs.subject import open_subject
 
@@ -967,7 +969,7 @@ def test_a_model_that_overflows_is_told_of(
 def test_mistakes_are_found_before_anything_is_measured(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shallower.verbs.evaluate.perplexity", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("shallower.verbs.texts.perplexity", lambda *_, **__: pytest.fail("measured"))
     (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
     asked: dict[str, Any] = {"texts": tmp_path / "text.txt", "tasks": "arc_easy", "task_data": data}
     with pytest.raises(ModelError, match="there is no model at 'nope'"):

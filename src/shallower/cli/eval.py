@@ -15,7 +15,7 @@ from shallower.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shallower.verbs.evaluate import Comparison
+    from shallower.evaluation.comparison import Comparison
 
 WINDOW, TASK_SEED = 1024, 1234
 

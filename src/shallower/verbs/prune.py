@@ -40,15 +40,7 @@ from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
-from shallower.verbs.evaluate import (
-    TaskScores,
-    held_out,
-    nothing_held_out,
-    read_questions,
-    read_texts,
-    task_scores,
-    text_perplexity,
-)
+from shallower.verbs.questions import TaskScores, read_questions, task_scores
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
@@ -74,6 +66,7 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import require_possible, resolve, settable
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, units_of
+from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_perplexity
 from shallower.version import __version__
 
 INFLUENCE = "cosine"

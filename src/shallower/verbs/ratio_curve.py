@@ -7,16 +7,15 @@ The prefixes of a plan agree below their first difference, and there the engine 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
-from shallower.checkpoint.cache import cache_root
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import ModelError, PlanError
+from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.perplexity import Perplexity, cut_windows, require_stride
 from shallower.evaluation.tasks import LM_EVAL_SEED, TaskResult, TaskSettings, run_tasks
 from shallower.plan import PruningPlan
@@ -25,18 +24,10 @@ from shallower.resources import parse_memory
 from shallower.surgery import cut
 from shallower.units import Unit
 from shallower.verbs.contamination import contamination
-from shallower.verbs.evaluate import (
-    Comparison,
-    Evaluation,
-    Questions,
-    fitting,
-    fitting_stride,
-    read_questions,
-    require_free,
-    windows_cut,
-    write_comparison,
-)
+from shallower.verbs.evaluation_folder import require_free, write_comparison
+from shallower.verbs.questions import Questions, open_answered, read_questions
 from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.texts import fitting, fitting_stride, windows_cut
 
 
 def ratio_curve(
@@ -92,7 +83,7 @@ def ratio_curve(
     given.require_for(subject.identity)
     tokens = None if max_windows is None else max_windows * window
     notes = (*asked.notes, *contamination(subject, given, calibration, asked, tokens))
-    notes += tuple(windows_cut(subject, asked, window, stride))
+    notes += tuple(windows_cut(subject, asked.contents, window, stride))
     if asked.generation:
         notes += ("the suite's continued prompts are left out for prefixes of a plan: evaluate checkpoints for them.",)
     removed = [frozenset(unit for unit, _ in given.order[:count]) for count in counts]
@@ -160,7 +151,6 @@ def _tasks(
     """Results of each candidate. The first to be asked has all of them answer."""
     if asked.tasks is None:
         return [[] for _ in labels]
-    from shallower.evaluation.answered import Answered
     from shallower.evaluation.panel import make_panel
 
     units = [frozenset(gone) for gone in likelihoods.candidates]
@@ -168,7 +158,7 @@ def _tasks(
     def model(number: int) -> PreTrainedModel:
         return cut(subject.anatomy, units[number]) if units[number] else subject.model
 
-    with closing(Answered(cache_root() / "answered.sqlite")) as answered:
+    with open_answered() as answered:
         panel = make_panel(
             likelihoods,
             subject.tokenizer,

@@ -29,7 +29,6 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.save import form_of
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
-from shallower.verbs.evaluate import held_out, nothing_held_out, read_texts
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.recoveries import (
     LENGTH,
@@ -50,6 +49,7 @@ from shallower.verbs.recoveries import (
     with_maps_inside,
 )
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for
+from shallower.verbs.texts import held_out, nothing_held_out, read_texts
 
 FORMAT = "shallower.recovery/1"
 PLAN = "plan.json"

@@ -41,8 +41,8 @@ from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut, check_recipe
 from shallower.training.state import ENDED
 from shallower.units import Unit
-from shallower.verbs.evaluate import fitting, held_out, text_perplexity
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
+from shallower.verbs.texts import fitting, held_out, text_perplexity
 from shallower.version import __version__
 
 SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens

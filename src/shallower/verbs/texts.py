@@ -1,0 +1,101 @@
+"""Texts that perplexity is measured on: read before a model is loaded, held out of calibration, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shallower.corpus import CalibrationSet, named_options, text_of
+from shallower.errors import CorpusError
+from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
+from shallower.evaluation.text import read_evaluation_text
+from shallower.plan import without_folders
+from shallower.reporting.wording import distinct_names
+from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, several_names
+from shallower.verbs.supply import supply
+
+
+def read_texts(texts: str | Path | Sequence[str | Path]) -> dict[str, str]:
+    """Held-out texts, by what to call each: files of one name in different folders are told apart.
+
+    Raises CorpusError when one cannot be read.
+    """
+    given = list(dict.fromkeys(several_names(texts)))
+    names = distinct_names([text_name(text) for text in given], given)
+    return {name: read_evaluation_text(text, supply()) for name, text in zip(names, given, strict=True)}
+
+
+def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
+    """Documents of the calibration source that were left out of calibration, by what to call them; nothing for a
+    ready-made set of ids, and for a specification that asks for all documents, or for these.
+    """
+    if isinstance(calibration, CalibrationSet):
+        return {}
+    asked = str(calibration or DEFAULT_CALIBRATION)
+    try:
+        if named_options(asked).get("part", "train") != "train":
+            return {}
+        spec = f"{text_of(asked)}?part=held-out"
+        return {text_name(spec): read_evaluation_text(spec, supply())}
+    except CorpusError:
+        # too few documents to leave any out, a saved set, the model's own text, or questions that are no text: such
+        # calibration was read all the same, and the report then shows no perplexity
+        return {}
+
+
+def nothing_held_out(contents: Mapping[str, str], calibration: str | Path | CalibrationSet | None) -> tuple[str, ...]:
+    """A note where there is no text that perplexity could be shown on."""
+    if contents:
+        return ()
+    read = "the calibration set" if isinstance(calibration, CalibrationSet) else str(calibration or DEFAULT_CALIBRATION)
+    return (f"no perplexity: nothing of {without_folders(read)} is held out; name other text with --text.",)
+
+
+def text_name(spec: str) -> str:
+    """What to call a text in a table: the file's own name with its options, not its folder."""
+    path, question, options = spec.partition("?")
+    return without_folders(path) + question + options
+
+
+def text_perplexity(
+    subject: Subject,
+    content: str,
+    *,
+    window: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    label: str = "",
+) -> Perplexity:
+    """Perplexity of a loaded model; a window longer than the model's context is cut to it, and so is the stride."""
+    return perplexity(
+        subject.model,
+        subject.tokenizer,
+        content,
+        window=fitting(subject, window),
+        stride=fitting_stride(subject, window, stride),
+        max_windows=max_windows,
+        label=label,
+    )
+
+
+def fitting(subject: Subject, window: int) -> int:
+    """The window, or the model's context where that is shorter."""
+    limit = context_limit(subject.model)
+    return window if limit is None else min(window, limit)
+
+
+def fitting_stride(subject: Subject, window: int, stride: int | None) -> int | None:
+    """The stride, or the window that fits where that is shorter."""
+    return None if stride is None else min(stride, fitting(subject, window))
+
+
+def windows_cut(subject: Subject, contents: Mapping[str, str], window: int, stride: int | None) -> list[str]:
+    """What to say of texts that are read in shorter windows than was asked for."""
+    fits, step = fitting(subject, window), fitting_stride(subject, window, stride)
+    if fits == window or not contents:
+        return []
+    apart = "" if step == stride else f", {step:,} apart instead of {stride:,}"
+    return [
+        f"{subject.identity.name} reads {fits:,} tokens at most: its windows are of {fits:,} tokens instead of "
+        f"{window:,}{apart}."
+    ]
