@@ -18,7 +18,7 @@ from shallower.cli import main
 from shallower.corpus import EvaluationRuns, build_calibration, clean, open_source
 from shallower.corpus.duplicates import Duplicates, Shingles, bands, jaccard, near_pairs, words_of
 from shallower.corpus.quality import scorer, signals
-from shallower.errors import CorpusError, UnknownName, UserError
+from shallower.errors import CorpusError, OutputError, UnknownName, UserError
 from shallower.registry import quality
 from shallower.reporting.corpus import CleanReport, render
 from shallower.testing.families import tiny_tokenizer
@@ -320,3 +320,12 @@ def test_known_overlap_of_real_text(tmp_path: Path) -> None:
     for document in open_source(str(DATA / "text/c4.jsonl")).read():
         runs.look(document.text)
     assert runs.found().shared == 2
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_half_written(tmp_path: Path) -> None:
+    text = _text(1)
+    path = _jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": text}, {"text": _text(2)}])
+    (tmp_path / "report" / "clusters.png").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"cannot write .*clusters\.png: .* choose another place"):
+        clean_file(path, report=tmp_path / "report")
+    assert not list((tmp_path / "report").glob(".*"))

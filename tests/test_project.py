@@ -27,6 +27,7 @@ LIGHT_MODULES = (
     "budget",
     "errors",
     "exchange",
+    "files",
     "plan",
     "progress",
     "reduction",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UnknownName, UserError
 from shallower.evaluation import generation, task_data
 from shallower.evaluation.answered import Answered
-from shallower.evaluation.comparison import Comparison
+from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import continue_prompts
 from shallower.evaluation.harness import load_tasks
 from shallower.evaluation.pairs import paired
@@ -45,6 +46,7 @@ from shallower.surgery import cut
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
 from shallower.verbs.evaluate import evaluate
+from shallower.verbs.evaluation_folder import write_comparison
 from shallower.verbs.prune import prune
 from shallower.verbs.questions import read_questions
 from shallower.verbs.ratio_curve import ratio_curve
@@ -882,6 +884,33 @@ def test_questions_that_were_calibrated_on_are_found(
     assert any(
         "is not known" in note for note in evaluate([tmp_path / "smaller"], tasks=["boolq"], task_data=data).notes
     )
+
+
+def test_an_evaluation_is_replaced_when_the_new_one_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, out = Comparison((Evaluation("m", 2, 10),)), tmp_path / "out"
+    write_comparison(comparison, out, force=False)
+    (out / "mark").touch()
+    rename = os.rename
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target) == out and not Path(source, "mark").exists():
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_comparison(comparison, out, force=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (out / "mark").exists()
+    write_comparison(comparison, out, force=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out) == ["evaluation.json"]
+    (out / "evaluation.json").rename(out / "mine.json")
+    with pytest.raises(OutputError, match=r"is not an evaluation \(no evaluation.json in it\), so --force does not"):
+        write_comparison(comparison, out, force=True)
 
 
 def test_eval_on_the_command_line(

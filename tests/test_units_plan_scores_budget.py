@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import errors, strict_json
+from shallower import errors, files
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
 from shallower.errors import BudgetError, OutputError, PlanError, UnknownName, UserError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(strict_json.os, failing, full)
+    monkeypatch.setattr(files.os, failing, full)
     with pytest.raises(OutputError, match=r"cannot write .*plan\.json: No space left on device"):
         PLAN.save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == (["plan.json"] if existing else [])
@@ -347,7 +347,7 @@ def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path: Path, monkey
     def interrupted(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(strict_json.os, "fsync", interrupted)
+    monkeypatch.setattr(files.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         PLAN.save(tmp_path / "plan.json")
     assert list(tmp_path.iterdir()) == []
@@ -362,7 +362,7 @@ def test_the_file_appears_only_when_it_is_whole(tmp_path: Path, monkeypatch: pyt
         seen.append(path.exists())
         fsync(handle)
 
-    monkeypatch.setattr(strict_json.os, "fsync", watch)
+    monkeypatch.setattr(files.os, "fsync", watch)
     PLAN.save(path)
     assert seen == [False]
     assert path.read_text(encoding="utf-8").endswith("}\n")
@@ -570,9 +570,9 @@ def test_unknown_names() -> None:
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder in which nothing can be made, even by root")
 def test_a_place_is_tried_before_any_work(tmp_path: Path) -> None:
-    strict_json.require_writable(tmp_path / "a" / "b" / "file", "--out")
+    files.require_writable(tmp_path / "a" / "b" / "file", "--out")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "link").symlink_to("/proc")
     for place in ("/proc/out", tmp_path / "link" / "a" / "out"):
         with pytest.raises(OutputError, match=r"^--out cannot be written: in .* nothing can be made \(.*\); choose"):
-            strict_json.require_writable(place, "--out")
+            files.require_writable(place, "--out")

@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in """
     errors version progress launched
+    files
     store units strict_json registry resources reduction
     plan budget forms
     scores exchange recipes
@@ -60,7 +61,7 @@ NEVER: Mapping[str, frozenset[str]] = {
     "evaluation": METHODS | {"units", "plan", "scores", "budget", "anatomy", "surgery"},  # knows nothing of pruning
     "timing": METHODS | {"units", "plan", "scores", "budget", "anatomy", "surgery"},
 }
-LIGHT = frozenset({PACKAGE, "cli"}.union(*LAYERS[:4]))
+LIGHT = frozenset({PACKAGE, "cli"}.union(*LAYERS[:5]))
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import math
 import os
-import secrets
-import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shallower.errors import OutputError, UserError
+from shallower.errors import UserError
+from shallower.files import write_text
 
 
 def key_faults(what: str, data: Mapping[str, Any], required: Iterable[str], optional: Iterable[str] = ()) -> list[str]:
@@ -96,45 +94,6 @@ def _called(kind: Any) -> str:
     return names.get(kind, "an object")
 
 
-def require_writable(path: str | os.PathLike[str], told: str) -> None:
-    """Raise OutputError unless a file or folder can be made at `path`, whose parents may be missing; nothing is left
-    there. told: what to call it.
-    """
-    parent = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
-    if not parent.is_dir():
-        raise OutputError(f"{told} cannot be written: {parent} is not a folder; choose another place.")
-    try:  # permissions do not tell of every folder that takes nothing, such as /proc
-        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".shallower-"))
-    except OSError as error:
-        why = f"in {parent} nothing can be made ({error.strerror or error})"
-        raise OutputError(f"{told} cannot be written: {why}; choose another place or change its permissions.") from None
-
-
 def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Write `data` to a temporary name beside `path`, then rename, so that `path` is never half-written.
-
-    Raises OutputError when the place cannot be written.
-    """
+    """Write `data` to a file that is there whole or not at all. Raises OutputError when it cannot be written."""
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` (UTF-8) to a temporary name beside `path`, then rename.
-
-    Raises OutputError when the place cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # a file's name may hold bytes that are no UTF-8; what they become, JSON reads as what they were
-        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}. Free some room or choose another place.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -12,7 +12,7 @@ from shallower.cli import options
 from shallower.cli.output import print_written, require_free, typed
 from shallower.cli.verb import Answer, verb
 from shallower.errors import OutputError, UserError
-from shallower.strict_json import require_writable
+from shallower.files import require_writable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shallower.errors import OutputError
+from shallower.files import require_writable
 from shallower.plan import ModelIdentity
-from shallower.strict_json import require_writable, spelled
+from shallower.strict_json import spelled
 from shallower.units import KINDS, Unit
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from shallower.corpus.answers import Answers
-from shallower.errors import CorpusError, OutputError
+from shallower.errors import CorpusError
+from shallower.files import replacing
 from shallower.plan import CalibrationIdentity
 from shallower.strict_json import key_faults, write_json
 
@@ -179,17 +179,8 @@ class CalibrationSet:
         """
         folder = Path(folder)
         tensors = {name: tensor.contiguous() for name, tensor in self._contents().items() if tensor is not None}
-        temporary = folder / f".{TENSORS}.partial"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / TENSORS) as temporary:
             temporary.write_bytes(save_tensors(tensors))
-            os.replace(temporary, folder / TENSORS)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise OutputError(
-                f"cannot write the calibration set to {folder}: {error.strerror}. Choose another place."
-            ) from None
         write_json(folder / MANIFEST, self.to_json())
 
     @classmethod

@@ -13,11 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shallower.files import write_text
 from shallower.reporting.curves import perplexity_axis
 from shallower.reporting.figures import _WIDTH, styled, svg
 from shallower.reporting.markup import html_page, html_section, html_table
 from shallower.reporting.wording import distinct_names
-from shallower.strict_json import spelled, write_json, write_text
+from shallower.strict_json import spelled, write_json
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
 from shallower.studies.result import FACTORS, Failure, Result, grouped

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shallower import progress
+from shallower import files, progress
 from shallower.anatomy.dissect import probe_ids
 from shallower.checkpoint.stock import is_quantized
 from shallower.errors import ModelError, OutputError
+from shallower.files import replacing_folder, write_text
 from shallower.forms import FORMS, Form
 from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
-from shallower.strict_json import require_writable, write_json, write_text
+from shallower.strict_json import write_json
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
 from shallower.surgery.patch import patches
@@ -119,12 +119,9 @@ def save(
     )
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _BESIDES_WEIGHTS
-    temporary: Path | None = None
-    try:
-        with _one_sentence(target), progress.task(f"writing {target.name}", 4) as step:
-            target.parent.mkdir(parents=True, exist_ok=True)
+    with _one_sentence(target), progress.task(f"writing {target.name}", 4) as step:
+        with replacing_folder(target) as temporary:
             _require_room(target, needed)
-            temporary = _temporary_beside(target)
             _write(model, temporary, max_shard_size)
             if export.fields:
                 config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
@@ -142,15 +139,7 @@ def save(
             ids = probe_ids(model) if verify_ids is None else verify_ids
             verify_saved(temporary, model, ids, load=export.load)
             step()
-            _open_up(temporary)
-            for path in (*temporary.rglob("*"), temporary):
-                _flush(path)
-            _move(temporary, target)
-            _flush(target.parent)
-            step()
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        step()
     return target
 
 
@@ -189,19 +178,8 @@ def require_unquantized(model: PreTrainedModel) -> None:
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
     """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace."""
     target = Path(os.path.abspath(folder))
-    require_writable(target, str(target))
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise OutputError(f"{target} exists; choose another folder or pass --force to replace it.")
-    if target.is_symlink() or not target.is_dir():
-        raise OutputError(f"{target} is not a folder, so --force does not replace it; choose another name.")
-    inhabited = {Path.cwd(), Path.home()}
-    if any(target == place or target in place.parents for place in inhabited) or not _is_checkpoint(target):
-        raise OutputError(
-            f"{target} is not a checkpoint (no config.json with a model_type), so --force does not replace it; choose "
-            "another folder or remove it yourself."
-        )
+    what = "a checkpoint (no config.json with a model_type)"
+    files.require_free(target, str(target), force=force, replaceable=_may_be_replaced, what=what)
 
 
 def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
@@ -219,7 +197,10 @@ def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[st
             raise OutputError(f"{target} {is_or_holds}; choose another folder for what becomes of it.")
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether it is a checkpoint, and holds neither the current folder nor the user's own."""
+    if any(folder == place or folder in place.parents for place in (Path.cwd(), Path.home())):
+        return False
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -234,18 +215,6 @@ def _require_room(target: Path, needed: int) -> None:
             f"{target} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk; make room or choose "
             "another place."
         )
-
-
-def _temporary_beside(target: Path) -> Path:
-    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-
-
-def _open_up(folder: Path) -> None:
-    """Give folder and files the permissions that any new one gets; mkdtemp and safetensors make them private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (*folder.rglob("*"), folder):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _write(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
@@ -281,35 +250,6 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     kept = {key: value for key, value in fields.items() if key not in idle}
     if kept != fields:
         write_json(path, kept)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _move(temporary: Path, target: Path) -> None:
-    """Rename to `target`; what stands there (only with force) moves aside first and is deleted last."""
-    if not os.path.lexists(target):
-        os.rename(temporary, target)
-        return
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-    try:
-        os.rename(target, aside / target.name)
-        os.rename(temporary, target)
-    except BaseException:  # a signal may come behind a rename, too
-        if (aside / target.name).is_dir() and not os.path.lexists(target):
-            os.rename(aside / target.name, target)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    try:
-        shutil.rmtree(aside)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 @contextmanager

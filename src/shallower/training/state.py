@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shallower.errors import OutputError, UserError
+from shallower.files import replacing
 from shallower.strict_json import record_faults, write_json
 
 WEIGHTS, OPTIMIZER, STATE, GOOD = "weights.safetensors", "optimizer.safetensors", "state.json", "good.safetensors"
@@ -201,14 +202,8 @@ def _remove(left: Path) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file under a temporary name, then rename. Raises OutputError when that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _one_sentence(path):
-        try:
-            _write(temporary, tensors)
-            os.replace(temporary, path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+    with _one_sentence(path), replacing(path) as temporary:
+        _write(temporary, tensors)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,11 @@ from shallower.corpus import (
     open_source,
 )
 from shallower.corpus import clean as find
-from shallower.errors import CorpusError, OutputError
+from shallower.errors import CorpusError
+from shallower.files import replacing, write_text
 from shallower.progress import task
 from shallower.reporting.corpus import CleanReport, cluster_png, clusters_json, render, shown_places
-from shallower.strict_json import write_json, write_text
+from shallower.strict_json import write_json
 from shallower.verbs.subject import open_subject
 from shallower.verbs.supply import supply
 
@@ -187,18 +186,8 @@ def _lines(out: str | Path | None) -> Iterator[Callable[[str], None]]:
     if out is None:
         yield lambda line: None
         return
-    out = Path(out)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="utf-8") as file:
-            yield lambda line: print(line, file=file)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}. Free some room or choose another place.") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with replacing(out) as temporary, temporary.open("x", encoding="utf-8") as file:
+        yield lambda line: print(line, file=file)
 
 
 def _write_report(folder: Path, report: CleanReport) -> None:
@@ -207,6 +196,5 @@ def _write_report(folder: Path, report: CleanReport) -> None:
     write_text(folder / PAGE, render(report))
     picture = cluster_png(report.cleaning)
     if picture is not None:
-        temporary = folder / f".{FIGURE}"
-        temporary.write_bytes(picture)
-        os.replace(temporary, folder / FIGURE)
+        with replacing(folder / FIGURE) as temporary:
+            temporary.write_bytes(picture)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from shallower import files
 from shallower.errors import OutputError
 from shallower.evaluation.comparison import Comparison
+from shallower.files import replacing_folder
 from shallower.reporting.wording import distinct_names
-from shallower.strict_json import require_writable, spelled
+from shallower.strict_json import spelled
 
 FILE = "evaluation.json"
 
@@ -21,13 +20,8 @@ FILE = "evaluation.json"
 def require_free(out: str | Path, *, force: bool) -> None:
     """Raise OutputError unless the folder can be made, or `force` may replace it: an evaluation, or empty."""
     target = Path(out)
-    require_writable(target, f"--out {target}")
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise OutputError(f"--out {target} exists; name another folder, or add --force to replace it.")
-    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / FILE).is_file()):
-        raise OutputError(f"--out {target} is not a folder with an {FILE}, so --force does not replace it.")
+    what = f"an evaluation (no {FILE} in it)"
+    files.require_free(target, f"--out {target}", force=force, replaceable=_may_be_replaced, what=what)
 
 
 def write_comparison(
@@ -37,35 +31,29 @@ def write_comparison(
     target = Path(out).absolute()
     require_free(target, force=force)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        with replacing_folder(target) as made:
+            text = json.dumps(spelled(comparison.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+            (made / FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+            for name, content in (more or {}).items():
+                (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            for each, name in zip(comparison.evaluations, _folders(comparison), strict=True):
+                folder = made / "items" / name
+                for result in each.tasks:
+                    if result.samples:
+                        folder.mkdir(parents=True, exist_ok=True)
+                        lines = (
+                            json.dumps(spelled(sample), ensure_ascii=False, allow_nan=False, default=str)
+                            for sample in result.samples
+                        )
+                        (folder / f"{result.task}.jsonl").write_text(
+                            "\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace"
+                        )
     except OSError as error:
         raise OutputError(f"--out {target} cannot be written: {error.strerror or error}.") from None
-    try:
-        made.chmod(0o755)
-        text = json.dumps(spelled(comparison.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
-        (made / FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        for name, content in (more or {}).items():
-            (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        for each, name in zip(comparison.evaluations, _folders(comparison), strict=True):
-            folder = made / "items" / name
-            for result in each.tasks:
-                if result.samples:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    lines = (
-                        json.dumps(spelled(sample), ensure_ascii=False, allow_nan=False, default=str)
-                        for sample in result.samples
-                    )
-                    (folder / f"{result.task}.jsonl").write_text(
-                        "\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace"
-                    )
-        if target.is_dir():
-            shutil.rmtree(target)
-        made.rename(target)
-    except OSError as error:
-        raise OutputError(f"--out {target} cannot be written: {error.strerror or error}.") from None
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    return (folder / FILE).is_file() or not any(folder.iterdir())
 
 
 def _folders(comparison: Comparison) -> list[str]:

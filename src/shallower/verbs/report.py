@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from shallower.errors import UserError
+from shallower.files import write_text
 from shallower.reporting.data import ReportData
 from shallower.reporting.page import render
-from shallower.strict_json import write_text
 
 
 def report(folder: str | Path) -> tuple[ReportData, Path]:

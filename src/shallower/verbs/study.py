@@ -30,11 +30,11 @@ from shallower.engine.memo import context_key
 from shallower.engine.ray_session import connect
 from shallower.engine.trace import prove
 from shallower.errors import BudgetError, CorpusError, ModelError, UserError
+from shallower.files import require_writable
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import objective as objectives
 from shallower.resources import parse_workers
 from shallower.scores import Score, Scores
-from shallower.strict_json import require_writable
 from shallower.studies.findings import Findings, find
 from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
