@@ -411,7 +411,7 @@ def test_a_search_may_rank_by_another_metric_than_its_own(place: Path) -> None:
 def test_a_held_out_text_has_nothing_of_what_calibration_mixes(
     place: Path, tmp_path: Path, calibration: str, part: str
 ) -> None:
-    from shallower.verbs.study import _judging_texts
+    from shallower.verbs.study import judging_texts
     from shallower.verbs.subject import open_subject
 
     for name in ("a", "b"):
@@ -419,7 +419,7 @@ def test_a_held_out_text_has_nothing_of_what_calibration_mixes(
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"models": "m", "texts": {"text": calibration}, "remove": 1, "held_out": {"b": "b.jsonl"}}
     study = parse_study({**data, "held_out_sequences": 2, "held_out_length": 32}, "s.yaml", tmp_path)
-    text = _judging_texts(open_subject(str(place / "tiny"), dtype="float32"), study)["b"]
+    text = judging_texts(open_subject(str(place / "tiny"), dtype="float32"), study)["b"]
     assert f"part={part}&" in text.spec
 
 
@@ -446,7 +446,7 @@ def test_a_text_may_say_itself_what_the_study_says_too(place: Path, data: dict[s
 def test_no_question_that_calibration_reads_is_judged_on(place: Path, tmp_path: Path) -> None:
     from shallower.corpus.questions import read_questions
     from shallower.corpus.specification import in_part
-    from shallower.verbs.study import _calibration, _judging_texts
+    from shallower.verbs.study import calibration_of, judging_texts
     from shallower.verbs.subject import open_subject
 
     rows = [{"question": f"What is {n} and 1?", "choices": [str(n + 1), str(n)], "gold": n % 2} for n in range(80)]
@@ -455,16 +455,16 @@ def test_no_question_that_calibration_reads_is_judged_on(place: Path, tmp_path: 
     data = {"models": "m", "texts": {"quiz": "quiz.jsonl"}, "remove": 1, "tasks": {"own": "quiz.jsonl"}}
     subject = open_subject(str(place / "tiny"), dtype="float32")
     study = parse_study({**data, "objectives": "task", "sequences": 60, "questions": held}, "s.yaml", tmp_path)
-    read = _calibration(subject, study, ("m", "quiz", "", 60, 128, 0), "task")
-    judged = _judging_texts(subject, study)["own"]
+    read = calibration_of(subject, study, ("m", "quiz", "", 60, 128, 0), "task")
+    judged = judging_texts(subject, study)["own"]
     texts = [set(subject.tokenizer.batch_decode(each.input_ids, skip_special_tokens=True)) for each in (read, judged)]
     assert [len(text) for text in texts] == [2 * 60, 2 * held]
     assert held > 0
     assert not texts[0] & texts[1]
     shots = {**data, "format": "few-shot", "questions": held}  # no objective reads questions, but calibration does
-    assert "part=held-out" in _judging_texts(subject, parse_study(shots, "s.yaml", tmp_path))["own"].spec
+    assert "part=held-out" in judging_texts(subject, parse_study(shots, "s.yaml", tmp_path))["own"].spec
     apart = {**data, "texts": {"a": str(place / "a.txt")}, "questions": 80}
-    assert "part=all" in _judging_texts(subject, parse_study(apart, "s.yaml", tmp_path))["own"].spec
+    assert "part=all" in judging_texts(subject, parse_study(apart, "s.yaml", tmp_path))["own"].spec
 
 
 def test_a_model_that_is_lost_has_an_infinite_perplexity(place: Path, tmp_path: Path) -> None:
@@ -725,7 +725,7 @@ def test_models_are_all_looked_at_first_and_one_is_in_memory_at_a_time(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from shallower.testing.families import tiny_model, tiny_tokenizer
-    from shallower.verbs import study as studies
+    from shallower.verbs import study, study_cost
     from shallower.verbs.subject import Subject, open_subject
 
     for name, blocks in (("small", 3), ("twin", 5)):
@@ -747,7 +747,8 @@ def test_models_are_all_looked_at_first_and_one_is_in_memory_at_a_time(
         there.append(weakref.ref(subject.model))
         return subject
 
-    monkeypatch.setattr(studies, "open_subject", opened)
+    for module in (study, study_cost):
+        monkeypatch.setattr(module, "open_subject", opened)
     file.write_text(grid.replace("models: tiny", "models: [tiny, twin]"))
     assert run("study", file, "--out", tmp_path / "out", "--dry-run") == 0
     assert run("study", file, "--out", tmp_path / "out") == 0
@@ -787,7 +788,7 @@ def test_a_dry_run_counts_every_set_that_is_measured(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, remove: str, sets: int
 ) -> None:
     from shallower.verbs.search import search
-    from shallower.verbs.study import estimate
+    from shallower.verbs.study_cost import estimate
 
     name, _, metric = asked.partition(":")
     data = {"models": "tiny", "texts": {"a": "a.txt"}, "sequences": 4, "length": 24, "searches": asked, "exact": True}

@@ -43,8 +43,8 @@ def study(
     folder = file.with_suffix("") if out is None else out
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder.")
-    from shallower.verbs.study import estimate
     from shallower.verbs.study import study as run
+    from shallower.verbs.study_cost import estimate
 
     if dry_run:
         cost = estimate(file, folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -7,12 +7,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from shallower import progress
@@ -31,27 +30,24 @@ from shallower.engine.ray_session import connect
 from shallower.engine.trace import prove
 from shallower.errors import BudgetError, CorpusError, ModelError, UserError
 from shallower.files import require_writable
-from shallower.plan import MadeBy, PruningPlan
+from shallower.plan import PruningPlan
 from shallower.registry import objective as objectives
 from shallower.resources import parse_workers
-from shallower.scores import Score, Scores
+from shallower.scores import Scores
 from shallower.studies.findings import Findings, find
 from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Failure, Result, search_and_metric
-from shallower.units import Span, Unit, plain
+from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, rank
 from shallower.verbs.runnable import parsed_text, require_runnable, settings_of
-from shallower.verbs.score import measured_scores
 from shallower.verbs.search import resolve, search, search_stages
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
+from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
 from shallower.verbs.supply import supply
-from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
 
 CELLS = "cells.jsonl"
 _QUESTION_TOKENS = 256
-_TIMED_TOKENS = 1024
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
 Outcome = Result | Failure
@@ -69,26 +65,6 @@ class Finished:
     results: tuple[Result, ...]
     findings: Findings
     folder: Path
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a study would cost.
-
-    cells: of the grid; done: those that are on disk; failing: those that a search cannot give. candidates: sets to be
-    measured if no race ends early. seconds: for all of them, from the time that a few took here; alone: the same with
-    every cell measured by itself.
-    """
-
-    cells: int
-    done: int
-    failing: int
-    candidates: int
-    seconds: float
-    alone: float
-
-    def __add__(self, other: Estimate) -> Estimate:
-        return Estimate(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 def study(
@@ -118,7 +94,7 @@ def study(
     ledger = Ledger(folder / CELLS)
     opened = partial(open_subject, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for model in given.models[1:]:  # not after the first was measured; it is loaded again then, and one at a time
-        _require_sound(opened(model), given)
+        require_sound(opened(model), given)
     found: list[Outcome] = []
     with progress.task(f"study of {len(given.cells)} cells", len(given.cells)) as step:
         for model in given.models:
@@ -142,77 +118,15 @@ def _measure(
     step: progress.Step,
 ) -> list[Outcome]:
     """The cells of one model. All that holds it ends with the call, so that the next one has its memory."""
-    _require_sound(subject, given)
-    texts = _judging_texts(subject, given)
+    require_sound(subject, given)
+    texts = judging_texts(subject, given)
     judges = _judges(subject, texts, memory, workers)
-    runner = _Runner(subject, given, ledger, _digests(texts), judges, memory, workers)
-    return [outcome for axes, cells in _by_text(given, model).items() for outcome in runner.run(axes, cells, step)]
-
-
-def estimate(
-    file: str | os.PathLike[str] | Study,
-    out: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> Estimate:
-    """What a study would cost, without running it.
-
-    Every search is run on made-up losses to count the sets that it asks for, and a few real sets are timed. Sets whose
-    loss is at hand from another objective's pass cost nothing. Raises UserError as `study` does.
-    """
-    given = file if isinstance(file, Study) else read_study(file)
-    require_runnable(given)
-    ledger = Ledger(Path(out) / CELLS)
-    total = Estimate(0, 0, 0, 0, 0.0, 0.0)
-    for model in given.models:
-        subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        total += _estimated(subject, model, given, ledger)
-        del subject
-    return total
-
-
-def _estimated(subject: Subject, model: str, given: Study, ledger: Ledger) -> Estimate:
-    """What the cells of one model would cost."""
-    _require_sound(subject, given)
-    done = failing = candidates = 0
-    seconds = alone = 0.0
-    cells_by_text = _by_text(given, model)
-    a_token: float | None = None
-    runner = _Runner(subject, given, ledger, _digests(_judging_texts(subject, given)))
-    for axes, cells in cells_by_text.items():
-        measured: dict[tuple[str, str], set[frozenset[Unit]]] = {}  # by objective and text
-        for objective in sorted(given.objectives, key=_companions_first):
-            own_cells = [cell for cell in cells if cell.objective == objective]
-            try:
-                text = _calibration(subject, given, axes, objective)
-                a_token = _seconds_a_token(subject, text, objective) if a_token is None else a_token
-            except (CorpusError, ModelError):
-                failing += len(own_cells)
-                continue
-            asked: set[frozenset[Unit]] = set()
-            for cell in own_cells:
-                if ledger.get(runner.key(cell, text)) is not None:
-                    done += 1
-                    continue
-                try:
-                    own = _simulated(subject, given, cell)
-                except BudgetError:
-                    failing += 1
-                    continue
-                alone += len(own) * text.tokens * a_token
-                asked |= own
-            asked -= measured.get((objective, text.digest), set())
-            candidates += len(asked)
-            seconds += len(asked) * text.tokens * a_token
-            for companion in along_with(objectives.get(objective), {}):
-                measured.setdefault((companion.name, text.digest), set()).update(asked)
-    return Estimate(sum(map(len, cells_by_text.values())), done, failing, candidates, seconds, alone)
+    runner = Runner(subject, given, ledger, digests(texts), judges, memory, workers)
+    return [outcome for axes, cells in by_text(given, model).items() for outcome in runner.run(axes, cells, step)]
 
 
 @dataclass(frozen=True)
-class _Runner:
+class Runner:
     """Runs the cells of one model. judged_on: digests of what `judges` read."""
 
     subject: Subject
@@ -225,7 +139,7 @@ class _Runner:
 
     def run(self, axes: TextAxes, cells: Sequence[Cell], step: progress.Step) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        for objective in sorted(self.study.objectives, key=_companions_first):
+        for objective in sorted(self.study.objectives, key=companions_first):
             own = [cell for cell in cells if cell.objective == objective]
             with progress.silent():
                 found = self._measured(own, axes, objective)
@@ -237,7 +151,7 @@ class _Runner:
     def _measured(self, cells: Sequence[Cell], axes: TextAxes, objective: str) -> list[Outcome]:
         """What came of the cells; those that are not on disk are searched one by one, and judged together."""
         try:
-            text = _calibration(self.subject, self.study, axes, objective)
+            text = calibration_of(self.subject, self.study, axes, objective)
         except CorpusError as error:
             return [Failure(cell, str(error)) for cell in cells]
         keys = {cell: self.key(cell, text) for cell in cells}
@@ -369,12 +283,13 @@ class _Runner:
         )
 
 
-def _companions_first(objective: str) -> int:
+def companions_first(objective: str) -> int:
     """A sort key: objectives with which most others are measured at no cost come first."""
     return -len(along_with(objectives.get(objective), {}))
 
 
-def _by_text(given: Study, model: str) -> dict[TextAxes, list[Cell]]:
+def by_text(given: Study, model: str) -> dict[TextAxes, list[Cell]]:
+    """The cells of a model, together where they read one text."""
     cells_by_text: dict[TextAxes, list[Cell]] = {}
     for cell in given.cells:
         if cell.model == model:
@@ -383,7 +298,8 @@ def _by_text(given: Study, model: str) -> dict[TextAxes, list[Cell]]:
     return cells_by_text
 
 
-def _calibration(subject: Subject, given: Study, axes: TextAxes, objective: str) -> CalibrationSet:
+def calibration_of(subject: Subject, given: Study, axes: TextAxes, objective: str) -> CalibrationSet:
+    """What cells are calibrated on. Raises as `calibrate`."""
     _, name, form, sequences, length, seed = axes
     spec = given.texts[name]
     if form and not reads_choices(objectives.get(objective)):
@@ -391,7 +307,7 @@ def _calibration(subject: Subject, given: Study, axes: TextAxes, objective: str)
     return calibrate(subject, spec, sequences=sequences, length=length, seed=seed, objective=objective)
 
 
-def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
+def judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
     """What plans are judged on: held-out texts, and questions of tasks, by name."""
     found: dict[str, CalibrationSet] = {}
     calibration = {term.source for spec in given.texts.values() for term in parsed_text(spec).terms}
@@ -416,7 +332,8 @@ def _judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
     return found
 
 
-def _digests(texts: Mapping[str, CalibrationSet]) -> dict[str, str]:
+def digests(texts: Mapping[str, CalibrationSet]) -> dict[str, str]:
+    """The digest of each text, by the same names."""
     return {name: text.digest for name, text in texts.items()}
 
 
@@ -438,7 +355,7 @@ def _judged(ablator: Ablator, candidates: Sequence[frozenset[Unit]]) -> list[flo
         return ablator.losses(candidates)
 
 
-def _require_sound(subject: Subject, given: Study) -> None:
+def require_sound(subject: Subject, given: Study) -> None:
     """Refuse, before an hour has gone, what this model cannot do. Raises UserError."""
     prove(subject.anatomy)
     for name, _ in map(search_and_metric, given.searches):
@@ -460,67 +377,3 @@ def _tell(outcomes: Sequence[Outcome]) -> None:
     for each in outcomes:
         if isinstance(each, Failure):
             progress.note(f"{where} {each.cell.search} {each.cell.remove} could not be measured: {each.why}")
-
-
-@dataclass(eq=False)
-class _MadeUp:
-    """Losses that nothing was run for: they add up over units, nearly. asked: of which sets."""
-
-    worth: Mapping[Unit, float]
-    rng: Random
-    asked: set[frozenset[Unit]] = field(default_factory=set)
-
-    def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
-        self.asked.update(frozenset(plain(candidate)) for candidate in candidates)
-        return [
-            sum(self.worth.get(unit, 0.5) for unit in candidate) + 0.01 * self.rng.random() for candidate in candidates
-        ]
-
-    def differences(self, candidates: Sequence[Collection[Unit]]) -> list[tuple[float, float | None]]:
-        dense, *without = self.losses([frozenset(), *candidates])
-        return [(loss - dense, None) for loss in without]
-
-
-def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit]]:
-    """The sets that `search` asks for when losses are made up: to rank, to search, and for what the plan tells."""
-    name, metric = search_and_metric(cell.search)
-    request = resolve(subject, cell.remove, name, units=given.units, protect=given.protect)
-    rng = Random(cell.seed)
-    made_up = _MadeUp({unit: rng.random() for unit in request.units}, rng)
-    order = list(request.units)
-    if request.budget is not None:
-        settings = settings_of(given, name, cell.objective, metric)
-        stages, _ = search_stages(name, cell.objective, settings, metric)
-        ranking = metric_of(stages, metric)
-        if ranking is not None and "units" in ranking.parameters:
-            options = ranking.parse_options({key: text for key, text in settings.items() if key in ranking.options})
-            measured_scores(ranking, options, made_up, units_of(subject, given.units), cell.seed)
-        scores = _made_up_scores(subject, cell, made_up)
-        order = removal_order(
-            run_search(stages, request.units, request.budget, made_up.losses, scores, cell.seed), made_up.losses
-        )
-    made_up.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
-    return made_up.asked
-
-
-def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp) -> Scores:
-    """Scores of the units that may go, and of all spans."""
-    blocks = len(subject.anatomy.blocks)
-    spans = [Span(first, last) for first in range(blocks) for last in range(first + 1, blocks + 1)]
-    rows = [Score(unit, value, None) for unit, value in made_up.worth.items()]
-    rows += [Score(span, made_up.rng.random(), None) for span in spans]
-    made_by = MadeBy(cell.search, cell.objective, None, {}, cell.seed, None, __version__)
-    return Scores(subject.identity, "made up", tuple(rows), made_by)
-
-
-def _seconds_a_token(subject: Subject, text: CalibrationSet, objective: str) -> float:
-    """Seconds that one calibration token of one candidate takes here, from single removals spread over the depth."""
-    few = max(1, min(text.sequences, _TIMED_TOKENS // text.length))
-    if not reads_choices(objectives.get(objective)):
-        text = CalibrationSet(text.spec, text.input_ids[:few], None)
-    blocks = subject.anatomy.of_kind("block")
-    with closing(Ablator(subject.anatomy, text, objective)) as ablator:
-        ablator.losses([frozenset()])
-        start = time.perf_counter()
-        ablator.losses([frozenset({unit}) for unit in blocks[:: max(1, len(blocks) // 8)]])
-        return (time.perf_counter() - start) / max(1, ablator.spent.tokens - text.tokens)
