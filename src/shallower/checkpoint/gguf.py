@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from shallower import progress
 from shallower.checkpoint import stock
 from shallower.checkpoint.architecture import require_decoder
 from shallower.checkpoint.cache import cache_root, scratch, staging
-from shallower.errors import ModelError
+from shallower.errors import ModelError, first_line, require_package
 
 _MAGIC = b"GGUF"
 _SCALING = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")  # the last in files of 2023
@@ -34,7 +33,7 @@ def convert_gguf(path: Path) -> Path:
 
     Raises ModelError when the file is not a whole GGUF of a causal language model, or the `gguf` package is missing.
     """
-    require_package()
+    require_gguf()
     try:
         with path.open("rb") as stream:
             magic = stream.read(len(_MAGIC))
@@ -55,10 +54,9 @@ def converted_folder(sha256: str) -> Path:
     return cache_root() / "gguf" / f"{sha256[:32]}-{_FORM}"
 
 
-def require_package() -> None:
+def require_gguf() -> None:
     """Raise ModelError, saying what to install, when GGUF files cannot be read here."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("reading a .gguf file needs the gguf package: `pip install 'shallower[gguf]'`.")
+    require_package("gguf", "gguf", "reading a .gguf file", ModelError)
 
 
 def sha256_of(path: Path) -> str:
@@ -105,7 +103,7 @@ def _convert(path: Path, folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # its way of reporting a full disk
-        raise OSError(stock.first_line(error)) from error
+        raise OSError(first_line(error)) from error
 
 
 def _require_positions(reader: Any, config: PretrainedConfig, name: str) -> None:

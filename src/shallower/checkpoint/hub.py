@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 
 from shallower import progress
 from shallower.checkpoint.locate import read_config
-from shallower.checkpoint.stock import first_line, quiet
-from shallower.errors import ModelError
+from shallower.checkpoint.stock import quiet
+from shallower.errors import ModelError, first_line
 
 _TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "README.md"]
 _TEMPLATES = ["config.json", "additional_chat_templates/*.jinja"]  # the first as the client warns if nothing matches

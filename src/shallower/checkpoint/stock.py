@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from shallower.errors import ModelError, UserError, out_of_memory
+from shallower.errors import ModelError, UserError, first_line, out_of_memory
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -157,12 +157,6 @@ def refusing(name: str, part: str) -> Iterator[None]:
                 "they are of different checkpoints. Download it again."
             ) from error
         raise ModelError(f"{part} {name} cannot be loaded: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, ended by a full stop; its type where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0].rstrip('.:')}." if lines else f"{type(error).__name__}."
 
 
 def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from shallower.errors import CorpusError
+from shallower.errors import CorpusError, require_package
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -107,13 +107,9 @@ class Duplicates:
     def __init__(self, threshold: float) -> None:
         if not 0 < threshold <= 1:
             raise CorpusError(f"dedup={threshold} is not above 0 and at most 1, the Jaccard similarity of duplicates.")
-        try:
-            from datasketch import MinHash, MinHashLSH
-        except ImportError:
-            raise CorpusError(
-                "finding near-duplicates needs the package `datasketch`, which is not installed: "
-                "pip install 'shallower[data]'."
-            ) from None
+        require_package("datasketch", "data", "finding near-duplicates")
+        from datasketch import MinHash, MinHashLSH
+
         self.threshold = threshold
         self._shingles = Shingles()
         self._index: Any = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, params=bands(threshold))

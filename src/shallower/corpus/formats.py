@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from shallower.corpus.bos import adds_bos
 from shallower.corpus.questions import is_question, solved
 from shallower.corpus.sources import Document, encodable
-from shallower.errors import CorpusError
+from shallower.errors import CorpusError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ def templated(
         )
     # a template is a program of the model's author and raises what it likes
     except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         roles = ", ".join(turn["role"] for turn in turns)
         raise CorpusError(
             f"{where}: the model's chat template refuses a conversation of {roles} ({reason}): change the row, or "

@@ -43,7 +43,7 @@ from typing import IO, Any
 from shallower import progress
 from shallower.corpus.domains import DOMAINS, resolve
 from shallower.corpus.supply import NOTHING, START, Supply
-from shallower.errors import CorpusError, UnknownName
+from shallower.errors import CorpusError, UnknownName, first_line, require_package
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -228,13 +228,10 @@ def _read_file(path: Path, name: str, field: str | None) -> Iterator[Document]:
 
 def _parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows of a parquet file, numbered from 1, some at a time; with all columns, as cleaned rows keep them."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise CorpusError(
-            f"{path} needs the package `pyarrow`, which is not installed: pip install 'shallower[data]'."
-        ) from None
+    require_package("pyarrow", "data", str(path))
+    import pyarrow
+    from pyarrow import parquet
+
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -251,12 +248,9 @@ def _opened(path: Path) -> IO[bytes]:
         return typing.cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix != ".zst":
         return path.open("rb")
-    try:
-        import pyarrow
-    except ImportError:
-        raise CorpusError(
-            f"{path} needs the package `pyarrow`, which is not installed: pip install 'shallower[data]'."
-        ) from None
+    require_package("pyarrow", "data", str(path))
+    import pyarrow
+
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd"))
 
 
@@ -352,12 +346,9 @@ def _hub(name: str, field: str | None) -> Source:
     full = ":".join(["hf", repository, *([config] if config else []), split])
 
     def read() -> Iterator[Document]:
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise CorpusError(
-                f"{full} needs the package `datasets`, which is not installed: pip install 'shallower[data]'."
-            ) from None
+        require_package("datasets", "data", full)
+        from datasets import load_dataset
+
         number = -1
         try:
             for number, record in enumerate(load_dataset(repository, name=config, split=split, streaming=True)):
@@ -366,9 +357,8 @@ def _hub(name: str, field: str | None) -> Source:
             raise
         # whatever the network, the Hub client or a format's reader raises, the user needs the same sentence
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise CorpusError(
-                f"{full} cannot be read from the Hub: {reason.rstrip('.')}. Check the name (a local path must "
+                f"{full} cannot be read from the Hub: {first_line(error)} Check the name (a local path must "
                 "exist), the connection and `hf auth login`; python:docs is text that needs no network."
             ) from error
         if number < 0:
@@ -383,12 +373,9 @@ def _arrow(path: Path, field: str | None) -> Source:
         raise CorpusError(f"no Arrow data at {str(path)!r}: name a .arrow file or a folder that holds one.")
 
     def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
-        try:
-            import pyarrow
-        except ImportError:
-            raise CorpusError(
-                f"{path} needs the package `pyarrow`, which is not installed: pip install 'shallower[data]'."
-            ) from None
+        require_package("pyarrow", "data", str(path))
+        import pyarrow
+
         seen: set[str] = set()
         for file in files:
             try:

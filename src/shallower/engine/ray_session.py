@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shallower.errors import UserError
+from shallower.errors import UserError, first_line
 from shallower.resources import cluster
 
 ASIDE = {
@@ -63,7 +63,7 @@ def connect(asked: int | str, device: torch.device) -> Session:
             else:
                 ray.init(address=address, **quiet)
         except (ConnectionError, ImportError, RuntimeError, ValueError, TimeoutError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise UserError(
                 f"--workers {asked}: Ray cannot be reached ({reason}). Start a cluster with 'ray start --head', set "
                 "RAY_ADDRESS, or write --workers N for workers on this machine."

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.checkpoint.stock import quiet
-from shallower.errors import UnknownName, UserError
+from shallower.errors import UnknownName, UserError, require_package
 
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]  # a task's configuration → the one to use
 
@@ -30,8 +30,7 @@ _NEAR = 5
 
 def require_harness() -> None:
     """Raise UserError unless lm-eval is installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("tasks need lm-eval, which is not installed: pip install 'shallower[eval]'.")
+    require_package("lm_eval", "eval", "asking tasks", UserError)
 
 
 @contextmanager

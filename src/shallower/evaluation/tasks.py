@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from shallower import progress
-from shallower.checkpoint.stock import first_line
-from shallower.errors import CorpusError, ShallowerError, UserError
+from shallower.errors import CorpusError, ShallowerError, UserError, first_line
 from shallower.evaluation.harness import load_tasks, quiet_harness
 from shallower.evaluation.suites import suite as suite_named
 from shallower.evaluation.task_data import DataRecord, TaskData

@@ -7,14 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from shallower.errors import UserError, require_package
 from shallower.registry import recovery
-from shallower.training.adapters import adapt, merge, projections, require_adaptable, require_packages
+from shallower.training.adapters import adapt, merge, projections, require_adaptable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
 def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    require_packages("lora", "peft")
+    require_package("peft", "heal", "lora", UserError)
     require_adaptable(student, options)
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from shallower.errors import UserError, require_package
 from shallower.registry import recovery
-from shallower.training.adapters import adapt, merge, projections, quantise, require_packages, require_quantisable
+from shallower.training.adapters import adapt, merge, projections, quantise, require_quantisable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
 def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    require_packages("qlora", "peft", "bitsandbytes")
+    for package in ("peft", "bitsandbytes"):
+        require_package(package, "heal", "qlora", UserError)
     require_quantisable(student, options)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -20,12 +19,6 @@ from shallower.errors import ModelError, UserError
 from shallower.training.heal import block_of
 
 _ROUTER = re.compile("Router|Gat(e|ing)$")  # and not what ends in GatedMLP, or the like
-
-
-def require_packages(method: str, *names: str) -> None:
-    """Raise UserError when one of the packages that `method` stands on is not installed."""
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise UserError(f"{method} needs {' and '.join(missing)}: pip install 'shallower[heal]'.")
 
 
 def projections(student: PreTrainedModel, first: int = 0) -> list[str]:
