@@ -251,7 +251,7 @@ def test_of_two_trainings_the_first_is_not_done_again(files: Path, monkeypatch: 
     ("methods", "settings", "said"),
     [
         ("full", {"temperature": "2"}, "nothing reads temperature without distill"),
-        ("refit,lora", {"teacher_cache": "1MB", "hidden": "0.5"}, "nothing reads teacher_cache without distill"),
+        ("refit,lora", {"teacher_cache": "1MB"}, "nothing reads teacher_cache without distill"),
         ("low-rank-trained", {"by": "mse", "hidden": "0.5"}, "nothing reads hidden with by=mse"),
         ("low-rank-trained", {"by": "mse", "recompute": "true"}, "nothing reads recompute with by=mse"),
         ("low-rank-trained", {"by": "nll", "temperature": "2"}, "nothing reads temperature with by=nll"),
@@ -642,6 +642,25 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
         ("refit,lora", {"rank": "0"}, UserError, "rank=0 is not above 0"),
         ("refit,full", {"distill": "0.5", "teacher_cache": "1kB"}, UserError, "teacher_cache of 0.0 MB holds 0 words"),
         ("refit,full", {"temperature": "2"}, UserError, "nothing reads temperature without distill"),
+        ("refit,full", {"ridge": "-1"}, UserError, "ridge='-1' does not fit"),
+        ("refit,full", {"sinks": "-1"}, UserError, "sinks='-1' does not fit"),
+        ("low-rank,full", {"rank": "-1"}, UserError, "rank='-1' does not fit"),
+        ("low-rank,full", {"energy": "2"}, UserError, "energy='2' does not fit"),
+        ("refit,full", {"first": "-2"}, UserError, "first='-2' does not fit"),
+        ("refit,full", {"weight_decay": "inf"}, UserError, "weight_decay='inf' does not fit"),
+        ("refit,lora", {"alpha": "nan"}, UserError, "alpha='nan' does not fit"),
+        (
+            "refit,full",
+            {"distill": "0.9", "hidden": "0.5", "teacher_cache": "1MB"},
+            UserError,
+            "teacher_cache=1MB holds no hidden states, which hidden=0.5 compares",
+        ),
+        (
+            "refit,low-rank-trained",
+            {"by": "mse"},
+            UserError,
+            "by=mse needs the cut model that nothing was repaired of, and in .* refit comes before",
+        ),
     ],
 )
 @pytest.mark.parametrize("pruning", [False, True])
@@ -659,7 +678,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_computed(
 
     given = asked(files, settings={**SMALL, **settings})
     monkeypatch.setattr("shallower.verbs.prune._stream_metrics", computed)
-    monkeypatch.setattr("shallower.verbs.recoveries.Repair", computed)
+    monkeypatch.setattr("shallower.recovery.Repair.samples", computed)
     cut_first = {"recover": methods, "out": files / "out", **given}
     repairs = (
         partial(prune, files / "dense", 2, **cut_first)
@@ -668,6 +687,50 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_computed(
     )
     with pytest.raises(error, match=said):
         repairs()
+
+
+@pytest.mark.parametrize("cuts", [{"remove": 2}, {"remove": "33%"}, {"remove": "block.2-3"}, {"plan": "plan.json"}])
+@pytest.mark.parametrize(
+    ("methods", "settings", "said"),
+    [
+        ("refit,full", {"first": "4"}, "first=4, but the model has only 4 blocks"),
+        ("refit,lora", {"first": "5"}, "first=5, but the model has only 4 blocks"),
+    ],
+)
+def test_a_first_block_that_the_search_would_remove_is_refused_before_it(
+    methods: str,
+    settings: dict[str, str],
+    said: str,
+    cuts: dict[str, Any],
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def computed(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("shallower.verbs.prune._stream_metrics", computed)
+    cuts = {**cuts, "plan": files / "plan.json"} if "plan" in cuts else cuts
+    with pytest.raises(UserError, match=said):
+        prune(files / "dense", recover=methods, **cuts, **asked(files, settings={**SMALL, **settings}))
+
+
+def test_a_text_too_short_for_one_of_several_repairs_is_refused_before_the_first(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("shallower.recovery.Repair.samples", computed)
+    text = sample_text(
+        tiny_model("llama"), sequences=2, padded=False
+    )  # 48 tokens: enough for the stream, not for the MLP
+    given = asked(files, trains=False, calibration=text)
+    for repairs in (
+        partial(recover, files / "pruned", "emulated-update,refit", teacher=files / "dense"),
+        partial(prune, files / "dense", recover="emulated-update,refit", plan=files / "plan.json"),
+    ):
+        with pytest.raises(CorpusError, match=r"cannot fit the widest map of refit, which has \d+ inputs"):
+            repairs(**given)
 
 
 def _forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:

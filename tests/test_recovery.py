@@ -160,8 +160,6 @@ def test_low_rank_stops_at_the_share_that_was_asked_for() -> None:
     assert 0 < ranks[0] < ranks[1] < ranks[2] == 32
     assert explained[0] >= 0.5 * explained[2] - 0.1
     assert explained[1] >= 0.9 * explained[2] - 0.1
-    with pytest.raises(UserError, match=r"energy=1\.5"):
-        recovery.get("low-rank").function(repair, energy=1.5)
 
 
 def test_linear_fold_is_least_squares_on_what_the_mlp_writes() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from shallower import registry as registry_module
 from shallower.errors import UnknownName, UserError
-from shallower.registry import REGISTRIES, Above, Method, Registry
+from shallower.registry import REGISTRIES, Above, AtLeast, Method, Registry
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
@@ -67,6 +67,29 @@ def test_numbers_that_must_be_above_something(registry: Registry) -> None:
             method.parse_options({"rate": text})
     with pytest.raises(UserError, match=r"steps='1' does not fit: it takes a whole number above 1\."):
         method.parse_options({"steps": "1"})
+
+
+def with_ends(
+    *, share: Annotated[float, Above(0, 1)] = 0.5, rank: Annotated[int, AtLeast(0)] = 4, rate: float = 1
+) -> None:
+    """Has numbers of which the bounds themselves are allowed, and one without bounds."""
+
+
+def test_numbers_up_to_and_from_a_bound_on_and_none_without_end(registry: Registry) -> None:
+    registry("bounded")(with_ends)
+    method = registry.get("bounded")
+    given = {"share": "1", "rank": "0", "rate": "-3"}
+    assert method.parse_options(given) == {"share": 1.0, "rank": 0, "rate": -3.0}
+    for name, text, takes in (
+        ("share", "1.5", "a number above 0 and at most 1"),
+        ("share", "0", "a number above 0 and at most 1"),
+        ("rank", "-1", "a whole number of at least 0"),
+        ("rate", "nan", "a number"),
+        ("rate", "inf", "a number"),
+        ("rate", "-inf", "a number"),
+    ):
+        with pytest.raises(UserError, match=rf"option {name}='{text}' does not fit: it takes {takes}\."):
+            method.parse_options({name: text})
 
 
 def test_a_registered_function_is_found_and_left_as_it_is(registry: Registry) -> None:

@@ -810,21 +810,14 @@ def test_what_maps_learn_of_conversations_is_the_same_together_and_apart(tmp_pat
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("before", "options", "said"),
-    [
-        ("emulated-update", {"by": "mse"}, r"by=mse teaches all .* repaired before: use by=kl, or let"),
-        ("", {"rank": -1}, r"rank=-1 is below 0"),
-    ],
-)
-def test_maps_that_cannot_be_trained_are_refused(before: str, options: dict[str, Any], said: str) -> None:
+def test_maps_that_learn_what_a_repaired_model_has_already_are_refused() -> None:
     model = tiny_model("llama")
     anatomy, removed = dissect(model), frozenset(parse_units("block.2"))
     student = cut(anatomy, removed)
-    if before:
-        recovery.get(before).function(Repair(dissect(student), anatomy, removed, sample_text(model, sequences=8)))
-    with pytest.raises(UserError, match=said):
-        run("low-rank-trained", model, student=student, **options)
+    repair = Repair(dissect(student), anatomy, removed, sample_text(model, sequences=8))
+    recovery.get("emulated-update").function(repair)
+    with pytest.raises(UserError, match=r"by=mse teaches all .* repaired before: use by=kl, or let"):
+        run("low-rank-trained", model, student=student, by="mse")
 
 
 # The teacher
@@ -1137,6 +1130,14 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
 
 
 # What a user may get wrong
+
+
+def test_a_number_format_of_products_is_refused_where_weights_stay_in_half_precision() -> None:
+    half = tiny_model("llama").bfloat16()
+    for name, options in (("full", {}), ("full", {"embeddings": True, "first": 2}), ("lora", {})):
+        with pytest.raises(UserError, match=r"compute=float32 needs the model in float32, and it is in bfloat16"):
+            run(name, half, **options)
+    run("full", half, embeddings=True, epochs=0.1)  # of which all weights are trained, and so float32
 
 
 @pytest.mark.parametrize(

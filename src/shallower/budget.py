@@ -30,6 +30,12 @@ class Limit:
     def met(self, removed: Collection[Unit]) -> bool:
         return sum(self.cost[unit] for unit in removed) >= self.least * (1 - TOLERANCE)
 
+    @property
+    def fewest(self) -> int:
+        """No fewer units meet it."""
+        dearest = sorted(self.cost, key=self.cost.__getitem__, reverse=True)
+        return next(count for count in range(1, len(dearest) + 1) if self.met(dearest[:count]))
+
     def __str__(self) -> str:
         if self.quantity in ("units", "blocks"):
             return f"{self.least:g} {self.quantity}"

@@ -3,7 +3,7 @@ function; others may, too.
 
 A third party registers by importing the decorator (`from shallower.registry import metric`) in a module that its
 package names in the entry-point group `shallower.methods`. Keyword-only parameters of the function become options
-(`--set name=value`), of numbers also such that must be above something: `Annotated[int, Above(0)]`. The others are
+(`--set name=value`), of finite numbers, also such that are bounded: `Annotated[int, Above(0)]`. The others are
 asked of the framework by name, and one that it does not know is refused at registration.
 """
 
@@ -31,17 +31,32 @@ ENTRY_POINTS = "shallower.methods"
 
 @dataclass(frozen=True)
 class Above:
-    """Marks a number as larger than `bound`, and finite: `temperature: Annotated[float, Above(0)] = 1.0`."""
+    """Marks a number as larger than `bound`, and at most `most`: `share: Annotated[float, Above(0, 1)] = 1.0`."""
 
     bound: float
+    most: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return self.bound < value <= self.most
 
     def __str__(self) -> str:
-        return f"above {self.bound:g}"
+        return f"above {self.bound:g}" + ("" if self.most == math.inf else f" and at most {self.most:g}")
+
+
+@dataclass(frozen=True)
+class AtLeast(Above):
+    """The same, or as large as `bound`."""
+
+    def holds(self, value: float) -> bool:
+        return value == self.bound or super().holds(value)
+
+    def __str__(self) -> str:
+        return super().__str__().replace("above", "of at least", 1)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword-only parameter that a user may set. above: what a number must exceed, None for any."""
+    """A keyword-only parameter that a user may set. above: its bounds, None for any finite number."""
 
     name: str
     annotation: Any
@@ -62,7 +77,7 @@ class Option:
             if kind is bool:
                 return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
             value = kind(text)
-            if self.above is not None and not self.above.bound < value < math.inf:
+            if (kind is float and not math.isfinite(value)) or (self.above is not None and not self.above.holds(value)):
                 raise ValueError(text)
             return value
         except (KeyError, ValueError):

@@ -3,7 +3,9 @@ it puts maps at cuts that only a packaged checkpoint has a place for: True, or "
 where the family has no bias for them.
 
 It asks by name for what it needs. In closed form: `repair` (a `Repair`): the cut model with its dense teacher, the
-units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing.
+units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing. Where
+it fits maps, the trait `inputs`, a function (repair, all options), says how many inputs the widest of them has, so that
+too short a text is refused before anything is fitted.
 
 Trained (trait `trained`): one that is written as `method(student, task, *, options)` and decorated with
 `@trainable(Recipe())` (`shallower.training.recipe`) below `@recovery(…, trained=True)` is given a `Task` and takes the
@@ -11,7 +13,8 @@ options of the recipe, too: see `full.py`. Without that it asks for what a `Task
 PreTrainedModel already cut, in memory), `anatomy` (of the dense model), `removed` (frozenset of units), `calibration`
 (a CalibrationSet), `held_out` (a function from a model to its perplexity on text that nothing is fitted on, or None),
 `folder` (where it may keep what it resumes from, or None) and `seed`. It changes the student in place and returns it.
-Where it needs all weights in every process, the trait `whole` holds the options with which it does, {} for any.
+Where it needs all weights in every process, the trait `whole` holds the options with which it does, {} for any; where
+it needs the plain cut, so that no recovery can come before it, the trait `plain` does.
 
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.
@@ -22,9 +25,11 @@ which a packaged checkpoint holds in the place of something missing (`surgery.ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +39,11 @@ from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import Halves, Writer, find_writers
 from shallower.corpus.calibration import CalibrationSet
 from shallower.engine.statistics import Aim, Moments, Reading, Station, Streams, Twins, require_tokens, token_weights
-from shallower.errors import CorpusError, ModelError, UserError
+from shallower.errors import CorpusError, ModelError
 from shallower.surgery.fold import fold_constant
 from shallower.surgery.patch import attach_at, patches
 from shallower.surgery.stations import stations
 from shallower.units import Unit
-
-
-def require_ridge(ridge: float) -> None:
-    """Raise UserError unless a penalty is one that least squares can have."""
-    if not 0 <= ridge < float("inf"):
-        raise UserError(f"ridge={ridge:g} is no penalty: give 0 or more (--set ridge=0.01).")
 
 
 @dataclass(eq=False)
@@ -177,3 +176,8 @@ class Repair:
         patch = Patch(*(tensor.to(**kind) for tensor in (down, up, mean, bias)))
         patch.requires_grad_(next(model.parameters()).requires_grad)
         attach_at(self.student, station.here, patch, self.halves)
+
+
+def hidden_size(repair: Repair, options: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """Width of the stream: the inputs of a map of it."""
+    return int(repair.dense.model.config.get_text_config(decoder=True).hidden_size)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from shallower.recovery import Repair
-from shallower.registry import recovery
+from shallower.registry import AtLeast, recovery
 
 
 @recovery("emulated-update", source="arXiv:2407.16286", maps="constant")
 def emulated_update(
-    repair: Repair, *, measured: Literal["dense", "cut"] = "dense", sinks: float = 0.0, relative: bool = True
+    repair: Repair,
+    *,
+    measured: Literal["dense", "cut"] = "dense",
+    sinks: Annotated[float, AtLeast(0)] = 0.0,
+    relative: bool = True,
 ) -> None:
     """Add the missing units' mean update at each cut, as a bias where the family has one.
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from shallower.engine.statistics import Aim
-from shallower.recovery import Repair, require_ridge
-from shallower.registry import recovery
+from shallower.recovery import Repair, hidden_size
+from shallower.registry import AtLeast, recovery
 from shallower.surgery.fold import fold_map
 
 
-@recovery("linear-fold", source="arXiv:2505.02819")
+@recovery("linear-fold", source="arXiv:2505.02819", inputs=hidden_size)
 def linear_fold(
-    repair: Repair, *, ridge: float = 0.001, aim: Aim = "dense", sinks: float = 0.0, relative: bool = True
+    repair: Repair,
+    *,
+    ridge: Annotated[float, AtLeast(0)] = 0.001,
+    aim: Aim = "dense",
+    sinks: Annotated[float, AtLeast(0)] = 0.0,
+    relative: bool = True,
 ) -> None:
     """A map on the last MLP's (or attention's) output before each cut, folded into its matrix; no new parameters.
 
     With m what that sublayer writes, T minimises |stream − m + T m − target|² (ReplaceMe); `down_proj` becomes
     T `down_proj`. ridge: penalty on T − 1, in units of m's mean square. aim, sinks, relative: as for low-rank.
     """
-    require_ridge(ridge)
     repair.require_writers()
     twins = repair.twins()
     for station in repair.cuts:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from shallower.engine.statistics import Aim
-from shallower.errors import UserError
-from shallower.recovery import Repair, require_ridge
-from shallower.registry import recovery
+from shallower.recovery import Repair, hidden_size
+from shallower.registry import Above, AtLeast, recovery
 
 
-@recovery("low-rank", source="arXiv:2407.16286", maps=True)
+@recovery("low-rank", source="arXiv:2407.16286", maps=True, inputs=hidden_size)
 def low_rank(
     repair: Repair,
     *,
-    rank: int = 128,
-    energy: float = 1.0,
-    ridge: float = 0.001,
+    rank: Annotated[int, AtLeast(0)] = 128,
+    energy: Annotated[float, Above(0, 1)] = 1.0,
+    ridge: Annotated[float, AtLeast(0)] = 0.001,
     aim: Aim = "dense",
-    sinks: float = 0.0,
+    sinks: Annotated[float, AtLeast(0)] = 0.0,
     relative: bool = True,
 ) -> None:
     """At each cut x becomes x + (x − mean) A B + b, in closed form; saved packaged, as stock checkpoints have no place.
@@ -28,12 +29,8 @@ def low_rank(
     explains. ridge: penalty, in units of x's mean variance. aim: bring the stream to where the dense model has it
     behind the missing units, or to where these take the cut model's stream. sinks, relative: as for emulated-update.
     """
-    require_ridge(ridge)
-    if rank < 0 or not 0 < energy <= 1:
-        raise UserError(f"low-rank takes rank ≥ 0 and 0 < energy ≤ 1; got rank={rank}, energy={energy}.")
-    twins = repair.twins()
+    twins, hidden = repair.twins(), hidden_size(repair)
     for station in repair.cuts:
-        hidden = repair.dense.model.config.get_text_config(decoder=True).hidden_size
         moments = repair.moments(hidden, least="a map of the stream")
         for reading, weights in repair.samples(
             twins, station, None, sinks=sinks, relative=relative, aim=aim, label=f"map for {station.missing[0]}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from transformers import PreTrainedModel
 
 from shallower.errors import UserError
-from shallower.registry import recovery
+from shallower.registry import AtLeast, recovery
 from shallower.surgery import cut
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.loop import settled, train
@@ -18,21 +18,22 @@ from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task, trainable
 
 
-def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    if (rank := options["rank"]) < 0:
-        raise UserError(f"rank={rank} is below 0: give the rank of the map, or 0 for a bias alone (--set rank=8).")
-
-
 def _unread(options: Mapping[str, Any]) -> dict[str, str]:
     names = {"kl": (), "nll": ("temperature", "teacher_cache")}
     rest = ("hidden", "temperature", "teacher_cache", "recompute")
     return dict.fromkeys(names.get(options["by"], rest), f"with by={options['by']}")
 
 
-@recovery("low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True, whole={"by": "mse"})
-@trainable(Recipe(lr=1e-3, weight_decay=0.0), without=("distill",), unread=_unread, ready=_ready)
+@recovery(
+    "low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True, whole={"by": "mse"}, plain={"by": "mse"}
+)
+@trainable(Recipe(lr=1e-3, weight_decay=0.0), without=("distill",), unread=_unread)
 def low_rank_trained(
-    student: PreTrainedModel, task: Task, *, rank: int = 8, by: Literal["mse", "kl", "nll"] = "kl"
+    student: PreTrainedModel,
+    task: Task,
+    *,
+    rank: Annotated[int, AtLeast(0)] = 8,
+    by: Literal["mse", "kl", "nll"] = "kl",
 ) -> PreTrainedModel:
     """At each cut a map x + x A B + b of the stream, of low rank, trained while the rest stays as it is.
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from shallower.recovery import Repair
-from shallower.registry import recovery
+from shallower.registry import AtLeast, recovery
 from shallower.surgery.fold import fold_map, fold_scale
 
 
 @recovery("magnitude", source="arXiv:2507.18212, arXiv:2505.24680")
 def magnitude(
-    repair: Repair, *, per: Literal["stream", "channel"] = "stream", sinks: float = 0.0, relative: bool = True
+    repair: Repair,
+    *,
+    per: Literal["stream", "channel"] = "stream",
+    sinks: Annotated[float, AtLeast(0)] = 0.0,
+    relative: bool = True,
 ) -> None:
     """Rescale at each cut, so that what comes in has the length that the dense model's stream has behind the cut.
 

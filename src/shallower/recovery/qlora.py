@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import PreTrainedModel
 
 from shallower.errors import UserError, require_package
-from shallower.registry import recovery
+from shallower.registry import AtLeast, recovery
 from shallower.training.adapters import adapt, merge, projections, quantise, require_quantisable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
@@ -29,7 +29,7 @@ def qlora(
     rank: int = 8,
     alpha: float = 16.0,
     dropout: float = 0.05,
-    first: int = 0,
+    first: Annotated[int, AtLeast(0)] = 0,
 ) -> PreTrainedModel:
     """Low-rank adapters trained on weights of four bits (NF4), then merged into what these stand for.
 

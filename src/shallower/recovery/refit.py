@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from shallower.engine.statistics import Aim
-from shallower.recovery import Repair, require_ridge
-from shallower.registry import recovery
+from shallower.anatomy.writers import Writer
+from shallower.engine.statistics import Aim, Station
+from shallower.recovery import Repair
+from shallower.registry import AtLeast, recovery
 from shallower.surgery.fold import can_have_bias, fold_constant
 
 
-@recovery("refit")
+def _fitted(repair: Repair, reach: str, sublayers: str) -> Iterator[tuple[Station, Writer]]:
+    """Each matrix that is fitted and the place behind it, in order of depth."""
+    started = False
+    for station in repair.stations:
+        started = started or bool(station.missing)
+        writer = repair.writer(station)
+        follows = started and reach == "rest" and sublayers in ("both", writer.kind if writer else "both")
+        if writer is not None and (station.missing or follows):
+            yield station, writer
+
+
+def _inputs(repair: Repair, options: Mapping[str, Any]) -> int:
+    fitted = _fitted(repair, options["reach"], options["sublayers"])
+    return max((writer.weight.shape[1] for _, writer in fitted), default=0)
+
+
+@recovery("refit", inputs=_inputs)
 def refit(
     repair: Repair,
     *,
-    ridge: float = 0.01,
+    ridge: Annotated[float, AtLeast(0)] = 0.01,
     reach: Literal["cuts", "rest"] = "cuts",
     sublayers: Literal["both", "attn", "mlp"] = "both",
     bias: bool = False,
     aim: Aim = "dense",
-    sinks: float = 0.0,
+    sinks: Annotated[float, AtLeast(0)] = 0.0,
     relative: bool = True,
 ) -> None:
     """Fit the whole matrix in front of each cut to the dense model's stream behind it; no new parameters.
@@ -33,15 +51,9 @@ def refit(
     """
     if reach == "cuts" or not any(repair.writer(station) for station in repair.stations):
         repair.require_writers()
-    require_ridge(ridge)
     twins = repair.twins()
-    started, without = False, list[str]()
-    for station in repair.stations:
-        started = started or bool(station.missing)
-        writer = repair.writer(station)
-        follows = started and reach == "rest" and sublayers in ("both", writer.kind if writer else "both")
-        if writer is None or not (station.missing or follows):
-            continue
+    without = list[str]()
+    for station, writer in _fitted(repair, reach, sublayers):
         has_bias = bias and can_have_bias(repair.student, writer)
         if bias and not has_bias:
             without.append(f"{writer.kind}.{writer.block.index}")

@@ -16,13 +16,11 @@ from shallower.resources import parse_memory
 from shallower.training.feed import Feed
 from shallower.training.loop import Guiding, number_format, settled, train
 from shallower.training.objective import TextObjective, shared_blocks
-from shallower.training.recipe import Task
+from shallower.training.recipe import Task, Trained
 from shallower.training.teacher import CachedTeacher, Teacher, open_cache, require_same_words
 
 
-def own_parameters(
-    student: PreTrainedModel, trained: Callable[[str], bool] = lambda name: False
-) -> dict[str, torch.dtype]:
+def own_parameters(student: PreTrainedModel, trained: Trained = lambda name: False) -> dict[str, torch.dtype]:
     """Give a student parameters of its own, as a cut one shares the dense model's.
 
     trained: whether a parameter of that name is to be trained; it becomes a float32 copy, and its number format so far
@@ -108,8 +106,6 @@ def _teacher(task: Task, teacher: Teacher) -> Teacher | CachedTeacher:
     budget = parse_memory(task.recipe.teacher_cache or None)
     if budget is None:
         return teacher
-    if task.recipe.hidden:
-        raise UserError("the teacher's cache holds no hidden states: leave out teacher_cache, or hidden.")
     if task.folder is None:
         raise UserError("teacher_cache needs a folder to be kept in: name one, or leave teacher_cache out.")
     text = Feed(task.text, 1, 1, task.seed)

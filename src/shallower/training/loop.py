@@ -365,16 +365,10 @@ def rate(share: float, warmup: float) -> float:
 
 
 def number_format(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
-    """What products are computed in: as the recipe says, or what is measured to be faster; never float16.
-
-    Raises UserError for float32 where weights that are not trained are in half precision.
+    """What products are computed in: as the recipe says, or what is measured to be faster; never float16, and not
+    float32 where weights that are not trained are in half precision.
     """
     if any(parameter.dtype != torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
-        if recipe.compute == "float32":
-            raise UserError(
-                f"compute=float32 needs the model in float32, and it is in {str(model.dtype).removeprefix('torch.')}: "
-                "add --dtype float32, or leave compute out."
-            )
         return torch.bfloat16
     if recipe.compute != "auto":
         return DTYPES[recipe.compute]

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
-from shallower.anatomy.dissect import Anatomy
+from shallower.anatomy.dissect import Anatomy, find_blocks
 from shallower.corpus.calibration import CalibrationSet
 from shallower.errors import UserError
 from shallower.launched import world_size
@@ -84,7 +85,11 @@ class Recipe:
             faults.append("epochs=inf has no end (give a large number, and minutes to stop by time)")
         if faults:
             raise UserError(f"{'; '.join(faults)}: correct it with --set.")
-        parse_memory(self.teacher_cache or None)
+        if parse_memory(self.teacher_cache or None) is not None and self.hidden:
+            raise UserError(
+                f"teacher_cache={self.teacher_cache} holds no hidden states, which hidden={self.hidden:g} compares: "
+                "leave one of the two out."
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -102,10 +107,28 @@ def unread_without_teacher(options: Mapping[str, Any]) -> dict[str, str]:
     return {} if options["distill"] else dict.fromkeys(("temperature", "teacher_cache"), "without distill")
 
 
-def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Recipe) -> None:
+Trained = Callable[[str], bool]
+"""Whether the parameter of that name is trained."""
+
+
+def require_blocks(options: Mapping[str, Any], blocks: int) -> None:
+    """Raise UserError where the first block to be trained is none of so many."""
+    if (first := options.get("first", 0)) >= blocks:
+        raise UserError(f"first={first}, but the model has only {blocks} blocks: give a smaller number.")
+
+
+def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Recipe, trained: Trained) -> None:
     """Raise CorpusError or UserError where a student cannot be trained on this text so: what is known before anything
     is computed.
     """
+    if recipe.compute == "float32" and any(
+        parameter.is_floating_point() and parameter.dtype != torch.float32 and not trained(name)
+        for name, parameter in student.named_parameters()
+    ):
+        raise UserError(
+            f"compute=float32 needs the model in float32, and it is in {str(student.dtype).removeprefix('torch.')}: "
+            "add --dtype float32, or leave compute out."
+        )
     if recipe.recompute and not student.supports_gradient_checkpointing:
         raise UserError(
             f"recompute=true needs a model that can compute its activations again, and {type(student).__name__} "
@@ -152,19 +175,26 @@ def _any(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """For a method that can train every student."""
 
 
+def _none(student: PreTrainedModel, options: Mapping[str, Any]) -> Trained:
+    """For a method that trains what it adds."""
+    return lambda name: False
+
+
 def trainable(
     defaults: Recipe,
     *,
     without: Collection[str] = (),
     unread: Callable[[Mapping[str, Any]], dict[str, str]] = unread_without_teacher,
     ready: Callable[[PreTrainedModel, Mapping[str, Any]], None] = _any,
+    trained: Callable[[PreTrainedModel, Mapping[str, Any]], Trained] = _none,
 ) -> Callable[[Callable[..., PreTrainedModel]], Callable[..., PreTrainedModel]]:
     """Turn `method(student, task, *, own options)` into a recovery that takes the recipe's options, too.
 
     defaults: the recipe's values where nothing is set. without: what of the recipe is no option of the method. ready:
     given a student and all options, raises where the method cannot train that so. The recovery's attribute `ready`, a
     function (student, text, options that are set), raises this and what the recipe cannot do, before anything is done.
-    unread: given all options, names those that nothing reads, and why; the recovery's attribute `unread`.
+    unread: given all options, names those that nothing reads, and why; the recovery's attribute `unread`. trained:
+    given the same as `ready`, which of the student's own parameters it trains.
     """
 
     def decorate(function: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
@@ -191,11 +221,13 @@ def trainable(
 
         def check(student: PreTrainedModel, text: CalibrationSet, options: Mapping[str, Any]) -> None:
             every = {**values, **options}
+            require_blocks(every, len(find_blocks(student)[1]))
             ready(student, every)
-            require_trainable(student, text, Recipe(**{name: every[name] for name in names}))
+            recipe = Recipe(**{name: every[name] for name in names})
+            require_trainable(student, text, recipe, trained(student, every))
 
         given = inspect.signature(function).parameters.values()
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
         own = {item.name: item.default for item in given if item.kind is item.KEYWORD_ONLY}
         supplied = list(inspect.signature(method, follow_wrapped=False).parameters.values())[:-1]
         described = {name: hints[name] for name in own} | typing.get_type_hints(Recipe)

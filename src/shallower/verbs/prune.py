@@ -45,6 +45,7 @@ from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
     Stages,
+    Training,
     in_closed_form,
     named_recoveries,
     parse_recoveries,
@@ -52,6 +53,7 @@ from shallower.verbs.recoveries import (
     recovery_card,
     recovery_made_by,
     repair_size,
+    require_first,
     require_launch,
     require_place,
     require_ready,
@@ -63,7 +65,7 @@ from shallower.verbs.recoveries import (
 )
 from shallower.verbs.repaired import Parts, judging_text
 from shallower.verbs.score import stream_statistic
-from shallower.verbs.search import require_possible, resolve, settable
+from shallower.verbs.search import Request, require_possible, resolve, settable
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, units_of
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_perplexity
@@ -179,8 +181,9 @@ def prune(
         require_unquantized(subject.model)
         if given is not None:
             given.require_for(subject.identity)
+        request = None
         if remove is not None:
-            resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
+            request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     with clock("calibration text"):
         searched: CalibrationSet | Parts
         if repair:
@@ -214,7 +217,7 @@ def prune(
             max_windows=max_windows,
             seed=seed,
         )
-        require_ready(subject.model, steps, training)
+        _require_ready(subject, given, request, steps, fitted, training)
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, whole_text, seed)
     with clock("search"):
@@ -324,6 +327,30 @@ def prune(
         )
     resume.clear()
     return Pruned(smaller.model, given, data, folder)
+
+
+def _require_ready(
+    subject: Subject,
+    plan: PruningPlan | None,
+    request: Request | None,
+    steps: Stages,
+    text: CalibrationSet,
+    training: Training | None,
+) -> None:
+    """`require_ready` before the search: of the cut model where it is known by then what goes; else of the dense one,
+    and of the blocks that can stay.
+    """
+    if not steps:
+        return
+    dense, removed = subject.anatomy, frozenset[Unit]()
+    if plan is not None:
+        removed = plan.removed
+    elif request is not None and request.budget is None:
+        removed = frozenset(request.units)
+    elif request is not None and request.budget is not None and {unit.kind for unit in request.units} == {"block"}:
+        require_first(steps, len(dense.blocks) - max(limit.fewest for limit in request.budget.limits))
+    student = dissect(cut(dense, removed)) if removed else dense
+    require_ready(student, dense, removed, steps, text, training)
 
 
 class _Clock:

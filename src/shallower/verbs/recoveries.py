@@ -22,7 +22,7 @@ from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import determinants
 from shallower.corpus import CalibrationSet
-from shallower.engine.statistics import Station
+from shallower.engine.statistics import Station, require_tokens
 from shallower.errors import ModelError, TooLittleText, UserError
 from shallower.evaluation.perplexity import context_limit, perplexity
 from shallower.launched import spreads
@@ -38,7 +38,7 @@ from shallower.surgery.patch import patches
 from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
-from shallower.training.recipe import TRAINED_AS, HeldOut, check_recipe
+from shallower.training.recipe import TRAINED_AS, HeldOut, check_recipe, require_blocks
 from shallower.training.state import ENDED
 from shallower.units import Unit
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
@@ -133,15 +133,31 @@ def parse_recoveries(
     elsewhere: options that others read, too.
 
     Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has or none
-    reads, or a value out of range.
+    reads, or a value out of range, or for an order that cannot be.
     """
     methods = named_recoveries(names)
     steps = list(zip(methods, share_options(what or f"recovery {names!r}", methods, settings), strict=True))
     for method, given in steps:
         if method.traits.get("trained"):
             check_recipe(given)
+    for method, given in steps[1:]:
+        if what := _asked(method, given, "plain"):
+            raise UserError(
+                f"{what} needs the cut model that nothing was repaired of, and in {names!r} {methods[0].name} comes "
+                f"before: let {method.name} come first, or choose another way for it (--set)."
+            )
     _require_read(steps, {*settings} - {*elsewhere})
     return steps
+
+
+def _asked(method: Method, given: Mapping[str, Any], trait: str) -> str:
+    """The options that a trait of a method goes with, or its name where it goes with all; empty without trait or
+    options.
+    """
+    wanted = method.traits.get(trait)
+    if wanted is None or not wanted.items() <= given.items():
+        return ""
+    return ", ".join(f"{name}={value}" for name, value in wanted.items()) or method.name
 
 
 def _require_read(steps: Stages, settings: Collection[str]) -> None:
@@ -157,10 +173,9 @@ def _require_read(steps: Stages, settings: Collection[str]) -> None:
 
 def _unread(method: Method, given: Mapping[str, Any], name: str) -> str:
     """Why a method does not read an option that was given; empty where it does, or it is the default."""
-    every = {key: option.default for key, option in method.options.items()}
-    if not hasattr(method.function, "unread") or given[name] == every[name]:
+    if not hasattr(method.function, "unread") or given[name] == method.options[name].default:
         return ""
-    unread: dict[str, str] = method.function.unread({**every, **given})
+    unread: dict[str, str] = method.function.unread(_in_use(method, given))
     return unread.get(name, "")
 
 
@@ -177,9 +192,7 @@ def require_launch(steps: Stages) -> None:
                 f"--use_fsdp spreads the model by FSDP {version}, and {method.name} trains with FSDP 2 only: add "
                 "--fsdp_version 2 to 'accelerate launch', or leave out --use_fsdp."
             )
-        whole = method.traits.get("whole")
-        if whole is not None and whole.items() <= options.items():
-            what = ", ".join(f"{name}={value}" for name, value in whole.items()) or method.name
+        if what := _asked(method, options, "whole"):
             raise UserError(
                 f"{what} needs the whole model in every process, and --use_fsdp spreads it: launch without --use_fsdp, "
                 "or train with full or lora."
@@ -197,14 +210,36 @@ def require_training(steps: Stages, sequences: int | None, instructions: str | P
         )
 
 
-def require_ready(model: PreTrainedModel, steps: Stages, training: Training | None) -> None:
-    """Raise UserError, ModelError or CorpusError where one of the recoveries cannot train this model with its options
-    on this text: before the first begins.
+def require_ready(
+    student: Anatomy,
+    dense: Anatomy,
+    removed: frozenset[Unit],
+    steps: Stages,
+    text: CalibrationSet,
+    training: Training | None,
+) -> None:
+    """Raise UserError, ModelError or CorpusError where one of the recoveries cannot repair or train this model with its
+    options on this text: before the first begins.
     """
     for method, options in steps:
         ready = getattr(method.function, "ready", None)  # a method from elsewhere may have none
         if ready is not None and training is not None:
-            ready(model, training.text, options)
+            ready(student.model, training.text, options)
+        if inputs := method.traits.get("inputs"):
+            widest = inputs(Repair(student, dense, removed, text), _in_use(method, options))
+            require_tokens(text.tokens, widest, least=f"the widest map of {method.name}")
+
+
+def require_first(steps: Stages, blocks: int) -> None:
+    """Raise UserError where a recovery that trains would begin behind the last of so many blocks."""
+    for method, options in steps:
+        if method.traits.get("trained"):
+            require_blocks(options, blocks)
+
+
+def _in_use(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method: those that are set, and the defaults of the others."""
+    return {**{name: option.default for name, option in method.options.items()}, **options}
 
 
 def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
@@ -345,7 +380,7 @@ def run_recoveries(
     text: for those in closed form. training: for those that train. measure: perplexities of the student as it is,
     called before the first and behind each. repaired: the student is no plain cut any more.
     """
-    require_ready(student.model, steps, training)
+    require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
     stages = [RecoveryStage("repaired" if repaired else "cut", measure(student))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
@@ -381,7 +416,7 @@ def run_recoveries(
                 repair.notes.append(_told(told))
             notes += [f"{method.name}: {note}" for note in repair.notes]
             gained = _parameters(student.model) - size
-            used = {name: option.default for name, option in method.options.items()} | dict(options)
+            used = _in_use(method, options)
             stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1), curve, used))
     finally:
         resume.tidy()
