@@ -54,8 +54,8 @@ def files(tmp_path: Path) -> Path:
 
 
 def asked(files: Path, *, trains: bool = True, **given: Any) -> dict[str, Any]:
-    few = {"sequences": 16, "length": 32, "window": 64, "max_windows": 3, "dtype": "float32"}
-    few |= {"train_sequences": 64, "settings": SMALL} if trains else {}
+    few = {"length": 32, "window": 64, "max_windows": 3, "dtype": "float32"}
+    few |= {"train_sequences": 64, "settings": SMALL} if trains else {"sequences": 16}
     return {"calibration": str(files / "text.jsonl"), **few, **given}
 
 
@@ -611,6 +611,12 @@ def test_what_another_training_left_stays_where_nothing_is_trained(tmp_path: Pat
             UserError,
             "--train-sequences and --instructions are for recoveries that train, .*: name one, or drop them",
         ),
+        (
+            {"methods": "full", "sequences": 16},
+            UserError,
+            "--sequences is for recoveries in closed form, .*, and all that are named train: .* by --train-sequences",
+        ),
+        ({"methods": "full", "memory": "1GB"}, UserError, "--memory is for recoveries in closed"),
         ({"methods": "refit,full", "train_sequences": 10**6}, UserError, "set with --train-sequences"),
         ({"methods": "full", "dtype": "bfloat16"}, UserError, "compute=float32 needs the model in float32"),
         ({"methods": "full", "settings": {**SMALL, "lr": "-1"}}, UserError, "lr=-1.0 is not above 0"),

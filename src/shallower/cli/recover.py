@@ -46,11 +46,14 @@ def recover(
     ] = None,
     calibration: options.RepairText = None,
     sequences: Annotated[
-        int,
+        int | None,
         Option(
-            "--sequences", metavar="N", min=1, help="Sequences of the calibration text, for recoveries in closed form."
+            "--sequences",
+            metavar="N",
+            min=1,
+            help="Sequences of the calibration text, for recoveries in closed form. Default: 128.",
         ),
-    ] = 128,
+    ] = None,
     length: options.Length = 256,
     train_sequences: options.TrainSequences = None,
     instructions: options.Instructions = None,

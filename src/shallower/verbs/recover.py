@@ -40,6 +40,7 @@ from shallower.verbs.recoveries import (
     perplexities,
     recovery_card,
     recovery_made_by,
+    require_closed_form,
     require_launch,
     require_place,
     require_training,
@@ -89,7 +90,7 @@ def recover(
     out: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: str | Path | CalibrationSet | None = None,
-    sequences: int = SEQUENCES,
+    sequences: int | None = None,
     length: int = LENGTH,
     train_sequences: int | None = None,
     instructions: str | Path | None = None,
@@ -111,8 +112,8 @@ def recover(
     as text. texts: held-out text; without any, the documents that calibration left out. out: folder to write; without
     it nothing is written.
     train_sequences: what recoveries that train read of the calibration text (default: 4,096, or all of a shorter text),
-    as the others read `sequences`; a ready-made set is read whole by all. instructions: .jsonl file of conversations to
-    train on instead.
+    as the others read `sequences` (default: 128); a ready-made set is read whole by all. instructions: .jsonl file of
+    conversations to train on instead.
     They keep the weights that do best on the documents that calibration left out, or on the answers of every 20th
     conversation, never by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of
     processes that `accelerate launch` started together, all train, and the first one writes.
@@ -122,6 +123,7 @@ def recover(
     steps = parse_recoveries(methods, settings or {})
     require_launch(steps)
     require_training(steps, train_sequences, instructions)
+    require_closed_form(steps, sequences, memory)
     memory = parse_memory(memory)
     if out is not None:
         require_place_for(out, model, teacher, force=force)
@@ -134,7 +136,7 @@ def recover(
     _require_first_repair(student, steps)
     text = None
     if in_closed_form(steps):
-        text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
+        text = calibrate(dense, calibration, sequences=sequences or SEQUENCES, length=length, seed=seed)
     contents = contents or held_out(calibration)
     if out is not None:
         require_place(steps, dense.anatomy, given.removed)

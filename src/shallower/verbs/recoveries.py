@@ -210,6 +210,19 @@ def require_training(steps: Stages, sequences: int | None, instructions: str | P
         )
 
 
+def require_closed_form(steps: Stages, sequences: int | None, memory: int | str | None) -> None:
+    """Raise UserError where it is said what recoveries in closed form read or may keep, and all of them train."""
+    if in_closed_form(steps):
+        return
+    instead = {"--sequences": "say what is read by --train-sequences", "--memory": "make at_once smaller (--set)"}
+    for (flag, way), value in zip(instead.items(), (sequences, memory), strict=True):
+        if value is not None:
+            raise UserError(
+                f"{flag} is for recoveries in closed form, such as refit, and all that are named train: drop it; to "
+                f"change what training takes, {way}."
+            )
+
+
 def require_ready(
     student: Anatomy,
     dense: Anatomy,
