@@ -318,7 +318,18 @@ def test_a_device_without_float64_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
 )
 def test_half_precision_has_to_be_worth_it(monkeypatch: pytest.MonkeyPatch, half: float, chosen: torch.dtype) -> None:
     monkeypatch.setattr(dtype, "_seconds", lambda device, size: (1.0, half))
-    assert dtype._measured.__wrapped__(torch.device("cpu"), 1) == chosen
+    assert dtype._measured(torch.device("cpu"), 1) == chosen
+
+
+def test_processes_launched_together_compute_in_one_format(start_together: Any) -> None:
+    code = """
+import os, torch
+from shallower.checkpoint import dtype
+dtype._measured = lambda device, threads: torch.bfloat16 if os.environ["RANK"] == "1" else torch.float32
+print([str(dtype.choose_dtype(torch.device("cpu"))) for _ in range(2)])
+"""
+    for status, said, errors in start_together("-c", code):
+        assert (status, said) == (0, "['torch.float32', 'torch.float32']\n"), errors
 
 
 # --- the Hub, which no test can reach

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def world_size() -> int:
@@ -28,8 +32,21 @@ def spreads() -> int:
     return int(os.environ.get("FSDP_VERSION", "1")) if spread else 0
 
 
+def agreed(value: float, device: torch.device) -> float:
+    """The first process's value, which all follow: all of them have to come here. device: that they compute on."""
+    if world_size() == 1:
+        return value
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=device.type == "cpu")  # brings them together, where that is not done yet
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.broadcast(shared, 0)
+    return float(shared)
+
+
 def wait() -> None:
-    """Return when all processes have come here. Does nothing before they trained together."""
+    """Return when all processes have come here. Does nothing before they agreed on something, or trained together."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from shallower.errors import UnknownName, UserError
-from shallower.launched import local_rank, world_size
+from shallower.launched import agreed, local_rank, world_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WORTHWHILE = 1.3  # half precision has to be this many times faster than float32 to be worth its rounding
@@ -55,14 +55,20 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     """The format in which `device` multiplies matrices fastest; bfloat16 only where it is clearly faster than float32.
 
     CUDA: bfloat16 where the hardware has it, else float16. On a processor measured once a process, which takes some
-    hundredths of a second on one thread. Never float16 there: several families overflow in it.
+    hundredths of a second on one thread; of processes that were launched together all follow the first one. Never
+    float16 there: several families overflow in it.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return _measured(device, torch.get_num_threads())
+    return _chosen(device, torch.get_num_threads())
 
 
 @functools.cache
+def _chosen(device: torch.device, threads: int) -> torch.dtype:
+    half = agreed(_measured(device, threads) == torch.bfloat16, device)  # two measurements may not come to the same
+    return torch.bfloat16 if half else torch.float32
+
+
 def _measured(device: torch.device, threads: int) -> torch.dtype:
     # Without hardware support bfloat16 can be a hundred times slower: the small product finds that out cheaply.
     for size in (256, 1024):

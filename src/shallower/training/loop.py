@@ -31,7 +31,7 @@ from shallower import progress
 from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.errors import UserError
-from shallower.launched import world_size
+from shallower.launched import agreed, world_size
 from shallower.training.divergence import Losses
 from shallower.training.feed import SEEDS, Feed, Portion
 from shallower.training.head_loss import Guide
@@ -185,16 +185,8 @@ class _Loop:
         """Of the whole training, done: by steps or by time, whichever is more."""
         share = self.state.step / self.steps
         if self.recipe.minutes and self.state.step:
-            share = max(share, self._agreed(self._seconds() / (60 * self.recipe.minutes)))
+            share = max(share, agreed(self._seconds() / (60 * self.recipe.minutes), self.device))
         return share
-
-    def _agreed(self, value: float) -> float:
-        """The first process's value, which all follow."""
-        if self.accelerator.num_processes == 1:
-            return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.broadcast(shared, 0)
-        return float(shared)
 
     def _step(self, share: float) -> str:
         """One step of the optimizer. Returns why training has to stop, if it has."""
@@ -246,7 +238,7 @@ class _Loop:
             if 0 < self.recipe.patience <= self.state.worse:
                 return f"{self.state.worse} measurements in a row brought nothing better"
         self.state.seconds = self._seconds()
-        if share < 1 and self._agreed(time.monotonic() - self.saved) >= 60 * self.recipe.save_minutes:
+        if share < 1 and agreed(time.monotonic() - self.saved, self.device) >= 60 * self.recipe.save_minutes:
             self._save()
             self.saved = time.monotonic()
         return ""
@@ -287,7 +279,7 @@ class _Loop:
                 self.objective(portion, None if self.teacher is None else self.teacher.guide(portion))
         self.objective.eval()
         with torch.no_grad(), torch.autocast(device, compute, enabled=compute != torch.float32):
-            return self._agreed(self.objective(None, None, measure))
+            return agreed(self.objective(None, None, measure), self.device)
 
     def _save(self) -> None:
         weights, moments = self._weights(), self._moments()
