@@ -1106,6 +1106,35 @@ def test_the_teachers_cache_and_the_state_have_to_fit_the_disk_together(
         run("full", tiny_model("llama"), folder=tmp_path)
 
 
+def test_what_was_kept_after_the_last_state_is_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held_out(*values: float) -> Callable[[PreTrainedModel], float]:
+        each = iter(values)
+        return lambda model: next(each)
+
+    save, step = state.Store.save, loop._Loop._step
+    given: dict[str, Any] = {"folder": tmp_path, "save_minutes": 0.0, "evaluations": 20, "patience": 2}
+
+    def killed(self: Any, share: float) -> str:
+        if self.state.step == 4:
+            raise KeyboardInterrupt
+        return step(self, share)
+
+    with monkeypatch.context() as patch:  # a state behind the first step only, and the best weights behind the third
+        patch.setattr(state.Store, "save", lambda self, found, *rest: save(self, found, *rest) if found.step < 2 else 0)
+        patch.setattr(loop._Loop, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("full", tiny_model("llama"), held_out=held_out(10.0, 9.0, 8.0, 5.0, 6.0), **given)
+    kept = load_file(tmp_path / "good.safetensors")
+    run(
+        "full", tiny_model("llama"), held_out=held_out(8.0, 5.0, 6.0, 7.0), **given
+    )  # and its patience begins behind it
+    told = json.loads((tmp_path / "training.json").read_text())
+    assert (told["kept"], told["best"], told["step"]) == (3, 5.0, 5)
+    assert told["stopped"] == "2 measurements in a row brought nothing better"
+    for name, tensor in load_file(tmp_path / "good.safetensors").items():
+        assert torch.equal(tensor, kept[name])
+
+
 def test_what_another_process_deleted_first_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = [tmp_path / ".state-00000001.7", tmp_path / ".good.safetensors.7"]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(gone))

@@ -258,9 +258,9 @@ class _Loop:
         if self._better(row.get("held_out")) and all(bool(torch.isfinite(each).all()) for each in weights.values()):
             state.best, state.worse, state.kept = row.get("held_out"), 0, state.step
             if self.task.folder is None or self.accelerator.is_main_process:
-                self.store.keep(weights)
+                self.store.keep(weights, state)
         else:
-            state.worse += 1
+            state.worse += state.step > state.kept  # a resumed one may know of good weights that lie ahead
         self.accelerator.wait_for_everyone()
 
     def _better(self, held_out: float | None) -> bool:

@@ -1,7 +1,7 @@
 """The state of a training on disk: written under a temporary name, renamed, and only tensors and JSON.
 
     FOLDER/state-00000120/   weights.safetensors  optimizer.safetensors  state.json
-    FOLDER/good.safetensors  the trained weights where held-out perplexity was lowest
+    FOLDER/good.safetensors  the trained weights where held-out perplexity was lowest, with their step and that value
     FOLDER/training.json     how a training that came to its end went; its states are gone, its good weights stay
 
 A kill at any moment leaves a whole state, and one after the end, before the model was saved, loses nothing. Which
@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from shallower.strict_json import record_faults, write_json
 
 WEIGHTS, OPTIMIZER, STATE, GOOD = "weights.safetensors", "optimizer.safetensors", "state.json", "good.safetensors"
 ENDED = "training.json"
+KEPT = "kept"  # beside the good weights: their step and held-out perplexity, as they may be newer than the state
 
 
 @dataclass
@@ -143,17 +146,34 @@ class Store:
             )
         if faults := record_faults(f"{folder / STATE}", {**data, "curve": {}}, State):
             raise UserError("; ".join(faults) + ": delete it.")
-        return State(**data), weights, moments
+        return self._with_kept(State(**data)), weights, moments
 
-    def keep(self, weights: Mapping[str, Tensor]) -> None:
-        """Remember these trained weights as the good ones."""
+    def _with_kept(self, state: State) -> State:
+        """A state that knows of the good weights, where a kill came between these and the next state."""
+        assert self.folder is not None
+        path = self.folder / GOOD
+        if not path.is_file():
+            return state
+        try:
+            with safe_open(path, "pt") as file:
+                step, best = file.get_tensor(KEPT).tolist()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read as the weights of a training ({error}): delete it.") from None
+        if step <= state.step:
+            return state
+        return replace(state, kept=int(step), best=None if math.isnan(best) else best, worse=0)
+
+    def keep(self, weights: Mapping[str, Tensor], state: State) -> None:
+        """Remember these trained weights as the good ones, with the step and value that `state` has for them."""
         if self.folder is None:
             self._good = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
         else:
-            write_tensors(self.folder / GOOD, weights)
+            best = math.nan if state.best is None else state.best
+            kept = torch.tensor([state.kept, best], dtype=torch.float64)
+            write_tensors(self.folder / GOOD, {**weights, KEPT: kept})
 
     def good(self) -> dict[str, Tensor]:
-        """What `keep` was last given."""
+        """The weights that `keep` was last given."""
         return self._good if self.folder is None else load_file(self.folder / GOOD)
 
     def finish(self, state: State, stopped: str) -> None:
