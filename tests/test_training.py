@@ -43,7 +43,7 @@ from shallower.training.answers import answer_perplexity, split
 from shallower.training.divergence import Losses
 from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide, head_losses
-from shallower.training.heal import own_parameters
+from shallower.training.heal import block_of, own_parameters
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.objective import shared_blocks
 from shallower.training.patch import UnitObjective, attach, cuts
@@ -1159,6 +1159,23 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
 
 
 # What a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("family", "embedding", "norm"),
+    [("bloom", "word_embeddings_layernorm", "ln_f"), ("opt_post_norm", "project_", ""), ("gpt2", "wpe", "ln_f")],
+)
+def test_what_makes_the_stream_of_words_is_embeddings(family: str, embedding: str, norm: str) -> None:
+    for embeddings in (False, True):
+        model = tiny_model(family)
+        own = dict(model.named_parameters())
+        healed = run("full", model, first=2, embeddings=embeddings, epochs=0.2, remove="block.3")
+        place = block_of(healed)
+        outside = {name: parameter for name, parameter in healed.named_parameters() if place(name) is None}
+        changed = {name for name, parameter in outside.items() if not torch.equal(parameter, own[name])}
+        assert any(embedding in name for name in changed) == embeddings
+        assert {name for name in outside if norm and norm in name} <= changed
+        assert embeddings or all(norm and norm in name for name in changed)
 
 
 def test_a_number_format_of_products_is_refused_where_weights_stay_in_half_precision() -> None:

@@ -117,11 +117,9 @@ def require_blocks(options: Mapping[str, Any], blocks: int) -> None:
         raise UserError(f"first={first}, but the model has only {blocks} blocks: give a smaller number.")
 
 
-def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Recipe, trained: Trained) -> None:
-    """Raise CorpusError or UserError where a student cannot be trained on this text so: what is known before anything
-    is computed.
-    """
-    if recipe.compute == "float32" and any(
+def require_float32(student: PreTrainedModel, trained: Trained) -> None:
+    """Raise UserError where weights that are not trained, and so not made float32, are in half precision."""
+    if any(
         parameter.is_floating_point() and parameter.dtype != torch.float32 and not trained(name)
         for name, parameter in student.named_parameters()
     ):
@@ -129,6 +127,12 @@ def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Re
             f"compute=float32 needs the model in float32, and it is in {str(student.dtype).removeprefix('torch.')}: "
             "add --dtype float32, or leave compute out."
         )
+
+
+def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Recipe) -> None:
+    """Raise CorpusError or UserError where a student cannot be trained on this text so: what is known before anything
+    is computed.
+    """
     if recipe.recompute and not student.supports_gradient_checkpointing:
         raise UserError(
             f"recompute=true needs a model that can compute its activations again, and {type(student).__name__} "
@@ -224,7 +228,9 @@ def trainable(
             require_blocks(every, len(find_blocks(student)[1]))
             ready(student, every)
             recipe = Recipe(**{name: every[name] for name in names})
-            require_trainable(student, text, recipe, trained(student, every))
+            if recipe.compute == "float32":
+                require_float32(student, trained(student, every))
+            require_trainable(student, text, recipe)
 
         given = inspect.signature(function).parameters.values()
         hints = typing.get_type_hints(function, include_extras=True)
