@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from shallower.anatomy.weigh import size
 from shallower.forms import FORMS, Form
 from shallower.plan import PruningPlan
 from shallower.version import __version__
@@ -57,10 +58,10 @@ def model_card(
 
 def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveries: Sequence[str]) -> str:
     blocks = model.config.get_text_config().num_hidden_layers
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{blocks} blocks and {parameters:,} parameters"
+    parameters, _ = size((model,))
+    told = f"{blocks} blocks and {parameters:,} parameters"
     if plan is None:
-        return f"A language model of {size}."
+        return f"A language model of {told}."
     removed = ", ".join(f"`{unit}`" for unit in plan.remove)
     changed = "The weights that are left were not changed by the removal."
     if recoveries:
@@ -69,7 +70,7 @@ def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveri
         changed = (
             "Of the sublayers that are still there the output projections are zero; no other weights were changed."
         )
-    return f"{size} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. {changed}"
+    return f"{told} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. {changed}"
 
 
 def _how(plan: PruningPlan) -> list[str]:

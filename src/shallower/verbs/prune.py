@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
-from shallower.checkpoint.load import LoadedModel
 from shallower.corpus import CalibrationSet
 from shallower.engine import reads_choices, stream_scores
 from shallower.errors import TooLittleText, UserError
@@ -68,7 +67,7 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import Request, require_possible, resolve, settable
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, units_of
-from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_perplexity
+from shallower.verbs.texts import held_out, nothing_held_out, read_texts
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -264,9 +263,12 @@ def prune(
                 seed=seed,
                 memory=memory,
             )
-        smaller = Subject(smaller.loaded, dissect(smaller.model))
+        smaller = smaller.holding(smaller.model)
     with clock("perplexity"):
-        before, after = _perplexities((subject, smaller), contents, window, max_windows)
+        before, after = (
+            perplexities(side, contents, window, max_windows, label=f"with {len(side.anatomy.blocks)} blocks on")
+            for side in (subject, smaller)
+        )
     scores: TaskScores = TaskScores()
     if asked is not None:
         with clock("tasks"):
@@ -368,13 +370,9 @@ class _Clock:
 
 def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject, Export]:
     """What will be stored, to be measured, and how."""
-    loaded = subject.loaded
     with progress.task("cutting"):
         found = export(subject.anatomy, removed, cut(subject.anatomy, removed), form)
-        smaller = found.model
-        return Subject(
-            LoadedModel(smaller, loaded.tokenizer, loaded.name, loaded.revision, None), dissect(smaller)
-        ), found
+        return subject.holding(found.model), found
 
 
 def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], form: str) -> tuple[Anatomy, Export]:
@@ -438,24 +436,6 @@ def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[
         made_by = MadeBy(None, None, statistic.metric.name, options, seed, text.identity, __version__)
         found.append(Scores(subject.identity, statistic.metric.name, scored, made_by))
     return found[0], found[1]
-
-
-def _perplexities(
-    sides: Sequence[Subject], contents: Mapping[str, str], window: int, max_windows: int | None
-) -> list[dict[str, Perplexity]]:
-    return [
-        {
-            name: text_perplexity(
-                side,
-                content,
-                window=window,
-                max_windows=max_windows,
-                label=f"with {len(side.anatomy.blocks)} blocks on {name}",
-            )
-            for name, content in contents.items()
-        }
-        for side in sides
-    ]
 
 
 def _side(

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
+from shallower.anatomy.weigh import size
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import ModelError, PlanError
 from shallower.evaluation.comparison import Comparison, Evaluation
@@ -115,7 +116,7 @@ def _size(subject: Subject, gone: frozenset[Unit]) -> tuple[int, int]:
     except ModelError:  # there is no such checkpoint, and what is skipped is all that is known
         return blocks, parameters
     blocks = smaller.config.get_text_config().num_hidden_layers
-    return blocks, sum(parameter.numel() for parameter in smaller.parameters())
+    return blocks, size((smaller,))[0]
 
 
 def _perplexities(

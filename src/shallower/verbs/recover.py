@@ -12,8 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
-from shallower.anatomy import Anatomy, dissect
-from shallower.checkpoint.load import LoadedModel
+from shallower.anatomy import Anatomy
 from shallower.checkpoint.locate import locate
 from shallower.checkpoint.shards import stored_dtype
 from shallower.corpus import CalibrationSet
@@ -250,10 +249,8 @@ def _student(
         return student, lambda: (open_subject(name, **wanted).anatomy, open_subject(folder, **wanted).model)
     plan.require_for(dense.identity)
     with progress.task("cutting"):
-        smaller = cut(dense.anatomy, plan.removed)
-        loaded = LoadedModel(smaller, dense.loaded.tokenizer, dense.loaded.name, dense.loaded.revision, None)
-
-    return Subject(loaded, dissect(smaller)), lambda: as_stored(dense, plan.removed)
+        student = dense.holding(cut(dense.anatomy, plan.removed))
+    return student, lambda: as_stored(dense, plan.removed)
 
 
 def _require_first_repair(student: Subject, steps: Stages) -> None:

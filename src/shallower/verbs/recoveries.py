@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.patch import Patch
+from shallower.anatomy.weigh import size
 from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import determinants
 from shallower.corpus import CalibrationSet
 from shallower.engine.statistics import Station, require_tokens
 from shallower.errors import ModelError, TooLittleText, UserError
-from shallower.evaluation.perplexity import context_limit, perplexity
+from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.launched import spreads
 from shallower.recovery import Repair
 from shallower.registry import Method, share_options
@@ -382,7 +383,7 @@ def run_recoveries(
     *,
     training: Training | None,
     resume: Resume,
-    measure: Callable[[Subject], Mapping[str, float]],
+    measure: Callable[[Subject], Mapping[str, Perplexity]],
     seed: int,
     memory: int | None,
     repaired: bool = False,
@@ -394,14 +395,14 @@ def run_recoveries(
     called before the first and behind each. repaired: the student is no plain cut any more.
     """
     require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
-    stages = [RecoveryStage("repaired" if repaired else "cut", measure(student))]
+    stages = [RecoveryStage("repaired" if repaired else "cut", _values(measure(student)))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
     if any(method.traits.get("trained") for method, _ in steps):
         begun += [*determinants(student.model), *determinants(dense.model)]
     try:
         for number, (method, options) in enumerate(steps):
-            size = _parameters(student.model)
+            before, _ = size((student.model,))
             start = time.perf_counter()
             repair = Repair(dissect(student.model), dense.anatomy, removed, text, seed, memory)
             supplied: dict[str, Any] = {
@@ -420,7 +421,7 @@ def run_recoveries(
             with progress.task(f"recovery {method.name}"):
                 made = method.function(**{name: supplied[name] for name in method.parameters}, **options)
             if made is not None and made is not student.model:
-                student = Subject(replace(student.loaded, model=made), dissect(made))
+                student = student.holding(made)
             seconds, tokens = time.perf_counter() - start, repair.tokens
             curve: tuple[dict[str, float], ...] = ()
             if folder is not None and (folder / ENDED).is_file():  # a method from elsewhere may keep nothing
@@ -428,12 +429,17 @@ def run_recoveries(
                 seconds, tokens, curve = max(seconds, told["seconds"]), told["tokens"], tuple(told["curve"])
                 repair.notes.append(_told(told))
             notes += [f"{method.name}: {note}" for note in repair.notes]
-            gained = _parameters(student.model) - size
+            gained = size((student.model,))[0] - before
             used = _in_use(method, options)
-            stages.append(RecoveryStage(method.name, measure(student), gained, tokens, round(seconds, 1), curve, used))
+            shown = _values(measure(student))
+            stages.append(RecoveryStage(method.name, shown, gained, tokens, round(seconds, 1), curve, used))
     finally:
         resume.tidy()
     return student, tuple(stages), tuple(notes)
+
+
+def _values(found: Mapping[str, Perplexity]) -> dict[str, float]:
+    return {name: each.perplexity for name, each in found.items()}
 
 
 def _told(told: Mapping[str, Any]) -> str:
@@ -444,11 +450,11 @@ def _told(told: Mapping[str, Any]) -> str:
 
 
 def perplexities(
-    subject: Subject, contents: Mapping[str, str], window: int, max_windows: int | None
-) -> dict[str, float]:
-    """Perplexity on each text, by the text's name."""
+    subject: Subject, contents: Mapping[str, str], window: int, max_windows: int | None, label: str = "on"
+) -> dict[str, Perplexity]:
+    """Perplexity on each text, by the text's name, which `label` stands before while it is measured."""
     return {
-        name: text_perplexity(subject, content, window=window, max_windows=max_windows, label=f"on {name}").perplexity
+        name: text_perplexity(subject, content, window=window, max_windows=max_windows, label=f"{label} {name}")
         for name, content in contents.items()
     }
 
@@ -493,7 +499,3 @@ def recovery_card(stages: Sequence[RecoveryStage], made: RecoveryMadeBy) -> str:
     texts = {"Repaired": made.calibration, "Trained": made.training}
     lines += [f"- {done} on {text.title}, {text.tokens:,} tokens" for done, text in texts.items() if text is not None]
     return "\n".join([*lines, f"- Seed {made.seed}"])
-
-
-def _parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -57,6 +57,10 @@ class Subject:
         """The number format that the model computes in, such as `bfloat16`."""
         return str(self.model.dtype).removeprefix("torch.")
 
+    def holding(self, model: PreTrainedModel) -> Subject:
+        """A model that was made of this one, with its tokenizer and name."""
+        return Subject(replace(self.loaded, model=model, path=None), dissect(model))
+
     @cached_property
     def identity(self) -> ModelIdentity:
         blocks = len(self.anatomy.blocks)
