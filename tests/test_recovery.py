@@ -24,7 +24,8 @@ from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import CalibrationSet
 from shallower.engine import Ablator, prove, statistics
-from shallower.engine.statistics import SINK_WEIGHT, Moments, Point, Reading, Twins, token_weights
+from shallower.engine.moments import Moments
+from shallower.engine.twins import SINK_WEIGHT, Point, Reading, Twins, token_weights
 from shallower.errors import CorpusError, ModelError, PlanError, UnknownName, UserError
 from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan

@@ -30,7 +30,7 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.crossing import Crossing, Midpoint, crossings, find_midpoints, run_to_head
-from shallower.engine.statistics import require_tokens
+from shallower.engine.moments import require_tokens
 from shallower.engine.trace import prove
 from shallower.registry import Method
 from shallower.scores import Score

@@ -38,7 +38,8 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import Halves, Writer, find_writers
 from shallower.corpus.calibration import CalibrationSet
-from shallower.engine.statistics import Aim, Moments, Reading, Station, Streams, Twins, require_tokens, token_weights
+from shallower.engine.moments import Moments, require_tokens
+from shallower.engine.twins import Aim, Reading, Station, Streams, Twins, token_weights
 from shallower.errors import CorpusError, ModelError
 from shallower.surgery.fold import fold_constant
 from shallower.surgery.patch import attach_at, patches

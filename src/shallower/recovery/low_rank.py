@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 
-from shallower.engine.statistics import Aim
+from shallower.engine.twins import Aim
 from shallower.recovery import Repair, hidden_size
 from shallower.registry import Above, AtLeast, recovery
 

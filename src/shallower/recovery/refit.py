@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from shallower.anatomy.writers import Writer
-from shallower.engine.statistics import Aim, Station
+from shallower.engine.twins import Aim, Station
 from shallower.recovery import Repair
 from shallower.registry import AtLeast, recovery
 from shallower.surgery.fold import can_have_bias, fold_constant

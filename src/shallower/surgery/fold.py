@@ -17,8 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from shallower.anatomy.dissect import Anatomy, probe_ids
 from shallower.anatomy.writers import Halves, Writer
 from shallower.corpus.calibration import Batch
-from shallower.engine.statistics import Point
 from shallower.engine.trace import trace
+from shallower.engine.twins import Point
 from shallower.errors import ModelError
 from shallower.surgery.config import stored_text
 from shallower.surgery.skeleton import skeleton, skeleton_blocks

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from shallower.anatomy.dissect import Anatomy, Block, dissect, probe_ids, unpack
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
-from shallower.engine.statistics import Point
+from shallower.engine.twins import Point
 from shallower.errors import ModelError
 from shallower.packaged import Absent, LeavesOut
 from shallower.surgery.adopt import restate

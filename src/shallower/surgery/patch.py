@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shallower.anatomy.dissect import Anatomy, pack, unpack
 from shallower.anatomy.patch import Patch, Where, held
 from shallower.anatomy.writers import Halves, find_writers
-from shallower.engine.statistics import Point
+from shallower.engine.twins import Point
 from shallower.errors import ModelError
 
 PLACES: tuple[Where, ...] = get_args(Where)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.writers import Halves
-from shallower.engine.statistics import Point, Station
+from shallower.engine.twins import Point, Station
 from shallower.errors import PlanError
 from shallower.surgery.pairing import Layer, in_place, re_pair
 from shallower.units import Kind, Unit

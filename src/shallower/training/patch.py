@@ -12,8 +12,8 @@ from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import Batch
-from shallower.engine.statistics import Point, Station
 from shallower.engine.trace import Trace, trace
+from shallower.engine.twins import Point, Station
 from shallower.surgery.patch import attach_at
 from shallower.surgery.stations import stations
 from shallower.training.feed import Portion

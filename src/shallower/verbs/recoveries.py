@@ -23,7 +23,8 @@ from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import determinants
 from shallower.corpus import CalibrationSet
-from shallower.engine.statistics import Station, require_tokens
+from shallower.engine.moments import require_tokens
+from shallower.engine.twins import Station
 from shallower.errors import ModelError, TooLittleText, UserError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.launched import spreads

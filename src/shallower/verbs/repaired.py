@@ -24,7 +24,7 @@ from shallower.corpus.choices import ChoiceSet
 from shallower.engine import Ablator, Spent
 from shallower.engine.ablator import MEASURED_AS, code_of
 from shallower.engine.memo import Memo, context_key
-from shallower.engine.statistics import Streams
+from shallower.engine.twins import Streams
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
 from shallower.recovery import Repair
