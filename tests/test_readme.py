@@ -13,7 +13,8 @@ import shallower
 from shallower.cli import main
 from shallower.testing.families import tiny_model, tiny_tokenizer
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ shallower (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -40,6 +41,27 @@ def test_commands_and_code(folder: Path) -> None:
     exec(library.replace('"demo"', '"MODEL"').replace('out="smaller"', 'out="again"'), names)
     assert AutoModelForCausalLM.from_pretrained("again").config.num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained("again") is not None
+
+
+def _places(page: Path) -> set[str]:
+    """What a link into the page may name: its headings, as hosts of Markdown spell them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, place = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("https://") and not (target.exists() and (not place or place in _places(target))):
+            dead.append(link)
+    assert not dead
 
 
 def test_public_names_are_sorted_and_exist() -> None:
