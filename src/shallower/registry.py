@@ -63,13 +63,20 @@ class Option:
     default: Any
     above: Above | None = None
 
+    @property
+    def takes(self) -> str:
+        """Its values in words, such as `a whole number above 0`."""
+        if get_origin(self.annotation) is Literal:
+            return " or ".join(str(choice) for choice in get_args(self.annotation))
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.annotation]
+        return words if self.above is None else f"{words} {self.above}"
+
     def parse(self, text: str) -> Any:
         """Turn the text of `--set name=text` into a value.
 
         Raises UserError when the text does not fit the annotation.
         """
         kind, text = self.annotation, str(text)  # from Python it may come as the value itself
-        allowed = _allowed(kind) + ("" if self.above is None else f" {self.above}")
         try:
             if get_origin(kind) is Literal:
                 choices = {str(choice): choice for choice in get_args(kind)}
@@ -81,13 +88,7 @@ class Option:
                 raise ValueError(text)
             return value
         except (KeyError, ValueError):
-            raise UserError(f"option {self.name}={text!r} does not fit: it takes {allowed}.") from None
-
-
-def _allowed(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(str(choice) for choice in get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+            raise UserError(f"option {self.name}={text!r} does not fit: it takes {self.takes}.") from None
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ class Method:
     def summary(self) -> str:
         """First line of the docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def trained(self) -> bool:
+        """Of a recovery: whether it trains."""
+        return bool(self.traits.get("trained"))
 
     @property
     def parameters(self) -> tuple[str, ...]:

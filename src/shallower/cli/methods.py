@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
 from shallower import registry
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UnknownName
-from shallower.registry import Method, Option
+from shallower.registry import Method
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,21 +58,13 @@ def _as_data(found: Sequence[Method]) -> dict[str, Any]:
                 "source": method.source,
                 "links": paper_links(method.source),
                 "options": [
-                    {"name": option.name, "takes": _takes(option), "default": option.default}
+                    {"name": option.name, "takes": option.takes, "default": option.default}
                     for option in method.options.values()
                 ],
             }
             for method in found
         ]
     }
-
-
-def _takes(option: Option) -> str:
-    kind = option.annotation
-    if get_origin(kind) is not None:
-        return " or ".join(str(choice) for choice in get_args(kind))
-    takes = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
-    return takes if option.above is None else f"{takes} {option.above}"
 
 
 def _written(default: object) -> str:
@@ -110,7 +102,7 @@ def _describe(console: Console, found: Sequence[Method]) -> None:
         told = {f"--set {option.name}=…": option for option in method.options.values()}
         for flag, option in told.items():
             column = flag.ljust(max(map(len, told)))
-            console.print(f"  {column}  {_takes(option)}; default {_written(option.default)}", soft_wrap=True)
+            console.print(f"  {column}  {option.takes}; default {_written(option.default)}", soft_wrap=True)
         if not method.options:
             console.print("It has no options.")
         for link in paper_links(method.source) or [method.source or "this package; no paper"]:

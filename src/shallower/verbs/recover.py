@@ -257,7 +257,7 @@ def _require_first_repair(student: Subject, steps: Stages) -> None:
     """Raise PlanError for repairs of a model in which maps make up already for what is missing: it would be made up
     for twice.
     """
-    repairs = [method.name for method, _ in steps if method.traits.get("maps") or not method.traits.get("trained")]
+    repairs = [method.name for method, _ in steps if method.traits.get("maps") or not method.trained]
     if repairs and isinstance(student.model, LeavesOut) and has_maps(student.model.config):
         raise PlanError(
             f"{student.loaded.name} has maps in the place of what is missing, as an earlier recovery left them: it can "

@@ -140,7 +140,7 @@ def parse_recoveries(
     methods = named_recoveries(names)
     steps = list(zip(methods, share_options(what or f"recovery {names!r}", methods, settings), strict=True))
     for method, given in steps:
-        if method.traits.get("trained"):
+        if method.trained:
             check_recipe(given)
     for method, given in steps[1:]:
         if what := _asked(method, given, "plain"):
@@ -187,7 +187,7 @@ def require_launch(steps: Stages) -> None:
     """
     version = spreads()
     for method, options in steps if version else ():
-        if not method.traits.get("trained"):
+        if not method.trained:
             continue
         if version != 2:
             raise UserError(
@@ -205,7 +205,7 @@ def require_training(steps: Stages, sequences: int | None, instructions: str | P
     """Raise UserError where it is said what to train on, and none of the recoveries trains."""
     given = {"--train-sequences": sequences, "--instructions": instructions}
     idle = [flag for flag, value in given.items() if value is not None]
-    if idle and not any(method.traits.get("trained") for method, _ in steps):
+    if idle and not any(method.trained for method, _ in steps):
         are, them = ("is", "it") if len(idle) == 1 else ("are", "them")
         raise UserError(
             f"{' and '.join(idle)} {are} for recoveries that train, such as full or lora: name one, or drop {them}."
@@ -315,7 +315,7 @@ def training_text(
 
     Raises UserError for instructions that cannot be read, CorpusError when there is too little text.
     """
-    trained = [method.name for method, _ in steps if method.traits.get("trained")]
+    trained = [method.name for method, _ in steps if method.trained]
     if not trained:
         return None
     text: CalibrationSet
@@ -399,7 +399,7 @@ def run_recoveries(
     stages = [RecoveryStage("repaired" if repaired else "cut", _values(measure(student)))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
-    if any(method.traits.get("trained") for method, _ in steps):
+    if any(method.trained for method, _ in steps):
         begun += [*determinants(student.model), *determinants(dense.model)]
     try:
         for number, (method, options) in enumerate(steps):
@@ -414,7 +414,7 @@ def run_recoveries(
                 "seed": seed,
             }
             folder: Path | None = None
-            if method.traits.get("trained"):
+            if method.trained:
                 assert training is not None
                 done = [(one.name, given) for one, given in steps[: number + 1]]
                 folder = resume.folder(*begun, training.text.digest, training.measured, done)
@@ -462,7 +462,7 @@ def perplexities(
 
 def in_closed_form(steps: Stages) -> bool:
     """Whether one of the recoveries is, and so reads the text of a repair."""
-    return any(not method.traits.get("trained") for method, _ in steps)
+    return any(not method.trained for method, _ in steps)
 
 
 def texts_read(

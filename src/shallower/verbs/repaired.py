@@ -92,7 +92,7 @@ def judging_text(
 
 def require_closed(methods: Sequence[Method]) -> None:
     """Raise UserError for a recovery that is trained."""
-    if trained := [method.name for method in methods if method.traits.get("trained")]:
+    if trained := [method.name for method in methods if method.trained]:
         raise UserError(
             f"{trained[0]} is trained, which takes too long to judge every candidate by: use a recovery in closed form "
             "(--repair linear-fold), and train what is left afterwards (shallower recover)."
