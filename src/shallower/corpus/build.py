@@ -24,11 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from shallower import progress
 from shallower.corpus.bos import Bos, resolve_bos
-from shallower.corpus.calibration import CalibrationSet, SourceRecord, is_saved, tokens_digest
+from shallower.corpus.calibration import CalibrationSet, SourceRecord, is_saved, padded, tokens_digest
 from shallower.corpus.clean import Dropped, worth_reading
 from shallower.corpus.duplicates import Duplicates
 from shallower.corpus.formats import Format, Formatted, formatted
@@ -134,9 +132,7 @@ def build_calibration(
         )
     if len(sources) > 1:
         rows = _interleaved(rows, options.seed)
-    ids = torch.tensor([row + [pad_id(tokenizer)] * (options.length - len(row)) for _, row in rows], dtype=torch.int64)
-    lengths = torch.tensor([len(row) for _, row in rows])
-    mask = (torch.arange(options.length)[None, :] < lengths[:, None]).to(torch.int64)
+    ids, mask = padded([row for _, row in rows], pad_id(tokenizer), options.length)
     found = [
         replace(term, source=source.spec or term.source) for term, source in zip(parsed.terms, sources, strict=True)
     ]

@@ -202,6 +202,20 @@ class CalibrationSet:
         return cls(spec, tensors["input_ids"], tensors.get("attention_mask"), sources)
 
 
+def padded(rows: Sequence[Sequence[int]], filler: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Ids and their mask, int64 [rows, width]: each row filled up to the longest one, or to `width`."""
+    width = width or max(map(len, rows))
+    ids = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=torch.int64)
+    mask = torch.arange(width)[None, :] < torch.tensor([len(row) for row in rows])[:, None]
+    return ids, mask.to(torch.int64)
+
+
+def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    apart = (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(apart, min(len(one), len(other)))
+
+
 def tokens_digest(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
     """`sha256:…` of each id that occurs with its token: equal for tokenizers that read these ids alike."""
     known = sorted(set(ids.flatten().tolist()))

@@ -24,7 +24,15 @@ from shallower import progress
 from shallower.corpus.answers import Answers
 from shallower.corpus.bos import resolve_bos
 from shallower.corpus.build import pad_id, require_vocabulary
-from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is_saved, tokens_digest
+from shallower.corpus.calibration import (
+    Batch,
+    CalibrationSet,
+    SourceRecord,
+    is_saved,
+    padded,
+    shared_prefix,
+    tokens_digest,
+)
 from shallower.corpus.questions import EXAMPLE, Question, read_questions
 from shallower.corpus.specification import Part, check_options, in_part, parse_specification, written_out
 from shallower.errors import CorpusError
@@ -242,10 +250,8 @@ class _Rows:
         encoded = self.tokenizer([*contexts, *wholes], add_special_tokens=False, verbose=False)["input_ids"]
         found = []
         for alone, whole in zip(encoded[: len(contexts)], encoded[len(contexts) :], strict=True):
-            shared = next((at for at, pair in enumerate(zip(alone, whole, strict=False)) if pair[0] != pair[1]), None)
-            begin = len(self.first) + (min(len(alone), len(whole)) if shared is None else shared)
             ids = [*self.first, *whole]
-            begin = max(begin, 1)  # nothing predicts the very first token
+            begin = max(len(self.first) + shared_prefix(alone, whole), 1)  # nothing predicts the very first token
             if begin >= len(ids):
                 raise CorpusError(f"{where}: the tokenizer makes no token of a choice; write one that has letters.")
             found.append((ids, begin))
@@ -261,16 +267,12 @@ class _Rows:
             self.bytes.append(len(choice.strip().encode()))
 
     def finish(self, spec: str, sources: tuple[SourceRecord, ...]) -> ChoiceSet:
-        length = max(map(len, self.ids))
-        padding = pad_id(self.tokenizer)
-        ids = torch.tensor([row + [padding] * (length - len(row)) for row in self.ids], dtype=torch.int64)
-        positions = torch.arange(length)[None, :]
-        real = positions < torch.tensor([len(row) for row in self.ids])[:, None]
+        ids, mask = padded(self.ids, pad_id(self.tokenizer))
         answers = Answers(
-            real & (positions >= torch.tensor(self.begins)[:, None]),
+            mask.bool() & (torch.arange(ids.shape[1])[None, :] >= torch.tensor(self.begins)[:, None]),
             torch.tensor(self.question),
             torch.tensor(self.gold),
             torch.tensor(self.bytes),
         )
         tokens = tokens_digest(self.tokenizer, ids)
-        return ChoiceSet(spec, ids, real.to(torch.int64), sources, tokens, answers=answers)
+        return ChoiceSet(spec, ids, mask, sources, tokens, answers=answers)

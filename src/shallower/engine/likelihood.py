@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shallower.anatomy.dissect import Anatomy
-from shallower.corpus.calibration import Batch
+from shallower.corpus.calibration import Batch, padded
 from shallower.engine.evaluator import Evaluator, Job
 from shallower.engine.head import ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
 from shallower.engine.routes import Route, route_of
@@ -83,7 +83,7 @@ class Likelihoods:
         places = [[place for ids in group for place in rows[ids]] for group in groups]
         batches = [
             _AskedBatch(
-                _padded(group),
+                padded(group, 0)[0],  # what is filled up stands behind the rest, where nothing looks at it
                 None,
                 None,
                 tuple((row, asked[place]) for row, ids in enumerate(group) for place in rows[ids]),
@@ -186,9 +186,3 @@ class _AskScorer:
         vocabulary: int = self.trace.anatomy.model.get_input_embeddings().num_embeddings
         limit = ROW_CHUNK_BYTES if device == "cpu" else ROW_CHUNK_BYTES_ELSEWHERE
         return max(16, limit // (4 * vocabulary))
-
-
-def _padded(rows: Sequence[tuple[int, ...]]) -> Tensor:
-    """int64 [rows, length]. What is filled up stands behind the rest, where nothing looks at it."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64)

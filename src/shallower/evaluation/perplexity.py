@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.corpus.bos import resolve_bos
+from shallower.corpus.calibration import padded
 from shallower.engine.likelihood import perplexity_of
 from shallower.errors import CorpusError, ModelError, UserError
 
@@ -240,14 +241,8 @@ def _windows(tokens: int, room: int, stride: int) -> Iterator[Window]:
 
 def _window_sums(model: PreTrainedModel, ids: Tensor, windows: Sequence[Window], bos: int | None) -> list[float]:
     """Sum of the loss over each window's scored tokens, in nats."""
-    opening = [] if bos is None else [torch.tensor([bos])]
-    rows = [torch.cat([*opening, ids[part.start : part.stop]]) for part in windows]
-    longest = max(map(len, rows))
-    batch = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(batch)
-    for index, row in enumerate(rows):
-        batch[index, : len(row)] = row
-        mask[index, : len(row)] = 1
+    opening = [] if bos is None else [bos]
+    batch, mask = padded([[*opening, *ids[part.start : part.stop].tolist()] for part in windows], 0)
     given: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.to(model.device)}
     output = model(input_ids=batch.to(model.device), use_cache=False, **given)
     if output.logits is None:

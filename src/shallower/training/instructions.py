@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.corpus.build import pad_id
-from shallower.corpus.calibration import CalibrationSet, SourceRecord, tokens_digest
+from shallower.corpus.calibration import CalibrationSet, SourceRecord, padded, shared_prefix, tokens_digest
 from shallower.corpus.formats import conversation, templated
 from shallower.corpus.sources import json_records
 from shallower.errors import CorpusError
@@ -98,15 +98,13 @@ def build_instructions(
         raise CorpusError(
             f"none of the {read} conversations of {path} fits length={length}: set a larger one (--length)."
         )
-    width = max(len(ids) for ids, _ in found)
-    filler = pad_id(tokenizer)
-    rows = torch.tensor([ids + [filler] * (width - len(ids)) for ids, _ in found], dtype=torch.int64)
-    real = torch.arange(width)[None, :] < torch.tensor([len(ids) for ids, _ in found])[:, None]
-    scored = real & (torch.arange(width)[None, :] >= torch.tensor([begin for _, begin in found])[:, None])
+    rows, mask = padded([ids for ids, _ in found], pad_id(tokenizer))
+    begins = torch.tensor([begin for _, begin in found])
+    scored = mask.bool() & (torch.arange(rows.shape[1])[None, :] >= begins[:, None])
     source = SourceRecord(path.name, f"sha256:{total.hexdigest()}", len(found), read)
     described = f"{path.name}?{CONVERSATIONS}&length={length}"
     tokens = tokens_digest(tokenizer, rows)
-    return InstructionSet(described, rows, real.to(torch.int64), (source,), tokens, scored=scored)
+    return InstructionSet(described, rows, mask, (source,), tokens, scored=scored)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where: str) -> tuple[list[int], int]:
@@ -125,5 +123,4 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where
         )
     ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
     alone = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    shared = next((at for at, pair in enumerate(zip(alone, ids, strict=False)) if pair[0] != pair[1]), len(alone))
-    return ids, shared
+    return ids, shared_prefix(alone, ids)
