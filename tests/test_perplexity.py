@@ -108,8 +108,11 @@ def test_windows_spread_and_limits(model: Any, tokenizer: Any) -> None:
 def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
     tiny = tiny_model("llama", blocks=1)
     tiny.train()
+    frozen = tiny.model.layers[0].mlp.eval()
     perplexity(tiny, tokenizer, TEXT, window=50, max_windows=1)
     assert tiny.training
+    assert not frozen.training
+    assert tiny.model.layers[0].self_attn.training
     assert all(parameter.requires_grad for parameter in tiny.parameters())
 
 

@@ -1,4 +1,6 @@
-"""Calls into transformers, kept quiet and honest: no noise of its own, and no weight that was made up."""
+"""Calls into transformers, kept quiet and honest: no noise of its own, no weight that was made up,
+and modes that are put back.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +40,19 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         _show_bars(bars)
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off inside the `with`; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def load_config(

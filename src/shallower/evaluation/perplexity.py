@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shallower import progress
+from shallower.checkpoint.stock import evaluating
 from shallower.corpus.bos import resolve_bos
 from shallower.corpus.calibration import padded
 from shallower.engine.likelihood import perplexity_of
@@ -286,14 +286,3 @@ def _standard_error(sums: Sequence[float], counts: Sequence[int], mean: float) -
         return None
     spread = math.fsum((total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True))
     return math.sqrt(spread * len(sums) / (len(sums) - 1)) / sum(counts)
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout and the like off, and back to what it was afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -22,11 +22,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from shallower import progress
 from shallower.checkpoint.determinants import determinants
+from shallower.checkpoint.stock import evaluating
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import ModelError, UserError, out_of_memory
 from shallower.evaluation.answered import Answered, digest
 from shallower.evaluation.harness import quiet_harness
-from shallower.evaluation.perplexity import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,12 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.dissect import probe_ids
+from shallower.checkpoint.stock import quiet
 from shallower.errors import ModelError
 from shallower.packaged import has_maps
 from shallower.surgery.config import cut_config
 from shallower.surgery.cut import cut, skipping
 from shallower.surgery.save import Export, form_of
-from shallower.surgery.verify import cached_logits, difference, full_logits, quiet, tolerance
+from shallower.surgery.verify import cached_logits, difference, full_logits, tolerance
 from shallower.units import Kind, Unit
 
 _WORDS: Mapping[Kind, tuple[str, ...]] = {

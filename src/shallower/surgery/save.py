@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shallower import files, progress
 from shallower.anatomy.dissect import probe_ids
-from shallower.checkpoint.stock import is_quantized
+from shallower.checkpoint.stock import is_quantized, quiet
 from shallower.errors import ModelError, OutputError
 from shallower.files import replacing_folder, write_text
 from shallower.forms import FORMS, Form
@@ -31,7 +31,7 @@ from shallower.strict_json import write_json
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
 from shallower.surgery.patch import patches
-from shallower.surgery.verify import Loader, load_stock, quiet, verify_saved
+from shallower.surgery.verify import Loader, load_stock, verify_saved
 
 _BESIDES_WEIGHTS = 64 * 2**20
 """Room for tokenizer, report and directory entries."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
+from shallower.checkpoint.stock import evaluating, quiet
 from shallower.errors import VerificationError
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -21,7 +20,7 @@ _DECODED = 4
 
 def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of one pass without a cache: float32 [sequences, tokens, vocabulary], on the CPU. Dropout is off."""
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float().cpu()
 
@@ -30,7 +29,7 @@ def cached_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The same logits, the last few tokens one at a time with the KV cache that the model itself makes."""
     ids = ids.to(model.device)
     start = max(ids.shape[1] - _DECODED, 1)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         output = model(input_ids=ids[:, :start], use_cache=True)
         logits = [output.logits]
         for position in range(start, ids.shape[1]):
@@ -125,30 +124,3 @@ def verify_saved(
                 f"{value:.3g}{how}, {allowed:.3g} is allowed."
             )
     return whole
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and loading reports off the terminal."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off inside the `with`; every module's mode is put back."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

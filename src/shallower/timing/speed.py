@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from shallower import progress
+from shallower.checkpoint.stock import evaluating
 from shallower.errors import ModelError, UserError
-from shallower.evaluation.perplexity import context_limit, evaluating
+from shallower.evaluation.perplexity import context_limit
 from shallower.timing.memory import peak_above
 
 if TYPE_CHECKING:
