@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from shallower.corpus.quality import WORD
 from shallower.errors import CorpusError, require_package
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ SHINGLE = 5
 LEAST_WORDS = 20  # of fewer, most of a text's runs are those of a date line or a heading: only copies say the same
 PERMUTATIONS = 128
 _FOUND = 0.999  # of the pairs whose similarity is the threshold
-_WORD = re.compile(r"[^\W_]+")
 _SHINGLES_AT_ONCE = 4_096  # times PERMUTATIONS numbers in memory
 _KNOWN_WORDS = 1_000_000
 
@@ -36,7 +35,7 @@ Hashes = npt.NDArray[np.uint64]
 
 def words_of(text: str) -> list[str]:
     """Runs of letters and digits, lower-cased."""
-    return _WORD.findall(text.lower())
+    return WORD.findall(text.lower())
 
 
 def fingerprint(words: Sequence[str], text: str) -> bytes:

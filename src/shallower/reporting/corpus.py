@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shallower.corpus import CalibrationSet, Cleaning, Cluster, Counts, SharedRows
-from shallower.reporting.figures import _WIDTH, styled, svg
+from shallower.reporting.figures import WIDTH, styled, svg
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
 from shallower.reporting.wording import percent, plural
 
@@ -141,7 +141,7 @@ def _cluster_figure(cleaning: Cleaning) -> Figure | None:
     if cleaning.threshold is None or not sizes:
         return None
     with styled():
-        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes: Axes = figure.subplots()
         axes.vlines(list(sizes), 0.5, list(sizes.values()), color=_KEPT, linewidth=1, alpha=0.35)
         axes.scatter(list(sizes), list(sizes.values()), s=26, color=_KEPT, zorder=3)
@@ -174,7 +174,7 @@ def quality_bars(cleaning: Cleaning) -> str | None:
         name = next(name for name, _, places in groups if judged.place in places)
         counts[name][min(_BINS - 1, math.floor(judged.quality * _BINS))] += 1
     with styled():
-        figure = Figure(figsize=(_WIDTH, 3.0), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
         axes: Axes = figure.subplots()
         shown = [(name, colour) for name, colour, _ in groups if any(counts[name])]
         width = 0.9 / _BINS / len(shown)

@@ -15,7 +15,7 @@ from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskResult
 from shallower.reporting.figures import round_values, styled, svg
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#B59B00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#B59B00")
 _MARKERS = "osD^vPX*"
 _DOTS = 200  # of a PNG, an inch
 
@@ -82,7 +82,7 @@ def _draw_tasks(axes: Axes, places: Sequence[int], points: Sequence[Point], task
             found = next((result.metrics[0] for result in point.tasks if result.task == task), None)
             values.append(math.nan if found is None else found.value)
             errors.append(0.0 if found is None or found.error is None else found.error)
-        style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
         axes.errorbar(
             places, values, yerr=errors, label=task, markersize=4, linewidth=1.3, capsize=2, elinewidth=0.7, **style
         )
@@ -93,7 +93,7 @@ def _draw_texts(axes: Axes, places: Sequence[int], points: Sequence[Point], text
     for number, text in enumerate(texts):
         values = [point.perplexity[text].perplexity for point in points]
         finite = [value if math.isfinite(value) else math.nan for value in values]
-        style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
         axes.plot(places, finite, label=text, markersize=4, linewidth=1.3, **style)
     perplexity_axis(axes)
     axes.set_ylabel("perplexity (log scale)")

@@ -11,7 +11,7 @@ from rich.text import Text
 from shallower.evaluation.generation import Generation
 from shallower.evaluation.pairs import Difference
 from shallower.evaluation.tasks import Metric, TaskResult
-from shallower.reporting.tables import CHANCE, _add, _table
+from shallower.reporting.tables import CHANCE, add_row, new_table
 from shallower.reporting.wording import signed
 
 _SAMPLES = 3
@@ -34,14 +34,14 @@ def task_table(columns: Sequence[TaskColumn]) -> Table:
     told = "Value ± standard error"
     told += f"; below, the difference to {columns[0].model} ± its paired error." if len(columns) > 1 else "."
     unclear = any(not found.significant for column in columns for found in column.differences.values())
-    table = _table("Task", "Metric", "Items", *(column.model for column in columns), caption=told + CHANCE * unclear)
+    table = new_table("Task", "Metric", "Items", *(column.model for column in columns), caption=told + CHANCE * unclear)
     for result in columns[0].results:
         if result.within is not None and not result.group:
             continue  # summed up in its group; all are in the file
         for place, metric in enumerate(result.metrics):
             cells = [_cell(column, result.task, metric.name) for column in columns]
             name = f"{'  ' if result.within else ''}{result.task}" + (f", {result.shots}-shot" if result.shots else "")
-            _add(table, name if place == 0 else "", metric.name, f"{result.count:,}" if place == 0 else "", *cells)
+            add_row(table, name if place == 0 else "", metric.name, f"{result.count:,}" if place == 0 else "", *cells)
     return table
 
 
@@ -67,10 +67,10 @@ def _value(metric: Metric) -> str:
 def generation_table(written: Mapping[str, Generation]) -> Table:
     """One row a model: how much repeats, loops, how long the texts are."""
     told = "Greedy continuations of the same prompts. Different: share of runs of words that are not repeats."
-    table = _table("Model", "Different 2-runs", "3-runs", "Loops", "Tokens", "Ended itself", caption=told)
+    table = new_table("Model", "Different 2-runs", "3-runs", "Loops", "Tokens", "Ended itself", caption=told)
     for model, found in written.items():
         numbers = (found.distinct_2, found.distinct_3, found.loops)
-        _add(
+        add_row(
             table,
             model,
             *(f"{100 * number:.0f} %" for number in numbers),

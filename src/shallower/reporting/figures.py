@@ -83,7 +83,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
     whole = {unit.index for unit in removed if unit.kind == "block"}
     gone = {unit for unit, _ in rows if unit in removed or unit.index in whole}
     with styled():
-        figure = Figure(figsize=(_WIDTH, 2.9 if len(kinds) == 1 else 1.0 + 1.9 * len(kinds)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.9 if len(kinds) == 1 else 1.0 + 1.9 * len(kinds)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
         for axes, kind in zip(panels, kinds, strict=True):
             _bars(axes, {unit: row for unit, row in rows if unit.kind == kind}, gone, kind, blocks)
@@ -126,7 +126,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
     highest = lengths[-1] + 1
     chosen = runs(removed, "block") if all(unit.kind == "block" for unit in removed) else ()
     with styled():
-        figure = Figure(figsize=(_WIDTH, 4.3), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
         plane, profile = figure.subplots(1, 2, sharey=True, width_ratios=(3.6, 1))
         image = plane.imshow(
             rescaled[:highest],
@@ -215,7 +215,7 @@ def loss_curve(plan: PruningPlan) -> str | None:
         return svg(figure, f"{made.measure} on {where} after each removal", told)
 
 
-_WIDTH = 9.2  # inches, at 72 units each; the page scales it
+WIDTH = 9.2  # inches, at 72 units each; the page scales it
 
 
 def training_curve(stage: RecoveryStage) -> str | None:
@@ -244,7 +244,7 @@ def training_curve(stage: RecoveryStage) -> str | None:
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shallower.files import write_text
-from shallower.reporting.curves import perplexity_axis
-from shallower.reporting.figures import _WIDTH, styled, svg
+from shallower.reporting.curves import COLOURS, perplexity_axis
+from shallower.reporting.figures import WIDTH, styled, svg
 from shallower.reporting.markup import html_page, html_section, html_table
 from shallower.reporting.wording import distinct_names
 from shallower.strict_json import spelled, write_json
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PAGE, NUMBERS, TABLES = "study.html", "findings.json", "study.md"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#F0E442")
 _SMALLEST_SHARE = 0.01  # smaller ones are in the JSON file only
 
 Rows = list[tuple[str, ...]]
@@ -60,15 +59,11 @@ def failures_table(results: Sequence[Result], findings: Findings) -> Table:
 
 
 def _terminal(head: Sequence[str], rows: Rows, caption: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
+    from shallower.reporting.tables import add_row, new_table
 
-    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", caption_style="dim", pad_edge=False)
-    for number, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number == 0)
+    table = new_table(*head, caption=caption)
     for row in rows:
-        table.add_row(*map(Text, row))
+        add_row(table, *row)
     return table
 
 
@@ -256,7 +251,7 @@ def agreement_bars(findings: Findings) -> str | None:
     if not items:
         return None
     with styled():
-        figure = Figure(figsize=(_WIDTH, 0.7 + 0.32 * len(items)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.7 + 0.32 * len(items)), layout="constrained")
         axes: Axes = figure.subplots()
         values = [item.jaccard.value for item in items]
         errors = [
@@ -283,10 +278,10 @@ def share_bars(findings: Findings) -> str | None:
         for label, value in _stack(own).items():
             parts.setdefault(label, [0.0] * len(outcomes_))[outcomes_.index(name)] = value
     with styled():
-        figure = Figure(figsize=(_WIDTH, 1.1 + 0.36 * len(outcomes_)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.1 + 0.36 * len(outcomes_)), layout="constrained")
         axes: Axes = figure.subplots()
         left = np.zeros(len(outcomes_))
-        for (label, values), colour in zip(parts.items(), _COLOURS * 2, strict=False):
+        for (label, values), colour in zip(parts.items(), COLOURS * 2, strict=False):
             shade = {"rest": "#E2E8F0", "interactions": "#94A3B8"}.get(label, colour)
             axes.barh(outcomes_, values, left=left, color=shade, height=0.62, label=label)
             left += np.array(values)
@@ -318,7 +313,7 @@ def spread(results: Sequence[Result]) -> str | None:
     columns = list(dict.fromkeys((result.cell.remove, result.cell.search) for result in results))
     sources = list(dict.fromkeys(result.cell.text for result in results))
     with styled():
-        figure = Figure(figsize=(_WIDTH, 0.9 + 2.1 * len(texts)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.9 + 2.1 * len(texts)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(len(texts), 1, sharex=True, squeeze=False)[:, 0])
         for axes, text in zip(panels, texts, strict=True):
             for number, source in enumerate(sources):
@@ -326,7 +321,7 @@ def spread(results: Sequence[Result]) -> str | None:
                 shift = (number - (len(sources) - 1) / 2) * 0.16
                 places = [columns.index((result.cell.remove, result.cell.search)) + shift for result in own]
                 values = [result.held_out[text] for result in own]
-                colour = _COLOURS[number % len(_COLOURS)]
+                colour = COLOURS[number % len(COLOURS)]
                 axes.plot(places, values, "o", color=colour, alpha=0.55, markersize=3.5, label=source)
             perplexity_axis(axes)
             axes.set_ylabel(f"perplexity, {text}")

@@ -55,18 +55,18 @@ class PerplexityRow:
 def before_after_table(data: ReportData) -> Table:
     """Dense and pruned model side by side, with what changed."""
     speed = f"Speed: {data.speed_setting}." if data.speed_setting else ""
-    table = _table("", "Dense", "Pruned", "Difference", caption=speed)
+    table = new_table("", "Dense", "Pruned", "Difference", caption=speed)
     for row in comparison(data):
-        _add(table, row.label, row.dense, row.pruned, row.difference)
+        add_row(table, row.label, row.dense, row.pruned, row.difference)
     return table
 
 
 def recovery_table(stages: Sequence[RecoveryStage]) -> Table:
     """The cut model, and what each recovery made of it."""
     head, rows = recovery_rows(stages)
-    table = _table(*head, caption="")
+    table = new_table(*head, caption="")
     for row in rows:
-        _add(table, *row)
+        add_row(table, *row)
     return table
 
 
@@ -78,13 +78,13 @@ def scores_table(scores: Scores) -> Table:
 
 def sheet_table(sheet: ScoreSheet) -> Table:
     """Every unit in order of depth, and by each metric its rank (1 goes first) before its value."""
-    table = _table("Unit", *sheet.metrics, caption="Rank and value by each metric. Rank 1 matters least.")
+    table = new_table("Unit", *sheet.metrics, caption="Rank and value by each metric. Rank 1 matters least.")
     ranks = [{unit: place for place, unit in enumerate(scores.ranked(), start=1)} for scores in sheet.scores]
     values = [scores.units for scores in sheet.scores]
     digits = len(str(len(ranks[0])))
     for unit in sorted(ranks[0]):
         cells = [f"{rank[unit]:>{digits}} {score(value[unit]):>9}" for rank, value in zip(ranks, values, strict=True)]
-        _add(table, str(unit), *cells)
+        add_row(table, str(unit), *cells)
     return table
 
 
@@ -93,9 +93,9 @@ def correlations_table(metrics: Sequence[str], correlations: Sequence[RankCorrel
     cells = {(row.first, row.second): row.spearman for row in correlations}
     cells |= {(row.second, row.first): row.kendall for row in correlations}
     told = "Rank correlations of units: Spearman's rho above the diagonal, Kendall's tau below."
-    table = _table("", *metrics, caption=told)
+    table = new_table("", *metrics, caption=told)
     for row in metrics:
-        _add(table, row, *("" if row == column else number(cells[row, column]) for column in metrics))
+        add_row(table, row, *("" if row == column else number(cells[row, column]) for column in metrics))
     return table
 
 
@@ -104,7 +104,7 @@ def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
 
     Blocks that weigh the same share their rows, so most models take few.
     """
-    table = _table("", "Parameters", "Bytes", "FLOPs/token", "KV bytes/token", caption=_COUNTED)
+    table = new_table("", "Parameters", "Bytes", "FLOPs/token", "KV bytes/token", caption=_COUNTED)
     indices = sorted({unit.index for unit in weights.units})
     for _, alike in groupby(indices, key=lambda index: [weights.units.get(Unit(index, kind)) for kind in KINDS]):
         group = list(alike)
@@ -131,7 +131,7 @@ def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
                 (gone.kv_bytes, whole.kv_bytes),
             )
         ]
-        _add(table, "difference", *changes)
+        add_row(table, "difference", *changes)
         units = sorted(removed)
         amounts = {kind: sum(unit.kind == kind for unit in units) for kind in KINDS}
         told = ", ".join(plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount)
@@ -145,7 +145,7 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
     compared = any(text not in row.apart for row in rows[1:] for text in row.perplexity)
     told = f"Perplexity, lower is better; in brackets relative to {rows[0].model}." if compared else "Perplexity."
     told += CHANCE if any(row.unclear for row in rows) else ""
-    table = _table("Model", "Blocks", "Parameters", *texts, caption=told)
+    table = new_table("Model", "Blocks", "Parameters", *texts, caption=told)
     for row in rows:
         cells = []
         for text in texts:
@@ -155,18 +155,18 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
             if beside and value is not None and first and math.isfinite(value) and math.isfinite(first):
                 cell += f"\n{signed(value - first)} ({value / first:.2f}×)" + (" ~" if text in row.unclear else "")
             cells.append(cell)
-        _add(table, row.model, str(row.blocks), count(row.parameters), *cells)
+        add_row(table, row.model, str(row.blocks), count(row.parameters), *cells)
     return table
 
 
 def bench_table(speeds: Mapping[str, Sequence[Speed]], setting: str) -> Table:
     """Models at each prompt and batch size, by name; under each time and amount its difference to the first model's."""
     told = f"{setting} Differences are to the first model; ≈ marks those within the spread."
-    table = _table("Model", "Prefill", "Decoding", "Peak memory", "KV cache", caption=told)
+    table = new_table("Model", "Prefill", "Decoding", "Peak memory", "KV cache", caption=told)
     first = next(iter(speeds))
     for place, reference in enumerate(speeds[first]):
         table.add_section()
-        _add(table, f"prompt {reference.prompt}, batch {reference.batch}", style="bold")
+        add_row(table, f"prompt {reference.prompt}, batch {reference.batch}", style="bold")
         for name, measured in speeds.items():
             speed, against = measured[place], None if name == first else reference
             peak = "–" if speed.peak_bytes is None else size(speed.peak_bytes)
@@ -175,7 +175,7 @@ def bench_table(speeds: Mapping[str, Sequence[Speed]], setting: str) -> Table:
             cache = size(speed.kv_cache_bytes)
             if against is not None and against.kv_cache_bytes:
                 cache += "\n" + signed(100 * (speed.kv_cache_bytes / against.kv_cache_bytes - 1), "{:.1f} %".format)
-            _add(
+            add_row(
                 table,
                 f"  {name}",
                 _timing(speed.prefill_s, speed.prefill_tokens_per_s, against.prefill_s if against else None),
@@ -200,10 +200,10 @@ def _unit_table(scores: Scores, units: Iterable[tuple[Unit, Score]]) -> Table:
     rank = {unit: place for place, unit in enumerate(scores.ranked(), start=1)}
     finite = [abs(value) for value in scores.units.values() if math.isfinite(value)]
     longest = max(finite, default=0.0)
-    table = _table("Unit", "Rank", scores.metric, "± error", caption="Rank 1 matters least.")
+    table = new_table("Unit", "Rank", scores.metric, "± error", caption="Rank 1 matters least.")
     table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
     for unit, row in sorted(units, key=lambda pair: pair[0]):
-        _add(table, str(unit), str(rank[unit]), score(row.value), score(row.error), _bar(row.value, longest))
+        add_row(table, str(unit), str(rank[unit]), score(row.value), score(row.error), _bar(row.value, longest))
     return table
 
 
@@ -213,11 +213,11 @@ def _span_table(scores: Scores) -> Table:
         if isinstance(row.of, Span) and (len(row.of) not in best or row.value < best[len(row.of)][1].value):
             best[len(row.of)] = (row.of, row)
     longest = max((abs(row.value) for _, row in best.values() if math.isfinite(row.value)), default=0.0)
-    table = _table("Length", "Least span", scores.metric, "± error", caption="Spans are half-open, blocks from 0.")
+    table = new_table("Length", "Least span", scores.metric, "± error", caption="Spans are half-open, blocks from 0.")
     table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
     for length, (span, row) in sorted(best.items()):
         told = f"[{span.start}, {span.stop})"
-        _add(table, str(length), told, score(row.value), score(row.error), _bar(row.value, longest))
+        add_row(table, str(length), told, score(row.value), score(row.error), _bar(row.value, longest))
     return table
 
 
@@ -235,10 +235,11 @@ def _left(whole: UnitWeight, gone: UnitWeight) -> UnitWeight:
 
 def _weigh(table: Table, name: str, weight: UnitWeight, style: str = "") -> None:
     cells = count(weight.parameters), size(weight.bytes), count(weight.flops), size(weight.kv_bytes)
-    _add(table, name, *cells, style=style)
+    add_row(table, name, *cells, style=style)
 
 
-def _table(first: str, *others: str, caption: str) -> Table:
+def new_table(first: str, *others: str, caption: str) -> Table:
+    """A table with a name in each row, and numbers behind it."""
     told = Text(caption, style="dim") if caption else None
     table = Table(box=SIMPLE_HEAD, caption=told, caption_justify="left", pad_edge=False)
     table.add_column(Text(first), overflow="fold")
@@ -247,6 +248,6 @@ def _table(first: str, *others: str, caption: str) -> Table:
     return table
 
 
-def _add(table: Table, *cells: str, style: str = "") -> None:
+def add_row(table: Table, *cells: str, style: str = "") -> None:
     """Cells are text, never markup: a model may be called `[red]`."""
     table.add_row(*(Text(cell) for cell in cells), style=style)

@@ -6,7 +6,6 @@ import itertools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from shallower.errors import UserError
 from shallower.reporting.wording import distinct_names, percent, plural
 from shallower.timing import Speed, Spread, compare_speed, memory_source, require_counts, require_fits
 from shallower.units import Unit
-from shallower.verbs.subject import Model, Subject, open_subject, several
+from shallower.verbs.subject import Model, Subject, open_subject, path_of, several
 from shallower.version import __version__
 
 FORMAT = "shallower.bench/1"
@@ -125,7 +124,7 @@ def bench(
     if isinstance(models, Mapping):
         names = list(models)
     else:
-        names = distinct_names([subject.loaded.name for subject in subjects], [_called(model) for model in given])
+        names = distinct_names([subject.loaded.name for subject in subjects], [path_of(model) for model in given])
     named = {name: subject.model for name, subject in zip(names, subjects, strict=True)}
     require_fits(named, max(length for _, length in sizes), generate)
     found = [
@@ -162,10 +161,6 @@ def _sizes(name: str, given: int | Sequence[int]) -> list[int]:
     if not sizes:
         raise UserError(f"no {name} size is given: name at least one.")
     return list(dict.fromkeys(sizes))
-
-
-def _called(model: Model) -> str:
-    return str(model) if isinstance(model, (str, Path)) else ""
 
 
 def _speed_json(speed: Speed, first: Speed | None) -> dict[str, Any]:

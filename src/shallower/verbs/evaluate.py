@@ -19,7 +19,7 @@ from shallower.reporting.wording import distinct_names
 from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.questions import model_tasks, open_answered, read_questions
-from shallower.verbs.subject import Model, open_subject, require_there, several
+from shallower.verbs.subject import Model, open_subject, path_of, require_there, several
 from shallower.verbs.texts import text_perplexity, windows_cut
 
 
@@ -111,7 +111,7 @@ def evaluate(
             blocks, parameters = subject.identity.blocks, subject.weights.model.parameters
             found.append(Evaluation(label, blocks, parameters, perplexities, tuple(results), written))
             del subject
-    labels = distinct_names([each.model for each in found], [_path(model) for model in models])
+    labels = distinct_names([each.model for each in found], [path_of(model) for model in models])
     named = tuple(replace(each, model=label) for each, label in zip(found, labels, strict=True))
     comparison = Comparison(named)
     told = (*dict.fromkeys(notes), *comparison.windows_apart(), *comparison.overflows())
@@ -126,7 +126,3 @@ def _plan_of(model: Model) -> PruningPlan | None:
     if isinstance(model, (str, Path)) and (file := Path(model).expanduser() / "plan.json").is_file():
         return PruningPlan.load(file)
     return None
-
-
-def _path(model: Model) -> str:
-    return str(model) if isinstance(model, (str, Path)) else ""

@@ -101,6 +101,11 @@ def several(given: Model | Iterable[Model]) -> list[Model]:
     return [given] if isinstance(given, (str, Path, PreTrainedModel, Subject)) else list(given)
 
 
+def path_of(model: Model) -> str:
+    """Where a model is, as it was given; empty for one in memory."""
+    return str(model) if isinstance(model, (str, Path)) else ""
+
+
 def several_names(given: str | Path | Iterable[str | Path]) -> list[str]:
     """The same of texts and tasks, which are names or paths."""
     return [str(name) for name in several(given)]

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shallower.checkpoint.demo_files import demo_text
 from shallower.corpus import Supply, adds_bos
+from shallower.corpus.build import pad_id
 from shallower.errors import CorpusError
 
 _AT_ONCE = 16  # texts
@@ -52,7 +53,7 @@ def sample(
         top_p=1.0,
         max_new_tokens=max(1, tokens - 1),
         eos_token_id=end,
-        pad_token_id=next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None),
+        pad_token_id=pad_id(tokenizer),
     )
     empty = 0
     for number in count():

@@ -25,7 +25,7 @@ STOP_WORDS = frozenset(
         "their they this to was were which will with you",
     )
 )
-_WORD = re.compile(r"[^\W_]+")
+WORD = re.compile(r"[^\W_]+")
 _SYMBOL = re.compile(r"#|…|\.\.\.|[{}<>|\\^~=*_\[\]]")
 _RUN = 5  # words
 
@@ -51,7 +51,7 @@ class Signals:
 
 def signals(text: str) -> Signals:
     """Count. The signals are those of Gopher's rules (arXiv:2112.11446, table A1), as numbers instead of verdicts."""
-    words = _WORD.findall(text.lower())
+    words = WORD.findall(text.lower())
     count = max(1, len(words))
     return Signals(
         words=len(words),
