@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import subprocess
@@ -337,3 +338,23 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
 
 def test_the_guide_is_not_among_the_built_in_methods() -> None:
     assert "stretch" not in [method.name for method in metrics]
+
+
+def test_every_example_of_set_is_an_option_that_takes_the_value(root: Path) -> None:
+    options = [option for kind in REGISTRIES for method in kind for option in method.options.values()]
+
+    def fits(name: str, value: str) -> bool:
+        for option in options:
+            if option.name == name.replace("-", "_"):
+                with contextlib.suppress(UserError):
+                    option.parse(value)
+                    return True
+        return False
+
+    found = {
+        example
+        for path in (root / "README.md", *(root / "docs").glob("*.md"), *(root / "src").rglob("*.py"))
+        for example in re.findall(r"--set ([a-z][\w-]*)=([a-z0-9](?:[\w.-]*\w)?)", path.read_text(encoding="utf-8"))
+    }
+    assert len(found) > 10
+    assert not {(name, value) for name, value in found if name != "name" and not fits(name, value)}

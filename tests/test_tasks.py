@@ -361,7 +361,6 @@ def test_a_prompt_beyond_the_context_is_refused_or_cut(data: Path, model: Any, s
 
 def test_written_answers(data: Path, model: Any, tmp_path: Path) -> None:
     own = writing(data)
-    assert own.generating == ("gsm8k",)
     settings = TaskSettings(shots=0)
     store = Answered(tmp_path / "answered.sqlite")
     [found] = run_tasks(respondent(model, answered=store), own, settings)

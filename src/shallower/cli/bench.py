@@ -28,7 +28,7 @@ def bench(
     ],
     prompt: Annotated[
         str, Option("--prompt", metavar="N,N", help="Tokens in each prompt; several sizes: 128,1024.")
-    ] = ("128"),
+    ] = "128",
     generate: Annotated[int, Option("--generate", metavar="N", min=1, help="Tokens decoded after each prompt.")] = 32,
     batch: Annotated[str, Option("--batch", metavar="N,N", help="Sequences at once; several sizes: 1,8.")] = "1",
     repeats: Annotated[int, Option("--repeats", metavar="N", min=1, help="Runs of each model that count.")] = 5,

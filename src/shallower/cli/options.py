@@ -286,7 +286,7 @@ def parse_settings(given: Sequence[str] | None) -> dict[str, str]:
     for item in given or ():
         name, equals, value = item.partition("=")
         if not equals or not name.strip():
-            raise UserError(f"--set {item!r} cannot be read: write name=value, as in --set beam=4.")
+            raise UserError(f"--set {item!r} cannot be read: write name=value, as in --set width=4.")
         name = name.strip().replace("-", "_")
         if name in settings:
             raise UserError(f"--set names {name!r} twice ({settings[name]} and {value}); give it once.")

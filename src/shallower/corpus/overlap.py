@@ -33,10 +33,6 @@ class Overlap:
     total: int
     n: int
 
-    @property
-    def fraction(self) -> float:
-        return self.shared / self.total if self.total else 0.0
-
 
 def overlap(calibration: CalibrationSet | Tensor, evaluation: Tensor, *, n: int = 13) -> Overlap:
     """Count the n-token runs of `evaluation` that are in `calibration`, exactly.

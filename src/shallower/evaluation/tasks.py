@@ -114,11 +114,6 @@ class LoadedTasks:
     shots: Mapping[str, int | None] = field(default_factory=dict)
     of_suites: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def generating(self) -> tuple[str, ...]:
-        """Tasks whose answers are written by the model, not chosen."""
-        return tuple(name for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until")
-
     def questions(self, limit: int | None) -> Iterator[tuple[str, str]]:
         """The text of each question that is asked, with its task."""
         for name, task in self.loaded["tasks"].items():
