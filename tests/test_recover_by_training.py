@@ -551,7 +551,7 @@ def test_a_checkpoint_with_maps_is_trained_further_but_not_repaired_again(files:
     prune(files / "dense", "attn.2", recover="low-rank", out=files / "mapped", speed=False, **few)
     for again in ("refit", "low-rank", "low-rank-trained", "full,refit"):
         with pytest.raises(PlanError, match=r"has maps .* trained further .* not repaired again by (refit|low-rank)"):
-            recover(files / "mapped", again, teacher=files / "dense", **few)
+            recover(files / "mapped", again, teacher=files / "dense", **{**few, "sequences": None})
     found = recover(files / "mapped", "full", teacher=files / "dense", out=files / "out", **asked(files))
     loaded = AutoModelForCausalLM.from_pretrained(files / "out", dtype=torch.float32, trust_remote_code=True)
     ids = torch.arange(3, 27)[None]
@@ -579,11 +579,11 @@ def test_what_is_not_there_or_not_shown_is_said(files: Path) -> None:
 
 
 def test_what_only_trains_needs_no_text_of_a_repair(files: Path) -> None:
-    given = asked(files, sequences=10**6, train_sequences=None, settings={**SMALL, "epochs": "0.01"})
+    given = asked(files, train_sequences=None, settings={**SMALL, "epochs": "0.01"})
     done = recover(files / "pruned", "full", teacher=files / "dense", **given)
     assert done.made_by.calibration is None
     with pytest.raises(UserError, match=r"holds .* tokens, but 1000000 sequences"):
-        recover(files / "pruned", "refit,full", teacher=files / "dense", **given)
+        recover(files / "pruned", "refit,full", teacher=files / "dense", sequences=10**6, **given)
 
 
 def test_what_another_training_left_stays_where_nothing_is_trained(tmp_path: Path) -> None:
@@ -758,7 +758,7 @@ def _forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("lora", "1", {}, r"spreads the model by FSDP 1, and lora trains"),
         ("refit,full,qlora", "2", {}, r"qlora needs the whole model in every process, and --use_fsdp spreads it"),
-        ("refit,low-rank-trained", "2", {"by": "mse"}, r"by=mse needs the whole model in every process"),
+        ("low-rank-trained,full", "2", {"by": "mse"}, r"by=mse needs the whole model in every process"),
     ],
 )
 def test_what_cannot_train_on_spread_weights_is_refused_before_anything_is_done(
