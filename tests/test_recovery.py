@@ -23,7 +23,7 @@ from shallower.anatomy.dissect import probe_ids
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
 from shallower.corpus.calibration import CalibrationSet
-from shallower.engine import Ablator, prove, statistics
+from shallower.engine import Ablator, prove, twins
 from shallower.engine.moments import Moments
 from shallower.engine.twins import SINK_WEIGHT, Point, Reading, Twins, token_weights
 from shallower.errors import CorpusError, ModelError, PlanError, UnknownName, UserError
@@ -323,7 +323,7 @@ def test_padding_batches_and_memory_change_nothing(name: str, monkeypatch: pytes
     first = repaired(text, None)
     assert torch.allclose(repaired(text, 0), first, atol=1e-4)
     assert torch.allclose(repaired(longer, None), first, atol=1e-4)
-    monkeypatch.setattr(statistics, "TOKENS_A_BATCH", 24)
+    monkeypatch.setattr(twins, "TOKENS_A_BATCH", 24)
     assert torch.allclose(repaired(text, None), first, atol=1e-4)
 
 
