@@ -101,6 +101,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not dead
 
 
+def test_every_decision_is_in_the_index() -> None:
+    page = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    index, _, decisions = page.partition("\n## ")
+    headings = re.findall(r"^## (.*)$", f"## {decisions}", re.MULTILINE)
+    assert sorted(re.findall(r"\[([^]]+)\]\(#", index)) == sorted(headings)
+
+
 def test_public_names_are_sorted_and_exist() -> None:
     assert sorted(shallower.__all__) == shallower.__all__
     for name in shallower.__all__:
