@@ -331,6 +331,24 @@ def test_milp_takes_negative_scores_for_what_they_are(
     require_least(value, budget, lambda chosen: not budget.superfluous(chosen))
 
 
+@pytest.mark.parametrize("costs", ["caches", "multiples", "any"])
+def test_milp_counts_no_worthless_unit_for_its_negative_score(costs: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The solver takes integers within a millionth, which beside the sum of all costs could pass for a missed budget."""
+    units = [Unit(index, kind) for index in range(4) for kind in ("attn", "block", "mlp")]
+    draw = random.Random(0)
+    for _ in range(20):
+        each = {"caches": (1.0, 0.0), "multiples": (1.0, 3.0), "any": (draw.uniform(0.5, 1), draw.uniform(1, 3))}[costs]
+        attention, mlp = each
+        cost = {unit: {"attn": attention, "mlp": mlp, "block": attention + mlp}[unit.kind] for unit in units}
+        value = {
+            unit: draw.choice([draw.gauss(0.1, 0.1), draw.uniform(-0.1, 0.3), 50 * draw.random()]) for unit in units
+        }
+        least = draw.choice([0.15, 0.25, 0.33, 0.5]) * 4 * sum(each)
+        budget = Budget((Limit("parameters", least, 4 * sum(each), cost),))
+        require_least(value, budget, lambda chosen, budget=budget: not budget.superfluous(chosen))
+    assert capfd.readouterr() == ("", "")  # where the solver is unsure, it prints
+
+
 @pytest.mark.parametrize("outlier", [1e3, 1e5, 1e8])
 @pytest.mark.parametrize("lowest", [0.5, -0.5])  # below 0, what could stay is no part of the cheapest set
 def test_milp_is_exact_beside_an_outlier(outlier: float, lowest: float) -> None:

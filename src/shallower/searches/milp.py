@@ -17,7 +17,8 @@ from shallower.registry import search
 from shallower.units import Unit
 
 SCALE = 1e3  # what a budget asks for, in the solver's eyes: its tolerance is absolute, and small against this
-MARGIN = 1e-4  # by how much a budget is missed where it is missed
+MARGIN = 1e-4  # by how much a budget is missed at least where it is missed and costs are no multiples of anything
+MOST_CUTS = 200  # sets with a worthless unit that are ruled out one by one; two or three are usual
 
 
 @search("milp", metric="loss")
@@ -30,12 +31,11 @@ def milp(scores: Mapping[Unit, float], budget: Budget) -> Iterator[frozenset[Uni
     model overflows stay.
     """
     units = [unit for unit in sorted(scores) if math.isfinite(scores[unit])]
+    useful = [unit for unit in units if budget.admits((), unit)]
     left = f"the {len(units)} units that may go"
     if len(units) < len(scores):
         left += f" (without {len(scores) - len(units)} more the model overflows)"
-    if not units:
-        raise BudgetError(f"no set of {left} removes {budget}; remove less or protect fewer.")
-    removed = _cheapest(units, scores, budget)
+    removed = _cheapest(useful, scores, budget) if useful else None
     if removed is None:
         raise BudgetError(f"no set of {left} removes {budget}; remove less or protect fewer.")
     yield removed
@@ -48,12 +48,9 @@ def _cheapest(units: Sequence[Unit], scores: Mapping[Unit, float], budget: Budge
     leave the choice among these to chance, so units that cost more than a whole set that was found are left out, and
     the others looked at again.
     """
-    found = _solved(units, [scores[unit] for unit in units], budget)
+    found = _just_meeting(units, scores, budget)
     if found is None:
         return None
-    for unit in sorted(found, key=scores.__getitem__, reverse=True):
-        if budget.met(found - {unit}):  # the solver's tolerance lets worthless units pass
-            found -= {unit}
     most = math.fsum(scores[unit] for unit in found) - math.fsum(min(scores[unit], 0.0) for unit in units)
     possible = [unit for unit in units if unit in found or scores[unit] <= most]
     if len(possible) == len(units):
@@ -61,17 +58,38 @@ def _cheapest(units: Sequence[Unit], scores: Mapping[Unit, float], budget: Budge
     return _cheapest(possible, scores, budget) or found
 
 
-def _solved(units: Sequence[Unit], values: Sequence[float], budget: Budget) -> frozenset[Unit] | None:
-    """What the solver takes for the set with the least sum of `values` that just meets the budget."""
+def _just_meeting(units: Sequence[Unit], scores: Mapping[Unit, float], budget: Budget) -> frozenset[Unit] | None:
+    """What the solver finds, without those sets that its tolerance lets pass although one of their units is worthless.
+
+    Such a set is ruled out with all that hold it, in which the unit is worthless, too.
+    """
+    values = [scores[unit] for unit in units]
+    cuts: list[frozenset[Unit]] = []
+    found = _solved(units, values, budget, cuts)
+    while found is not None and budget.superfluous(found) and len(cuts) < MOST_CUTS:
+        cuts.append(found)
+        found = _solved(units, values, budget, cuts)
+    while found is not None and (spare := budget.superfluous(found)):
+        found -= {max(spare, key=scores.__getitem__)}
+    return found
+
+
+def _solved(
+    units: Sequence[Unit], values: Sequence[float], budget: Budget, cuts: Sequence[frozenset[Unit]]
+) -> frozenset[Unit] | None:
+    """What the solver takes for the set with the least sum of `values` that just meets the budget, and holds none of
+    `cuts`.
+    """
     value = np.array(values)
     missing = len(budget.limits) * len(units) if (value < 0).any() else 0  # else what needs not go only costs
     width = len(units) + missing
     constraints = [
-        LinearConstraint(_row(width, _scaled(limit, units)), lb=SCALE * (1 - TOLERANCE)) for limit in budget.limits
+        LinearConstraint(_row(width, _scaled(limit, units)[0]), lb=SCALE * (1 - TOLERANCE)) for limit in budget.limits
     ]
-    for one, other in itertools.combinations(units, 2):
-        if one.overlaps(other):
-            constraints.append(LinearConstraint(_row(width, [float(unit in (one, other)) for unit in units]), ub=1.0))
+    overlapping = (pair for pair in itertools.combinations(units, 2) if pair[0].overlaps(pair[1]))
+    for together in (*overlapping, *cuts):  # not all of these at once
+        row = _row(width, [float(unit in together) for unit in units])
+        constraints.append(LinearConstraint(row, ub=len(together) - 1.0))
     if missing:
         constraints += _none_superfluous(units, budget)
     size = max(float(abs(value).max()), 1e-9)
@@ -101,16 +119,27 @@ def _none_superfluous(units: Sequence[Unit], budget: Budget) -> list[LinearConst
         needed[place], needed[witnesses] = 1.0, -1.0
         constraints.append(LinearConstraint(needed, ub=0.0))  # the unit stays, or one of the budgets is the witness
         for limit, witness in zip(budget.limits, witnesses, strict=True):
-            others = _row(width, _scaled(limit, units))
+            costs, margin = _scaled(limit, units)
+            others = _row(width, costs)
             others[place] = 0.0
             others[witness] = most = others.sum()  # enough to lift the constraint where the variable is 0
-            constraints.append(LinearConstraint(others, ub=SCALE - MARGIN + most))
+            constraints.append(LinearConstraint(others, ub=SCALE - margin + most))
     return constraints
 
 
-def _scaled(limit: Limit, units: Sequence[Unit]) -> list[float]:
-    """What each unit gives of what the limit asks for, which is `SCALE`."""
-    return [limit.cost[unit] / limit.least * SCALE for unit in units]
+def _scaled(limit: Limit, units: Sequence[Unit]) -> tuple[list[float], float]:
+    """What each unit gives of what the limit asks for, which is `SCALE`, and by how much that is missed at least.
+
+    Costs are multiples of something, mostly of a large one. Where a limit between two multiples means the upper one, it
+    is missed by a whole step, which the solver's tolerance cannot bridge.
+    """
+    costs = [limit.cost[unit] for unit in units]
+    halves = [round(2 * cost) for cost in costs]  # a sublayer is half a block
+    if any(2 * cost != half for cost, half in zip(costs, halves, strict=True)):
+        return [cost / limit.least * SCALE for cost in costs], MARGIN
+    step = math.gcd(*halves) / 2
+    least = step * math.ceil(limit.least * (1 - TOLERANCE) / step)
+    return [cost / least * SCALE for cost in costs], max(SCALE * step / least / 2, MARGIN)
 
 
 def _row(width: int, values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
