@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import shallower
-from shallower.anatomy import dissect
+from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.weigh import weigh
 from shallower.cli import main
 from shallower.errors import BudgetError, ModelError, UnknownName, VerificationError
@@ -58,6 +58,7 @@ FAMILIES = (
     "phi3",
     "granite",
     "gpt_oss",
+    "cwm",
     "llama4",
     "deepseek_v3",
     "qwen3_next",
@@ -475,6 +476,26 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
+def test_a_class_is_asked_whether_it_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def obeys(anatomy: Anatomy, unit: Unit, word: str) -> bool:
+        asked.append(word)
+        return False
+
+    monkeypatch.setattr(sys.modules[skip_words.__module__], "_obeys", obeys)
+    assert skip_words(tiny_model("cwm")) == {}  # its config takes no None for a token
+    assert asked
+
+    class Raising(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig) -> None:
+            raise AssertionError(config.vocab_size)
+
+    whole = tiny_model("llama")
+    whole.__class__ = Raising
+    assert skip_words(whole) == {}
+
+
 def test_native_where_it_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AutoConfig.register("obedient", ObedientConfig, exist_ok=True)
     AutoModelForCausalLM.register(ObedientConfig, Obedient, exist_ok=True)
@@ -679,6 +700,7 @@ def test_inspect_says_what_can_be_exported() -> None:
     assert "pair up" in found.exports["ordinary"]
     assert "DeciLM" in found.exports["packaged"]
     assert set(found.exports) == {"ordinary", "native", "packaged", "padded"}
+    assert set(shallower.inspect(tiny_model("cwm")).exports) == set(found.exports)
     assert "pair up" not in shallower.inspect(tiny_model("gpt_neox")).exports["ordinary"]
     unlike = shallower.inspect(tiny_model("dbrx"))  # its attention gives the stream besides its output
     assert unlike.parts["attn"] == ()
