@@ -452,21 +452,22 @@ def test_another_version_of_transformers_is_measured_anew(tmp_path, monkeypatch)
 
 def test_edited_code_that_came_with_a_model_is_measured_anew(tmp_path, monkeypatch):
     keys = []
-    for number, (name, scale) in enumerate((("here", 1), ("there", 1), ("here", 2))):
-        path = tmp_path / f"{number}.py"
-        path.write_text(
-            f"from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = {scale}\n"
-        )
-        spec = importlib.util.spec_from_file_location(f"transformers_modules.{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = {}\n"
+    for number, (name, *scales) in enumerate((("here", 1, 1), ("there", 1, 1), ("here", 2, 1), ("here", 1, 2))):
+        for file, text in (("helper", f"SCALE = {scales[1]}\n"), ("modeling", code.format(scales[0]))):
+            path = tmp_path / f"{file}{number}.py"
+            path.write_text(text)
+            spec = importlib.util.spec_from_file_location(f"transformers_modules.{name}.{file}", path)
+            module = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, spec.name, module)
+            spec.loader.exec_module(module)
         model = tiny_model("llama", blocks=2)
         model.__class__ = module.Own
         keys.append(determinants(model))
-    assert keys[0] == keys[1] != keys[2]  # wherever it was loaded from
+    assert keys[0] == keys[1]  # wherever it was loaded from
+    assert all(one != other for one, other in itertools.combinations(keys[1:], 2))
     stock = determinants(tiny_model("llama", blocks=2))
-    assert len(stock) == len(keys[0]) - 1
+    assert len(stock) == len(keys[0]) - 2
     assert set(stock) < set(keys[0])
 
 

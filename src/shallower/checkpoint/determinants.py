@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,9 +44,12 @@ def code_of_model(model: PreTrainedModel) -> list[str]:
 
     A model computes otherwise under another version or once its own code is edited, with the same config and weights.
     """
-    own = {sys.modules[type(module).__module__] for module in model.modules() if _is_remote(type(module))}
-    sources = sorted(inspect.getsource(module) for module in own)
-    return [transformers.__version__, *(hashlib.sha256(source.encode()).hexdigest() for source in sources)]
+    # all that was imported of a checkpoint's package, as helpers define no module
+    kinds = {type(module) for module in model.modules()}
+    packages = tuple(f"{kind.__module__.rpartition('.')[0]}." for kind in kinds if _is_remote(kind))
+    files = {getattr(module, "__file__", None) for name, module in [*sys.modules.items()] if name.startswith(packages)}
+    sources = sorted(Path(file).read_bytes() for file in files if file)
+    return [transformers.__version__, *(hashlib.sha256(source).hexdigest() for source in sources)]
 
 
 def _is_remote(kind: type) -> bool:
