@@ -30,7 +30,7 @@ from shallower.checkpoint.hub import fetch_config
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.locate import locate
 from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
-from shallower.testing.families import tiny_tokenizer
+from shallower.testing.families import tiny_model, tiny_tokenizer
 
 
 def tiny(*, tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
@@ -511,11 +511,12 @@ def write_gguf(
     scaling: str = "",
     scale: tuple[str, float] | None = None,
     factors: Sequence[float] = (),
+    more: Sequence[str] = (),
 ) -> None:
     """What llama.cpp's converter makes of a Llama model with a byte-level BPE tokenizer.
 
     scaling, factors: of rotary positions, as it writes them for YaRN and for Llama 3.1. scale: a key and a factor
-    without a kind, as in files of 2023.
+    without a kind, as in files of 2023. more: names of further tensors.
     """
     package = pytest.importorskip("gguf")
     config, tokenizer = model.config, tiny_tokenizer()
@@ -552,14 +553,16 @@ def write_gguf(
         writer.add_float32(*scale)
     if factors:
         writer.add_tensor("rope_freqs.weight", torch.tensor(factors).numpy())
+    for name in more:
+        writer.add_tensor(name, torch.ones(4).numpy())
     table = package.get_tensor_name_map(package.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
         if ".q_proj" in name or ".k_proj" in name:  # llama.cpp interleaves the two halves of a rotary head
             heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
-            weight = weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        stem = table.get_name(name.removesuffix(".weight"))
-        writer.add_tensor(f"{stem}.weight", weight.contiguous().numpy())
+            weight = weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+        stem, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{table.get_name(stem)}.{kind}", weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -648,6 +651,21 @@ def test_gguf_whose_positions_are_as_usual(tmp_path: Path) -> None:
     with torch.inference_mode():
         found = load_model(str(tmp_path / "tiny.gguf"), dtype="float32", device="cpu").model(tokens).logits
         torch.testing.assert_close(found, tiny()(tokens).logits)
+
+
+def test_gguf_with_biases(tmp_path: Path) -> None:
+    model = tiny_model("llama_bias")
+    write_gguf(tmp_path / "tiny.gguf", model)
+    tokens = torch.tensor([[5, 9, 30, 31, 32, 7]])
+    loaded = load_model(str(tmp_path / "tiny.gguf"), dtype="float32", device="cpu").model
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_gguf_with_tensors_that_are_not_read(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny(), more=["blk.0.attn_q_norm.weight", "blk.1.attn_k.bias"])
+    told = r"does not read 2 \(blk\.0\.attn_q_norm\.weight, blk\.1\.attn_k\.bias\); use the model's safetensors"
+    assert re.search(told, refusal(tmp_path / "tiny.gguf"))
 
 
 def test_gguf_is_read_without_what_lies_beside_it(gguf_file: Path) -> None:

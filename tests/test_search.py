@@ -333,7 +333,7 @@ def test_milp_takes_negative_scores_for_what_they_are(
 
 @pytest.mark.parametrize("costs", ["caches", "multiples", "any"])
 def test_milp_counts_no_worthless_unit_for_its_negative_score(costs: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """The solver takes integers within a millionth, which beside the sum of all costs could pass for a missed budget."""
+    """The solver takes integers within a millionth, which beside the sum of all costs could hide a missed budget."""
     units = [Unit(index, kind) for index in range(4) for kind in ("attn", "block", "mlp")]
     draw = random.Random(0)
     for _ in range(20):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from shallower.errors import ModelError, first_line, require_package
 
 _MAGIC = b"GGUF"
 _SCALING = (".rope.scaling.type", ".rope.scaling.factor", ".rope.scale_linear")  # the last in files of 2023
-_FORM = 2  # of the converted folder; raise it when conversion changes, so that old conversions are not found
+_BIASES = {"attention_bias": ".attn_q.bias", "mlp_bias": ".ffn_up.bias"}
+_FORM = 3  # of the converted folder; raise it when conversion changes, so that old conversions are not found
 
 
 def convert_gguf(path: Path) -> Path:
@@ -77,7 +78,7 @@ def _convert(path: Path, folder: Path) -> None:
     with (
         scratch() as alone,
         stock.quiet(),
-        _one_reading(reader, f"converting {path.name}"),
+        _one_reading(reader, f"converting {path.name}") as mapped,
         stock.refusing(path.name, "the file"),
     ):
         (alone / path.name).symlink_to(path.resolve())  # what lies beside the file, such as a tokenizer, is not of it
@@ -85,10 +86,14 @@ def _convert(path: Path, folder: Path) -> None:
         config = AutoConfig.from_pretrained(**source)
         require_decoder(config, path.name)
         _require_positions(reader, config, path.name)
+        for field, tensor in _BIASES.items():  # no field of the file says that there are any
+            if hasattr(config, field) and any(held.name.endswith(tensor) for held in reader.tensors):
+                setattr(config, field, True)
         model, info = AutoModelForCausalLM.from_pretrained(
             **source, **dense, config=config, dtype=torch.float32, output_loading_info=True
         )
         stock.require_complete(info, path.name)
+        _require_all_read(reader, mapped, path.name)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     # What says only how the file was made, or found here.
     for attribute in ("_model_name_or_path", "_name_or_path"):
@@ -130,6 +135,22 @@ def _require_positions(reader: Any, config: PretrainedConfig, name: str) -> None
         )
 
 
+def _require_all_read(reader: Any, mapped: Collection[str], name: str) -> None:
+    """Raise ModelError where the loader passed over tensors of the file for which the config has no place: it says
+    nothing, and the model would compute something else.
+
+    mapped: names of the tensors that it has a place for; of experts without the suffix. Those of rotary positions are
+    `_require_positions`'.
+    """
+    names = [tensor.name for tensor in reader.tensors if not tensor.name.startswith("rope_")]
+    left = [tensor for tensor in names if tensor not in mapped and tensor.removesuffix(".weight") not in mapped]
+    if left:
+        raise ModelError(
+            f"of the tensors in {name} this version of transformers does not read {len(left)} ({', '.join(left[:3])}"
+            f"{', …' if len(left) > 3 else ''}); use the model's safetensors checkpoint."
+        )
+
+
 def _text(field: Any) -> str:
     """What a GGUF field of text says."""
     return bytes(field.parts[field.data[0]]).decode()
@@ -164,8 +185,9 @@ def _read(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _one_reading(reader: Any, description: str) -> Iterator[None]:
+def _one_reading(reader: Any, description: str) -> Iterator[Collection[str]]:
     """Let transformers' GGUF loader use `reader` instead of parsing the file three times, and report its progress.
+    Yields the names of the tensors that it has a place for, once it has worked them out.
 
     It also builds the same table of tensor names once for every module of the model: a quarter of its time. What it
     computes is unchanged; the demo model converts in a third of the time.
@@ -174,12 +196,18 @@ def _one_reading(reader: Any, description: str) -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as loader
 
     tables: dict[tuple[Any, int], Any] = {}
-    build = gguf.get_tensor_name_map
+    mapped: set[str] = set()
+    build, weights_map = gguf.get_tensor_name_map, loader.get_gguf_hf_weights_map
 
     def name_map(arch: Any, blocks: int) -> Any:
         if (arch, blocks) not in tables:
             tables[arch, blocks] = build(arch, blocks)
         return tables[arch, blocks]
+
+    def places(*args: Any, **kwargs: Any) -> Any:
+        found = weights_map(*args, **kwargs)
+        mapped.update(found)
+        return found
 
     def reported(items: Iterable[Any], **_: Any) -> Iterator[Any]:
         with progress.task(description, total=len(reader.tensors)) as step:
@@ -190,8 +218,9 @@ def _one_reading(reader: Any, description: str) -> Iterator[None]:
     with contextlib.ExitStack() as swaps:
         swaps.enter_context(_swapped(gguf, "GGUFReader", lambda *_: reader))
         swaps.enter_context(_swapped(gguf, "get_tensor_name_map", name_map))
+        swaps.enter_context(_swapped(loader, "get_gguf_hf_weights_map", places))
         swaps.enter_context(_swapped(loader, "tqdm", reported))
-        yield
+        yield mapped
 
 
 @contextlib.contextmanager
