@@ -129,6 +129,12 @@ def test_a_folder_without_config(folder: Path, tmp_path: Path) -> None:
     assert "merge" in refusal(folder)
 
 
+def test_an_adapter_beside_weights_is_not_left_unmerged(folder: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).touch()  # transformers would put it onto the weights
+    assert "holds an adapter; merge the adapter into its base model first (peft: `merge_and_unload`)" in refusal(folder)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "\x80"])
 def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))

@@ -71,9 +71,14 @@ def locate(model: str) -> Location:
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed `config.json` of a checkpoint folder.
 
-    Raises ModelError when it is missing or is not a JSON object.
+    Raises ModelError when it is missing or is not a JSON object, and for a folder with a PEFT adapter.
     """
     file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():  # where peft is installed, transformers would load it unmerged
+        raise ModelError(
+            f"{folder} holds an adapter; merge the adapter into its base model first (peft: `merge_and_unload`), and "
+            "save the result in a folder of its own."
+        )
     if not file.is_file():
         raise ModelError(f"{folder} is not a checkpoint: it has no config.json{_what_instead(folder)}.")
     try:
@@ -98,8 +103,6 @@ def _locate_file(path: Path) -> Location:
 
 def _what_instead(folder: Path) -> str:
     """A hint at what a folder without config.json is."""
-    if (folder / "adapter_config.json").is_file():
-        return " but an adapter; merge the adapter into its base model first (peft: `merge_and_unload`)"
     if ggufs := sorted(folder.glob("*.gguf")):
         return f"; give the .gguf file itself, {ggufs[0]}"
     inner = sorted(child for child in folder.iterdir() if (child / "config.json").is_file())
