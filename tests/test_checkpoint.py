@@ -19,7 +19,20 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
-from transformers import BertConfig, CLIPConfig, LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
+from transformers import (
+    BertConfig,
+    BltConfig,
+    CLIPConfig,
+    Emu3Config,
+    FuyuConfig,
+    GitConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MoshiConfig,
+    Phi4MultimodalConfig,
+    T5Config,
+    ViTConfig,
+)
 from transformers.utils import logging
 
 from shallower import progress
@@ -248,6 +261,12 @@ def test_weights_that_do_not_fit_the_config(folder: Path) -> None:
         (ViTConfig, "ViTForImageClassification", "ViTForImageClassification; only decoder-only"),
         (T5Config, "T5ForConditionalGeneration", "an encoder-decoder;"),
         (CLIPConfig, "CLIPModel", "cannot be pruned yet"),
+        (Phi4MultimodalConfig, "Phi4MultimodalForCausalLM", "cannot be pruned yet"),
+        (GitConfig, "GitForCausalLM", "cannot be pruned yet"),
+        (Emu3Config, "Emu3ForCausalLM", "cannot be pruned yet"),
+        (FuyuConfig, "FuyuForCausalLM", "cannot be pruned yet"),
+        (MoshiConfig, "MoshiForCausalLM", "cannot be pruned yet"),
+        (BltConfig, "BltForCausalLM", "number of blocks"),
         (LlamaConfig, "LlamaForSequenceClassification", "only decoder-only"),
         (LlamaConfig, "LlamaModel", "only decoder-only"),
     ],

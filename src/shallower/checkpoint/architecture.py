@@ -16,7 +16,8 @@ _ALLOWED = "only decoder-only causal language models (Llama, Qwen, Gemma, GPT-2,
 def require_decoder(config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
     """Raise ModelError, naming the architecture seen, unless `config` is of a decoder-only causal language model."""
     seen = ", ".join(config.architectures or ()) or f"{config.model_type!r} model"
-    if hasattr(config, "text_config") and any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio")):
+    senses = [name for name in _SENSES if getattr(config, name, None) is not None]
+    if senses or (hasattr(config, "text_config") and hasattr(config, "image_token_id")):
         raise ModelError(
             f"{name} is a {seen}, a model with more senses than text, which cannot be pruned yet; {_ALLOWED}."
         )
@@ -30,8 +31,11 @@ def require_decoder(config: PretrainedConfig, name: str, *, trust_remote_code: b
     known = _CAUSAL.intersection(config.architectures or ())
     if not known and (config.architectures or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         raise ModelError(f"{name} is a {seen}; {_ALLOWED}.")
+    if not hasattr(config.get_text_config(decoder=True), "num_hidden_layers"):
+        raise ModelError(f"{name} is a {seen}, whose config has no number of blocks (num_hidden_layers); {_ALLOWED}.")
 
 
+_SENSES = ("vision_config", "audio_config", "vq_config", "audio_encoder_config")
 _CAUSAL = {
     architecture
     for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
