@@ -468,6 +468,17 @@ def test_everything_is_in_the_folder(pruned: PreTrainedModel, plan: PruningPlan,
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
+def test_the_card_tells_of_weights_that_were_rounded(plan: PruningPlan, tmp_path: Path) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    stored = load_file(file)
+    save_file({name: w.float() if "norm" in name else w for name, w in stored.items()}, file, {"format": "pt"})
+    for dtype, told in (("bfloat16", True), ("float32", False)):
+        model = cut(dissect(load(tmp_path / "dense", dtype=dtype, device="cpu")), plan.removed)
+        card = (save(model, tmp_path / dtype, plan=plan) / "README.md").read_text()
+        assert ("Weights that the original holds in float32 were rounded to bfloat16." in card) == told
+
+
 def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,31 @@ def stored_dtype(folder: Path) -> str | None:
 
     Raises ModelError as `weight_files` does.
     """
-    numbers: Counter[str] = Counter()
-    for file in weight_files(folder):
-        for tensor in _header(file).values():
-            if tensor.get("dtype") in _FLOATING:
-                numbers[_FLOATING[tensor["dtype"]]] += math.prod(tensor.get("shape", ()))
+    numbers = _formats(folder)
     if numbers:
         return max(numbers, key=numbers.__getitem__)
     config = read_config(folder)
     found = config.get("dtype") or config.get("torch_dtype")
     return found if found in _FLOATING.values() else None
+
+
+def rounded_formats(folder: Path, kept: Collection[str]) -> tuple[str, ...]:
+    """The number formats of a folder's floating weights, by the headers of its files, that a model whose weights are in
+    the formats `kept` cannot hold to the last bit.
+
+    Raises ModelError as `weight_files` does.
+    """
+    return () if set(kept) == {"float32"} else tuple(sorted(_formats(folder).keys() - set(kept)))
+
+
+def _formats(folder: Path) -> Counter[str]:
+    """How many floating numbers a folder's files hold in each format."""
+    numbers: Counter[str] = Counter()
+    for file in weight_files(folder):
+        for tensor in _header(file).values():
+            if tensor.get("dtype") in _FLOATING:
+                numbers[_FLOATING[tensor["dtype"]]] += math.prod(tensor.get("shape", ()))
+    return numbers
 
 
 def tensor_names(file: Path) -> frozenset[str]:

@@ -22,6 +22,7 @@ def model_card(
     notes: Sequence[str] = (),
     tokenizer: bool = True,
     recoveries: Sequence[str] = (),
+    rounded: str = "",
 ) -> str:
     """README.md of a checkpoint: where it comes from, what is missing, how to load it.
 
@@ -33,6 +34,7 @@ def model_card(
         notes: What else a user of this form should know, one sentence each.
         tokenizer: Whether one is stored, too.
         recoveries: What changed the cut model afterwards, by name, in order.
+        rounded: Formats of weights of the original that are finer than what is stored, such as `float32`.
     """
     name = plan.model.name if plan is not None else str(model.config._name_or_path)
     if os.path.isabs(name) or os.path.exists(name):
@@ -45,7 +47,7 @@ def model_card(
         lines += [f"base_model: {name}", "base_model_relation: finetune"]
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- shallower", "- depth-pruning"]
     lines += ["---", "", f"# {name or model.config.model_type}, made shallower", ""]
-    lines += [_what(model, plan, form, recoveries), ""]
+    lines += [_what(model, plan, form, recoveries, rounded), ""]
     if plan is not None:
         lines += _how(plan)
     code = form.loading("path/to/this/folder", tokenizer=tokenizer).replace("'", '"')
@@ -56,7 +58,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveries: Sequence[str]) -> str:
+def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveries: Sequence[str], rounded: str) -> str:
     blocks = model.config.get_text_config().num_hidden_layers
     parameters, _ = size((model,))
     told = f"{blocks} blocks and {parameters:,} parameters"
@@ -70,6 +72,9 @@ def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveri
         changed = (
             "Of the sublayers that are still there the output projections are zero; no other weights were changed."
         )
+    if rounded:
+        stored = str(model.dtype).removeprefix("torch.")
+        changed += f" Weights that the original holds in {rounded} were rounded to {stored}."
     return f"{told} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. {changed}"
 
 

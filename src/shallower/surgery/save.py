@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shallower import files, progress
 from shallower.anatomy.dissect import probe_ids
+from shallower.checkpoint.shards import rounded_formats
 from shallower.checkpoint.stock import is_quantized, quiet
 from shallower.errors import ModelError, OutputError
 from shallower.files import replacing_folder, write_text
@@ -116,6 +117,7 @@ def save(
         notes=export.notes,
         tokenizer=tokenizer is not None,
         recoveries=recoveries,
+        rounded=" and ".join(_rounded(model)),
     )
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _BESIDES_WEIGHTS
@@ -201,6 +203,20 @@ def _may_be_replaced(folder: Path) -> bool:
     """Whether it is a checkpoint, and holds neither the current folder nor the user's own."""
     if any(folder == place or folder in place.parents for place in (Path.cwd(), Path.home())):
         return False
+    return _is_checkpoint(folder)
+
+
+def _rounded(model: PreTrainedModel) -> tuple[str, ...]:
+    """Formats of weights in the folder that `model` was loaded from which those in memory are not as fine as."""
+    source = Path(model.config._name_or_path or os.devnull)
+    kept = {str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict().values()}
+    try:
+        return rounded_formats(source, kept) if _is_checkpoint(source) else ()
+    except ModelError:  # of weights that are not read here, such as pickled ones
+        return ()
+
+
+def _is_checkpoint(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
