@@ -23,7 +23,7 @@ from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, substitut
 from shallower.errors import BudgetError, ModelError
 from shallower.packaged import FORMAT, Absent, LeavesOut, entries, shallow_class
 from shallower.surgery.config import cut_config
-from shallower.surgery.pairing import Layer, in_place, mlp_side, re_pair, serving
+from shallower.surgery.pairing import Layer, in_place, layouts, mlp_side, serving
 from shallower.surgery.silence import output_projections, silence
 from shallower.surgery.skeleton import (
     index_attributes,
@@ -58,18 +58,12 @@ def cut(anatomy: Anatomy, units: Collection[Unit], *, padded: bool = False) -> P
     """
     require_whole(anatomy.model)
     removed = _checked(anatomy, units)
-    layouts = [
-        re_pair(anatomy, removed)[0],
-        in_place(anatomy, removed, keep_empty=False),
-        in_place(anatomy, removed, keep_empty=True),
-    ]
-    layouts = [layers for number, layers in enumerate(layouts) if layers and layers not in layouts[:number]]
     ids = probe_ids(anatomy.model)
     expected: Tensor | None = None
     problem: ModelError | None = None
     # What served a removed sublayer goes with it, unless its block needs it for something that cannot be observed; of a
     # padded sublayer the output projection is enough, unless something follows it.
-    for layers, thorough in product(layouts, (not padded, padded)):
+    for layers, thorough in product(layouts(anatomy, removed), (not padded, padded)):
         if thorough is padded and not any(layer.leftover for layer in layers):
             continue  # the same again
         try:
@@ -190,7 +184,7 @@ def assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thoroug
         _require_counting_attention(model.config.get_text_config(), layers)
     if leftover and not padded:
         _become_shallow(anatomy, model, layers, served)
-    _renumber(anatomy, model, layers, blocks, indices, padded=padded)
+    _renumber(anatomy, layers, blocks, indices, padded=padded)
     return model
 
 
@@ -295,7 +289,6 @@ def _join(block: nn.Module, other: nn.Module, out: frozenset[str], into: frozens
 
 def _renumber(
     anatomy: Anatomy,
-    model: PreTrainedModel,
     layers: Sequence[Layer],
     blocks: Sequence[nn.Module],
     indices: frozenset[str],

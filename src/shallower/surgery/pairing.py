@@ -83,6 +83,12 @@ def in_place(anatomy: Anatomy, units: Collection[Unit], *, keep_empty: bool) -> 
     return layers
 
 
+def layouts(anatomy: Anatomy, units: Collection[Unit]) -> list[list[Layer]]:
+    """The ways to lay out the model without `units`, in the order in which `cut` tries them; each once."""
+    ways = [re_pair(anatomy, units)[0], *(in_place(anatomy, units, keep_empty=keep) for keep in (False, True))]
+    return [layers for number, layers in enumerate(ways) if layers and layers not in ways[:number]]
+
+
 def mlp_side(anatomy: Anatomy) -> list[frozenset[str]]:
     """Of each block, the children that belong to its MLP half: called after the attention, not on its output alone."""
     return [_after_attention(block, calls) for block, calls in zip(anatomy.blocks, _watch(anatomy), strict=True)]

@@ -8,7 +8,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.writers import Halves
 from shallower.engine.twins import Point, Station
 from shallower.errors import PlanError
-from shallower.surgery.pairing import Layer, in_place, re_pair
+from shallower.surgery.pairing import Layer, layouts
 from shallower.units import Kind, Unit
 
 
@@ -17,12 +17,7 @@ def layers_of(student: Anatomy, dense: Anatomy, removed: Collection[Unit]) -> li
 
     Raises PlanError when `student` is not `dense` without `removed`.
     """
-    attempts = [
-        re_pair(dense, removed)[0],
-        in_place(dense, removed, keep_empty=False),
-        in_place(dense, removed, keep_empty=True),
-    ]
-    for layers in attempts:
+    for layers in layouts(dense, removed):
         if len(layers) == len(student.blocks) and all(
             (block.attn is not None) == (layer.attn is not None and dense.blocks[layer.attn].attn is not None)
             and (block.mlp is not None) == (layer.mlp is not None and dense.blocks[layer.mlp].mlp is not None)
