@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from shallower.anatomy.dissect import Anatomy, probe_ids
 from shallower.packaged import LeavesOut
 from shallower.units import Unit
-
-Quantity = Literal["blocks", "parameters", "bytes", "flops", "kv_bytes"]
 
 
 @dataclass(frozen=True)

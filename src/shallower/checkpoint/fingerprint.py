@@ -14,10 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shallower.checkpoint.load import LoadedModel
 from shallower.checkpoint.shards import weight_files
 from shallower.errors import ModelError
-from shallower.plan import ModelIdentity
 
 _SAMPLES = 64  # values read of each tensor
 _WORDS = 1024  # of 8 bytes, in a row of those whose sums make the checksum
@@ -77,15 +75,6 @@ def checksum(model: PreTrainedModel) -> str:
         for part in _sums(tensor.detach()):
             digest.update(part.cpu().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def identity(loaded: LoadedModel) -> ModelIdentity:
-    """What a plan or score file records of the model it was made for.
-
-    Raises ModelError when weights are not in memory (meta device).
-    """
-    blocks = int(loaded.model.config.get_text_config().num_hidden_layers)
-    return ModelIdentity(loaded.name, loaded.revision, fingerprint(loaded.model, loaded.path), blocks)
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:

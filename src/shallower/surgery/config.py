@@ -121,12 +121,8 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int], *, mlp: Sequence[i
     return new
 
 
-def describes_same(first: PretrainedConfig, second: PretrainedConfig) -> bool:
-    """Whether two configs describe the same model, up to names and versions."""
-    return _comparable(first) == _comparable(second)
-
-
 def _comparable(config: PretrainedConfig) -> dict[str, Any]:
+    """What a config says of the model, without names and versions."""
     ignored = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"}
     fields = json.loads(config.to_json_string(use_diff=False))
     return {name: value for name, value in fields.items() if name not in ignored}
