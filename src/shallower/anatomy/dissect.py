@@ -94,12 +94,14 @@ def substitutes(block: Block, kind: Kind) -> dict[str, nn.Module]:
 
 
 def pack(hidden: Tensor, arity: int | None) -> Any:
-    """Give `hidden` the form that the replaced module would have returned."""
+    """Give `hidden` [sequences, tokens, hidden] the form that the replaced module would have returned: itself, or a
+    tuple of `arity` that begins with it.
+    """
     return hidden if arity is None else (hidden, *[None] * (arity - 1))
 
 
 def unpack(output: Any) -> Tensor:
-    """The hidden states in what a block or sublayer returned."""
+    """The hidden states [sequences, tokens, hidden] in what a block or sublayer returned: it, or a tuple's first."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

@@ -19,14 +19,19 @@ _DECODED = 4
 
 
 def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits of one pass without a cache: float32 [sequences, tokens, vocabulary], on the CPU. Dropout is off."""
+    """Logits of one pass without a cache: float32 [sequences, tokens, vocabulary], on the CPU. Dropout is off.
+
+    ids: int64 [sequences, tokens], here and below.
+    """
     with torch.no_grad(), evaluating(model):
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float().cpu()
 
 
 def cached_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The same logits, the last few tokens one at a time with the KV cache that the model itself makes."""
+    """The same logits in the same form, the last few tokens one at a time with the KV cache that the model itself
+    makes.
+    """
     ids = ids.to(model.device)
     start = max(ids.shape[1] - _DECODED, 1)
     with torch.no_grad(), evaluating(model):
@@ -46,7 +51,9 @@ def decoding_noise(model: PreTrainedModel, ids: Tensor) -> float:
 
 
 def difference(first: Tensor, second: Tensor) -> float:
-    """The largest absolute difference; infinite where one of them is not a number."""
+    """The largest absolute difference of two tensors; infinite where one of them is not a number or where their shapes
+    differ.
+    """
     if first.shape != second.shape:
         return float("inf")
     largest = float((first - second).abs().max())
