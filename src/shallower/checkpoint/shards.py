@@ -66,11 +66,13 @@ def stored_dtype(folder: Path) -> str | None:
 
 def rounded_formats(folder: Path, kept: Collection[str]) -> tuple[str, ...]:
     """The number formats of a folder's floating weights, by the headers of its files, that a model whose weights are in
-    the formats `kept` cannot hold to the last bit.
+    the formats `kept` cannot hold to the last bit. None of a quantized checkpoint, whose scales are no weights.
 
     Raises ModelError as `weight_files` does.
     """
-    return () if set(kept) == {"float32"} else tuple(sorted(_formats(folder).keys() - set(kept)))
+    if set(kept) == {"float32"} or "quantization_config" in read_config(folder):
+        return ()
+    return tuple(sorted(_formats(folder).keys() - set(kept)))
 
 
 def _formats(folder: Path) -> Counter[str]:
