@@ -225,6 +225,18 @@ def test_the_stored_precision_is_that_of_most_weights(shard: str, tmp_path: Path
     assert shards.stored_dtype(tmp_path) == "bfloat16"
 
 
+def test_which_stored_precisions_are_rounded(tmp_path: Path) -> None:
+    model = tiny().bfloat16()
+    model.model.norm.float()
+    model.save_pretrained(tmp_path)
+    assert shards.rounded_formats(tmp_path, {"bfloat16"}) == ("float32",)
+    assert shards.rounded_formats(tmp_path, {"float16"}) == ("bfloat16", "float32")
+    for exact in ({"float32"}, {"bfloat16", "float32"}):
+        assert shards.rounded_formats(tmp_path, exact) == ()
+    change_config(tmp_path, quantization_config={})
+    assert shards.rounded_formats(tmp_path, {"bfloat16"}) == ()
+
+
 def test_the_stored_precision_of_other_weights_is_what_the_config_says(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     save_file({"packed": torch.zeros(2, dtype=torch.int8)}, tmp_path / shards.SINGLE)
