@@ -333,7 +333,7 @@ def test_milp_takes_negative_scores_for_what_they_are(
 
 @pytest.mark.parametrize("costs", ["caches", "multiples", "any"])
 def test_milp_counts_no_worthless_unit_for_its_negative_score(costs: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """The solver takes integers within a millionth, which beside the sum of all costs could hide a missed budget."""
+    """The solver takes integers within a millionth, which beside all costs could pass for a missed budget."""
     units = [Unit(index, kind) for index in range(4) for kind in ("attn", "block", "mlp")]
     draw = random.Random(0)
     for _ in range(20):
@@ -580,3 +580,16 @@ def test_last_takes_the_deepest_and_its_paper_keeps_the_last_block() -> None:
     assert run("last", BLOCKS[:-1], count(3, BLOCKS[:-1]))[-1] == {BLOCKS[5], BLOCKS[6], BLOCKS[7]}
     assert run("last", SUBLAYERS, count(3, SUBLAYERS))[-1] == {Unit(5, "attn"), Unit(5, "mlp"), Unit(4, "mlp")}
     assert searches.get("last").traits["keeps_last_block"] is True
+
+
+def test_contiguous_takes_scores_of_some_spans() -> None:
+    """Its trail is then shorter."""
+    spans = {Span(start, start + 2): float(start != 3) for start in range(5)}
+    assert run("contiguous", BLOCKS, count(2, BLOCKS), spans=spans) == [frozenset(Span(3, 5).units)]
+
+
+def test_beam_leaves_a_set_that_overflows_to_be_told_of() -> None:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        return [math.inf] * len(candidates)
+
+    assert len(run("beam", BLOCKS, count(2, BLOCKS), losses=losses)[-1]) == 2

@@ -30,9 +30,8 @@ def beam(
             return
         measured = losses(candidates, keep=width)
         ranked = sorted(range(len(candidates)), key=measured.__getitem__)
-        hand = [candidates[index] for index in ranked[:width] if math.isfinite(measured[index])]
-        if not hand:
-            return
+        finite = [index for index in ranked[:width] if math.isfinite(measured[index])]
+        hand = [candidates[index] for index in finite or ranked[:1]]  # where all overflow, the caller says so
         meeting = [removed for removed in hand if budget.met(removed)]
         if meeting:  # the race told who is among the best, not who is the best
             final = losses(meeting)

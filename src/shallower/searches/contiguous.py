@@ -38,7 +38,8 @@ def contiguous(units: Sequence[Unit], budget: Budget, spans: Mapping[Span, float
     grown: list[Span] = []
     while span is not None:
         grown.append(span)
-        smaller = [part for part in (_shrunk(span, 1, 0), _shrunk(span, 0, 1)) if part is not None]
+        parts = (_shrunk(span, 1, 0), _shrunk(span, 0, 1))
+        smaller = [part for part in parts if part is not None and part in spans]
         span = min(smaller, key=spans.__getitem__) if smaller else None
     for part in reversed(grown):
         yield frozenset(part.units)
