@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,15 @@ def test_a_source_that_is_not_there_is_named(place: Path, capsys: pytest.Capture
     ]
     assert main.run([str(word) for word in words]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_what_is_advised_afterwards_names_the_text_that_was_chosen(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
+    chosen = ["--calibration", sources, "--for", place / "mine.txt", "--sequences", 4, "--length", 32]
+    how = ["--dtype", "float32", "--trust-remote-code", "--out", tmp_path / "plan.json"]
+    assert main.run([str(word) for word in ("search", place / "tiny", "--remove", 1, *chosen, *how)]) == 0
+    [advice] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
+    assert "auto" not in advice.partition("--calibration")[2]
+    assert re.search(r"--calibration \S+(tale|sums)\.txt --dtype float32 --trust-remote-code$", advice)

@@ -110,12 +110,16 @@ def search(
     if out is not None:
         plan.save(out)
     text = None if reads_choices(objectives.get(objective)) else calibration  # questions are no text to measure on
+    if target is not None and text is not None and plan.made_by.calibration is not None:
+        text = plan.made_by.calibration.spec.partition("?")[0]  # the one that was chosen
     parameters = subject.weights.of(plan.remove).parameters, subject.weights.model.parameters
 
     def show(console: Console) -> None:
         show_plan(console, plan, parameters=parameters)
         step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
-        read = "" if text is None else f" --calibration {typed(text)}"
-        print_written(console, out, "the plan", step + read)
+        step += "" if text is None else f" --calibration {typed(text)}"
+        step += "" if dtype == "auto" else f" --dtype {dtype}"
+        step += " --trust-remote-code" if trust_remote_code else ""
+        print_written(console, out, "the plan", step)
 
     return Answer({**plan.to_json(), "spent": plan.spent}, show)
