@@ -358,3 +358,27 @@ def test_every_example_of_set_is_an_option_that_takes_the_value(root: Path) -> N
     }
     assert len(found) > 10
     assert not {(name, value) for name, value in found if name != "name" and not fits(name, value)}
+
+
+def test_what_is_never_supplied_together_is_refused_at_registration() -> None:
+    def both(before: object, dot: object) -> None: ...
+
+    def questions(logits: object, gold: object) -> None: ...
+
+    with pytest.raises(
+        TypeError, match=r"metric 'mine' asks for .*together: \(before, after\) and \(dot, .*one of these"
+    ):
+        registry_module.metric("mine")(both)
+    with pytest.raises(TypeError, match=r"objective 'mine' asks .*\(logits, .*\) and \(log_likelihoods, "):
+        registry_module.objective("mine")(questions)
+
+
+def test_an_option_is_what_was_given_or_the_default() -> None:
+    def mine(logits: object, *, temperature: float = 2.0) -> None: ...
+
+    methods = Registry("objective", "shallower.objectives")
+    methods("mine")(mine)
+    method = methods._methods["mine"]
+    assert method.option("temperature", {}) == 2.0
+    assert method.option("temperature", {"temperature": 3.0}) == 3.0
+    assert method.option("width", {}) is None

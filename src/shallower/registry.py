@@ -117,6 +117,11 @@ class Method:
         """Names of the parameters that the framework supplies (all that are not options)."""
         return tuple(name for name in inspect.signature(self.function).parameters if name not in self.options)
 
+    def option(self, name: str, given: Mapping[str, Any]) -> Any:
+        """The value of an option, given or by default; None where there is no such option."""
+        known = self.options.get(name)
+        return given.get(name, None if known is None else known.default)
+
     def parse_options(self, given: Mapping[str, str]) -> dict[str, Any]:
         """Check `--set` texts against the options and fill in nothing that was not given.
 
@@ -151,14 +156,17 @@ class Registry:
         package: str,
         supplied: str | None = None,
         *,
+        apart: Sequence[str] = (),
         of_traits: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """supplied: names of the parameters that a method may ask for, besides its options, with spaces between them;
-        None where it is called by position. of_traits: the same for methods with a trait.
+        None where it is called by position. apart: groups of these, of which a method may ask for one. of_traits: names
+        for methods with a trait.
         """
         self.kind = kind
         self._package = package
         self._supplied = supplied
+        self._apart = [group.split() for group in apart]
         self._of_traits = of_traits
         self._methods: dict[str, Method] = {}
         self._loaded = False
@@ -166,8 +174,9 @@ class Registry:
     def __call__(self, name: str, *, source: str = "", **traits: Any) -> Callable[[F], F]:
         """Decorator that registers a function under `name`.
 
-        Raises TypeError when the name is taken or a keyword-only parameter has no parsable annotation or no default,
-        and UnknownName for a parameter that is none of those that can be asked for.
+        Raises TypeError when the name is taken, a keyword-only parameter has no parsable annotation or no default, or
+        parameters of two groups are asked for that are not supplied together, and UnknownName for a parameter that is
+        none of those that can be asked for.
         """
 
         def register(function: F) -> F:
@@ -197,6 +206,13 @@ class Registry:
                     known,
                     f"Options are keyword-only. See the docstring of {self._package}.",
                 )
+        asked = [group for group in self._apart if not set(group).isdisjoint(method.parameters)]
+        if len(asked) > 1:
+            groups = " and ".join(f"({', '.join(group)})" for group in asked)
+            raise TypeError(
+                f"{self.kind} {method.name!r} asks for what is never there together: {groups}; ask for one of these "
+                f"groups. See the docstring of {self._package}."
+            )
 
     def get(self, name: str) -> Method:
         """Look a method up. Raises UnknownName, with the nearest name, when there is none."""
@@ -269,6 +285,14 @@ metric = Registry(
     before after dot before_l2 after_l2 change_l2 before_l1 after_l1 change_l1 before_before before_after after_after
     weights gradients fisher gate units losses differences rng
     """,
+    apart=(
+        "before after",
+        "dot before_l2 after_l2 change_l2 before_l1 after_l1 change_l1",
+        "before_before before_after after_after",
+        "weights gradients fisher",
+        "gate",
+        "units losses differences rng",
+    ),
 )
 objective = Registry(
     "objective",
@@ -277,6 +301,12 @@ objective = Registry(
     logits targets dense_logits hidden dense_hidden target_logits log_normalizer dense_mean_logit dense_entropy
     log_likelihoods tokens bytes gold
     """,
+    apart=(
+        """
+        logits targets dense_logits hidden dense_hidden target_logits log_normalizer dense_mean_logit dense_entropy
+        """,
+        "log_likelihoods tokens bytes gold",
+    ),
 )
 search = Registry("search", "shallower.searches", "units budget scores spans losses start rng")
 recovery = Registry(

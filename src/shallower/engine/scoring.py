@@ -38,10 +38,16 @@ def needs_dense(objective: Method) -> bool:
     return any(name.startswith("dense_") for name in objective.parameters)
 
 
+def temperature_of(objective: Method, options: Mapping[str, Any]) -> float:
+    """What logits are divided by before they are summed up: the objective's option `temperature`, 1 without one."""
+    asked = objective.option("temperature", options)
+    return 1.0 if asked is None else float(asked)
+
+
 def along_with(objective: Method, options: Mapping[str, Any]) -> tuple[Method, ...]:
     """Objectives without options whose numbers are at hand when this one is measured: they cost nothing more."""
     asked = set(objective.parameters)
-    if not asked or not asked <= REDUCED or float(options.get("temperature", 1.0)) != 1.0:
+    if not asked or not asked <= REDUCED or temperature_of(objective, options) != 1.0:
         return ()
     at_hand = asked | {"log_normalizer", "target_logits"}
     others = (other for other in objectives if other.name != objective.name and not other.options)
@@ -171,7 +177,7 @@ class Scorer:
     def _by_vocabulary(self, hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
         """Only sums over the vocabulary are needed: go through it in chunks, all rows at once."""
         assert self.head is not None
-        temperature = float(self.options.get("temperature", 1.0))
+        temperature = temperature_of(self.objective, self.options)
         rows = self._head_rows(*hiddens)
         targets = self.targets.repeat(len(hiddens)).to(rows.device)
         if "dense_mean_logit" not in self.asked:
@@ -226,7 +232,7 @@ class Scorer:
             assert self.dense_hidden is not None
             dense_rows_of = self._dense_logit_rows(self.dense_hidden)
         flat = torch.empty(1 + len(self.besides), len(self.targets), dtype=torch.float32, device=hidden.device)
-        temperature = float(self.options.get("temperature", 1.0))
+        temperature = temperature_of(self.objective, self.options)
         size = self._chunk()
         for start in range(0, len(self.targets), size):
             part = slice(start, min(start + size, len(self.targets)))
@@ -234,6 +240,11 @@ class Scorer:
             targets = self.targets[part].to(logits.device)
             dense_logits = None if dense_rows_of is None else dense_rows_of(part)
             supply: dict[str, Tensor | None] = {"logits": logits, "targets": targets, "dense_logits": dense_logits}
+            if self.asked & STREAM:
+                supply["hidden"] = self._rows(hidden)[part].float()
+                supply["dense_hidden"] = (
+                    None if self.dense_hidden is None else self._rows(self.dense_hidden)[part].float()
+                )
             if self.asked & REDUCED:  # a head that does more than a linear map has no chunks of the vocabulary
                 scaled = (logits / temperature).clamp_min(LOWEST)
                 supply["log_normalizer"] = torch.logsumexp(scaled, dim=-1)

@@ -66,14 +66,9 @@ class StreamStatistic:
     positions: Positions = "all"
     spans: bool = False
 
-    def option(self, name: str) -> Any:
-        """The value of an option, given or by default; None where the metric has no such option."""
-        known = self.metric.options.get(name)
-        return self.options.get(name, None if known is None else known.default)
-
     def width(self, hidden: int) -> int:
         """In how many directions of a stream of width `hidden` second moments are taken."""
-        width = int(self.option("width") or 0)
+        width = int(self.metric.option("width", self.options) or 0)
         return width if 0 < width < hidden else hidden
 
 

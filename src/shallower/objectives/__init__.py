@@ -2,7 +2,7 @@
 
 The framework supplies what the signature asks for: `logits`, `targets`, `dense_logits`, `hidden`, `dense_hidden`; or
 `target_logits`, `log_normalizer`, `dense_mean_logit` and `dense_entropy`, for which it need not hold logits over the
-whole vocabulary.
+whole vocabulary. An option `temperature` divides the logits of which these four are made.
 
 Or one number a question, for an objective that asks for `log_likelihoods`, `tokens`, `bytes` or `gold` of choices: it
 is calibrated on a file of questions instead of text (`task.py`).
