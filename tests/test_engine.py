@@ -32,12 +32,13 @@ from shallower.engine.head import Head
 from shallower.engine.memo import Memo
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import DenseAnswers, States
-from shallower.errors import BudgetError, ModelError
+from shallower.errors import BudgetError, CorpusError, ModelError
 from shallower.registry import search as searches
 from shallower.surgery import cut
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import FAMILIES, tiny_model
 from shallower.units import Unit, parse_units
+from shallower.verbs.score import score
 from shallower.verbs.search import search
 from shallower.verbs.trail import run_search
 
@@ -839,3 +840,39 @@ def test_a_search_counts_what_its_metric_measured_and_measures_nothing_twice():
     [sentence] = told
     assert sentence.startswith(f"The search read {(singles + both) * text.input_ids.numel():,} tokens")
     assert "remembered" not in sentence  # what this search itself measured before is not told
+
+
+def test_an_objective_is_measured_at_its_own_default(monkeypatch):
+    """A temperature of 2 by default is as one that was set; and logits come with the stream where asked for."""
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+
+    @registry.objective("warm")
+    def warm(target_logits, log_normalizer, *, temperature: float = 2.0):
+        return log_normalizer - target_logits
+
+    @registry.objective("stream-and-logits")
+    def both(hidden, dense_hidden, logits, targets):
+        assert hidden.shape == dense_hidden.shape
+        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return nll + (hidden - dense_hidden).norm(dim=-1)
+
+    model = tiny_model("llama", blocks=3)
+    text = CalibrationSet("random", sample_text(model, 2, 16), None)
+
+    def dense(objective, **options):
+        return Ablator(dissect(model), text, objective, options).dense
+
+    assert dense("warm") == pytest.approx(dense("warm", temperature=2.0))
+    assert dense("warm") != pytest.approx(dense("warm", temperature=1.0))
+    assert dense("stream-and-logits") == pytest.approx(dense("nll"), rel=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_text_in_which_nothing_is_predicted_is_refused(padded):
+    model = tiny_model("llama", blocks=3)
+    ids = sample_text(model, 3, 4 if padded else 1)
+    mask = torch.tensor([[1, 0, 0, 0]] * 3) if padded else None
+    text = CalibrationSet("lone words", ids, mask)
+    for ask in (lambda: search(model, 1, calibration=text), lambda: score(model, "taylor", calibration=text)):
+        with pytest.raises(CorpusError, match=r"none of the 3 sequences of lone words has two tokens.*--length"):
+            ask()

@@ -114,6 +114,14 @@ class CalibrationSet:
         if bool(mask.all()):
             object.__setattr__(self, "attention_mask", None)
 
+    def require_next(self) -> None:
+        """Raise CorpusError where no token has a next one, so that nothing is predicted."""
+        if self.length < 2 or (self.attention_mask is not None and not bool(self.attention_mask[:, 1].any())):
+            raise CorpusError(
+                f"none of the {self.sequences:,} sequences of {self.spec} has two tokens, so no next token is "
+                "predicted: read longer ones (--length 128) or longer documents."
+            )
+
     @property
     def sequences(self) -> int:
         return int(self.input_ids.shape[0])

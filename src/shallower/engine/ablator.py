@@ -107,6 +107,8 @@ class Ablator:
                     "nll."
                 )
             self._questions = calibration.questions
+        else:
+            calibration.require_next()
         self.racing = racing
         self.spent = Spent()
         device = anatomy.model.device

@@ -52,9 +52,8 @@ class WeightStatistic:
     @property
     def asked(self) -> frozenset[str]:
         """What has to be worked out for the metric."""
-        known = self.metric.options.get("order")
-        order = self.options.get("order", None if known is None else known.default)
-        return frozenset(self.metric.parameters) - (frozenset() if order == 2 else {"fisher"})
+        second = self.metric.option("order", self.options) == 2
+        return frozenset(self.metric.parameters) - (frozenset() if second else {"fisher"})
 
 
 def reads_weights(metric: Method) -> bool:
@@ -156,6 +155,7 @@ def _parameters(anatomy: Anatomy, unit: Unit) -> list[nn.Parameter]:
 
 
 def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[str], units: Sequence[Unit]) -> _Flow:
+    calibration.require_next()
     device = anatomy.model.device
     tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
     batches = list(calibration.batches(1 if "fisher" in asked else max(1, tokens // calibration.length)))
@@ -166,7 +166,7 @@ def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[s
     if {"gradients", "fisher"} & set(asked):
         parameters = list(dict.fromkeys(parameter for unit in units for parameter in _parameters(anatomy, unit)))
     counts = np.concatenate([_scored(batch).sum(1).numpy() for batch in batches]).astype(np.int64)
-    total = max(1, int(counts.sum()))
+    total = int(counts.sum())
     flow = _Flow(torch.zeros(len(counts), len(units), dtype=torch.float64, device=device), counts)
     for kept, name in ((flow.gradients, "gradients"), (flow.fisher, "fisher")):
         if name in asked:
