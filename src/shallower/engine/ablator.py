@@ -40,7 +40,7 @@ from shallower.units import Unit
 TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
 ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted
-MEASURED_AS = 4  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
+MEASURED_AS = 5  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
 
 
 @dataclass
