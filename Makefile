@@ -45,8 +45,9 @@ lowest: $(LOWEST_VENV)/.lowest ## The unit tests with the oldest versions that p
 	@# old libraries warn of new ones: here warnings are no errors
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -W default -m "not model" $(ARGS)
 
-docs: $(VENV)/.dev ## Write the pages that are made from the code: docs/cli.md
+docs: $(VENV)/.dev ## Write the pages that are made from the code: docs/cli.md, docs/api.md
 	$(BIN)/python tools/make_cli_reference.py
+	$(BIN)/python tools/make_api_reference.py
 
 clean: ## Remove the environments and all caches
 	rm -rf $(VENV) $(LOWEST_VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
