@@ -343,8 +343,16 @@ def test_what_the_launch_says_of_mixed_precision_changes_nothing(monkeypatch: py
     assert rounded == [False, False]
 
 
-def test_parameters_without_gradients_have_no_moments(tmp_path: Path) -> None:
-    run("full", tiny_model("bloom"), remove="attn.2,mlp.4", folder=tmp_path, save_minutes=0.0)
+def test_parameters_without_gradients_resume_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"remove": "attn.2,mlp.4", "save_minutes": 0.0}
+    expected = run("full", tiny_model("bloom"), **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_write", _interrupted(state._write, 1 + 2 * 6))
+        with pytest.raises(KeyboardInterrupt):
+            run("full", tiny_model("bloom"), folder=tmp_path, **options)
+    resumed = run("full", tiny_model("bloom"), folder=tmp_path, **options)
+    for one, other in zip(resumed.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def _interrupted(write: Callable[..., None], at: int) -> Callable[..., None]:

@@ -84,7 +84,7 @@ USE: Mapping[str, str] = {
     "dissect": "Gives an `Anatomy`: `.units`, `.blocks`.",
     "build_calibration": "Specifications: [corpus.md](corpus.md). The verbs use other defaults for `part` (`train`) "
     "and `length` than this function does.",
-    "CalibrationSet": "`.digest`, `.tokens`, `.batches(n)`, `.subset(rows)`, `.save(path)`, `.load(path)` of the class.",
+    "CalibrationSet": "`.digest`, `.tokens`, `.batches(n)`, `.subset(rows)`, `.save(path)`, `.load(path)`.",
     "Ablator": "`.losses(candidates)` is the objective without each set of units, `.differences(candidates)` the "
     "rise over the dense model with its standard error. Without `racing` it is exact. Call `.close()` when done.",
     "Unit": '`Unit(7, "attn")`, or `Unit.parse("attn.7")`; kinds are `block`, `attn` and `mlp`.',
