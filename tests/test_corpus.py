@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -354,7 +355,9 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
         calls.append((path, options["name"], options["split"], options["streaming"]))
         return ({"text": _prose(60, seed)} for seed in range(5_000))
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __spec__=ModuleSpec("datasets", None))
+    )
     specs = ("owner/name", "hf:owner/name:test", "hf:owner/name:en", "hf:owner/name:en:validation", "owner/name:en:odd")
     for spec in specs:
         made = build_calibration(f"{spec}?sequences=2&length=32", tokenizer)
@@ -372,7 +375,9 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route to host\nlong trace")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=fail, __spec__=ModuleSpec("datasets", None))
+    )
     with pytest.raises(CorpusError, match=r"hf:a/b:train cannot be read from the Hub: no route to host\. Check"):
         list(open_source("a/b").read())
     monkeypatch.setitem(sys.modules, "datasets", None)
