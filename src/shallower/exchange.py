@@ -1,4 +1,4 @@
-"""Sets one exchange away: a removed unit back in, another one out.
+"""Growing sets, and sets one exchange away: a removed unit back in, another one out.
 
 Where units differ in size, what comes in may be more or less than what goes out: a small unit's place is taken by a
 large one and further small ones come back, or a random exchange takes several small ones for a large one. So no set
@@ -7,11 +7,22 @@ that an exchange makes removes a unit without which the budget would be met, too
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 
 from shallower.budget import Budget
 from shallower.units import Unit
+
+
+def in_turn(order: Iterable[Unit], budget: Budget) -> Iterator[frozenset[Unit]]:
+    """The sets that grow by the units of `order`, less those that help no more, until the budget is met."""
+    removed: frozenset[Unit] = frozenset()
+    for unit in order:
+        if budget.met(removed):
+            return
+        if budget.admits(removed, unit):
+            removed |= {unit}
+            yield removed
 
 
 def exchanges(units: Sequence[Unit], budget: Budget, removed: frozenset[Unit]) -> list[frozenset[Unit]]:

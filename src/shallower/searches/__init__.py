@@ -16,9 +16,11 @@ what the signature asks for:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from shallower.units import Unit
+
+Candidate = TypeVar("Candidate")
 
 
 class Losses(Protocol):
@@ -30,3 +32,8 @@ class Losses(Protocol):
         keep: only the `keep` best matter; candidates that are clearly not among them may come back as infinity, and
         what comes back as the best may be a little worse than that (a race). None measures all of them in full.
         """
+
+
+def best(candidates: Sequence[Candidate], measured: Sequence[float]) -> Candidate:
+    """The candidate with the least loss, the first of equals."""
+    return candidates[min(range(len(candidates)), key=measured.__getitem__)]

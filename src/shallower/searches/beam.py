@@ -8,7 +8,7 @@ from typing import Annotated
 
 from shallower.budget import Budget
 from shallower.registry import Above, search
-from shallower.searches import Losses
+from shallower.searches import Losses, best
 from shallower.units import Unit
 
 
@@ -34,7 +34,6 @@ def beam(
         hand = [candidates[index] for index in finite or ranked[:1]]  # where all overflow, the caller says so
         meeting = [removed for removed in hand if budget.met(removed)]
         if meeting:  # the race told who is among the best, not who is the best
-            final = losses(meeting)
-            yield meeting[min(range(len(meeting)), key=final.__getitem__)]
+            yield best(meeting, losses(meeting))
             return
         yield hand[0]

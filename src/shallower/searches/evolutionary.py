@@ -9,7 +9,7 @@ from typing import Annotated
 from shallower.budget import Budget
 from shallower.exchange import random_exchange
 from shallower.registry import Above, search
-from shallower.searches import Losses
+from shallower.searches import Losses, best
 from shallower.units import Unit
 
 
@@ -35,16 +35,14 @@ def evolutionary(
     for _ in range(generations):
         children = list(dict.fromkeys(_mutated(units, budget, parent, rng) for _ in range(offspring)))
         candidates = [parent, *(child for child in children if child != parent)]
-        measured = losses(candidates, keep=1)
-        best = candidates[min(range(len(candidates)), key=measured.__getitem__)]
-        if best != parent:
-            before, after = losses([parent, best])  # a race may call a tie what is a little worse
-            best = best if after < before else parent
-        stale = stale + 1 if best == parent else 0
+        chosen = best(candidates, losses(candidates, keep=1))
+        if chosen != parent:
+            chosen = best([parent, chosen], losses([parent, chosen]))  # a race may call a tie what is a little worse
+        stale = stale + 1 if chosen == parent else 0
         if stale >= patience:
             return
-        if best != parent:
-            parent = best
+        if chosen != parent:
+            parent = chosen
             yield parent
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from shallower.budget import Budget
 from shallower.errors import BudgetError
 from shallower.registry import Above, search
-from shallower.searches import Losses
+from shallower.searches import Losses, best
 from shallower.units import Unit
 
 
@@ -29,7 +29,7 @@ def exhaustive(
         )
     if candidates:
         measured = losses(candidates)
-        yield candidates[min(range(len(candidates)), key=measured.__getitem__)]
+        yield best(candidates, measured)
 
 
 def _candidates(units: Sequence[Unit], budget: Budget) -> Iterator[frozenset[Unit]]:

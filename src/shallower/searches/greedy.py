@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from shallower.budget import Budget
 from shallower.registry import search
-from shallower.searches import Losses
+from shallower.searches import Losses, best
 from shallower.units import Unit
 
 
@@ -22,5 +22,5 @@ def greedy(units: Sequence[Unit], budget: Budget, losses: Losses) -> Iterator[fr
         if not candidates:
             return
         measured = losses(candidates, keep=1)
-        removed = candidates[min(range(len(candidates)), key=measured.__getitem__)]
+        removed = best(candidates, measured)
         yield removed

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from shallower.budget import Budget
+from shallower.exchange import in_turn
 from shallower.registry import search
 from shallower.units import Unit
 
@@ -13,10 +14,4 @@ from shallower.units import Unit
 @search("random")
 def random(units: Sequence[Unit], budget: Budget, rng: Random) -> Iterator[frozenset[Unit]]:
     """Remove units drawn at random."""
-    removed: frozenset[Unit] = frozenset()
-    for unit in rng.sample(list(units), len(units)):
-        if budget.met(removed):
-            return
-        if budget.admits(removed, unit):
-            removed |= {unit}
-            yield removed
+    return in_turn(rng.sample(list(units), len(units)), budget)

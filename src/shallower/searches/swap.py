@@ -8,7 +8,7 @@ from typing import Annotated
 from shallower.budget import Budget
 from shallower.exchange import exchanges
 from shallower.registry import Above, search
-from shallower.searches import Losses
+from shallower.searches import Losses, best
 from shallower.units import Unit
 
 
@@ -29,12 +29,10 @@ def swap(
     removed = start
     for _ in range(rounds):
         candidates = [removed, *exchanges(units, budget, removed)]
-        measured = losses(candidates, keep=1)
-        best = min(range(len(candidates)), key=measured.__getitem__)
-        if best == 0:
+        chosen = best(candidates, losses(candidates, keep=1))
+        if chosen != removed:
+            chosen = best([removed, chosen], losses([removed, chosen]))  # a race may call a tie what is a little worse
+        if chosen == removed:
             return
-        before, after = losses([removed, candidates[best]])  # a race may call a tie what is a little worse
-        if after >= before:
-            return
-        removed = candidates[best]
+        removed = chosen
         yield removed

@@ -9,7 +9,7 @@ from shallower.budget import Budget
 from shallower.errors import BudgetError, UserError
 from shallower.registry import Method
 from shallower.scores import Scores, importance
-from shallower.searches import Losses
+from shallower.searches import Losses, best
 from shallower.units import Unit, plain, require_distinct
 from shallower.verbs.ranking import Stage
 
@@ -67,7 +67,7 @@ def _without_superfluous(trail: Trail, budget: Budget, method: Method, losses: L
     while "spans" not in method.parameters and (spare := budget.superfluous(chosen)):
         if "losses" in method.parameters:
             measured = losses([chosen - {unit} for unit in spare], keep=1)
-            chosen -= {spare[min(range(len(spare)), key=measured.__getitem__)]}
+            chosen -= {best(spare, measured)}
         else:
             chosen -= {max(spare, key=lambda unit: sum(unit not in removed for removed in trail))}
     back = trail[-1] - chosen
@@ -115,6 +115,6 @@ def removal_order(trail: Trail, losses: Losses) -> list[Unit]:
     while left:
         candidates = sorted(left)
         measured = losses([frozenset(plain([*order, unit])) for unit in candidates], keep=1)
-        order.append(candidates[min(range(len(candidates)), key=measured.__getitem__)])
+        order.append(best(candidates, measured))
         left.remove(order[-1])
     return plain(order)
