@@ -184,41 +184,24 @@ def prune(
         if remove is not None:
             request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     with clock("calibration text"):
-        searched: CalibrationSet | Parts
-        if repair:
-            searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
-            whole_text, text = parts.whole, parts.judged
-        else:
-            text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
-            searched = whole_text = text
-        contents = contents or held_out(calibration)
-        fitted, longest = text, length
-        if steps:
-            size = (0, 0) if reads_choices(objectives.get(objective)) else (sequences, length)  # of text, not questions
-            most, longest = repair_size(subject, *size)
-            try:
-                if in_closed_form(steps):
-                    fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
-            except TooLittleText as error:
-                raise TooLittleText(
-                    f"{error} A repair in prune reads {most} sequences of {longest} tokens; 'shallower recover' can do "
-                    "with less."
-                ) from None
-        training = training_text(
+        read = _texts(
             subject,
-            steps,
             calibration,
-            sequences=train_sequences,
-            length=longest,
+            steps,
+            objective,
+            contents,
+            repair=bool(repair),
+            sequences=sequences,
+            length=length,
+            train_sequences=train_sequences,
             instructions=instructions,
-            contents=contents,
             window=window,
             max_windows=max_windows,
             seed=seed,
         )
-        _require_ready(subject, given, request, steps, fitted, training)
+        _require_ready(subject, given, request, steps, read.fitted, read.training)
     with clock("stream metrics"):
-        influence, spans = _stream_metrics(subject, whole_text, seed)
+        influence, spans = _stream_metrics(subject, read.whole, seed)
     with clock("search"):
         if given is None:
             assert remove is not None
@@ -232,7 +215,7 @@ def prune(
                 units=units,
                 ordinary=ordinary,
                 protect=protect,
-                calibration=searched,
+                calibration=read.searched,
                 settings=settings,
                 exact=exact,
                 repair=repair,
@@ -256,17 +239,17 @@ def prune(
                 subject,
                 given.removed,
                 steps,
-                fitted,
-                training=training,
+                read.fitted,
+                training=read.training,
                 resume=resume,
-                measure=lambda repaired: perplexities(repaired, contents, window, max_windows),
+                measure=lambda repaired: perplexities(repaired, read.held_out, window, max_windows),
                 seed=seed,
                 memory=memory,
             )
         smaller = smaller.holding(smaller.model)
     with clock("perplexity"):
         before, after = (
-            perplexities(side, contents, window, max_windows, label=f"with {len(side.anatomy.blocks)} blocks on")
+            perplexities(side, read.held_out, window, max_windows, label=f"with {len(side.anatomy.blocks)} blocks on")
             for side in (subject, smaller)
         )
     scores: TaskScores = TaskScores()
@@ -275,16 +258,11 @@ def prune(
             scores = task_scores(subject, smaller, asked)
     with clock("speed"):
         speeds, untimed = _speeds(subject, smaller) if speed else ({}, ())
-    repaired, trained = texts_read(steps, fitted, training)
-    read = {"the calibration text": whole_text, "the text of the repair": repaired, "the training text": trained}
-    tokens = None if max_windows is None else window * max_windows
-    shared = shared_runs(subject, read, contents, tokens, flattered="the pruned model")
-    unrepaired = () if steps else _left_unrepaired(given)
     notes = (
-        *shared,
-        *nothing_held_out(contents, calibration),
+        *_shared_with_held_out(subject, read, steps, None if max_windows is None else window * max_windows),
+        *nothing_held_out(read.held_out, calibration),
         *scores.notes,
-        *unrepaired,
+        *(() if steps else _left_unrepaired(given)),
         *untimed,
         *measured.notes,
         *said,
@@ -303,7 +281,7 @@ def prune(
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
-        recovery_made_by=recovery_made_by(subject, steps, fitted, training, seed) if steps else None,
+        recovery_made_by=recovery_made_by(subject, steps, read.fitted, read.training, seed) if steps else None,
         dtype=subject.dtype,
     )
     if out is None:
@@ -325,10 +303,84 @@ def prune(
             recoveries=[stage.method for stage in stages[1:]],
             pages={"report.json": json.dumps(data.to_json(), indent=1), "report.html": render(data)},
             force=force,
-            verify_ids=text.input_ids[:1, :64],
+            verify_ids=read.judging.input_ids[:1, :64],
         )
     resume.clear()
     return Pruned(smaller.model, given, data, folder)
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """What a job reads. searched: what the search gets; whole: all of that; judging: the part of it that candidates are
+    judged on. fitted: what repairs in closed form are fitted on; training: what trainings read, None without any.
+    held_out: texts by name that perplexity is measured on.
+    """
+
+    searched: CalibrationSet | Parts
+    whole: CalibrationSet
+    judging: CalibrationSet
+    fitted: CalibrationSet
+    training: Training | None
+    held_out: Mapping[str, str]
+
+
+def _texts(
+    subject: Subject,
+    calibration: str | Path | CalibrationSet | None,
+    steps: Stages,
+    objective: str,
+    contents: Mapping[str, str],
+    *,
+    repair: bool,
+    sequences: int,
+    length: int,
+    train_sequences: int | None,
+    instructions: str | Path | None,
+    window: int,
+    max_windows: int | None,
+    seed: int,
+) -> _Texts:
+    """All texts, as `prune` says; `contents` are held out where there are any, else what calibration left out."""
+    searched: CalibrationSet | Parts
+    if repair:
+        searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
+        whole, judging = parts.whole, parts.judged
+    else:
+        whole = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+        searched = judging = whole
+    contents = contents or held_out(calibration)
+    fitted, longest = judging, length
+    if steps:
+        size = (0, 0) if reads_choices(objectives.get(objective)) else (sequences, length)  # of text, not questions
+        most, longest = repair_size(subject, *size)
+        try:
+            if in_closed_form(steps):
+                fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
+        except TooLittleText as error:
+            raise TooLittleText(
+                f"{error} A repair in prune reads {most} sequences of {longest} tokens; 'shallower recover' can do "
+                "with less."
+            ) from None
+    training = training_text(
+        subject,
+        steps,
+        calibration,
+        sequences=train_sequences,
+        length=longest,
+        instructions=instructions,
+        contents=contents,
+        window=window,
+        max_windows=max_windows,
+        seed=seed,
+    )
+    return _Texts(searched, whole, judging, fitted, training, contents)
+
+
+def _shared_with_held_out(subject: Subject, read: _Texts, steps: Stages, tokens: int | None) -> Iterator[str]:
+    """What is to be told of held-out text that was read before. tokens: how much of each text is measured."""
+    repaired, trained = texts_read(steps, read.fitted, read.training)
+    before = {"the calibration text": read.whole, "the text of the repair": repaired, "the training text": trained}
+    return shared_runs(subject, before, read.held_out, tokens, flattered="the pruned model")
 
 
 def _require_ready(
