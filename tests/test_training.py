@@ -1163,6 +1163,10 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
         run("full", tiny_model("llama"), folder=tmp_path, save_minutes=0.0)
     assert [path.name for path in tmp_path.iterdir() if "state" in path.name] == ["state-00000002"]
     assert set(load_file(tmp_path / "state-00000002" / "weights.safetensors"))
+    del calls[6:]
+    with pytest.raises(OutputError, match=r"the disk is full: .*part.safetensors was not written; .* resumes"):
+        state.write_tensors(tmp_path / "part.safetensors", {"x": torch.ones(2)})
+    assert not [path for path in tmp_path.iterdir() if "part" in path.name]
 
 
 # What a user may get wrong

@@ -222,7 +222,7 @@ def _remove(left: Path) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file under a temporary name, then rename. Raises OutputError when that fails."""
-    with _one_sentence(path), replacing(path) as temporary:
+    with replacing(path) as temporary, _one_sentence(path):
         _write(temporary, tensors)
 
 
