@@ -171,5 +171,6 @@ def test_what_is_advised_afterwards_names_the_text_that_was_chosen(
     how = ["--dtype", "float32", "--trust-remote-code", "--out", tmp_path / "plan.json"]
     assert main.run([str(word) for word in ("search", place / "tiny", "--remove", 1, *chosen, *how)]) == 0
     [advice] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
-    assert "auto" not in advice.partition("--calibration")[2]
-    assert re.search(r"--calibration \S+(tale|sums)\.txt --dtype float32 --trust-remote-code$", advice)
+    assert "auto:" not in advice
+    text = r"--calibration '\S+(tale|sums)\.txt\?sequences=4&\S+'"
+    assert re.search(f"{text} --dtype float32 --trust-remote-code$", advice)

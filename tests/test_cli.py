@@ -536,7 +536,7 @@ def test_demo_ends_with_what_to_look_at(
         *(
             (["search", "{tiny}", "--remove", "2", "--search", name, "--set", f"{option}={value}"], complaint)
             for name, option, value, complaint in (
-                ("annealing", "cold", "0", r"option cold='0' does not fit: it takes a number above 0\."),
+                ("annealing", "cold", "0", r"option cold='0' does not fit: it takes a finite number above 0\."),
                 ("annealing", "hot", "-1", r"option hot='-1' does not fit"),
                 ("annealing", "hot", "nan", r"option hot='nan' does not fit"),
                 ("exhaustive", "limit", "-5", r"option limit='-5' does not fit: it takes a whole number above 0\."),
@@ -552,7 +552,7 @@ def test_demo_ends_with_what_to_look_at(
             (["search", "{tiny}", "--remove", "2", "--objective", name, "--set", f"temperature={value}"], complaint)
             for name in ("kl", "js")
             for value in ("0", "-1", "nan", "inf")
-            for complaint in [rf"option temperature='{value}' does not fit: it takes a number above 0\."]
+            for complaint in [rf"option temperature='{value}' does not fit: it takes a finite number above 0\."]
         ),
         (["search", "{tiny}", "--remove", "130%"], r"--remove 130% would remove every block"),
         (["search", "{tiny}", "--remove", "block.3", "--metric", "angular"], r"takes no --metric"),

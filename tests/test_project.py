@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -86,8 +87,11 @@ def test_every_dependency_is_pinned_for_development(root: Path) -> None:
 
 @pytest.mark.parametrize("target", ["help", "setup", "demo", "test", "check", "format", "lowest", "docs", "clean"])
 def test_make_knows(root: Path, target: str) -> None:
-    planned = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # of a make that runs the tests
+    planned = subprocess.run(["make", "-n", target], cwd=root, env=alone, capture_output=True, text=True, check=False)
     assert (planned.returncode, planned.stderr) == (0, "")
+    assert "Nothing to be done" not in planned.stdout
+    assert re.search(rf"^{target}:.*## ", (root / "Makefile").read_text(), re.MULTILINE)  # what `make help` says of it
 
 
 def test_value_types_load_nothing_heavy() -> None:

@@ -64,7 +64,7 @@ def test_numbers_that_must_be_above_something(registry: Registry) -> None:
     method = registry.get("bounded")
     assert method.parse_options({"rate": "0.001", "steps": "2"}) == {"rate": 0.001, "steps": 2}
     for text in ("0", "-1", "nan", "inf"):
-        with pytest.raises(UserError, match=rf"option rate='{text}' does not fit: it takes a number above 0\."):
+        with pytest.raises(UserError, match=rf"option rate='{text}' does not fit: it takes a finite number above 0\."):
             method.parse_options({"rate": text})
     with pytest.raises(UserError, match=r"steps='1' does not fit: it takes a whole number above 1\."):
         method.parse_options({"steps": "1"})
@@ -82,12 +82,12 @@ def test_numbers_up_to_and_from_a_bound_on_and_none_without_end(registry: Regist
     given = {"share": "1", "rank": "0", "rate": "-3"}
     assert method.parse_options(given) == {"share": 1.0, "rank": 0, "rate": -3.0}
     for name, text, takes in (
-        ("share", "1.5", "a number above 0 and at most 1"),
-        ("share", "0", "a number above 0 and at most 1"),
+        ("share", "1.5", "a finite number above 0 and at most 1"),
+        ("share", "0", "a finite number above 0 and at most 1"),
         ("rank", "-1", "a whole number of at least 0"),
-        ("rate", "nan", "a number"),
-        ("rate", "inf", "a number"),
-        ("rate", "-inf", "a number"),
+        ("rate", "nan", "a finite number"),
+        ("rate", "inf", "a finite number"),
+        ("rate", "-inf", "a finite number"),
     ):
         with pytest.raises(UserError, match=rf"option {name}='{text}' does not fit: it takes {takes}\."):
             method.parse_options({name: text})
@@ -127,7 +127,7 @@ def test_keyword_only_parameters_are_options(registry: Registry) -> None:
     [
         ("steps", "1.5", "option steps='1.5' does not fit: it takes a whole number"),
         ("steps", "", "it takes a whole number"),
-        ("rate", "fast", "it takes a number"),
+        ("rate", "fast", "it takes a finite number"),
         ("twice", "maybe", "it takes true or false"),
         ("below", "under", "it takes after or before"),
         ("power", "3", "it takes 1 or 2"),

@@ -361,6 +361,14 @@ def test_milp_is_exact_beside_an_outlier(outlier: float, lowest: float) -> None:
         require_least(value, budget, lambda chosen, budget=budget: not budget.superfluous(chosen))
 
 
+def test_milp_says_that_no_set_meets_a_budget_whose_units_must_stay() -> None:
+    attention, mlp = Unit(0, "attn"), Unit(0, "mlp")
+    parameters = Limit("parameters", 1.0, 4.0, {attention: 1.0, mlp: 3.0})
+    caches = Limit("kv_bytes", 1.0, 1.0, {attention: 1.0, mlp: 0.0})
+    with pytest.raises(BudgetError, match="no set of"):
+        run("milp", [attention, mlp], Budget((parameters, caches)), scores={attention: math.inf, mlp: 1.0})
+
+
 def test_milp_leaves_units_that_must_stay() -> None:
     value = {unit: math.inf if unit.index < 6 else 1.0 for unit in BLOCKS}
     assert run("milp", BLOCKS, count(3, BLOCKS), scores=value) == [frozenset(BLOCKS[6:])]
@@ -586,6 +594,8 @@ def test_contiguous_takes_scores_of_some_spans() -> None:
     """Its trail is then shorter."""
     spans = {Span(start, start + 2): float(start != 3) for start in range(5)}
     assert run("contiguous", BLOCKS, count(2, BLOCKS), spans=spans) == [frozenset(Span(3, 5).units)]
+    longer = {Span(start, start + 3): float(start != 3) for start in range(5)}
+    assert run("contiguous", BLOCKS, count(2, BLOCKS), spans=longer) == [frozenset(Span(3, 6).units)]
 
 
 def test_beam_leaves_a_set_that_overflows_to_be_told_of() -> None:

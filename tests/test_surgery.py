@@ -642,7 +642,7 @@ def test_force_replaces_nothing_but_checkpoints(
         save(pruned, source, plan=None, force=True)
     assert checkpoint.is_dir()
     monkeypatch.chdir(source)
-    with pytest.raises(OutputError, match="not a checkpoint"):
+    with pytest.raises(OutputError, match="is, or holds, the current folder or your home"):
         save(pruned, source, plan=None, force=True)
     assert sorted(os.listdir(tmp_path)) == ["file", "source", "thesis"]
 

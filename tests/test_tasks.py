@@ -902,6 +902,10 @@ def test_an_evaluation_is_replaced_when_the_new_one_is_in_its_place(
         patch.setattr(os, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             write_comparison(comparison, out, force=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(out)
+        with pytest.raises(OutputError, match="is, or holds, the current folder or your home"):
+            write_comparison(comparison, ".", force=True)
     assert os.listdir(tmp_path) == ["out"]
     assert (out / "mark").exists()
     write_comparison(comparison, out, force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -1140,6 +1141,27 @@ def test_what_was_kept_after_the_last_state_is_known_again(tmp_path: Path, monke
     assert told["stopped"] == "2 measurements in a row brought nothing better"
     for name, tensor in load_file(tmp_path / "good.safetensors").items():
         assert torch.equal(tensor, kept[name])
+
+
+def test_the_weights_given_are_those_recorded_as_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a kill came behind the last measurement, the best, and the resumed last step differs from it."""
+    save, measured = state.Store.save, itertools.count(0, -1)
+    given: dict[str, Any] = {"folder": tmp_path, "save_minutes": 0.0, "evaluations": 20}
+
+    def killed(self: Any, stopped: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.Store, "save", lambda self, found, *rest: save(self, found, *rest) if found.step < 2 else 0)
+        patch.setattr(loop._Loop, "_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("full", tiny_model("llama"), held_out=lambda model: float(next(measured)), **given)
+    good = load_file(tmp_path / "good.safetensors")
+    save_file({name: each + 0.01 * (name != state.KEPT) for name, each in good.items()}, tmp_path / "good.safetensors")
+    resumed = run("full", tiny_model("llama"), held_out=lambda model: 50.0, **given)
+    told = json.loads((tmp_path / "training.json").read_text())
+    assert told["kept"] == told["step"]
+    assert torch.equal(logits(resumed), logits(run("full", tiny_model("llama"), **given)))
 
 
 def test_what_another_process_deleted_first_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -569,6 +569,13 @@ def test_a_package_that_is_missing() -> None:
     )
 
 
+def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows_of_mine").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="which is not installed"):
+        errors.require_package("rows_of_mine", "data", "reading rows")
+
+
 def test_the_first_line_of_an_error() -> None:
     for said, line in (("\n one. \ntwo", "one."), ("one:\n", "one."), (" \n", "ValueError.")):
         assert errors.first_line(ValueError(said)) == line

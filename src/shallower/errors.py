@@ -96,6 +96,8 @@ def first_line(error: BaseException) -> str:
 
 def require_package(package: str, extra: str, what: str, error: type[UserError] = CorpusError) -> None:
     """Raise `error` unless the package is installed, with one of shallower's extras. what: needs it."""
-    if importlib.util.find_spec(package) is None:
+    found = importlib.util.find_spec(package)
+    # a folder of that name, such as one of data sets where a command is started, counts as a package without a file
+    if found is None or (found.origin is None and found.submodule_search_locations is not None):
         name = package.replace("_", "-")
         raise error(f"{what} needs the package `{name}`, which is not installed: pip install 'shallower[{extra}]'.")

@@ -35,10 +35,15 @@ def require_free(folder: Path, told: str, *, force: bool, replaceable: Callable[
     require_writable(folder, told)
     if not os.path.lexists(folder):
         return
+    whole = Path(os.path.abspath(folder))
     if not force:
         raise OutputError(f"{told} exists; choose another folder, or add --force to replace it.")
     if folder.is_symlink() or not folder.is_dir():
         raise OutputError(f"{told} is not a folder, so --force does not replace it; choose another name.")
+    if any(whole in (place, *place.parents) for place in (Path.cwd(), Path.home())):
+        raise OutputError(
+            f"{told} is, or holds, the current folder or your home, so --force does not replace it; choose another."
+        )
     if not replaceable(folder):
         raise OutputError(
             f"{told} is not {what}, so --force does not replace it; choose another folder or remove it yourself."

@@ -68,7 +68,7 @@ class Option:
         """Its values in words, such as `a whole number above 0`."""
         if get_origin(self.annotation) is Literal:
             return " or ".join(str(choice) for choice in get_args(self.annotation))
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.annotation]
+        words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[self.annotation]
         return words if self.above is None else f"{words} {self.above}"
 
     def parse(self, text: str) -> Any:

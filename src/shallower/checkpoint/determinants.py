@@ -44,11 +44,12 @@ def code_of_model(model: PreTrainedModel) -> list[str]:
 
     A model computes otherwise under another version or once its own code is edited, with the same config and weights.
     """
-    # all that was imported of a checkpoint's package, as helpers define no module
+    # all that was imported of a checkpoint's package, as helpers define no module; tokenizers may not be imported yet
     kinds = {type(module) for module in model.modules()}
     packages = tuple(f"{kind.__module__.rpartition('.')[0]}." for kind in kinds if _is_remote(kind))
     files = {getattr(module, "__file__", None) for name, module in [*sys.modules.items()] if name.startswith(packages)}
-    sources = sorted(Path(file).read_bytes() for file in files if file)
+    paths = (Path(file) for file in files if file)
+    sources = sorted(path.read_bytes() for path in paths if not path.name.startswith("tokenization"))
     return [transformers.__version__, *(hashlib.sha256(source).hexdigest() for source in sources)]
 
 

@@ -52,7 +52,12 @@ def convert_gguf(path: Path) -> Path:
 
 def converted_folder(sha256: str) -> Path:
     """Where the conversion of the GGUF file with this SHA-256 is, or will be."""
-    return cache_root() / "gguf" / f"{sha256[:32]}-{_FORM}"
+    return gguf_folder() / f"{sha256[:32]}-{_FORM}"
+
+
+def gguf_folder() -> Path:
+    """Where the folders are that files were converted into."""
+    return cache_root() / "gguf"
 
 
 def require_gguf() -> None:

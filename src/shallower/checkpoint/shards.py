@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,28 @@ def stored_dtype(folder: Path) -> str | None:
     return found if found in _FLOATING.values() else None
 
 
-def rounded_formats(folder: Path, kept: Collection[str]) -> tuple[str, ...]:
-    """The number formats of a folder's floating weights, by the headers of its files, that a model whose weights are in
-    the formats `kept` cannot hold to the last bit. None of a quantized checkpoint, whose scales are no weights.
+def rounded_formats(folder: Path, kept: Mapping[str, str]) -> tuple[str, ...]:
+    """The number formats of floating weights in a folder, by the headers of its files, that a model holds in a format
+    that rounds them. None of a quantized checkpoint, whose scales are no weights.
+
+    kept: the format of each tensor of the model, by name. Blocks may have other numbers in the files.
 
     Raises ModelError as `weight_files` does.
     """
-    if set(kept) == {"float32"} or "quantization_config" in read_config(folder):
+    if "quantization_config" in read_config(folder):
         return ()
-    return tuple(sorted(_formats(folder).keys() - set(kept)))
+    held = {_of_any_block(name): number_format for name, number_format in kept.items()}
+    rounded = set()
+    for file in weight_files(folder):
+        for name, tensor in _header(file).items():
+            stored, now = _FLOATING.get(tensor.get("dtype", "")), held.get(_of_any_block(name))
+            if stored is not None and now not in (None, stored, "float32", "float64"):
+                rounded.add(stored)
+    return tuple(sorted(rounded))
+
+
+def _of_any_block(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
 
 
 def _formats(folder: Path) -> Counter[str]:

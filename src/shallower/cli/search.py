@@ -111,7 +111,7 @@ def search(
         plan.save(out)
     text = None if reads_choices(objectives.get(objective)) else calibration  # questions are no text to measure on
     if target is not None and text is not None and plan.made_by.calibration is not None:
-        text = plan.made_by.calibration.spec.partition("?")[0]  # the one that was chosen
+        text = plan.made_by.calibration.spec  # the one that was chosen
     parameters = subject.weights.of(plan.remove).parameters, subject.weights.model.parameters
 
     def show(console: Console) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shallower import progress
 from shallower.corpus.supply import Supply
-from shallower.errors import CorpusError, UnknownName
+from shallower.errors import CorpusError, UnknownName, first_line
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ def _unreachable(spec: str) -> str | None:
         HfApi().dataset_info(spec.removeprefix("hf:").partition("#")[0].partition(":")[0], timeout=10)
     # whatever the network or the Hub client raises, it means the same here
     except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        name, reason = type(error).__name__, first_line(error).rstrip(".")
+        return name if reason == name else f"{name}: {reason}"
     return None

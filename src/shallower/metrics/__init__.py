@@ -17,7 +17,8 @@ The first four are worked out in one forward pass, `gradients`, `fisher` and `ga
 for all metrics of a run. A trait `spans=True` scores spans, too, `positions="last"` reads last tokens only (both for
 metrics of the stream), and `in_all=True` makes a metric of losses part of `--metric all`.
 
-Those of these lines that are worked out in different ways (the stream, elementwise products, moments, weights, losses)
-are not asked for together. Two options mean something to the framework: `order` (`fisher` is None unless it is 2) and
-`width` (how many directions the stream is projected to for second moments; 0 keeps them all).
+Those of these lines that are worked out in different ways (the stream, elementwise products, moments, weights, gates,
+losses) are not asked for together; `units` and `rng` go with losses. Two options mean something to the framework:
+`order` (`fisher` is None unless it is 2) and `width` (how many directions the stream is projected to for second
+moments; 0 keeps them all).
 """

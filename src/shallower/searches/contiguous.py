@@ -27,9 +27,9 @@ def contiguous(units: Sequence[Unit], budget: Budget, spans: Mapping[Span, float
         span
         for span in meeting
         if not any(
-            len(part) > 0 and budget.met(part.units)
+            budget.met(part.units)
             for part in (_shrunk(span, 1, 0), _shrunk(span, 0, 1))
-            if part is not None
+            if part is not None and part in spans
         )
     ]
     if not shortest:

@@ -80,6 +80,8 @@ def _solved(
     """What the solver takes for the set with the least sum of `values` that just meets the budget, and holds none of
     `cuts`.
     """
+    if not all(any(limit.cost[unit] for unit in units) for limit in budget.limits):
+        return None
     value = np.array(values)
     missing = len(budget.limits) * len(units) if (value < 0).any() else 0  # else what needs not go only costs
     width = len(units) + missing

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shallower import files, progress
 from shallower.anatomy.dissect import probe_ids
+from shallower.checkpoint.gguf import gguf_folder
 from shallower.checkpoint.shards import rounded_formats
 from shallower.checkpoint.stock import is_quantized, quiet
 from shallower.errors import ModelError, OutputError
@@ -181,7 +182,7 @@ def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
     """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace."""
     target = Path(os.path.abspath(folder))
     what = "a checkpoint (no config.json with a model_type)"
-    files.require_free(target, str(target), force=force, replaceable=_may_be_replaced, what=what)
+    files.require_free(target, str(target), force=force, replaceable=_is_checkpoint, what=what)
 
 
 def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
@@ -199,21 +200,19 @@ def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[st
             raise OutputError(f"{target} {is_or_holds}; choose another folder for what becomes of it.")
 
 
-def _may_be_replaced(folder: Path) -> bool:
-    """Whether it is a checkpoint, and holds neither the current folder nor the user's own."""
-    if any(folder == place or folder in place.parents for place in (Path.cwd(), Path.home())):
-        return False
-    return _is_checkpoint(folder)
-
-
 def _rounded(model: PreTrainedModel) -> tuple[str, ...]:
     """Formats of weights in the folder that `model` was loaded from which those in memory are not as fine as."""
     source = Path(model.config._name_or_path or os.devnull)
-    kept = {str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict().values()}
+    if not _is_checkpoint(source) or source.parent == gguf_folder():  # whose original holds other formats
+        return ()
     try:
-        return rounded_formats(source, kept) if _is_checkpoint(source) else ()
+        return rounded_formats(source, {name: _format(tensor) for name, tensor in model.state_dict().items()})
     except ModelError:  # of weights that are not read here, such as pickled ones
         return ()
+
+
+def _format(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _is_checkpoint(folder: Path) -> bool:

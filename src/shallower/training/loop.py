@@ -316,8 +316,7 @@ class _Loop:
     def _end(self, stopped: str) -> Outcome:
         state = self.state
         state.seconds = self._seconds()
-        if state.kept != state.step or stopped:
-            self._set_weights(self.store.good())
+        self._set_weights(self.store.good())  # after a resume those of the last step may be others
         self.optimizer.zero_grad(set_to_none=True)
         why = f"training stopped early: {stopped}; " if stopped else "trained for "
         progress.note(f"{why}{self._spent()}; the weights of step {state.kept} are kept")

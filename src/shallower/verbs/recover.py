@@ -135,7 +135,8 @@ def recover(
     _require_first_repair(student, steps)
     text = None
     if in_closed_form(steps):
-        text = calibrate(dense, calibration, sequences=sequences or SEQUENCES, length=length, seed=seed)
+        count = SEQUENCES if sequences is None else sequences
+        text = calibrate(dense, calibration, sequences=count, length=length, seed=seed)
     contents = contents or held_out(calibration)
     if out is not None:
         require_place(steps, dense.anatomy, given.removed)

@@ -248,7 +248,7 @@ def require_ready(
 def require_first(steps: Stages, blocks: int) -> None:
     """Raise UserError where a recovery that trains would begin behind the last of so many blocks."""
     for method, options in steps:
-        if method.traits.get("trained"):
+        if method.trained:
             require_blocks(options, blocks)
 
 
