@@ -65,6 +65,8 @@ def test_options_exist(page: Path) -> None:
             command, rest = found
             known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
             assert not {word.partition("=")[0] for word in rest if word.startswith("--")} - known, line
+    verbs: Any = getattr(typer.main.get_command(main.app), "commands", {})
+    assert not set(re.findall(r"^(?:\$ | {4})shallower ([a-z]\S*)", text, re.MULTILINE)) - set(verbs)
 
 
 def test_commands_and_code(folder: Path) -> None:

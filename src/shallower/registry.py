@@ -56,12 +56,12 @@ class AtLeast(Above):
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword-only parameter that a user may set. above: its bounds, None for any finite number."""
+    """A keyword-only parameter that a user may set. bounds: what its values keep to, None for any finite number."""
 
     name: str
     annotation: Any
     default: Any
-    above: Above | None = None
+    bounds: Above | None = None
 
     @property
     def takes(self) -> str:
@@ -69,7 +69,7 @@ class Option:
         if get_origin(self.annotation) is Literal:
             return " or ".join(str(choice) for choice in get_args(self.annotation))
         words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[self.annotation]
-        return words if self.above is None else f"{words} {self.above}"
+        return words if self.bounds is None else f"{words} {self.bounds}"
 
     def parse(self, text: str) -> Any:
         """Turn the text of `--set name=text` into a value.
@@ -84,7 +84,9 @@ class Option:
             if kind is bool:
                 return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
             value = kind(text)
-            if (kind is float and not math.isfinite(value)) or (self.above is not None and not self.above.holds(value)):
+            if (kind is float and not math.isfinite(value)) or (
+                self.bounds is not None and not self.bounds.holds(value)
+            ):
                 raise ValueError(text)
             return value
         except (KeyError, ValueError):
