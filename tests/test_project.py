@@ -90,7 +90,6 @@ def test_make_knows(root: Path, target: str) -> None:
     alone = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # of a make that runs the tests
     planned = subprocess.run(["make", "-n", target], cwd=root, env=alone, capture_output=True, text=True, check=False)
     assert (planned.returncode, planned.stderr) == (0, "")
-    assert "Nothing to be done" not in planned.stdout
     assert re.search(rf"^{target}:.*## ", (root / "Makefile").read_text(), re.MULTILINE)  # what `make help` says of it
 
 
