@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
-from shallower.engine import reads_choices, stream_scores
-from shallower.errors import TooLittleText, UserError
+from shallower.engine import stream_scores
+from shallower.errors import UserError
 from shallower.evaluation.perplexity import Perplexity, context_limit
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
@@ -27,7 +27,6 @@ from shallower.forms import require_form
 from shallower.launched import world_size
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
-from shallower.registry import objective as objectives
 from shallower.reporting.data import RecoveryStage, ReportData, Side
 from shallower.reporting.page import render
 from shallower.reporting.wording import plural
@@ -38,36 +37,31 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
-from shallower.verbs.contamination import shared_runs
+from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune
 from shallower.verbs.questions import TaskScores, read_questions, task_scores
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
     Stages,
     Training,
-    in_closed_form,
     named_recoveries,
     parse_recoveries,
     perplexities,
     recovery_card,
     recovery_made_by,
-    repair_size,
     require_first,
     require_launch,
     require_place,
     require_ready,
     require_training,
     run_recoveries,
-    texts_read,
-    training_text,
     with_maps_inside,
 )
-from shallower.verbs.repaired import Parts, judging_text
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import Request, require_possible, resolve, settable
 from shallower.verbs.search import search as search_plan
-from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, units_of
-from shallower.verbs.texts import held_out, nothing_held_out, read_texts
+from shallower.verbs.subject import Subject, open_subject, require_place_for, units_of
+from shallower.verbs.texts import nothing_held_out, read_texts
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -184,7 +178,7 @@ def prune(
         if remove is not None:
             request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     with clock("calibration text"):
-        read = _texts(
+        read = texts_of_prune(
             subject,
             calibration,
             steps,
@@ -259,7 +253,7 @@ def prune(
     with clock("speed"):
         speeds, untimed = _speeds(subject, smaller) if speed else ({}, ())
     notes = (
-        *_shared_with_held_out(subject, read, steps, None if max_windows is None else window * max_windows),
+        *shared_with_held_out(subject, read, steps, None if max_windows is None else window * max_windows),
         *nothing_held_out(read.held_out, calibration),
         *scores.notes,
         *(() if steps else _left_unrepaired(given)),
@@ -307,80 +301,6 @@ def prune(
         )
     resume.clear()
     return Pruned(smaller.model, given, data, folder)
-
-
-@dataclass(frozen=True, eq=False)
-class _Texts:
-    """What a job reads. searched: what the search gets; whole: all of that; judging: the part of it that candidates are
-    judged on. fitted: what repairs in closed form are fitted on; training: what trainings read, None without any.
-    held_out: texts by name that perplexity is measured on.
-    """
-
-    searched: CalibrationSet | Parts
-    whole: CalibrationSet
-    judging: CalibrationSet
-    fitted: CalibrationSet
-    training: Training | None
-    held_out: Mapping[str, str]
-
-
-def _texts(
-    subject: Subject,
-    calibration: str | Path | CalibrationSet | None,
-    steps: Stages,
-    objective: str,
-    contents: Mapping[str, str],
-    *,
-    repair: bool,
-    sequences: int,
-    length: int,
-    train_sequences: int | None,
-    instructions: str | Path | None,
-    window: int,
-    max_windows: int | None,
-    seed: int,
-) -> _Texts:
-    """All texts, as `prune` says; `contents` are held out where there are any, else what calibration left out."""
-    searched: CalibrationSet | Parts
-    if repair:
-        searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
-        whole, judging = parts.whole, parts.judged
-    else:
-        whole = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
-        searched = judging = whole
-    contents = contents or held_out(calibration)
-    fitted, longest = judging, length
-    if steps:
-        size = (0, 0) if reads_choices(objectives.get(objective)) else (sequences, length)  # of text, not questions
-        most, longest = repair_size(subject, *size)
-        try:
-            if in_closed_form(steps):
-                fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
-        except TooLittleText as error:
-            raise TooLittleText(
-                f"{error} A repair in prune reads {most} sequences of {longest} tokens; 'shallower recover' can do "
-                "with less."
-            ) from None
-    training = training_text(
-        subject,
-        steps,
-        calibration,
-        sequences=train_sequences,
-        length=longest,
-        instructions=instructions,
-        contents=contents,
-        window=window,
-        max_windows=max_windows,
-        seed=seed,
-    )
-    return _Texts(searched, whole, judging, fitted, training, contents)
-
-
-def _shared_with_held_out(subject: Subject, read: _Texts, steps: Stages, tokens: int | None) -> Iterator[str]:
-    """What is to be told of held-out text that was read before. tokens: how much of each text is measured."""
-    repaired, trained = texts_read(steps, read.fitted, read.training)
-    before = {"the calibration text": read.whole, "the text of the repair": repaired, "the training text": trained}
-    return shared_runs(subject, before, read.held_out, tokens, flattered="the pruned model")
 
 
 def _require_ready(

@@ -1,0 +1,91 @@
+"""What `prune` reads: text to search on, to repair and train on, and to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shallower.corpus import CalibrationSet
+from shallower.engine import reads_choices
+from shallower.errors import TooLittleText
+from shallower.registry import objective as objectives
+from shallower.verbs.contamination import shared_runs
+from shallower.verbs.recoveries import Stages, Training, in_closed_form, repair_size, texts_read, training_text
+from shallower.verbs.repaired import Parts, judging_text
+from shallower.verbs.subject import Subject, calibrate
+from shallower.verbs.texts import held_out
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What a job reads. searched: what the search gets; whole: all of that; judging: the part of it that candidates are
+    judged on. fitted: what repairs in closed form are fitted on; training: what trainings read, None without any.
+    held_out: texts by name that perplexity is measured on.
+    """
+
+    searched: CalibrationSet | Parts
+    whole: CalibrationSet
+    judging: CalibrationSet
+    fitted: CalibrationSet
+    training: Training | None
+    held_out: Mapping[str, str]
+
+
+def texts_of_prune(
+    subject: Subject,
+    calibration: str | Path | CalibrationSet | None,
+    steps: Stages,
+    objective: str,
+    contents: Mapping[str, str],
+    *,
+    repair: bool,
+    sequences: int,
+    length: int,
+    train_sequences: int | None,
+    instructions: str | Path | None,
+    window: int,
+    max_windows: int | None,
+    seed: int,
+) -> Texts:
+    """All texts, as `prune` says; `contents` are held out where there are any, else what calibration left out."""
+    searched: CalibrationSet | Parts
+    if repair:
+        searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
+        whole, judging = parts.whole, parts.judged
+    else:
+        whole = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+        searched = judging = whole
+    contents = contents or held_out(calibration)
+    fitted, longest = judging, length
+    if steps:
+        size = (0, 0) if reads_choices(objectives.get(objective)) else (sequences, length)  # of text, not questions
+        most, longest = repair_size(subject, *size)
+        try:
+            if in_closed_form(steps):
+                fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
+        except TooLittleText as error:
+            raise TooLittleText(
+                f"{error} A repair in prune reads {most} sequences of {longest} tokens; 'shallower recover' can do "
+                "with less."
+            ) from None
+    training = training_text(
+        subject,
+        steps,
+        calibration,
+        sequences=train_sequences,
+        length=longest,
+        instructions=instructions,
+        contents=contents,
+        window=window,
+        max_windows=max_windows,
+        seed=seed,
+    )
+    return Texts(searched, whole, judging, fitted, training, contents)
+
+
+def shared_with_held_out(subject: Subject, read: Texts, steps: Stages, tokens: int | None) -> Iterator[str]:
+    """What is to be told of held-out text that was read before. tokens: how much of each text is measured."""
+    repaired, trained = texts_read(steps, read.fitted, read.training)
+    before = {"the calibration text": read.whole, "the text of the repair": repaired, "the training text": trained}
+    return shared_runs(subject, before, read.held_out, tokens, flattered="the pruned model")
