@@ -32,7 +32,7 @@ from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.surgery import cut
 from shallower.units import KINDS, Kind, Span, Unit, parse_units
-from shallower.verbs.recoveries import parse_recoveries
+from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.subject import Subject, open_subject
 

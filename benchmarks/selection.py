@@ -41,7 +41,7 @@ from shallower.exchange import random_exchange
 from shallower.registry import search as searches
 from shallower.scores import Scores
 from shallower.units import Unit
-from shallower.verbs.search import budget_for
+from shallower.verbs.request import budget_for
 from shallower.verbs.subject import Subject, open_subject, units_of
 from shallower.verbs.trail import run_search
 

@@ -33,7 +33,7 @@ from shallower.corpus.calibration import Batch
 from shallower.studies.grid import parse_study
 from shallower.studies.result import Cell
 from shallower.units import Unit
-from shallower.verbs.search import budget_for
+from shallower.verbs.request import budget_for
 from shallower.verbs.study import study
 from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
 

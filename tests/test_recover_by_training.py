@@ -32,7 +32,8 @@ from shallower.units import parse_units
 from shallower.verbs import recover as verb
 from shallower.verbs import subject
 from shallower.verbs.prune import _recoveries
-from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume, parse_recoveries, require_launch
+from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume
+from shallower.verbs.recovery_steps import parse_recoveries, require_launch
 from shallower.verbs.subject import open_subject
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}

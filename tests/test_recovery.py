@@ -44,7 +44,7 @@ from shallower.verbs import recoveries
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
 from shallower.verbs.recover import recover
-from shallower.verbs.recoveries import parse_recoveries
+from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject

@@ -16,6 +16,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _WORTHWHILE = 1.3  # half precision has to be this many times faster than float32 to be worth its rounding
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a number format is called in options and files, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_device(name: str) -> torch.device:
     """`auto` (cuda, else cpu) or a torch device such as `cpu` or `cuda:1`. Of processes that were launched
     together, `auto` gives each its own cuda device.

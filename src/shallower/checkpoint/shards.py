@@ -57,7 +57,11 @@ def stored_dtype(folder: Path) -> str | None:
 
     Raises ModelError as `weight_files` does.
     """
-    numbers = _formats(folder)
+    numbers: Counter[str] = Counter()
+    for file in weight_files(folder):
+        for tensor in _header(file).values():
+            if tensor.get("dtype") in _FLOATING:
+                numbers[_FLOATING[tensor["dtype"]]] += math.prod(tensor.get("shape", ()))
     if numbers:
         return max(numbers, key=numbers.__getitem__)
     config = read_config(folder)
@@ -87,16 +91,6 @@ def rounded_formats(folder: Path, kept: Mapping[str, str]) -> tuple[str, ...]:
 
 def _of_any_block(name: str) -> str:
     return re.sub(r"\d+", "N", name)
-
-
-def _formats(folder: Path) -> Counter[str]:
-    """How many floating numbers a folder's files hold in each format."""
-    numbers: Counter[str] = Counter()
-    for file in weight_files(folder):
-        for tensor in _header(file).values():
-            if tensor.get("dtype") in _FLOATING:
-                numbers[_FLOATING[tensor["dtype"]]] += math.prod(tensor.get("shape", ()))
-    return numbers
 
 
 def tensor_names(file: Path) -> frozenset[str]:

@@ -1,6 +1,4 @@
-"""Calls into transformers, kept quiet and honest: no noise of its own, no weight that was made up,
-and modes that are put back.
-"""
+"""Calls into transformers, kept quiet and honest: no noise of its own, no weight made up, modes put back."""
 
 from __future__ import annotations
 

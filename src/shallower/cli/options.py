@@ -230,7 +230,7 @@ def with_distill(settings: dict[str, str], share: float | None, recoveries: str)
         raise UserError(
             f"--distill {share:g} is for a recovery that trains: add one, as in --recover full, or drop it."
         )
-    from shallower.verbs.recoveries import parse_recoveries
+    from shallower.verbs.recovery_steps import parse_recoveries
 
     if not any("distill" in method.options for method, _ in parse_recoveries(recoveries, {})):
         raise UserError(
@@ -265,8 +265,8 @@ def require_amount(
     if not isinstance(parse_remove(remove)[0], Unit):
         return
     from shallower.registry import objective as objectives
-    from shallower.verbs.recoveries import named_recoveries
-    from shallower.verbs.search import settable
+    from shallower.verbs.recovery_steps import named_recoveries
+    from shallower.verbs.search_methods import settable
 
     heeding = [
         objectives.get(objective),

@@ -65,8 +65,9 @@ def search(
     chosen = options.parse_settings(settings)
     from shallower.engine import reads_choices
     from shallower.registry import objective as objectives
-    from shallower.verbs.search import require_possible, require_target
+    from shallower.verbs.search import require_target
     from shallower.verbs.search import search as run
+    from shallower.verbs.search_methods import require_possible
     from shallower.verbs.subject import open_subject
 
     require_possible(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, unpack
+from shallower.checkpoint.dtype import dtype_name
 from shallower.corpus.calibration import Batch
 from shallower.errors import ModelError
 from shallower.units import Kind
@@ -169,7 +170,7 @@ def _unsupported(anatomy: Anatomy, seen: str) -> ModelError:
 def _require_finite(anatomy: Anatomy, logits: Tensor) -> None:
     if bool(logits.isfinite().all()):
         return
-    dtype = str(anatomy.model.dtype).removeprefix("torch.")
+    dtype = dtype_name(anatomy.model.dtype)
     wider = {"float16": "use --dtype float32 (or bfloat16)", "bfloat16": "use --dtype float32"}
     raise ModelError(
         f"this {anatomy.family} model gives no finite logits in {dtype}: "

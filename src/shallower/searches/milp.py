@@ -85,15 +85,14 @@ def _solved(
     value = np.array(values)
     missing = len(budget.limits) * len(units) if (value < 0).any() else 0  # else what needs not go only costs
     width = len(units) + missing
-    constraints = [
-        LinearConstraint(_row(width, _scaled(limit, units)[0]), lb=SCALE * (1 - TOLERANCE)) for limit in budget.limits
-    ]
+    scaled = [_scaled(limit, units) for limit in budget.limits]
+    constraints = [LinearConstraint(_row(width, costs), lb=SCALE * (1 - TOLERANCE)) for costs, _ in scaled]
     overlapping = (pair for pair in itertools.combinations(units, 2) if pair[0].overlaps(pair[1]))
     for together in (*overlapping, *cuts):  # not all of these at once
         row = _row(width, [float(unit in together) for unit in units])
         constraints.append(LinearConstraint(row, ub=len(together) - 1.0))
     if missing:
-        constraints += _none_superfluous(units, budget)
+        constraints += _none_superfluous(len(units), scaled)
     size = max(float(abs(value).max()), 1e-9)
     found = solve(
         _row(width, value / size + 1e-6 / len(units)),  # of equal sums the smaller set
@@ -107,21 +106,19 @@ def _solved(
     return frozenset(unit for unit, chosen in zip(units, found.x[: len(units)], strict=True) if chosen > 0.5)
 
 
-def _none_superfluous(units: Sequence[Unit], budget: Budget) -> list[LinearConstraint]:
-    """For each unit that goes, there is a budget that would be missed without it.
+def _none_superfluous(number: int, scaled: Sequence[tuple[list[float], float]]) -> list[LinearConstraint]:
+    """For each of `number` units that goes, there is a budget that would be missed without it. scaled: by `_scaled`.
 
     One more variable for each unit and budget says which: it may be 1 only if the budget is missed by what else goes.
     """
-    number = len(units)
-    width = number * (1 + len(budget.limits))
+    width = number * (1 + len(scaled))
     constraints = []
     for place in range(number):
-        witnesses = [number * (1 + limit) + place for limit in range(len(budget.limits))]
+        witnesses = [number * (1 + limit) + place for limit in range(len(scaled))]
         needed = np.zeros(width)
         needed[place], needed[witnesses] = 1.0, -1.0
         constraints.append(LinearConstraint(needed, ub=0.0))  # the unit stays, or one of the budgets is the witness
-        for limit, witness in zip(budget.limits, witnesses, strict=True):
-            costs, margin = _scaled(limit, units)
+        for (costs, margin), witness in zip(scaled, witnesses, strict=True):
             others = _row(width, costs)
             others[place] = 0.0
             others[witness] = most = others.sum()  # enough to lift the constraint where the variable is 0

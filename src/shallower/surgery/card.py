@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from shallower.anatomy.weigh import size
+from shallower.checkpoint.dtype import dtype_name
 from shallower.forms import FORMS, Form
 from shallower.plan import PruningPlan
 from shallower.version import __version__
@@ -73,7 +74,7 @@ def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveri
             "Of the sublayers that are still there the output projections are zero; no other weights were changed."
         )
     if rounded:
-        stored = str(model.dtype).removeprefix("torch.")
+        stored = dtype_name(model.dtype)
         changed += f" Weights that the original holds in {rounded} were rounded to {stored}."
     return f"{told} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. {changed}"
 

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shallower import files, progress
 from shallower.anatomy.dissect import probe_ids
+from shallower.checkpoint.dtype import dtype_name
 from shallower.checkpoint.gguf import gguf_folder
 from shallower.checkpoint.shards import rounded_formats
 from shallower.checkpoint.stock import is_quantized, quiet
@@ -206,13 +207,9 @@ def _rounded(model: PreTrainedModel) -> tuple[str, ...]:
     if not _is_checkpoint(source) or source.parent == gguf_folder():  # whose original holds other formats
         return ()
     try:
-        return rounded_formats(source, {name: _format(tensor) for name, tensor in model.state_dict().items()})
+        return rounded_formats(source, {name: dtype_name(tensor.dtype) for name, tensor in model.state_dict().items()})
     except ModelError:  # of weights that are not read here, such as pickled ones
         return ()
-
-
-def _format(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _is_checkpoint(folder: Path) -> bool:

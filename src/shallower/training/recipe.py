@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shallower.anatomy.dissect import Anatomy, find_blocks
+from shallower.checkpoint.dtype import dtype_name
 from shallower.corpus.calibration import CalibrationSet
 from shallower.errors import UserError
 from shallower.launched import world_size
@@ -124,8 +125,8 @@ def require_float32(student: PreTrainedModel, trained: Trained) -> None:
         for name, parameter in student.named_parameters()
     ):
         raise UserError(
-            f"compute=float32 needs the model in float32, and it is in {str(student.dtype).removeprefix('torch.')}: "
-            "add --dtype float32, or leave compute out."
+            f"compute=float32 needs the model in float32, and it is in {dtype_name(student.dtype)}: add --dtype "
+            "float32, or leave compute out."
         )
 
 

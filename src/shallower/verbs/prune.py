@@ -42,24 +42,27 @@ from shallower.verbs.questions import TaskScores, read_questions, task_scores
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
-    Stages,
     Training,
-    named_recoveries,
-    parse_recoveries,
     perplexities,
     recovery_card,
     recovery_made_by,
-    require_first,
-    require_launch,
     require_place,
     require_ready,
-    require_training,
     run_recoveries,
     with_maps_inside,
 )
+from shallower.verbs.recovery_steps import (
+    Stages,
+    named_recoveries,
+    parse_recoveries,
+    require_first,
+    require_launch,
+    require_training,
+)
+from shallower.verbs.request import Request, resolve
 from shallower.verbs.score import stream_statistic
-from shallower.verbs.search import Request, require_possible, resolve, settable
 from shallower.verbs.search import search as search_plan
+from shallower.verbs.search_methods import require_possible, settable
 from shallower.verbs.subject import Subject, open_subject, require_place_for, units_of
 from shallower.verbs.texts import nothing_held_out, read_texts
 from shallower.version import __version__

@@ -11,7 +11,8 @@ from shallower.engine import reads_choices
 from shallower.errors import TooLittleText
 from shallower.registry import objective as objectives
 from shallower.verbs.contamination import shared_runs
-from shallower.verbs.recoveries import Stages, Training, in_closed_form, repair_size, texts_read, training_text
+from shallower.verbs.recoveries import Training, repair_size, texts_read, training_text
+from shallower.verbs.recovery_steps import Stages, in_closed_form
 from shallower.verbs.repaired import Parts, judging_text
 from shallower.verbs.subject import Subject, calibrate
 from shallower.verbs.texts import held_out

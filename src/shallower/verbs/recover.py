@@ -33,20 +33,22 @@ from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
     Resume,
-    Stages,
-    in_closed_form,
-    parse_recoveries,
     perplexities,
     recovery_card,
     recovery_made_by,
-    require_closed_form,
-    require_launch,
     require_place,
-    require_training,
     run_recoveries,
     texts_read,
     training_text,
     with_maps_inside,
+)
+from shallower.verbs.recovery_steps import (
+    Stages,
+    in_closed_form,
+    parse_recoveries,
+    require_closed_form,
+    require_launch,
+    require_training,
 )
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts

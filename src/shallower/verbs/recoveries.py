@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,9 @@ from shallower.checkpoint.determinants import determinants
 from shallower.corpus import CalibrationSet
 from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
-from shallower.errors import ModelError, TooLittleText, UserError
+from shallower.errors import ModelError, TooLittleText
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
-from shallower.launched import spreads
 from shallower.recovery import Repair
-from shallower.registry import Method, share_options
-from shallower.registry import recovery as recoveries
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.reporting.wording import plural, recovery_rows
 from shallower.surgery import cut
@@ -40,16 +37,16 @@ from shallower.surgery.patch import patches
 from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
-from shallower.training.recipe import TRAINED_AS, HeldOut, check_recipe, require_blocks
+from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED
 from shallower.units import Unit
+from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
 from shallower.verbs.texts import fitting, held_out, text_perplexity
 from shallower.version import __version__
 
 SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
 TRAIN_SEQUENCES = 4096  # training reads on, and a million tokens are more than a processor trains on in an hour
-Stages = Sequence[tuple[Method, Mapping[str, Any]]]  # recoveries and their options
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,115 +113,6 @@ def repair_size(subject: Subject, sequences: int, length: int) -> tuple[int, int
     return max(sequences, SEQUENCES), max(length, LENGTH if limit is None else min(LENGTH, limit))
 
 
-def named_recoveries(names: str) -> list[Method]:
-    """The recoveries of `refit,low-rank`.
-
-    Raises UserError when there is no name, UnknownName for one that does not exist.
-    """
-    methods = [recoveries.get(name.strip()) for name in names.split(",") if name.strip()]
-    if not methods:
-        known = ", ".join(method.name for method in recoveries)
-        raise UserError(f"no recovery is named in {names!r}: name one or several of {known}, as in refit.")
-    return methods
-
-
-def parse_recoveries(
-    names: str, settings: Mapping[str, str], what: str = "", *, elsewhere: Collection[str] = ()
-) -> Stages:
-    """Recoveries by name with their options. what: whom to name in the error about an option that none of them has.
-    elsewhere: options that others read, too.
-
-    Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has or none
-    reads, or a value out of range, or for an order that cannot be.
-    """
-    methods = named_recoveries(names)
-    steps = list(zip(methods, share_options(what or f"recovery {names!r}", methods, settings), strict=True))
-    for method, given in steps:
-        if method.trained:
-            check_recipe(given)
-    for method, given in steps[1:]:
-        if what := _asked(method, given, "plain"):
-            raise UserError(
-                f"{what} needs the cut model that nothing was repaired of, and in {names!r} {methods[0].name} comes "
-                f"before: let {method.name} come first, or choose another way for it (--set)."
-            )
-    _require_read(steps, {*settings} - {*elsewhere})
-    return steps
-
-
-def _asked(method: Method, given: Mapping[str, Any], trait: str) -> str:
-    """The options that a trait of a method goes with, or its name where it goes with all; empty without trait or
-    options.
-    """
-    wanted = method.traits.get(trait)
-    if wanted is None or not wanted.items() <= given.items():
-        return ""
-    return ", ".join(f"{name}={value}" for name, value in wanted.items()) or method.name
-
-
-def _require_read(steps: Stages, settings: Collection[str]) -> None:
-    """Raise UserError for a setting, other than the default, that none of the recoveries reads with its other ones."""
-    for name in sorted(settings):
-        whys = [_unread(method, given, name) for method, given in steps if name in given]
-        if whys and all(whys):
-            raise UserError(
-                f"nothing reads {name} {whys[0]}: leave it out, or let something read it (--distill 0.9, or by=kl of "
-                "low-rank-trained)."
-            )
-
-
-def _unread(method: Method, given: Mapping[str, Any], name: str) -> str:
-    """Why a method does not read an option that was given; empty where it does, or it is the default."""
-    if not hasattr(method.function, "unread") or given[name] == method.options[name].default:
-        return ""
-    unread: dict[str, str] = method.function.unread(_in_use(method, given))
-    return unread.get(name, "")
-
-
-def require_launch(steps: Stages) -> None:
-    """Raise UserError where the processes that were launched together spread weights in a way that one of these
-    recoveries cannot train with: before the first begins.
-    """
-    version = spreads()
-    for method, options in steps if version else ():
-        if not method.trained:
-            continue
-        if version != 2:
-            raise UserError(
-                f"--use_fsdp spreads the model by FSDP {version}, and {method.name} trains with FSDP 2 only: add "
-                "--fsdp_version 2 to 'accelerate launch', or leave out --use_fsdp."
-            )
-        if what := _asked(method, options, "whole"):
-            raise UserError(
-                f"{what} needs the whole model in every process, and --use_fsdp spreads it: launch without --use_fsdp, "
-                "or train with full or lora."
-            )
-
-
-def require_training(steps: Stages, sequences: int | None, instructions: str | Path | None) -> None:
-    """Raise UserError where it is said what to train on, and none of the recoveries trains."""
-    given = {"--train-sequences": sequences, "--instructions": instructions}
-    idle = [flag for flag, value in given.items() if value is not None]
-    if idle and not any(method.trained for method, _ in steps):
-        are, them = ("is", "it") if len(idle) == 1 else ("are", "them")
-        raise UserError(
-            f"{' and '.join(idle)} {are} for recoveries that train, such as full or lora: name one, or drop {them}."
-        )
-
-
-def require_closed_form(steps: Stages, sequences: int | None, memory: int | str | None) -> None:
-    """Raise UserError where it is said what recoveries in closed form read or may keep, and all of them train."""
-    if in_closed_form(steps):
-        return
-    instead = {"--sequences": "say what is read by --train-sequences", "--memory": "make at_once smaller (--set)"}
-    for (flag, way), value in zip(instead.items(), (sequences, memory), strict=True):
-        if value is not None:
-            raise UserError(
-                f"{flag} is for recoveries in closed form, such as refit, and all that are named train: drop it; to "
-                f"change what training takes, {way}."
-            )
-
-
 def require_ready(
     student: Anatomy,
     dense: Anatomy,
@@ -241,20 +129,8 @@ def require_ready(
         if ready is not None and training is not None:
             ready(student.model, training.text, options)
         if inputs := method.traits.get("inputs"):
-            widest = inputs(Repair(student, dense, removed, text), _in_use(method, options))
+            widest = inputs(Repair(student, dense, removed, text), options_in_use(method, options))
             require_tokens(text.tokens, widest, least=f"the widest map of {method.name}")
-
-
-def require_first(steps: Stages, blocks: int) -> None:
-    """Raise UserError where a recovery that trains would begin behind the last of so many blocks."""
-    for method, options in steps:
-        if method.trained:
-            require_blocks(options, blocks)
-
-
-def _in_use(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a method: those that are set, and the defaults of the others."""
-    return {**{name: option.default for name, option in method.options.items()}, **options}
 
 
 def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
@@ -431,7 +307,7 @@ def run_recoveries(
                 repair.notes.append(_told(told))
             notes += [f"{method.name}: {note}" for note in repair.notes]
             gained = size((student.model,))[0] - before
-            used = _in_use(method, options)
+            used = options_in_use(method, options)
             shown = _values(measure(student))
             stages.append(RecoveryStage(method.name, shown, gained, tokens, round(seconds, 1), curve, used))
     finally:
@@ -458,11 +334,6 @@ def perplexities(
         name: text_perplexity(subject, content, window=window, max_windows=max_windows, label=f"{label} {name}")
         for name, content in contents.items()
     }
-
-
-def in_closed_form(steps: Stages) -> bool:
-    """Whether one of the recoveries is, and so reads the text of a repair."""
-    return any(not method.trained for method, _ in steps)
 
 
 def texts_read(

@@ -31,7 +31,8 @@ from shallower.recovery import Repair
 from shallower.registry import Method
 from shallower.surgery import cut
 from shallower.units import Unit
-from shallower.verbs.recoveries import Stages, repair_size
+from shallower.verbs.recoveries import repair_size
+from shallower.verbs.recovery_steps import Stages
 from shallower.verbs.subject import Subject, calibrate
 
 REPAIRED_AS = 3  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number

@@ -18,7 +18,7 @@ from shallower.errors import CorpusError, UserError
 from shallower.registry import objective as objectives
 from shallower.studies.grid import Study
 from shallower.studies.result import search_and_metric
-from shallower.verbs.search import require_possible, settable
+from shallower.verbs.search_methods import require_possible, settable
 from shallower.verbs.supply import supply
 
 

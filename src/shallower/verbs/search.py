@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
-from shallower.anatomy import Block
-from shallower.budget import Amount, Budget, Limit, make_limit, most, parse_protect, parse_remove, require_run
+from shallower.budget import parse_protect
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, Racing, Spent, reads_stream
+from shallower.engine import Ablator, Racing, Spent
 from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import MadeBy, PruningPlan
-from shallower.registry import Method, share_options
-from shallower.registry import metric as metrics
-from shallower.registry import objective as objectives
-from shallower.registry import search as searches
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
 from shallower.surgery import cut, leftovers
-from shallower.units import Unit, plain, sublayers_of
+from shallower.units import Unit, plain
 from shallower.verbs.advise import advise, is_auto
-from shallower.verbs.ranking import Stage, metric_of, rank, ranked, refuse_ranking, that_rank
-from shallower.verbs.recoveries import Stages, named_recoveries
-from shallower.verbs.repaired import Parts, RepairedLosses, judging_text, require_closed
+from shallower.verbs.ranking import rank, ranked
+from shallower.verbs.repaired import Parts, RepairedLosses, judging_text
+from shallower.verbs.request import resolve, takes_all
+from shallower.verbs.search_methods import chosen_methods, require_possible
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
-
-PAIRING = ("sublayer", "all")
-"""Values of --units among which sublayers can pair up."""
 
 Judge = Ablator | RepairedLosses
 
@@ -102,7 +93,7 @@ def search(
         remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
     )
     require_target(calibration, target)
-    chosen = _chosen(search, objective, repair, settings or {}, metric)
+    chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages, repairs = chosen.stages, chosen.repairs
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
@@ -168,7 +159,7 @@ def search(
             trail = run_search(stages, request.units, request.budget, judge.losses, ranking, seed)
             if ordinary:
                 _require_ordinary(subject, plain(trail[-1]))
-            if _takes_all(subject, trail[-1]):
+            if takes_all(subject, trail[-1]):
                 raise BudgetError(
                     f"search {search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, "
                     "and something must stay: remove less, or choose smaller --units."
@@ -226,162 +217,6 @@ def require_target(calibration: object, target: object) -> None:
         )
 
 
-def require_possible(
-    remove: str | int,
-    search: str = "greedy",
-    objective: str = "nll",
-    metric: str | None = None,
-    settings: Mapping[str, str] | None = None,
-    *,
-    units: str = "block",
-    ordinary: bool = False,
-    repair: str = "",
-    workers: object = None,
-) -> None:
-    """Refuse what is wrong with any model, before one is loaded.
-
-    Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
-    `ordinary` would restrict nothing, or `repair` change nothing, or nothing that can be done.
-    """
-    stages = _chosen(search, objective, repair, settings or {}, metric).stages
-    if metric is not None:
-        readers = that_rank(stages)
-        if not readers:
-            refuse_ranking(stages)
-        if any("spans" in method.parameters for method in readers) and not reads_stream(metrics.get(metric)):
-            raise UserError(
-                f"search {readers[0].name!r} ranks spans, of which metric {metric!r} has no scores; use a metric of "
-                "the stream, such as angular or cosine."
-            )
-    asked = parse_remove(str(remove))
-    if repair and (objective != "nll" or workers is not None):
-        raise UserError(
-            "--repair judges the repaired model by its loss in this process: drop --objective and --workers."
-        )
-    if repair and isinstance(asked[0], Amount) and not any("losses" in method.parameters for method, _ in stages):
-        judging = ", ".join(method.name for method in searches if "losses" in method.parameters)
-        raise UserError(
-            f"search {search!r} judges no candidates, so --repair {repair} would not change what it chooses: use one "
-            f"that does ({judging}), alone or afterwards ({search},swap), or drop --repair."
-        )
-    if ordinary and isinstance(asked[0], Unit):
-        raise UserError(f"--ordinary restricts a search, but --remove {remove} names the units; drop one of the two.")
-    if ordinary and units not in PAIRING:
-        raise UserError(
-            f"--ordinary needs --units {' or '.join(PAIRING)}, not {units}: whole blocks are ordinary anyway, and no "
-            "plan of attention or MLP alone is."
-        )
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `--remove` means for one model. budget: None when the user named the `units`; else they are what may go."""
-
-    units: tuple[Unit, ...]
-    budget: Budget | None
-
-
-def resolve(
-    subject: Subject,
-    remove: str | int,
-    search: str = "greedy",
-    *,
-    units: str = "block",
-    ordinary: bool = False,
-    protect: str = "",
-) -> Request:
-    """Refuse what is wrong with this model, before anything is measured.
-
-    Raises BudgetError for units that it has not, that are protected, or an amount that it cannot give, and ModelError
-    for `ordinary` with a family whose sublayers do not pair up.
-    """
-    asked = parse_remove(str(remove))
-    protected = parse_protect(protect, len(subject.anatomy.blocks))
-    named = _explicit(subject, asked, protected)
-    if named is not None:
-        return Request(tuple(named), None)
-    methods = _methods(search)
-    if any(method.traits.get("keeps_last_block") for method in methods):
-        protected |= {len(subject.anatomy.blocks) - 1}
-    removable = _removable(subject, units, protected, methods, ordinary)
-    budget = budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable)
-    if any("spans" in method.parameters for method in methods):
-        require_run(removable, budget)
-    return Request(removable, budget)
-
-
-def _methods(names: str) -> list[Method]:
-    """The searches of `greedy,swap`; one that improves on a set is preceded by one that makes it.
-
-    Raises UnknownName for one that does not exist, and UserError for one that would not look at what the search before
-    it found.
-    """
-    methods = [searches.get(name.strip()) for name in names.split(",")]
-    for earlier, later in itertools.pairwise(methods):
-        if "start" not in later.parameters:
-            improving = ", ".join(sorted(method.name for method in searches if "start" in method.parameters))
-            raise UserError(
-                f"--search {names} throws away what {earlier.name} finds, as {later.name} starts anew: after the first "
-                f"only searches that improve on a set can stand ({improving}); drop {earlier.name} or {later.name}."
-            )
-    before = methods[0].traits.get("starts")
-    if before:
-        methods.insert(0, searches.get(before))
-    return methods
-
-
-def search_stages(
-    names: str, objective: str, settings: Mapping[str, str], metric: str | None = None
-) -> tuple[list[Stage], dict[str, Any]]:
-    """The searches with their options, and the options of the objective. settings: also those of the metric.
-
-    Raises UnknownName for a method, or an option that none of them has.
-    """
-    chosen = _chosen(names, objective, "", settings, metric)
-    return chosen.stages, chosen.of_objective
-
-
-def settable(names: str, objective: str, metric: str | None = None) -> set[str]:
-    """The options that the searches, the objective and the metric that ranks have."""
-    stages = search_stages(names, objective, {}, metric)[0]
-    ranking = metric_of(stages, metric)
-    methods = [objectives.get(objective), *(method for method, _ in stages), *([] if ranking is None else [ranking])]
-    return {option for method in methods for option in method.options}
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The methods of a search: searches, recoveries that candidates are judged behind, objective and, for a search that
-    ranks, metric, with the options of each.
-    """
-
-    stages: list[Stage]
-    repairs: Stages
-    of_objective: dict[str, Any]
-    of_metric: dict[str, Any]
-
-
-def _chosen(names: str, objective: str, repair: str, settings: Mapping[str, str], metric: str | None) -> _Chosen:
-    """Look the methods up, and share the settings among them.
-
-    Raises as `search_stages`, and UserError for a recovery that is trained.
-    """
-    methods, repairs = _methods(names), named_recoveries(repair) if repair else []
-    require_closed(repairs)
-    ranking = metric_of([(method, {}) for method in methods], metric)
-    named = {"search": names, "metric": ranking and ranking.name, "objective": objective, "repair": repair}
-    *others, last = [f"{kind} {name!r}" for kind, name in named.items() if name]
-    asked = [*methods, *repairs, objectives.get(objective), *([] if ranking is None else [ranking])]
-    shared = share_options(f"{', '.join(others)} or {last}", asked, settings)
-    own, rest = shared[: len(methods)], shared[len(methods) :]
-    return _Chosen(
-        list(zip(methods, own, strict=True)),
-        list(zip(repairs, rest[: len(repairs)], strict=True)),
-        rest[len(repairs)],
-        {} if ranking is None else rest[-1],
-    )
-
-
 def _require_finite(measured: Sequence[float], order: Sequence[Unit], objective: str) -> None:
     """Raise ModelError when the model without the chosen units, or the dense one, overflows: nothing was compared."""
     if not math.isfinite(measured[0]):
@@ -404,80 +239,6 @@ def _cost(spent: Spent, *, repaired: bool) -> str:
     if spent.races and spent.exhaustive:
         sentence += f"; its races would have read {spent.exhaustive:,} if no candidate had been dropped early"
     return sentence + "."
-
-
-def budget_for(subject: Subject, amounts: Sequence[Amount], units: Sequence[Unit]) -> Budget:
-    """The budget that `--remove` asks for, over the units that may go."""
-    return Budget(tuple(_limit(subject, amount, units) for amount in amounts))
-
-
-def _limit(subject: Subject, amount: Amount, units: Sequence[Unit]) -> Limit:
-    if amount.quantity == "units":
-        kinds = {unit.kind for unit in units}
-        everything = subject.anatomy.of_kind(*({"block"} if "block" in kinds and amount.share else kinds - {"pair"}))
-        return make_limit(amount, dict.fromkeys(units, 1.0), most(dict.fromkeys(everything, 1.0)))
-    weights = subject.weights
-    known = {**weights.units, **subject.pairs} if any(unit.kind == "pair" for unit in units) else weights.units
-    cost = {unit: float(getattr(known[unit], amount.quantity)) for unit in units}
-    return make_limit(amount, cost, float(getattr(weights.blocks, amount.quantity)))
-
-
-def _explicit(
-    subject: Subject, asked: tuple[Amount, ...] | tuple[Unit, ...], protected: frozenset[int]
-) -> list[Unit] | None:
-    """The units that the user named, checked; None when amounts were given."""
-    units = [item for item in asked if isinstance(item, Unit)]
-    if not units:
-        return None
-    blocks = len(subject.anatomy.blocks)
-    subject.anatomy.require(units)
-    for unit in units:
-        if unit.index in protected:
-            raise BudgetError(f"{unit} is both to be removed and protected.")
-    if _takes_all(subject, units):
-        raise BudgetError(f"--remove names all {blocks} blocks, whole or by their sublayers; something must stay.")
-    return units
-
-
-def _takes_all(subject: Subject, units: Iterable[Unit]) -> bool:
-    """Whether nothing of any block would stay."""
-    gone = sublayers_of(units)
-    return all(_is_empty(block, gone) for block in subject.anatomy.blocks)
-
-
-def _is_empty(block: Block, gone: frozenset[Unit]) -> bool:
-    """Whether no matrix of a block stays; one may have only one half (Mamba)."""
-    halves = gone.intersection(Unit(block.index, "block").sublayers)
-    taken = {id(one) for half in halves for module in block.modules_of(half.kind) for one in module.parameters()}
-    matrices = [parameter for parameter in block.module.parameters() if parameter.dim() >= 2]
-    return len(halves) == 2 or (bool(halves) and all(id(matrix) in taken for matrix in matrices))
-
-
-def _removable(
-    subject: Subject, units: str, protected: frozenset[int], methods: Sequence[Method], ordinary: bool
-) -> tuple[Unit, ...]:
-    removable = _whole(subject, protected) if ordinary else units_of(subject, units, protected)
-    for method in methods:
-        kinds = method.traits.get("kinds")
-        if kinds is not None and any(unit.kind not in kinds for unit in removable):
-            raise UserError(f"search {method.name!r} works on --units {' or '.join(kinds)}, not on {units}.")
-    return removable
-
-
-def _whole(subject: Subject, protected: frozenset[int]) -> tuple[Unit, ...]:
-    """Blocks and pairs: what can go one after another and always leave an ordinary model.
-
-    Raises ModelError when the family's sublayers do not pair up.
-    """
-    blocks = units_of(subject, "block", protected)
-    pairs = [pair for pair in subject.pairs if not {pair.index, pair.index + 1} & protected]
-    if not subject.pairs:
-        raise ModelError(
-            f"sublayers of this {subject.anatomy.family} model do not pair up to ordinary blocks (an MLP and the "
-            "attention after it cannot go together exactly): drop --ordinary, and use --units block for an ordinary "
-            "checkpoint."
-        )
-    return tuple(sorted([*blocks, *pairs]))
 
 
 def _require_cuttable(subject: Subject, chosen: Sequence[Unit]) -> None:

@@ -40,8 +40,10 @@ from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Failure, Result, search_and_metric
 from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, rank
+from shallower.verbs.request import resolve
 from shallower.verbs.runnable import parsed_text, require_runnable, settings_of
-from shallower.verbs.search import resolve, search, search_stages
+from shallower.verbs.search import search
+from shallower.verbs.search_methods import search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
 from shallower.verbs.supply import supply
 from shallower.version import __version__

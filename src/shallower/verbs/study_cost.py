@@ -21,9 +21,10 @@ from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, search_and_metric
 from shallower.units import Span, Unit, plain
 from shallower.verbs.ranking import metric_of
+from shallower.verbs.request import resolve
 from shallower.verbs.runnable import require_runnable, settings_of
 from shallower.verbs.score import measured_scores
-from shallower.verbs.search import resolve, search_stages
+from shallower.verbs.search_methods import search_stages
 from shallower.verbs.study import (
     CELLS,
     Runner,

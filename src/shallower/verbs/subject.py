@@ -18,6 +18,7 @@ from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import determinants
+from shallower.checkpoint.dtype import dtype_name
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
@@ -55,7 +56,7 @@ class Subject:
     @property
     def dtype(self) -> str:
         """The number format that the model computes in, such as `bfloat16`."""
-        return str(self.model.dtype).removeprefix("torch.")
+        return dtype_name(self.model.dtype)
 
     def holding(self, model: PreTrainedModel) -> Subject:
         """A model that was made of this one, with its tokenizer and name."""

@@ -1,0 +1,141 @@
+"""Recoveries in order, with their options: all that can be known of them before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shallower.errors import UserError
+from shallower.launched import spreads
+from shallower.registry import Method, share_options
+from shallower.registry import recovery as recoveries
+from shallower.training.recipe import check_recipe, require_blocks
+
+Stages = Sequence[tuple[Method, Mapping[str, Any]]]  # recoveries and their options
+
+
+def named_recoveries(names: str) -> list[Method]:
+    """The recoveries of `refit,low-rank`.
+
+    Raises UserError when there is no name, UnknownName for one that does not exist.
+    """
+    methods = [recoveries.get(name.strip()) for name in names.split(",") if name.strip()]
+    if not methods:
+        known = ", ".join(method.name for method in recoveries)
+        raise UserError(f"no recovery is named in {names!r}: name one or several of {known}, as in refit.")
+    return methods
+
+
+def parse_recoveries(
+    names: str, settings: Mapping[str, str], what: str = "", *, elsewhere: Collection[str] = ()
+) -> Stages:
+    """Recoveries by name with their options. what: whom to name in the error about an option that none of them has.
+    elsewhere: options that others read, too.
+
+    Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has or none
+    reads, or a value out of range, or for an order that cannot be.
+    """
+    methods = named_recoveries(names)
+    steps = list(zip(methods, share_options(what or f"recovery {names!r}", methods, settings), strict=True))
+    for method, given in steps:
+        if method.trained:
+            check_recipe(given)
+    for method, given in steps[1:]:
+        if what := _asked(method, given, "plain"):
+            raise UserError(
+                f"{what} needs the cut model that nothing was repaired of, and in {names!r} {methods[0].name} comes "
+                f"before: let {method.name} come first, or choose another way for it (--set)."
+            )
+    _require_read(steps, {*settings} - {*elsewhere})
+    return steps
+
+
+def _require_read(steps: Stages, settings: Collection[str]) -> None:
+    """Raise UserError for a setting, other than the default, that none of the recoveries reads with its other ones."""
+    for name in sorted(settings):
+        whys = [_unread(method, given, name) for method, given in steps if name in given]
+        if whys and all(whys):
+            raise UserError(
+                f"nothing reads {name} {whys[0]}: leave it out, or let something read it (--distill 0.9, or by=kl of "
+                "low-rank-trained)."
+            )
+
+
+def _unread(method: Method, given: Mapping[str, Any], name: str) -> str:
+    """Why a method does not read an option that was given; empty where it does, or it is the default."""
+    if not hasattr(method.function, "unread") or given[name] == method.options[name].default:
+        return ""
+    unread: dict[str, str] = method.function.unread(options_in_use(method, given))
+    return unread.get(name, "")
+
+
+def _asked(method: Method, given: Mapping[str, Any], trait: str) -> str:
+    """The options that a trait of a method goes with, or its name where it goes with all; empty without trait or
+    options.
+    """
+    wanted = method.traits.get(trait)
+    if wanted is None or not wanted.items() <= given.items():
+        return ""
+    return ", ".join(f"{name}={value}" for name, value in wanted.items()) or method.name
+
+
+def options_in_use(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method: those that are set, and the defaults of the others."""
+    return {**{name: option.default for name, option in method.options.items()}, **options}
+
+
+def in_closed_form(steps: Stages) -> bool:
+    """Whether one of the recoveries is, and so reads the text of a repair."""
+    return any(not method.trained for method, _ in steps)
+
+
+def require_launch(steps: Stages) -> None:
+    """Raise UserError where the processes that were launched together spread weights in a way that one of these
+    recoveries cannot train with: before the first begins.
+    """
+    version = spreads()
+    for method, options in steps if version else ():
+        if not method.trained:
+            continue
+        if version != 2:
+            raise UserError(
+                f"--use_fsdp spreads the model by FSDP {version}, and {method.name} trains with FSDP 2 only: add "
+                "--fsdp_version 2 to 'accelerate launch', or leave out --use_fsdp."
+            )
+        if what := _asked(method, options, "whole"):
+            raise UserError(
+                f"{what} needs the whole model in every process, and --use_fsdp spreads it: launch without --use_fsdp, "
+                "or train with full or lora."
+            )
+
+
+def require_training(steps: Stages, sequences: int | None, instructions: str | Path | None) -> None:
+    """Raise UserError where it is said what to train on, and none of the recoveries trains."""
+    given = {"--train-sequences": sequences, "--instructions": instructions}
+    idle = [flag for flag, value in given.items() if value is not None]
+    if idle and not any(method.trained for method, _ in steps):
+        are, them = ("is", "it") if len(idle) == 1 else ("are", "them")
+        raise UserError(
+            f"{' and '.join(idle)} {are} for recoveries that train, such as full or lora: name one, or drop {them}."
+        )
+
+
+def require_closed_form(steps: Stages, sequences: int | None, memory: int | str | None) -> None:
+    """Raise UserError where it is said what recoveries in closed form read or may keep, and all of them train."""
+    if in_closed_form(steps):
+        return
+    instead = {"--sequences": "say what is read by --train-sequences", "--memory": "make at_once smaller (--set)"}
+    for (flag, way), value in zip(instead.items(), (sequences, memory), strict=True):
+        if value is not None:
+            raise UserError(
+                f"{flag} is for recoveries in closed form, such as refit, and all that are named train: drop it; to "
+                f"change what training takes, {way}."
+            )
+
+
+def require_first(steps: Stages, blocks: int) -> None:
+    """Raise UserError where a recovery that trains would begin behind the last of so many blocks."""
+    for method, options in steps:
+        if method.trained:
+            require_blocks(options, blocks)
