@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import json
 import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,25 +18,23 @@ from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine import stream_scores
 from shallower.errors import UserError
-from shallower.evaluation.perplexity import Perplexity, context_limit
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.forms import require_form
 from shallower.launched import world_size
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
-from shallower.reporting.data import RecoveryStage, ReportData, Side
+from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.page import render
-from shallower.reporting.wording import plural
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_unquantized, require_whole, save
 from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
-from shallower.timing.speed import Speed, compare_speed
 from shallower.units import Unit
+from shallower.verbs.before_after import Clock, before_after
 from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune
-from shallower.verbs.questions import TaskScores, read_questions, task_scores
+from shallower.verbs.questions import read_questions
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
@@ -69,7 +65,6 @@ from shallower.version import __version__
 
 INFLUENCE = "cosine"
 DISTANCE = "angular"
-PROMPT, GENERATE = 128, 32  # tokens, where speed is timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,27 +133,10 @@ def prune(
     Raises UserError (BudgetError, PlanError, OutputError, …) before anything is written, and VerificationError when the
     written checkpoint does not reproduce the pruned model.
     """
-    if (remove is None) == (plan is None):
-        raise UserError(
-            "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
-        )
-    if plan is not None and repair:
-        raise UserError(
-            f"a plan says what goes, so --repair {repair} would change nothing: drop it, or repair what the plan "
-            f"leaves with --recover {repair}."
-        )
+    _require_consistent(remove, plan, repair, recover, form)
     steps, settings = _recoveries(recover, settings or {}, search, objective, repair, metric, planned=plan is not None)
-    if world_size() > 1:
-        raise UserError(
-            "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
-            "'accelerate launch -m shallower recover'."
-        )
     require_launch(steps)
     require_training(steps, train_sequences, instructions)
-    if steps and form == "padded":
-        raise UserError(
-            "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."
-        )
     if remove is not None:
         require_possible(
             remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
@@ -167,7 +145,7 @@ def prune(
     require_form(form)
     if out is not None:
         require_place_for(out, model, force=force)
-    clock = _Clock()
+    clock = Clock()
     contents = read_texts(texts)
     asked = read_questions((), tasks, (), settings=TaskSettings(task_items), task_data=task_data) if tasks else None
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
@@ -222,7 +200,7 @@ def prune(
             )
     if steps and form == "auto":
         form = "packaged"  # where blocks are not whole: transformers' own way is made from the dense model's weights
-    smaller, measured = _cut(subject, given.removed, form)
+    smaller, exported = _cut(subject, given.removed, form)
     before_repair = [*smaller.model.parameters()]
     stages: tuple[RecoveryStage, ...] = ()
     said: tuple[str, ...] = ()
@@ -244,66 +222,76 @@ def prune(
                 memory=memory,
             )
         smaller = smaller.holding(smaller.model)
-    with clock("perplexity"):
-        before, after = (
-            perplexities(side, read.held_out, window, max_windows, label=f"with {len(side.anatomy.blocks)} blocks on")
-            for side in (subject, smaller)
-        )
-    scores: TaskScores = TaskScores()
-    if asked is not None:
-        with clock("tasks"):
-            scores = task_scores(subject, smaller, asked)
-    with clock("speed"):
-        speeds, untimed = _speeds(subject, smaller) if speed else ({}, ())
-    notes = (
-        *shared_with_held_out(subject, read, steps, None if max_windows is None else window * max_windows),
-        *nothing_held_out(read.held_out, calibration),
-        *scores.notes,
-        *(() if steps else _left_unrepaired(given)),
-        *untimed,
-        *measured.notes,
-        *said,
-    )
+    measured = before_after(subject, smaller, read.held_out, asked, clock, window, max_windows, speed=speed)
     data = ReportData(
         plan=given,
         influence=(influence,),
         spans=spans,
-        dense=_side(subject, before, speeds.get("dense"), scores.dense),
-        pruned=_side(smaller, after, speeds.get("pruned"), scores.pruned),
-        speed_setting=_setting(speeds["dense"], subject) if speeds else "",
+        dense=measured.dense,
+        pruned=measured.pruned,
+        speed_setting=measured.speed_setting,
         seconds=clock.seconds,
-        notes=notes,
+        notes=(
+            *shared_with_held_out(subject, read, steps, None if max_windows is None else window * max_windows),
+            *nothing_held_out(read.held_out, calibration),
+            *measured.of_tasks,
+            *(() if steps else _left_unrepaired(given)),
+            *measured.of_speed,
+            *exported.notes,
+            *said,
+        ),
         machine=_machine(),
-        form="packaged" if any(patches(smaller.model)) else measured.form.name,
+        form="packaged" if any(patches(smaller.model)) else exported.form.name,
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
         recovery_made_by=recovery_made_by(subject, steps, read.fitted, read.training, seed) if steps else None,
         dtype=subject.dtype,
     )
-    if out is None:
-        resume.clear()
-        return Pruned(smaller.model, given, data, None)
-    with clock("writing and verifying"):
-        anatomy, found = _as_stored(subject, measured, given.removed, form)
-        if steps and found is not measured:
-            adopt(found.model, smaller.model, before_repair)
-        complete = with_maps_inside(found.model, anatomy, given.removed)
-        if complete is not found.model:
-            found = export(anatomy, given.removed, complete, form)
-        folder = save(
-            found,
-            out,
-            plan=given,
-            tokenizer=subject.loaded.tokenizer,
-            card=_card(data),
-            recoveries=[stage.method for stage in stages[1:]],
-            pages={"report.json": json.dumps(data.to_json(), indent=1), "report.html": render(data)},
-            force=force,
-            verify_ids=read.judging.input_ids[:1, :64],
-        )
+    folder = None
+    if out is not None:
+        with clock("writing and verifying"):
+            anatomy, found = _as_stored(subject, exported, given.removed, form)
+            if steps and found is not exported:
+                adopt(found.model, smaller.model, before_repair)
+            complete = with_maps_inside(found.model, anatomy, given.removed)
+            if complete is not found.model:
+                found = export(anatomy, given.removed, complete, form)
+            folder = save(
+                found,
+                out,
+                plan=given,
+                tokenizer=subject.loaded.tokenizer,
+                card=_card(data),
+                recoveries=[stage.method for stage in stages[1:]],
+                pages={"report.json": json.dumps(data.to_json(), indent=1), "report.html": render(data)},
+                force=force,
+                verify_ids=read.judging.input_ids[:1, :64],
+            )
     resume.clear()
     return Pruned(smaller.model, given, data, folder)
+
+
+def _require_consistent(remove: object, plan: object, repair: str, recover: str, form: str) -> None:
+    """Raise UserError for what contradicts itself with any model."""
+    if (remove is None) == (plan is None):
+        raise UserError(
+            "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
+        )
+    if plan is not None and repair:
+        raise UserError(
+            f"a plan says what goes, so --repair {repair} would change nothing: drop it, or repair what the plan "
+            f"leaves with --recover {repair}."
+        )
+    if recover and form == "padded":
+        raise UserError(
+            "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."
+        )
+    if world_size() > 1:
+        raise UserError(
+            "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
+            "'accelerate launch -m shallower recover'."
+        )
 
 
 def _require_ready(
@@ -328,19 +316,6 @@ def _require_ready(
         require_first(steps, len(dense.blocks) - max(limit.fewest for limit in request.budget.limits))
     student = dissect(cut(dense, removed)) if removed else dense
     require_ready(student, dense, removed, steps, text, training)
-
-
-class _Clock:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 2)
 
 
 def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject, Export]:
@@ -411,43 +386,6 @@ def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[
         made_by = MadeBy(None, None, statistic.metric.name, options, seed, text.identity, __version__)
         found.append(Scores(subject.identity, statistic.metric.name, scored, made_by))
     return found[0], found[1]
-
-
-def _side(
-    subject: Subject, perplexities: Mapping[str, Perplexity], speed: Speed | None, tasks: Mapping[str, float]
-) -> Side:
-    whole = subject.weights.model
-    return Side(
-        blocks=len(subject.anatomy.blocks),
-        parameters=whole.parameters,
-        bytes=whole.bytes,
-        flops=whole.flops,
-        kv_bytes=whole.kv_bytes,
-        perplexity={name: found.perplexity for name, found in perplexities.items()},
-        perplexity_tokens={name: found.tokens for name, found in perplexities.items()},
-        prefill_tokens_per_s=None if speed is None else speed.prefill_tokens_per_s,
-        decode_tokens_per_s=None if speed is None else speed.decode_tokens_per_s,
-        tasks=tasks,
-    )
-
-
-def _speeds(subject: Subject, smaller: Subject) -> tuple[dict[str, Speed], tuple[str, ...]]:
-    """Of both models, behind as long a prompt as their positions allow; or none, and why."""
-    limit = context_limit(subject.model)
-    prompt = PROMPT if limit is None else min(PROMPT, limit - GENERATE)
-    if prompt < 1:
-        return {}, (
-            f"Speed was not timed: {GENERATE} tokens are decoded behind a prompt, and the model has {limit} positions.",
-        )
-    models = {"dense": subject.model, "pruned": smaller.model}
-    return compare_speed(models, prompt=prompt, generate=GENERATE, repeats=3), ()
-
-
-def _setting(speed: Speed, subject: Subject) -> str:
-    return (
-        f"prompt {speed.prompt}, generate {speed.generate}, batch {speed.batch}, {subject.dtype}, "
-        f"{subject.model.device.type}, {plural(torch.get_num_threads(), 'thread')}; medians of alternating runs"
-    )
 
 
 def _machine() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from pathlib import Path
@@ -19,13 +19,14 @@ from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
+from shallower.searches import Losses
 from shallower.surgery import cut, leftovers
 from shallower.units import Unit, plain
 from shallower.verbs.advise import advise, is_auto
-from shallower.verbs.ranking import rank, ranked
+from shallower.verbs.ranking import Stage, rank, ranked
 from shallower.verbs.repaired import Parts, RepairedLosses, judging_text
-from shallower.verbs.request import resolve, takes_all
-from shallower.verbs.search_methods import chosen_methods, require_possible
+from shallower.verbs.request import Request, resolve, takes_all
+from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
@@ -97,32 +98,19 @@ def search(
     stages, repairs = chosen.stages, chosen.repairs
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
-    shape: dict[str, Any] = {"sequences": sequences, "length": length, "seed": seed}
-    read: CalibrationSet | Parts | None = calibration if isinstance(calibration, Parts) else None
-    if target is not None:
-        removable = units_of(subject, units, parse_protect(protect, len(subject.anatomy.blocks)))
-        advice = advise(
-            subject,
-            str(calibration),
-            target,
-            removable,
-            objective=objective,
-            options=chosen.of_objective,
-            memory=memory,
-            workers=workers,
-            **shape,
-        )
-        calibration, read = advice.candidates[0].source, None if repair else advice.text
-    if isinstance(calibration, Parts) and not repair:
-        raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
-    if read is None:
-        assert not isinstance(calibration, Parts)
-        if repair:
-            read = judging_text(subject, calibration, **shape)
-        else:
-            read = calibrate(subject, calibration, objective=objective, **shape)
+    read = _text(
+        subject,
+        calibration,
+        target,
+        chosen,
+        objective,
+        lambda: units_of(subject, units, parse_protect(protect, len(subject.anatomy.blocks))),
+        memory=memory,
+        workers=workers,
+        shape={"sequences": sequences, "length": length, "seed": seed},
+    )
     whole, text = (read.whole, read.judged) if isinstance(read, Parts) else (read, read)
-    name, ranked_by = None, None
+    ranking: Scores | None = None
     with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
         before = copy(measuring.spent)
         judge: Judge = measuring
@@ -136,7 +124,6 @@ def search(
         if request.budget is None:
             order = list(request.units)
         else:
-            name = search
             if scores is None:
                 ranking = rank(
                     subject,
@@ -155,17 +142,7 @@ def search(
                 ranking = ranked(subject, stages, metric, scores, chosen.of_metric)
             if repair:
                 measuring.close()  # what it keeps in memory would stand beside what repairs keep
-            ranked_by = ranking.metric if ranking else None
-            trail = run_search(stages, request.units, request.budget, judge.losses, ranking, seed)
-            if ordinary:
-                _require_ordinary(subject, plain(trail[-1]))
-            if takes_all(subject, trail[-1]):
-                raise BudgetError(
-                    f"search {search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, "
-                    "and something must stay: remove less, or choose smaller --units."
-                )
-            _require_cuttable(subject, plain(trail[-1]))
-            order = removal_order(trail, judge.losses)
+            order = _order(subject, request, search, stages, judge.losses, ranking, seed, ordinary=ordinary)
         measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
         if isinstance(judge, RepairedLosses):
             judge.require_possible(order)
@@ -176,25 +153,16 @@ def search(
             spent.tokens += judge.spent.tokens
             spent.recalled += judge.spent.recalled
         progress.note(_cost(spent, repaired=bool(repair)))
-    options: dict[str, object] = {key: value for _, given in (*stages, *repairs) for key, value in given.items()}
-    options |= {
-        **chosen.of_metric,
-        **chosen.of_objective,
+    options = {
+        **chosen.options,
         "remove": str(remove),
         "units": units,
         "ordinary": ordinary,
         "protect": protect,
-        "exact": bool(repair) or measuring.racing is None,
         "dtype": subject.dtype,
+        **_of_races(measuring.racing, spent, repair),
     }
-    if repair:
-        options["repair"] = repair
-    if spent.races and measuring.racing is not None:
-        options |= {
-            "races": spent.races,
-            "error_a_race": measuring.racing.error,
-            "tie_of_a_race": measuring.racing.tie,
-        }
+    name, ranked_by = (None if request.budget is None else search), (None if ranking is None else ranking.metric)
     made_by = MadeBy(name, objective, ranked_by, options, seed, whole.identity, __version__)
     return PruningPlan(
         subject.identity,
@@ -204,6 +172,82 @@ def search(
         made_by,
         {"tokens": spent.tokens, "exhaustive": spent.exhaustive, "recalled": spent.recalled},
     )
+
+
+def _text(
+    subject: Subject,
+    calibration: str | Path | CalibrationSet | Parts | None,
+    target: str | Path | None,
+    chosen: Chosen,
+    objective: str,
+    removable: Callable[[], Sequence[Unit]],
+    *,
+    memory: int | None,
+    workers: int | str | None,
+    shape: Mapping[str, Any],
+) -> CalibrationSet | Parts:
+    """What candidates are measured on; behind a repair, what they are repaired and judged on."""
+    if isinstance(calibration, Parts):
+        if not chosen.repairs:
+            raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
+        return calibration
+    if target is not None:
+        advice = advise(
+            subject,
+            str(calibration),
+            target,
+            removable(),
+            objective=objective,
+            options=chosen.of_objective,
+            memory=memory,
+            workers=workers,
+            **shape,
+        )
+        if not chosen.repairs:
+            return advice.text
+        calibration = advice.candidates[0].source
+    if chosen.repairs:
+        return judging_text(subject, calibration, **shape)
+    return calibrate(subject, calibration, objective=objective, **shape)
+
+
+def _order(
+    subject: Subject,
+    request: Request,
+    search: str,
+    stages: Sequence[Stage],
+    losses: Losses,
+    ranking: Scores | None,
+    seed: int,
+    *,
+    ordinary: bool,
+) -> list[Unit]:
+    """The units that the searches choose, each before those that are chosen after it.
+
+    Raises BudgetError when nothing would stay, and ModelError when what would stay cannot be built.
+    """
+    assert request.budget is not None
+    trail = run_search(stages, request.units, request.budget, losses, ranking, seed)
+    found = plain(trail[-1])
+    if ordinary:
+        _require_ordinary(subject, found)
+    if takes_all(subject, trail[-1]):
+        raise BudgetError(
+            f"search {search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, and "
+            "something must stay: remove less, or choose smaller --units."
+        )
+    _require_cuttable(subject, found)
+    return removal_order(trail, losses)
+
+
+def _of_races(racing: Racing | None, spent: Spent, repair: str) -> dict[str, Any]:
+    """How candidates were compared, as `made_by.options` of the plan tells it."""
+    told: dict[str, Any] = {"exact": bool(repair) or racing is None}
+    if repair:
+        told["repair"] = repair
+    if spent.races and racing is not None:
+        told |= {"races": spent.races, "error_a_race": racing.error, "tie_of_a_race": racing.tie}
+    return told
 
 
 def require_target(calibration: object, target: object) -> None:

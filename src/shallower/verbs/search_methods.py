@@ -34,6 +34,12 @@ class Chosen:
     of_objective: dict[str, Any]
     of_metric: dict[str, Any]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of all of them."""
+        own = {key: value for _, options in (*self.stages, *self.repairs) for key, value in options.items()}
+        return own | self.of_metric | self.of_objective
+
 
 def require_possible(
     remove: str | int,
