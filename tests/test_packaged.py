@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -92,6 +93,15 @@ def test_every_form_computes_the_same(family: str, tmp_path: Path) -> None:
         assert close(decoded(loaded), wanted), "token by token"
         assert loaded.num_parameters() == model.num_parameters() < anatomy.model.num_parameters()
         assert len(cache_of(loaded).layers) == len(loaded.config.block_configs) - 1 == 4
+    declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    assert ("AutoModel" in declared) == (family != "llama4")  # which has no part that is its model without the head
+    if "AutoModel" in declared:
+        headless, told = AutoModel.from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True, output_loading_info=True
+        )
+        assert not told["missing_keys"]
+        states = [part.eval()(IDS).last_hidden_state for part in (headless, with_code(folder).base_model)]
+        assert torch.equal(*states)
     kinds = [unit.kind for unit in dissect(load(folder)).units]
     assert kinds.count("attn") == kinds.count("mlp") == 4
     stored = load_file(folder / "model.safetensors")

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 from shallower.anatomy import Anatomy
 from shallower.errors import ModelError
 from shallower.forms import FORMS
-from shallower.packaged import code, has_maps, load_files
+from shallower.packaged import code, has_maps, headless, load_files
 from shallower.surgery.save import Export
 from shallower.units import Unit
 
@@ -54,8 +54,10 @@ def packaged(anatomy: Anatomy | None, units: Collection[Unit], model: PreTrained
         "AutoConfig": "configuration_shallow.ShallowConfig",
         "AutoModelForCausalLM": f"modeling_shallow.{class_name}",
     }
+    if (base := headless(model)) is not None:
+        modules["AutoModel"] = "modeling_shallow.ShallowModel"
     fields |= {"architectures": [class_name], "model_type": model_type, "auto_map": modules}
-    files = code(stock, model_type=model_type, class_name=class_name)
+    files = code(stock, base, model_type=model_type, class_name=class_name)
 
     def load(folder: Path, like: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Any]]:
         loaded, info = load_files(folder, class_name).from_pretrained(

@@ -26,6 +26,7 @@ __all__ = [
     "code",
     "entries",
     "has_maps",
+    "headless",
     "is_packaged",
     "load_files",
     "shallow_class",
@@ -94,8 +95,23 @@ def has_maps(config: PretrainedConfig) -> bool:
     return any(entry[half].get("map") for entry in config.block_configs for half in ("attention", "ffn"))
 
 
-def code(stock: type[PreTrainedModel], *, model_type: str, class_name: str) -> dict[str, str]:
-    """The two files that let transformers load a packaged checkpoint of `stock` without shallower, by file name."""
+def headless(model: PreTrainedModel) -> type[PreTrainedModel] | None:
+    """The stock class of a packaged model without its head; None where it is no part of its own, holds not the blocks,
+    or is not one that transformers exports.
+    """
+    base = model.base_model
+    inside = model.config.packaged["blocks_at"].startswith(f"{model.base_model_prefix}.")
+    exported = getattr(transformers, type(base).__name__, None) is type(base)
+    return type(base) if base is not model and inside and exported else None
+
+
+def code(
+    stock: type[PreTrainedModel], base: type[PreTrainedModel] | None, *, model_type: str, class_name: str
+) -> dict[str, str]:
+    """The two files that let transformers load a packaged checkpoint of `stock` without shallower, by file name.
+
+    base: the stock class without its head, None where there is none.
+    """
     config: Any = stock.config_class
     changes = {
         r"LlamaConfig as StockConfig": f"{config.__name__} as StockConfig",
@@ -103,6 +119,13 @@ def code(stock: type[PreTrainedModel], *, model_type: str, class_name: str) -> d
         r'model_type = "nemotron-nas"': f'model_type = "{model_type}"',
         r"\bShallowForCausalLM\b": class_name,
     }
+    if base is not None:
+        changes[r"LlamaModel as StockBase"] = f"{base.__name__} as StockBase"
+    else:
+        changes |= {
+            r"from transformers import LlamaModel as StockBase\n": "",
+            r"\n\n\nclass ShallowModel\((?s:.*)": "\n",
+        }
     texts = {}
     for file in _FILES:
         text = Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM as StockModel
+from transformers import LlamaModel as StockBase
 
 from .configuration_shallow import ShallowConfig
 
@@ -68,7 +69,10 @@ SERVING = {"attention": ["input_layernorm"], "ffn": ["post_attention_layernorm"]
 def leave_out(model: Any, config: Any) -> None:
     """Take the missing halves out of the blocks, and number the attentions that are left by their place in a cache."""
     slot = 0
-    blocks = model.get_submodule(config.packaged.get("blocks_at", "model.layers"))
+    at = config.packaged.get("blocks_at", "model.layers")
+    if model.base_model is model:  # without a head
+        at = at.removeprefix(f"{model.base_model_prefix}.")
+    blocks = model.get_submodule(at)
     for place, (block, entry) in enumerate(zip(blocks, config.block_configs, strict=True)):
         for half in ("attention", "ffn"):
             names = entry[half].get("modules", MODULES[half])
@@ -106,5 +110,11 @@ class LeavesOut(nn.Module):
 
 class ShallowForCausalLM(LeavesOut, StockModel):  # type: ignore[misc]
     """The stock model with missing sublayers."""
+
+    config_class = ShallowConfig
+
+
+class ShallowModel(LeavesOut, StockBase):  # type: ignore[misc]
+    """The same without its head, as AutoModel loads it."""
 
     config_class = ShallowConfig
