@@ -49,7 +49,7 @@ def packaged(anatomy: Anatomy | None, units: Collection[Unit], model: PreTrained
             notes = ["vLLM cannot run it, though the layout is DeciLM's, because the first block has no attention."]
     else:
         class_name, model_type = "ShallowForCausalLM", type(model).config_class.model_type
-        notes = [f"vLLM has no class for it: {why_not}."]
+        notes = [_in_vllm(model, why_not)]
     modules = {
         "AutoConfig": "configuration_shallow.ShallowConfig",
         "AutoModelForCausalLM": f"modeling_shallow.{class_name}",
@@ -70,6 +70,19 @@ def packaged(anatomy: Anatomy | None, units: Collection[Unit], model: PreTrained
         return loaded, info
 
     return Export(FORMS["packaged"], model, files, fields, load, tuple(notes))
+
+
+def _in_vllm(model: PreTrainedModel, why_not: str) -> str:
+    """What vLLM does with a layout of ours, which it only knows through the code in the folder (AutoModel)."""
+    if headless(model) is None or any(entry.attention.no_op for entry in model.config.block_configs):
+        return (
+            f"vLLM cannot run it: DeciLM's layout cannot say it, as {why_not}, and what vLLM makes of other classes "
+            "needs an attention in every block."
+        )
+    return (
+        f"vLLM has no class for it, as {why_not}, but can run it as other classes of transformers "
+        "(`--trust-remote-code`)."
+    )
 
 
 def not_deci(model: PreTrainedModel, stock: type[PreTrainedModel]) -> str | None:
