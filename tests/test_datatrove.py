@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -120,6 +124,75 @@ def test_work_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     everything = _files(work)
     assert clean_on_disk(text, work, out, workers=7).kept == len(out.read_text().splitlines())
     assert _files(work) == everything
+
+
+AT_WORK = """
+import os, sys, time
+from pathlib import Path
+from shallower.corpus.processes import processes
+
+def write(number):
+    path = Path(sys.argv[1]) / f"{number}.pid"
+    path.with_suffix(".tmp").write_text(str(os.getpid()))
+    path.with_suffix(".tmp").rename(path)
+    time.sleep(300)
+
+if __name__ == "__main__":
+    with processes(2, Path(sys.argv[1])) as each:
+        list(each(write, [0, 1]))
+"""
+
+
+@installed
+def test_processes_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    from shallower.corpus.processes import processes
+
+    script, work = tmp_path / "at_work.py", tmp_path / "work"
+    script.write_text(AT_WORK)
+    work.mkdir()
+    command = subprocess.Popen([sys.executable, str(script), str(work)])
+    places = [work / "0.pid", work / "1.pid"]
+    try:
+        _wait(lambda: all(place.exists() for place in places), 60)
+        workers = [int(place.read_text()) for place in places]
+        os.kill(workers[0], signal.SIGSTOP)
+    finally:
+        command.kill()
+        command.wait()
+    _wait(lambda: not _runs(workers[1]), 10)
+    with pytest.raises(CorpusError, match=r"another command works in .*work: wait"), processes(1, work):
+        pass  # the process that was stopped could write yet
+    os.kill(workers[0], signal.SIGCONT)
+    _wait(lambda: not _runs(workers[0]), 10)
+    with processes(1, work):
+        pass
+
+
+def _wait(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _runs(process: int) -> bool:
+    """Whether it is there, and not only its number, which its next parent has not asked for yet."""
+    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout
+    return bool(shown.strip()) and not shown.startswith("Z")
+
+
+@installed
+def test_a_folder_is_for_one_command_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from shallower.corpus.processes import processes
+
+    text, work = _corpus(tmp_path / "a.jsonl"), tmp_path / "work"
+    work.mkdir()
+    command = ["corpus", "clean", text, "--datatrove", str(work), "--quiet"]
+    assert main.run(command) == 0
+    with processes(1, work):
+        assert main.run(command) == 2
+    assert f"another command works in {work}: wait until it has ended" in capsys.readouterr().err
+    assert main.run(command) == 0
 
 
 @installed

@@ -22,9 +22,8 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -43,7 +42,6 @@ from shallower.errors import CorpusError, OutputError
 from shallower.strict_json import write_json
 
 try:
-    import multiprocess
     from datatrove.data import Document
     from datatrove.executor.local import LocalPipelineExecutor
     from datatrove.pipeline.dedup.minhash import (
@@ -57,6 +55,8 @@ try:
     from datatrove.utils.hashing import HashConfig
     from datatrove.utils.logging import logger
     from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+    from shallower.corpus.processes import processes  # they are of a package that comes with datatrove
 except ImportError:
     raise CorpusError(
         "cleaning in a folder needs the package `datatrove`, which is not installed: "
@@ -70,7 +70,6 @@ SETTINGS, FOUND = "work.json", "found.json"
 _FORMAT = "shallower.work/1"
 _SHINGLES_AT_ONCE = 4_096  # times the numbers of a signature in memory
 _PAIRS_AT_ONCE = 4_096
-_LOOK_SECONDS = 2.0
 
 Place = tuple[int, int]  # a task, and the number of a document in its share
 
@@ -173,11 +172,12 @@ class Work:
     def run(self, workers: int = 1) -> None:
         """Do what is not done yet, in so many processes of this machine.
 
-        Raises CorpusError and UserError as reading and scoring do, OutputError when the folder cannot be written.
+        Raises CorpusError when another call works in the folder, CorpusError and UserError as reading and scoring do,
+        OutputError when the folder cannot be written.
         """
         stages = self.stages()
         done = progress.task(f"cleaning {self.source.name} in {self.folder.name}", sum(stage.tasks for stage in stages))
-        with _room(self.folder), _processes(workers) as each, done as step:
+        with _room(self.folder), processes(workers, self.folder) as each, done as step:
             for stage in stages:
                 executor = _Executor(stage.pipeline, tasks=stage.tasks, logging_dir=str(stage.logs))
                 missing = executor.get_incomplete_ranks()
@@ -211,11 +211,6 @@ class Work:
                     yield next(lines).removesuffix("\n")
 
 
-# --- processes -----------------------------------------------------------------------------------------------------
-
-_Each = Callable[[Callable[[int], None], Sequence[int]], Iterable[None]]
-
-
 class _Executor(LocalPipelineExecutor):  # type: ignore[misc]
     """datatrove's executor, of which single tasks are called.
 
@@ -228,39 +223,6 @@ class _Executor(LocalPipelineExecutor):  # type: ignore[misc]
         own = copy(self)
         own.pipeline = deepcopy(self.pipeline)  # steps count what they did
         own._run_for_rank(rank, rank)
-
-
-@contextlib.contextmanager
-def _processes(workers: int) -> Iterator[_Each]:
-    """Yields what calls a function with each of some numbers, in so many processes; in this one when they are 1."""
-    if workers == 1:
-        yield map
-        return
-    # not by fork: torch has threads
-    with multiprocess.get_context("spawn").Pool(workers, initializer=_leave_interrupts) as pool:
-        first = {process.pid for process in pool._pool}
-
-        def each(function: Callable[[int], None], numbers: Sequence[int]) -> Iterator[None]:
-            results = pool.imap_unordered(function, numbers)
-            for _ in numbers:
-                while True:
-                    try:
-                        results.next(timeout=_LOOK_SECONDS)
-                        break
-                    except multiprocess.TimeoutError:
-                        # a pool replaces a process that was killed, but what it worked on never comes
-                        if first != {process.pid for process in pool._pool}:
-                            raise CorpusError(
-                                "a process was killed, as for its memory: run the same command again with fewer "
-                                "--workers; what is done is kept."
-                            ) from None
-                yield
-
-        yield each
-
-
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others, and says so
 
 
 # --- what is noted of documents ------------------------------------------------------------------------------------
