@@ -94,6 +94,19 @@ def test_a_mixture_may_be_longer_than_the_name_of_a_file(
         open_source("x" * 300)
 
 
+@pytest.mark.parametrize(("count", "words"), [(400, 60), (60, 6_000)])
+def test_the_beginning_of_a_held_out_mixture_is_mixed_by_the_weights(tmp_path: Path, count: int, words: int) -> None:
+    """Perplexity is measured on some windows from the start, and the name of the text is that of the whole mixture."""
+    one = _texts(tmp_path / "a.jsonl", "x", count, words)
+    other = _texts(tmp_path / "b.jsonl", "y", count, words)
+    (text,) = held_out(f"{one}*0.25+{other}*0.75").values()
+    (whole, others) = (read_evaluation_text(f"{path}?part=held-out") for path in (one, other))
+    beginning = text[: len(others) // 2]
+    assert 0.7 < beginning.count("y") / (beginning.count("x") + beginning.count("y")) < 0.8
+    assert (text.count("x"), text.count("y")) == (whole.count("x"), others.count("y"))
+    assert text == read_evaluation_text(f"{one}*0.25+{other}*0.75?part=held-out")
+
+
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(100_000, 10**6))
 def test_shares_are_exact_to_one_sequence(weights: list[float], sequences: int) -> None:
     shares = _shares([Term(str(place), weight) for place, weight in enumerate(weights)], sequences)

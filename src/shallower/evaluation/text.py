@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
-from shallower.corpus.sources import file_kind, open_source, text_lines
+from shallower.corpus.sources import PIECE, file_kind, open_source, pieces, text_lines
 from shallower.corpus.specification import Part, in_part, parse_specification
 from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError
@@ -34,7 +36,9 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
       line, blank rows emptied, the others keeping their line end, joined with two line ends.
     - `wikitext2`, `c4` and `ptb` are the Hub's copies, unless there is a file of that name.
     - Documents of anything else are joined with an empty line between them; of a Hub data set, and of what is held out,
-      the first 4,000,000 characters. Of a mixture, those of all its sources, without regard to weights.
+      the first 4,000,000 characters of each source.
+    - The sources of a mixture take turns, in pieces of at most 8,000 characters, so that its beginning is mixed by the
+      weights, too; where one has ended the others go on.
 
     supply: what the sources `demo:` need.
 
@@ -57,19 +61,38 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
             lines = [line if line.strip() else "" for line in lines]
             return _not_blank("\n\n".join(lines), spec)
         return _not_blank("".join(lines), spec)
-    texts: list[str] = []
-    for term in parsed.terms:
-        source = open_source(term.source, supply)
-        limit = _MOST_CHARACTERS if source.streamed or part == "held-out" else math.inf
-        keep_blank = source.streamed and "wikitext" in source.name.lower()
-        size = 0
-        for document in source.read():
-            if (keep_blank or document.text.strip()) and in_part(document.whole or document.text, part):
-                texts.append(document.text)
-                size += len(document.text)
-            if size > limit:
-                break
-    return _not_blank("\n\n".join(texts), spec)
+    read = [(term.weight, _documents(term.source, supply, part)) for term in parsed.terms]
+    return _not_blank("\n\n".join(read[0][1] if len(read) == 1 else _in_turns(read)), spec)
+
+
+def _documents(text: str, supply: Supply, part: Part) -> Iterator[str]:
+    source = open_source(text, supply)
+    limit = _MOST_CHARACTERS if source.streamed or part == "held-out" else math.inf
+    keep_blank = source.streamed and "wikitext" in source.name.lower()
+    size = 0
+    for document in source.read():
+        if (keep_blank or document.text.strip()) and in_part(document.whole or document.text, part):
+            yield document.text
+            size += len(document.text)
+        if size > limit:
+            return
+
+
+def _in_turns(sources: Sequence[tuple[float, Iterator[str]]]) -> Iterator[str]:
+    """Pieces of the documents of all sources: the next one is of the source that has had the least for its weight."""
+    queues = [(weight, _pieces(documents)) for weight, documents in sources]
+    due = [(0.0, place) for place in range(len(queues))]
+    while due:
+        had, place = heapq.heappop(due)
+        weight, texts = queues[place]
+        for text in islice(texts, 1):
+            yield text
+            heapq.heappush(due, (had + len(text) / weight, place))
+
+
+def _pieces(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        yield from pieces(document.splitlines(keepends=True), PIECE)
 
 
 def _not_blank(text: str, spec: str) -> str:
