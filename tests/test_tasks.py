@@ -854,6 +854,34 @@ def test_continuations_are_greedy_and_the_same_for_all(model: Any) -> None:
 # The verb
 
 
+@pytest.mark.parametrize(("window", "stride", "windows", "read"), [(1024, None, 1, 256), (64, 8, 3, 80)])
+def test_only_text_that_is_read_counts_as_calibrated_on(
+    tmp_path: Path, window: int, stride: int | None, windows: int, read: int
+) -> None:
+    tokenizer = tiny_tokenizer()
+    pick = random.Random(0)
+    seen = [words(pick, 60) for _ in range(20)]
+    (tmp_path / "seen.txt").write_text("\n".join(seen))
+    fresh = words(pick, 300)
+    while len(tokenizer(fresh).input_ids) > read:
+        fresh = fresh.rpartition(" ")[0]
+    (tmp_path / "fresh.txt").write_text(f"{fresh} {seen[0]}")
+    ids = tokenizer((tmp_path / "fresh.txt").read_text(), add_special_tokens=False).input_ids
+    given = {
+        "tokenizer": tokenizer, "window": window, "stride": stride, "calibration": f"{tmp_path / 'seen.txt'}?length=32",
+    }  # fmt: skip
+    model = tiny_model("gpt2")
+    assert model.config.n_positions == 256
+    assert len(ids) > read + 40
+
+    def shares(max_windows: int | None) -> bool:
+        found = evaluate([model], [str(tmp_path / "fresh.txt")], max_windows=max_windows, **given)
+        return any("fresh.txt shares" in note for note in found.notes)
+
+    assert not shares(windows)
+    assert shares(None)
+
+
 def test_questions_that_were_calibrated_on_are_found(
     model: Any, folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

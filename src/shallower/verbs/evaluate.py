@@ -19,8 +19,8 @@ from shallower.reporting.wording import distinct_names
 from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.questions import model_tasks, open_answered, read_questions
-from shallower.verbs.subject import Model, open_subject, path_of, require_there, several
-from shallower.verbs.texts import text_perplexity, windows_cut
+from shallower.verbs.subject import Model, Subject, open_subject, path_of, require_there, several
+from shallower.verbs.texts import text_perplexity, tokens_read, windows_cut
 
 
 def evaluate(
@@ -82,7 +82,6 @@ def evaluate(
         settings=TaskSettings(limit, shots, task_seed, chat, batch, truncate),
         task_data=task_data,
     )
-    tokens = None if max_windows is None else max_windows * window  # tokens of each text
     found: list[Evaluation] = []
     notes = [*asked.notes]
     with ExitStack() as stack:
@@ -90,6 +89,7 @@ def evaluate(
         for model in models:
             subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             label = subject.identity.name
+            tokens = tokens_read(subject, window, stride, max_windows)
             notes += contamination(subject, _plan_of(model), calibration, asked, tokens)
             notes += windows_cut(subject, asked.contents, window, stride)
             # before texts: answers are kept, and what cannot be asked is refused at once

@@ -60,7 +60,7 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
 from shallower.verbs.subject import Subject, open_subject, require_place_for, units_of
-from shallower.verbs.texts import nothing_held_out, read_texts
+from shallower.verbs.texts import nothing_held_out, read_texts, tokens_read
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -232,7 +232,7 @@ def prune(
         speed_setting=measured.speed_setting,
         seconds=clock.seconds,
         notes=(
-            *shared_with_held_out(subject, read, steps, None if max_windows is None else window * max_windows),
+            *shared_with_held_out(subject, read, steps, tokens_read(subject, window, None, max_windows)),
             *nothing_held_out(read.held_out, calibration),
             *measured.of_tasks,
             *(() if steps else _left_unrepaired(given)),

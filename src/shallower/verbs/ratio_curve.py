@@ -28,7 +28,7 @@ from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.questions import Questions, open_answered, read_questions
 from shallower.verbs.subject import Subject, open_subject
-from shallower.verbs.texts import fitting, fitting_stride, windows_cut
+from shallower.verbs.texts import fitting, fitting_stride, tokens_read, windows_cut
 
 
 def ratio_curve(
@@ -82,7 +82,7 @@ def ratio_curve(
     )
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     given.require_for(subject.identity)
-    tokens = None if max_windows is None else max_windows * window
+    tokens = tokens_read(subject, window, stride, max_windows)
     notes = (*asked.notes, *contamination(subject, given, calibration, asked, tokens))
     notes += tuple(windows_cut(subject, asked.contents, window, stride))
     if asked.generation:

@@ -51,7 +51,7 @@ from shallower.verbs.recovery_steps import (
     require_training,
 )
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for
-from shallower.verbs.texts import held_out, nothing_held_out, read_texts
+from shallower.verbs.texts import held_out, nothing_held_out, read_texts, tokens_read
 
 FORMAT = "shallower.recovery/1"
 PLAN = "plan.json"
@@ -162,7 +162,7 @@ def recover(
     before_repair = [*student.model.parameters()]
     made = recovery_made_by(dense, steps, text, training, seed)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
-    tokens = None if max_windows is None else window * max_windows
+    tokens = tokens_read(dense, window, None, max_windows)
     shared = tuple(shared_runs(dense, read, contents, tokens, flattered="the repaired model"))
     student, stages, said = run_recoveries(
         student,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shallower.corpus import CalibrationSet, named_options, text_of
+from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of
 from shallower.errors import CorpusError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.evaluation.text import read_evaluation_text
@@ -87,6 +87,16 @@ def fitting(subject: Subject, window: int) -> int:
 def fitting_stride(subject: Subject, window: int, stride: int | None) -> int | None:
     """The stride, or the window that fits where that is shorter."""
     return None if stride is None else min(stride, fitting(subject, window))
+
+
+def tokens_read(subject: Subject, window: int, stride: int | None, max_windows: int | None) -> int | None:
+    """Where the last window of a text ends, in tokens; None where all of it is read."""
+    if max_windows is None or subject.loaded.tokenizer is None:  # which reads no text
+        return None
+    _, bos = resolve_bos(subject.tokenizer, "auto")
+    room = fitting(subject, window) - (bos is not None)
+    step = min(fitting_stride(subject, window, stride) or room, room)
+    return (max_windows - 1) * step + room
 
 
 def windows_cut(subject: Subject, contents: Mapping[str, str], window: int, stride: int | None) -> list[str]:
