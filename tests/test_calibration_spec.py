@@ -30,6 +30,7 @@ from shallower.training.instructions import build_instructions
 from shallower.units import Unit
 from shallower.verbs import subject as verbs_subject
 from shallower.verbs.contamination import _calibration_of
+from shallower.verbs.corpus import build
 from shallower.verbs.subject import calibrate, calibrate_most, open_subject
 from shallower.verbs.supply import sample
 from shallower.verbs.texts import held_out
@@ -488,6 +489,21 @@ def test_the_model_s_own_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -
         calibrate(subject, "self:here", **SMALL, seed=0)
     with pytest.raises(CorpusError, match="there is no model here"):
         build_calibration("self", tokenizer)
+
+
+def test_the_model_s_own_text_is_as_long_as_the_specification_says(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    subject = open_subject(model, tokenizer)
+    limit = model.config.n_positions
+    with pytest.raises(CorpusError, match=rf"of {limit + 4} tokens are longer than the {limit} positions"):
+        calibrate(subject, f"self?sequences=2&length={limit + 4}", sequences=2, length=16, seed=0)
+    found = calibrate(subject, "self?length=8", sequences=2, length=2 * limit, seed=0)
+    assert found.input_ids.shape == (2, 8)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for spec in ("self", f"self?length={2 * limit}"):
+        with pytest.raises(CorpusError, match=rf"of {2 * limit} tokens are longer than the {limit} positions"):
+            build(spec, str(tmp_path / "model"), sequences=2, length=2 * limit)
 
 
 @pytest.mark.parametrize("option", ["min_quality=0.9", "dedup=0.8"])

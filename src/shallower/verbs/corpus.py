@@ -28,7 +28,7 @@ from shallower.files import replacing, write_text
 from shallower.progress import task
 from shallower.reporting.corpus import CleanReport, cluster_png, clusters_json, render, shown_places
 from shallower.strict_json import write_json
-from shallower.verbs.subject import open_subject
+from shallower.verbs.subject import open_subject, require_room_to_write
 from shallower.verbs.supply import supply
 
 PAGE, FIGURE, CLUSTERS = "report.html", "clusters.png", "clusters.json"
@@ -49,11 +49,13 @@ def build(
 
     The model's weights are read only when the specification asks for `self`, the model's own text.
 
-    Raises CorpusError and UnknownName as `build_calibration` does, ModelError when MODEL cannot be used.
+    Raises CorpusError and UnknownName as `build_calibration` does, CorpusError, too, when the model's own text
+    would be longer than what it can read, ModelError when MODEL cannot be used.
     """
     spec = str(spec)
     if asks_model(spec):
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        require_room_to_write(subject.model, spec, length)
         tokenizer, given = subject.tokenizer, supply(subject.model, subject.tokenizer)
     else:
         tokenizer, given = load_tokenizer(model, trust_remote_code=trust_remote_code)[0], supply()

@@ -23,6 +23,7 @@ from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet, asks_model, build_calibration, build_choices, named_options
+from shallower.corpus.options import OPTIONS
 from shallower.corpus.questions import EXAMPLE
 from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
@@ -199,8 +200,7 @@ def calibrate(
     if isinstance(calibration, CalibrationSet):
         text = calibration
     else:
-        if asks_model(str(calibration or DEFAULT_CALIBRATION)):
-            require_room(subject.model, length)
+        require_room_to_write(subject.model, str(calibration or DEFAULT_CALIBRATION), length)
         text = _build(subject, calibration, sequences, length, seed, objective)
     require_room(subject.model, text.length)
     return text
@@ -228,6 +228,15 @@ def calibrate_most(
             if short is None:
                 raise
             raise short from None  # so few that a small weight of the mixture is none of them
+
+
+def require_room_to_write(model: PreTrainedModel, spec: str, length: int) -> None:
+    """Raise CorpusError when a specification asks for the model's own text in sequences that it cannot read.
+
+    length: of these sequences where the specification does not say it itself.
+    """
+    if asks_model(spec):
+        require_room(model, OPTIONS["length"].parse(named_options(spec).get("length", str(length))))
 
 
 def require_room(model: PreTrainedModel, length: int) -> None:
