@@ -116,6 +116,26 @@ def test_shares_are_exact_to_one_sequence(weights: list[float], sequences: int) 
         assert abs(share - weight / sum(weights) * sequences) < 1
 
 
+def test_paths_that_hold_a_plus_are_read_again(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "c++"
+    folder.mkdir()
+    paths = [_texts(folder / "a+b.jsonl", "x"), _texts(folder / "a.jsonl", "y"), _texts(folder / "1+2+3.jsonl", "z")]
+    listed = {
+        "one.yaml": ["a+b.jsonl#text"],
+        "two.yaml": ["a+b.jsonl*0.5", "a.jsonl*0.5"],
+        "three.yaml": ["a.jsonl", {"source": "1+2+3.jsonl#text", "weight": 2}, "a+b.jsonl"],
+    }
+    for name, sources in listed.items():
+        file = folder / name
+        file.write_text(json.dumps({"sources": sources, **SMALL}))
+        made = build_calibration(str(file), tokenizer, part="train")
+        assert build_calibration(made.spec, tokenizer).digest == made.digest
+        assert len(made.sources) == len(sources)
+        assert held_out(file)
+    terms = parse_specification("+".join(paths), ()).terms
+    assert [term.source for term in terms] == paths
+
+
 def test_weights_that_cannot_be(two: tuple[str, str], tokenizer: Any) -> None:
     one, other = two
     assert len(parse_specification(f"{one}*0+{other}", ()).terms) == 1

@@ -4,7 +4,7 @@
     c4.jsonl*0.7+books.jsonl*0.3?sequences=64&dedup=0.8
     spec.yaml?seed=1                                     options after `?` win over those of the file
 
-The same as YAML. Paths are relative to the file's own folder, and may hold `+` and `*` here:
+A `+` or `*` in a path that exists is the path's own. The same as YAML, with paths relative to the file's own folder:
 
     sources:
       - c4.jsonl*0.7
@@ -162,12 +162,30 @@ def _terms(text: str) -> tuple[tuple[Term, ...], list[UserError]]:
     if _exists(text):
         return (Term(text),), []
     terms, faults = [], []
-    for item in text.split("+"):
+    for item in _items(text):
         try:
             terms.append(_term(item, text))
         except CorpusError as fault:
             faults.append(fault)
     return _weighed(terms, text, faults)
+
+
+def _items(text: str) -> list[str]:
+    """What stands between the + of a mixture, but for a + in a path that exists."""
+    parts = text.split("+")
+    items: list[str] = []
+    while parts:
+        count = next((count for count in range(len(parts), 1, -1) if _holds_path("+".join(parts[:count]))), 1)
+        items.append("+".join(parts[:count]))
+        del parts[:count]
+    return items
+
+
+def _holds_path(item: str) -> bool:
+    """Whether the item is a path, perhaps with a field and a weight."""
+    item = item.strip()
+    places = (place for whole in (item, item.rpartition("*")[0]) for place in (whole, whole.partition("#")[0]))
+    return any(_exists(place) for place in places if place and "+" not in item.removeprefix(place))
 
 
 def _term(item: str, where: str, folder: Path = Path()) -> Term:
