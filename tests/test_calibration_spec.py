@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -279,6 +281,23 @@ def test_of_what_is_held_out_no_more_is_read_than_is_measured(tmp_path: Path, mo
     assert whole.startswith(some)
     with pytest.raises(CorpusError, match="line 121"):
         read_evaluation_text(str(path))
+
+
+def test_a_file_s_name_may_be_no_utf_8(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    try:
+        path = Path(_texts(folder / os.fsdecode(b"caf\xe9.jsonl"), "x"))
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    for spec in (str(folder), str(path), f"{folder}?position=random"):
+        made = build_calibration(spec, tokenizer, **SMALL)
+        made.save(tmp_path / "set")
+        assert CalibrationSet.load(tmp_path / "set").sources == made.sources
+        shutil.rmtree(tmp_path / "set")
+    row = {"question": "Why?", "choices": ["So.", "Not."], "gold": 0}
+    questions = _jsonl(folder / os.fsdecode(b"\xe9.jsonl"), [row])
+    assert build_choices(questions, tokenizer, questions=1).questions == 1
 
 
 def test_domains(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path) -> None:

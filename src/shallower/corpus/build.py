@@ -32,7 +32,7 @@ from shallower.corpus.duplicates import Duplicates
 from shallower.corpus.formats import Format, Formatted, formatted
 from shallower.corpus.options import LATER, OPTIONS, BuildOptions, Position
 from shallower.corpus.quality import scorer
-from shallower.corpus.sources import PIECE, Document, Source, open_source, pieces
+from shallower.corpus.sources import PIECE, Document, Source, name_digest, open_source, pieces
 from shallower.corpus.specification import (
     Part,
     Term,
@@ -304,7 +304,7 @@ def _offset(room: int, id: str, options: BuildOptions) -> int:
         return 0
     if options.position == "end":
         return room
-    return int.from_bytes(hashlib.sha256(f"{options.seed} {id} position".encode()).digest()[:8], "big") % (room + 1)
+    return int.from_bytes(name_digest(f"{options.seed} {id} position")[:8], "big") % (room + 1)
 
 
 def _shuffled(excerpts: Iterable[_Excerpt], source: Source, seed: int) -> Iterator[_Excerpt]:
@@ -316,7 +316,7 @@ def _shuffled(excerpts: Iterable[_Excerpt], source: Source, seed: int) -> Iterat
     heap: list[tuple[bytes, int, _Excerpt]] = []
     held = 0
     for number, excerpt in enumerate(excerpts):
-        heapq.heappush(heap, (hashlib.sha256(f"{seed} {excerpt.id}".encode()).digest(), number, excerpt))
+        heapq.heappush(heap, (name_digest(f"{seed} {excerpt.id}"), number, excerpt))
         held += len(excerpt.text)
         while held > _BUFFER_CHARACTERS or (most is not None and len(heap) > most):
             first = heapq.heappop(heap)[2]

@@ -34,6 +34,7 @@ from shallower.corpus.calibration import (
     tokens_digest,
 )
 from shallower.corpus.questions import EXAMPLE, Question, read_questions
+from shallower.corpus.sources import name_digest
 from shallower.corpus.specification import Part, check_options, in_part, parse_specification, written_out
 from shallower.errors import CorpusError
 from shallower.registry import Option
@@ -207,7 +208,7 @@ def _ordered(path: Path, options: ChoiceOptions) -> tuple[list[tuple[int, Questi
     for number, question in read_questions(path):
         total.update(repr((question.prompts, question.gold)).encode())
         if in_part(question.text, options.part):
-            key = hashlib.sha256(f"{options.seed} {path.name}:{number}".encode()).digest()
+            key = name_digest(f"{options.seed} {path.name}:{number}")
             found.append((key, number, question))
     found.sort(key=lambda item: item[:2])
     return [(number, question) for _, number, question in found], total.hexdigest()

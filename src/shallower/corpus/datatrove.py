@@ -464,7 +464,7 @@ def _stamp(text: str) -> str:
     files = [path] if not os.path.isdir(path) else sorted(path.glob("*.arrow")) if arrow else text_files(path)
     stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files if os.path.isfile(file)]
     told = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest() if told else ""
+    return hashlib.blake2b(os.fsencode(told), digest_size=16).hexdigest() if told else ""
 
 
 @contextlib.contextmanager

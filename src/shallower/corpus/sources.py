@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import hashlib
 import inspect
 import io
 import json
@@ -297,6 +298,11 @@ def json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 f'{path}, line {number} is {_shown(line)}, not a JSON object: write {{"text": …}} on each line.'
             )
         yield number, record
+
+
+def name_digest(text: str) -> bytes:
+    """SHA-256 of what names a document: the name of a file may hold bytes that are no UTF-8."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def encodable(text: str) -> str:
