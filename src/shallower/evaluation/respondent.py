@@ -72,7 +72,7 @@ class Respondent(HFLM):  # type: ignore[misc]
         self.answered = answered
         self.truncate = truncate
         self.label = label
-        self.cut = 0
+        self.cut: set[tuple[str, int]] = set()  # prompts, by task and item: each may have been asked with many choices
         self._asked: Sequence[Any] = ()
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._keep: int | None = None
@@ -241,7 +241,8 @@ class Respondent(HFLM):  # type: ignore[misc]
 
     def _too_long(self, place: int, tokens: int, room: int | None = None) -> None:
         if self.truncate:
-            self.cut += 1
+            asked = self._asked[place]
+            self.cut.add((asked.task_name, asked.doc_id))
             return
         limit = self.max_length if room is None else room
         self._refuse(

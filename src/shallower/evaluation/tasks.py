@@ -212,7 +212,7 @@ def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings
             log_samples=True,
         )
     if respondent.cut:
-        progress.note(f"{respondent.cut} prompts were longer than the model's context and were cut from the left.")
+        progress.note(f"{len(respondent.cut)} prompts were longer than the model's context and were cut from the left.")
     return _results(found, tasks)
 
 
