@@ -483,6 +483,7 @@ def test_a_group_is_loaded_whole_and_summed_up(model: Any, tmp_path: Path) -> No
     right = sum(sum(result.metrics[0].items) for result in leaves)
     assert top.metrics[0].value == pytest.approx(right / 58)
     assert top.metrics[0].is_mean
+    assert {result.shots for result in found if result.within} == {0} == {top.shots}, "of groups of groups, too"
     assert own.of_suites == {"mmlu": 5}
 
 

@@ -306,7 +306,7 @@ def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
             TaskResult(
                 task=name,
                 version=str(found["versions"].get(name, "")),
-                shots=found["n-shot"].get(name),
+                shots=_shots(found["n-shot"], leaves),
                 count=sum(int(found["n-samples"][leaf]["effective"]) for leaf in leaves),
                 split=", ".join(sorted({record.split for record in records})),
                 route=", ".join(sorted({record.route for record in records})),
@@ -319,6 +319,12 @@ def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
     results = [replace(result, within=_above(result.task, parents, summed_up)) for result in results]
     depth = {result.task: _depth(result.task, parents) for result in results}
     return sorted(results, key=lambda result: (_root(result.task, parents, tasks), depth[result.task]))
+
+
+def _shots(counts: Mapping[str, int], leaves: Sequence[str]) -> int | None:
+    """Of a group the number that all its tasks have; lm-eval says none for a group of groups."""
+    distinct = {counts.get(leaf) for leaf in leaves}
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def _root(name: str, parents: Mapping[str, str], tasks: LoadedTasks) -> int:
