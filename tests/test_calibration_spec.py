@@ -22,6 +22,7 @@ from transformers.utils import chat_template_utils
 from shallower.cli import main
 from shallower.corpus import CalibrationSet, Supply, build_calibration, build_choices, open_source, text_of
 from shallower.corpus.build import _shares
+from shallower.corpus.options import OPTIONS
 from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, TooLittleText, UnknownName, UserError
 from shallower.evaluation import text as evaluation_text
@@ -281,6 +282,15 @@ def test_of_what_is_held_out_no_more_is_read_than_is_measured(tmp_path: Path, mo
     assert whole.startswith(some)
     with pytest.raises(CorpusError, match="line 121"):
         read_evaluation_text(str(path))
+
+
+def test_a_folder_beside_the_file_is_not_what_a_reserved_name_says(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "spec.yaml").write_text("sources: [python, books]\nsequences: 2\nlength: 16\n")
+    for name in ("python", "books"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("some text of a folder " * 40)
+    one, other = parse_specification(str(tmp_path / "spec.yaml"), OPTIONS).terms
+    assert (one.source, other.source) == ("python", str(tmp_path / "books"))
 
 
 def test_a_file_s_name_may_be_no_utf_8(tmp_path: Path, tokenizer: Any) -> None:

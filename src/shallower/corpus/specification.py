@@ -286,4 +286,9 @@ def _yaml_term(item: object, path: Path, where: str) -> Term:
     arrow = "arrow:" if term.source.startswith("arrow:") else ""
     place = term.source.removeprefix(arrow)
     beside = os.path.exists(path.parent / place.partition("#")[0])
-    return Term(f"{arrow}{path.parent / place}", term.weight) if beside else term
+    return Term(f"{arrow}{path.parent / place}", term.weight) if beside and not _is_reserved(place) else term
+
+
+def _is_reserved(source: str) -> bool:
+    """Whether `open_source` reads the name as a text of its own, also where there is a path of that name."""
+    return source.partition("#")[0].partition(":")[0] in ("python", "self", "hf", "demo")
