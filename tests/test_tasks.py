@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import GPT2Config, GPT2LMHeadModel
 
 pytest.importorskip("lm_eval")
 
@@ -855,7 +856,34 @@ def test_continuations_are_greedy_and_the_same_for_all(model: Any) -> None:
     assert found.length == pytest.approx(sum(each.tokens for each in found.continuations) / 2)
 
 
+def test_prompts_are_continued_to_the_end_of_the_context() -> None:
+    model, tokenizer = _short_gpt2(40), tiny_tokenizer()
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in ("one two", "three")]
+    found = continue_prompts(model, tokenizer, ["one two", "three"])
+    for each, length in zip(found.continuations, lengths, strict=True):
+        assert each.tokens == 40 - length or each.ended
+    with pytest.raises(UserError, match="and the model reads 4 at most: leave out --generate"):
+        continue_prompts(_short_gpt2(4), tokenizer, ["one two three four five"])
+
+
+def _short_gpt2(positions: int) -> GPT2LMHeadModel:
+    shape = {"vocab_size": len(tiny_tokenizer()), "n_embd": 16, "n_layer": 2, "n_head": 2}
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=positions, bos_token_id=1, eos_token_id=2, **shape)
+    return GPT2LMHeadModel(config).eval()
+
+
 # The verb
+
+
+def test_prompts_that_do_not_fit_are_told_before_tasks_are_asked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"tasks": ["arc_easy"], "task_data": data, "limit": 1, "tokenizer": tiny_tokenizer()}
+    longest = max(len(tiny_tokenizer()(prompt).input_ids) for prompt in generation.PROMPTS)
+    found = evaluate([_short_gpt2(longest + 1)], generation=True, tokenizer=tiny_tokenizer())
+    assert "GPT2LMHeadModel has no more room than for 1 tokens behind a prompt, instead of 64." in found.notes
+    monkeypatch.setattr("shallower.verbs.evaluate.model_tasks", lambda *_: pytest.fail("asked"))
+    with pytest.raises(UserError, match=rf"has {longest} tokens, and the model reads {longest} at most"):
+        evaluate([_short_gpt2(longest)], generation=True, **given)
 
 
 @pytest.mark.parametrize(("window", "stride", "windows", "read"), [(1024, None, 1, 256), (64, 8, 3, 80)])

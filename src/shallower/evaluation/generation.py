@@ -14,6 +14,8 @@ import torch
 
 from shallower import progress
 from shallower.checkpoint.stock import evaluating
+from shallower.errors import UserError
+from shallower.evaluation.perplexity import context_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +71,12 @@ def continue_prompts(
     tokens: int = TOKENS,
     label: str = "",
 ) -> Generation:
-    """Let a model continue each prompt by at most `tokens` tokens, greedily, one prompt at a time."""
+    """Let a model continue each prompt by at most `tokens` tokens, greedily, one prompt at a time, and to no more than
+    its context.
+
+    Raises UserError when its context has no room behind a prompt.
+    """
+    rooms = prompt_rooms(model, tokenizer, prompts, tokens=tokens)
     written = []
     stops = _stops(model, tokenizer)
     with (
@@ -77,13 +84,13 @@ def continue_prompts(
         torch.inference_mode(),
         progress.task(f"{label} continuing prompts".strip(), total=len(prompts)) as step,
     ):
-        for prompt in prompts:
+        for prompt, room in zip(prompts, rooms, strict=True):
             ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
             padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
+                max_new_tokens=room,
                 do_sample=False,
                 num_beams=1,
                 temperature=None,
@@ -105,6 +112,26 @@ def continue_prompts(
         _mean([float(each.ended) for each in written]),
         tuple(written),
     )
+
+
+def prompt_rooms(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    tokens: int = TOKENS,
+) -> list[int]:
+    """How many tokens may follow each prompt. Raises UserError when the model's context ends before the first."""
+    limit = context_limit(model)
+    if limit is None:
+        return [tokens] * len(prompts)
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
+    if max(lengths) >= limit:
+        raise UserError(
+            f"a prompt to be continued has {max(lengths)} tokens, and the model reads {limit} at most: leave out "
+            "--generate and --suite quick."
+        )
+    return [min(tokens, limit - length) for length in lengths]
 
 
 def distinct(text: str, run: int) -> float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shallower.errors import UserError
 from shallower.evaluation.comparison import Comparison, Evaluation
-from shallower.evaluation.generation import continue_prompts
+from shallower.evaluation.generation import TOKENS, continue_prompts, prompt_rooms
 from shallower.evaluation.perplexity import require_stride
 from shallower.evaluation.tasks import LM_EVAL_SEED, TaskSettings
 from shallower.plan import PruningPlan
@@ -92,6 +92,8 @@ def evaluate(
             tokens = tokens_read(subject, window, stride, max_windows)
             notes += contamination(subject, _plan_of(model), calibration, asked, tokens)
             notes += windows_cut(subject, asked.contents, window, stride)
+            if asked.generation:
+                notes += _writings_cut(subject)
             # before texts: answers are kept, and what cannot be asked is refused at once
             results = model_tasks(subject, asked, answered, label)
             perplexities = {
@@ -119,6 +121,14 @@ def evaluate(
     if out is not None:
         write_comparison(comparison, out, force=force)
     return comparison
+
+
+def _writings_cut(subject: Subject) -> list[str]:
+    """What to say of prompts that a model cannot continue as far as others. Raises UserError where it has no room."""
+    least = min(prompt_rooms(subject.model, subject.tokenizer))
+    if least == TOKENS:
+        return []
+    return [f"{subject.identity.name} has no more room than for {least} tokens behind a prompt, instead of {TOKENS}."]
 
 
 def _plan_of(model: Model) -> PruningPlan | None:
