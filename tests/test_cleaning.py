@@ -167,6 +167,12 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path) -> 
     assert main.run(["corpus", "clean", path, "--out", str(out), "--quiet"]) == 2, "nothing is overwritten"
 
 
+def test_the_next_command_is_printed_as_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = _jsonl(tmp_path / "a.jsonl", [{"text": _text(1)}]), tmp_path / "what stays.jsonl"
+    assert main.run(["corpus", "clean", path, "--out", str(out), "--quiet"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"--calibration '{out}'")
+
+
 def test_rows_of_parquet_files_keep_all_their_fields(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -233,7 +233,7 @@ def _clean_on_disk(
 
 
 def _print_kept(console: Console, out: Path | None) -> None:
-    print_written(console, out, "what stays", f"shallower search MODEL --remove 25% --calibration {out}")
+    print_written(console, out, "what stays", f"shallower search MODEL --remove 25% --calibration {typed(out)}")
 
 
 def _show_set(console: Console, made: CalibrationSet, first: list[str]) -> None:
