@@ -586,8 +586,8 @@ def test_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("urllib.request.urlopen", answered_oddly)
         assert task_data.hub_unreachable() == "SSH-2.0"
     task_data.hub_unreachable.cache_clear()
-    with pytest.raises(CorpusError, match=r"the text ptb is hf:.*cannot be reached"):
-        read_evaluation_text("ptb")
+    with pytest.raises(CorpusError, match=r"the text c4 is hf:.*cannot be reached"):
+        read_evaluation_text("c4")
     task_data.hub_unreachable.cache_clear()
     configuration = {"task": "t", "dataset_path": "a/b", "test_split": "test"}
     assert TaskData("hub").prepare(configuration) is configuration

@@ -34,7 +34,7 @@ def evaluate(
         Option(
             "--text",
             metavar="TEXT",
-            help="Text for perplexity: a .txt or .jsonl file, a folder, hf:owner/name, wikitext2, c4 or ptb; "
+            help="Text for perplexity: a .txt or .jsonl file, a folder, hf:owner/name, wikitext2 or c4; "
             "repeatable. Default: none.",
         ),
     ] = None,

@@ -19,7 +19,6 @@ from shallower.registry import Option
 NAMED: Mapping[str, str] = {
     "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test",
     "c4": "hf:allenai/c4:en:validation",
-    "ptb": "hf:ptb-text-only/ptb_text_only:penn_treebank:test#sentence",
 }
 """Texts that papers report perplexity on, and the data set of the Hub that each is."""
 
@@ -34,7 +33,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     - A `.txt` file, compressed or not, is read as it is.
     - WikiText (a `.txt` file or Hub data set with `wikitext` in its name) takes the form of published results: a row a
       line, blank rows emptied, the others keeping their line end, joined with two line ends.
-    - `wikitext2`, `c4` and `ptb` are the Hub's copies, unless there is a file of that name.
+    - `wikitext2` and `c4` are the Hub's copies, unless there is a file of that name.
     - Documents of anything else are joined with an empty line between them; of a Hub data set, and of what is held out,
       the first 4,000,000 characters of each source.
     - The sources of a mixture take turns, in pieces of at most 8,000 characters, so that its beginning is mixed by the

