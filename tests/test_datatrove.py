@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -152,20 +153,26 @@ def test_processes_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
     work.mkdir()
     command = subprocess.Popen([sys.executable, str(script), str(work)])
     places = [work / "0.pid", work / "1.pid"]
+    workers: list[int] = []
     try:
         _wait(lambda: all(place.exists() for place in places), 60)
-        workers = [int(place.read_text()) for place in places]
+        workers += [int(place.read_text()) for place in places]
         os.kill(workers[0], signal.SIGSTOP)
+        command.kill()
+        command.wait()
+        _wait(lambda: not _runs(workers[1]), 10)
+        with pytest.raises(CorpusError, match=r"another command works in .*work: wait"), processes(1, work):
+            pass  # the process that was stopped could write yet
+        os.kill(workers[0], signal.SIGCONT)
+        _wait(lambda: not _runs(workers[0]), 10)
+        with processes(1, work):
+            pass
     finally:
         command.kill()
         command.wait()
-    _wait(lambda: not _runs(workers[1]), 10)
-    with pytest.raises(CorpusError, match=r"another command works in .*work: wait"), processes(1, work):
-        pass  # the process that was stopped could write yet
-    os.kill(workers[0], signal.SIGCONT)
-    _wait(lambda: not _runs(workers[0]), 10)
-    with processes(1, work):
-        pass
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
 
 
 def _wait(holds: Callable[[], bool], seconds: float) -> None:
