@@ -238,8 +238,21 @@ def test_what_is_advised_after_scores_can_be_typed(cli: Cli, place: Path, tmp_pa
     text = ("--calibration", place / "text.txt", *SMALL)
     ran = cli("score", place / "tiny", "--units", units, *text, "--out", tmp_path / "it's scores.json")
     [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
-    found = cli(*shlex.split(advice), *text, "--json")
+    found = cli(*shlex.split(advice), "--json")
     assert found.code == 0, found.err
+    assert (
+        found.json["made_by"]["calibration"]["digest"]
+        == json.loads((tmp_path / "it's scores.json").read_text())["made_by"]["calibration"]["digest"]
+    )
+
+
+def test_what_is_advised_after_a_search_reads_the_same_text(cli: Cli, place: Path, tmp_path: Path) -> None:
+    text = place / "text.txt"
+    out = tmp_path / "plan.json"
+    ran = cli("search", place / "tiny", "--remove", "block.2", "--calibration", text, *SMALL, "--out", out)
+    [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
+    told = f"--calibration {shlex.quote(str(text))} --sequences 4 --length 32 --dtype float32"
+    assert advice.endswith(f"--plan {shlex.quote(str(out))} --out FOLDER {told}")
 
 
 def test_search_by_scores(cli: Cli, place: Path, tmp_path: Path) -> None:
@@ -449,12 +462,24 @@ def test_demo_ends_with_what_to_look_at(
         return Job(ReportData.load(pruned / "report.json"))
 
     monkeypatch.setattr(demo, "demo", job)
+    program = tmp_path / "bin" / "shallower"
+    program.parent.mkdir()
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
     ran = cli("demo", "--out", tmp_path / "d", "--force")
     assert ran.code == 0
     assert asked == [(tmp_path / "d", True)]
     assert f"shallower report {tmp_path / 'd'}" in ran.out
+    assert "activate" not in ran.out
     assert cli("demo", "--json").json["folder"] == "smollm2-shallower"
     assert asked[1] == (Path("smollm2-shallower"), False)
+    environment = tmp_path / "clone" / ".venv" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "activate").touch()
+    monkeypatch.setattr(sys, "prefix", str(environment.parent))
+    monkeypatch.chdir(tmp_path / "clone")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "What next?\n  . .venv/bin/activate    # so that the shell finds shallower\n" in cli("demo").out
 
 
 # Mistakes

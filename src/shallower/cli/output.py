@@ -19,6 +19,9 @@ from shallower.units import KINDS, Unit
 if TYPE_CHECKING:
     from rich.console import Console
 
+DEFAULT_SIZE = (32, 128)
+"""Sequences of calibration text, and their tokens, where nobody says how much of it to read."""
+
 PIPED_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
 
@@ -53,6 +56,21 @@ def require_free(path: Path | None, *, force: bool) -> None:
 def typed(word: object) -> str:
     """A word as it is typed in a shell, in quotes where it needs them."""
     return shlex.quote(str(word))
+
+
+def typed_again(text: str | None, size: tuple[int, int], dtype: str, *, trust_remote_code: bool) -> str:
+    """Options of a verb that its next step needs, too, with a blank before each; none where it is the default.
+
+    text: what was read. size: how many sequences of it, of how many tokens.
+    """
+    given = {
+        "--calibration": (text, None),
+        "--sequences": (size[0], DEFAULT_SIZE[0]),
+        "--length": (size[1], DEFAULT_SIZE[1]),
+        "--dtype": (dtype, "auto"),
+    }
+    told = "".join(f" {name} {typed(value)}" for name, (value, default) in given.items() if value != default)
+    return told + " --trust-remote-code" * trust_remote_code
 
 
 def print_written(console: Console, path: Path | None, what: str, next_step: str = "") -> None:

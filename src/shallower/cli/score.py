@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free, typed
+from shallower.cli.output import print_written, require_free, typed, typed_again
 from shallower.cli.verb import Answer, verb
 
 if TYPE_CHECKING:
@@ -88,7 +88,10 @@ def score(
         # attentions alone may hold less than a quarter of the parameters
         amount = "25%" if units == "block" else f"25%:units --units {units}"
         step = f"shallower search {typed(model)} --remove {amount} --search one-shot --scores {typed(out)}"
-        print_written(console, out, "the scores", step + (f" --metric {sheet.metrics[0]}" if several else ""))
+        step += f" --metric {sheet.metrics[0]}" if several else ""
+        step += "" if objective == "nll" else f" --objective {objective}"
+        step += typed_again(calibration, (sequences, length), dtype, trust_remote_code=trust_remote_code)
+        print_written(console, out, "the scores", step)
 
     told = sheet.to_json()
     return Answer({**told, "correlations": [asdict(row) for row in alike]} if several else told, show)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free, typed
+from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed, typed_again
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
 from shallower.resources import parse_memory, parse_workers
@@ -110,17 +110,17 @@ def search(
     )
     if out is not None:
         plan.save(out)
-    text = None if reads_choices(objectives.get(objective)) else calibration  # questions are no text to measure on
-    if target is not None and text is not None and plan.made_by.calibration is not None:
-        text = plan.made_by.calibration.spec  # the one that was chosen
+    text, size = calibration, (sequences, length)
+    if reads_choices(objectives.get(objective)):
+        text, size = None, DEFAULT_SIZE  # questions are no text to measure on
+    elif target is not None and text is not None and plan.made_by.calibration is not None:
+        text, size = plan.made_by.calibration.spec, DEFAULT_SIZE  # the one that was chosen, and how much of it
     parameters = subject.weights.of(plan.remove).parameters, subject.weights.model.parameters
 
     def show(console: Console) -> None:
         show_plan(console, plan, parameters=parameters)
         step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
-        step += "" if text is None else f" --calibration {typed(text)}"
-        step += "" if dtype == "auto" else f" --dtype {dtype}"
-        step += " --trust-remote-code" if trust_remote_code else ""
+        step += typed_again(text, size, dtype, trust_remote_code=trust_remote_code)
         print_written(console, out, "the plan", step)
 
     return Answer({**plan.to_json(), "spent": plan.spent}, show)
