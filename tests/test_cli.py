@@ -368,11 +368,17 @@ def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, 
     texts = ("--text", place / "held-out.txt", "--window", 32, "--windows", 2)
     ran = cli(*asked, "--calibration", place / "text.txt", *SMALL, *texts)
     assert ran.code == 0
-    before, after = json.loads((tmp_path / "out" / "recovery.json").read_text())["recovery"]
+    written = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    before, after = written["recovery"]
     lines = [line.split() for line in ran.out.splitlines()]
     [head] = [" ".join(words) for words in lines if "Perplexity" in words]
     assert head.startswith("Perplexity on held-out.txt Parameters added Tokens read Time")
     rows = {words[0]: words[1:] for words in lines if words}
+    measured = cli("eval", place / "tiny", *texts, "--dtype", "float32", "--device", "cpu", "--json").json
+    [dense] = measured["evaluations"]
+    assert written["dense"] == {"held-out.txt": pytest.approx(dense["perplexity"])}
+    assert rows["dense"] == [number(dense["perplexity"])]
+    assert f"\n| dense | {number(dense['perplexity'])} |" in (tmp_path / "out" / "README.md").read_text()
     assert rows["cut"] == [number(before["perplexity"]["held-out.txt"])]
     told = [number(after["perplexity"]["held-out.txt"]), f"{after['parameters']:,}", f"{after['tokens']:,}"]
     assert rows["emulated-update"][:3] == told

@@ -183,7 +183,7 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
 
         console.print(before_after_table(data))
         if data.recovery:
-            console.print(recovery_table(data.recovery))
+            console.print(recovery_table(data.recovery, data.dense.perplexity))
         dense = data.dense.parameters
         print_removed(console, data.plan.remove, data.plan.model, (dense - data.pruned.parameters, dense))
         for note in data.notes:

@@ -106,7 +106,7 @@ def recover(
     def show(console: Console) -> None:
         from shallower.reporting.tables import recovery_table
 
-        console.print(recovery_table(found.stages))
+        console.print(recovery_table(found.stages, found.dense))
         print_removed(console, found.plan.remove, found.plan.model)
         for note in found.notes:
             console.print(f"Note: {note}", soft_wrap=True)

@@ -91,8 +91,8 @@ def _cell(index: int, removed: frozenset[Unit], sublayers: bool) -> str:
 def _recovery(data: ReportData) -> str:
     if not data.recovery:
         return ""
-    head, rows = recovery_rows(data.recovery)
-    told = "Perplexity on held-out text of the cut model, and behind each recovery. Lower is better."
+    head, rows = recovery_rows(data.recovery, data.dense.perplexity)
+    told = "Perplexity on held-out text of the dense model, of the cut one, and behind each recovery. Lower is better."
     body = f'{html_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
     return body + "".join(map(_training, data.recovery))
 

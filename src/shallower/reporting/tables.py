@@ -61,9 +61,9 @@ def before_after_table(data: ReportData) -> Table:
     return table
 
 
-def recovery_table(stages: Sequence[RecoveryStage]) -> Table:
-    """The cut model, and what each recovery made of it."""
-    head, rows = recovery_rows(stages)
+def recovery_table(stages: Sequence[RecoveryStage], dense: Mapping[str, float]) -> Table:
+    """The dense model, by its perplexities, the cut one, and what each recovery made of it."""
+    head, rows = recovery_rows(stages, dense)
     table = new_table(*head, caption="")
     for row in rows:
         add_row(table, *row)

@@ -81,11 +81,15 @@ def comparison(data: ReportData) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def recovery_rows(stages: Sequence[RecoveryStage]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of the recovery table: perplexities behind each stage, and what the stage cost."""
+def recovery_rows(
+    stages: Sequence[RecoveryStage], dense: Mapping[str, float]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of the recovery table: perplexities of the dense model and behind each stage, and what the stage
+    cost.
+    """
     texts = list(dict.fromkeys(name for stage in stages for name in stage.perplexity))
     head = ("", *(f"Perplexity on {name}" for name in texts), "Parameters added", "Tokens read", "Time")
-    rows = []
+    rows = [("dense", *(number(dense.get(name)) for name in texts), "", "", "")] if dense else []
     for place, stage in enumerate(stages):
         cost = ("", "", "")
         if place:  # the first is what there was

@@ -411,5 +411,5 @@ def _card(data: ReportData) -> str:
     if data.speed_setting:
         lines += ["", f"Speed: {data.speed_setting}."]
     if data.recovery and data.recovery_made_by is not None:
-        lines += ["", recovery_card(data.recovery, data.recovery_made_by)]
+        lines += ["", recovery_card(data.recovery, data.dense.perplexity, data.recovery_made_by)]
     return "\n".join(lines)

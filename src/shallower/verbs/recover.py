@@ -23,6 +23,7 @@ from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.resources import parse_memory
+from shallower.strict_json import spelled
 from shallower.surgery import cut, require_unquantized
 from shallower.surgery.adopt import adopt
 from shallower.surgery.save import form_of
@@ -40,6 +41,7 @@ from shallower.verbs.recoveries import (
     run_recoveries,
     texts_read,
     training_text,
+    values,
     with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
@@ -59,7 +61,8 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True, eq=False)
 class Recovered:
-    """A repaired model. stages: the cut model, then what each recovery made of it. made_by: what these worked with.
+    """A repaired model. stages: the cut model, then what each recovery made of it. dense: perplexities of the dense
+    model, by name of the text. made_by: what the recoveries worked with.
     folder: None when not saved; form: that of the checkpoint (`shallower.forms`), then empty.
     """
 
@@ -69,6 +72,7 @@ class Recovered:
     notes: tuple[str, ...]
     folder: Path | None
     made_by: RecoveryMadeBy
+    dense: Mapping[str, float] = field(default_factory=dict)
     form: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -76,6 +80,7 @@ class Recovered:
             "folder": None if self.folder is None else str(self.folder),
             "form": self.form,
             "plan": self.plan.to_json(),
+            "dense": spelled(self.dense),
             "recovery": [stage.to_json() for stage in self.stages],
             "made_by": self.made_by.to_json(),
             "notes": list(self.notes),
@@ -163,6 +168,7 @@ def recover(
     made = recovery_made_by(dense, steps, text, training, seed)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = tokens_read(dense, window, None, max_windows)
+    before_cut = values(perplexities(dense, contents, window, max_windows, label="of the dense model on"))
     shared = tuple(shared_runs(dense, read, contents, tokens, flattered="the repaired model"))
     student, stages, said = run_recoveries(
         student,
@@ -189,6 +195,7 @@ def recover(
         document = {
             "format": FORMAT,
             "made_by": made.to_json(),
+            "dense": spelled(before_cut),
             "recovery": [stage.to_json() for stage in stages],
             "notes": list(notes),
             **({} if before is None else {"before": before}),
@@ -198,7 +205,7 @@ def recover(
             out,
             plan=given,
             tokenizer=dense.loaded.tokenizer,
-            card=recovery_card(stages, made),
+            card=recovery_card(stages, before_cut, made),
             recoveries=[*methods_of(before), *(stage.method for stage in stages[1:])],
             pages={"recovery.json": json.dumps(document, indent=1)},
             force=force,
@@ -208,7 +215,7 @@ def recover(
     if leads():
         resume.clear()
     wait()
-    return Recovered(student.model, given, stages, notes, folder, made, form)
+    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form)
 
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:

@@ -272,7 +272,7 @@ def run_recoveries(
     called before the first and behind each. repaired: the student is no plain cut any more.
     """
     require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
-    stages = [RecoveryStage("repaired" if repaired else "cut", _values(measure(student)))]
+    stages = [RecoveryStage("repaired" if repaired else "cut", values(measure(student)))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
     if any(method.trained for method, _ in steps):
@@ -308,14 +308,15 @@ def run_recoveries(
             notes += [f"{method.name}: {note}" for note in repair.notes]
             gained = size((student.model,))[0] - before
             used = options_in_use(method, options)
-            shown = _values(measure(student))
+            shown = values(measure(student))
             stages.append(RecoveryStage(method.name, shown, gained, tokens, round(seconds, 1), curve, used))
     finally:
         resume.tidy()
     return student, tuple(stages), tuple(notes)
 
 
-def _values(found: Mapping[str, Perplexity]) -> dict[str, float]:
+def values(found: Mapping[str, Perplexity]) -> dict[str, float]:
+    """The bare perplexities."""
     return {name: each.perplexity for name, each in found.items()}
 
 
@@ -359,9 +360,9 @@ def recovery_made_by(
     return RecoveryMadeBy(dense.identity, repaired, trained, seed, __version__)
 
 
-def recovery_card(stages: Sequence[RecoveryStage], made: RecoveryMadeBy) -> str:
+def recovery_card(stages: Sequence[RecoveryStage], dense: Mapping[str, float], made: RecoveryMadeBy) -> str:
     """The stages as a Markdown table for the model card, and what they were made with."""
-    head, rows = recovery_rows(stages)
+    head, rows = recovery_rows(stages, dense)
     lines = ["## Recovery", "", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines.append("")
