@@ -467,6 +467,7 @@ def test_duplicates_leave_before_there_are_tokens(tokenizer: Any, tmp_path: Path
     spec = _jsonl(tmp_path / "b.jsonl", [*lines, {"text": text.upper()}, {"text": text + " more"}])
     made = build_calibration(f"{spec}?dedup=0.8&pack=false", tokenizer, sequences=5, length=8)
     record = made.sources[0]
+    assert "low_quality" not in record.to_json()  # nobody looked
     assert (record.read, record.documents, record.exact_duplicates, record.near_duplicates) == (7, 5, 1, 1)
     assert len({tuple(row) for row in made.input_ids.tolist()}) == 5
     with pytest.raises(CorpusError, match="without 2 documents that dedup and min_quality leave out"):
@@ -482,7 +483,7 @@ def test_copies_in_two_sources_of_a_mixture_leave(tokenizer: Any, tmp_path: Path
     other = _jsonl(tmp_path / "b.jsonl", [*rows[:4], *near, *own])
     spec = f"{one}+{other}?sequences=8&length=64&pack=false&dedup=0.8"
     made = build_calibration(spec, tokenizer)
-    assert [(r.exact_duplicates, r.near_duplicates, r.documents) for r in made.sources] == [(None, None, 4), (4, 4, 4)]
+    assert [(r.exact_duplicates, r.near_duplicates, r.documents) for r in made.sources] == [(0, 0, 4), (4, 4, 4)]
     assert sorted(tokenizer.decode(row).startswith("y") for row in made.input_ids) == [False] * 4 + [True] * 4
     with pytest.raises(TooLittleText, match="without 8 documents that dedup and min_quality leave out"):
         build_calibration(spec.replace("sequences=8", "sequences=10"), tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -190,7 +191,8 @@ def test_inspect(cli: Cli, place: Path) -> None:
     ran = cli("inspect", place / "tiny", "--remove", "block.1-2,attn.4")
     assert ran.code == 0
     assert "Removes 2 of 6 blocks: [1,3); 1 attention sublayer: [4,5)" in ran.out
-    assert re.search(r"That is [\d,]+ of [\d,]+ parameters \([\d.]+ %\)", ran.out)
+    assert re.search(r"That is [\d,]+ of [\d,]+ parameters \([\d.]+ %; [\d.]+ % of those in blocks\)", ran.out)
+    assert "; 33.3 % of those in blocks)" in cli("inspect", place / "tiny", "--remove", "block.1-2").out
     told = cli("inspect", place / "tiny", "--remove", "block.1", "--json").json
     assert told["model"]["blocks"] == BLOCKS
     assert f"tiny: llama in {told['dtype']}, {BLOCKS} blocks" in ran.out
@@ -823,6 +825,39 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
         "  inner: 62.0 s",
         "outer: 64.0 s",
     ]
+
+
+def test_progress_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from shallower.cli import bars
+
+    screen = io.StringIO()
+    monkeypatch.setattr(bars, "Console", lambda **_: Console(file=screen, force_terminal=True, width=80, height=9))
+    with bars.bars() as (listener, _), progress.listening(listener), progress.task("reading a model"):
+        name = "a-text-with-quite-a-long-name.jsonl"
+        with progress.task(f"perplexity of the dense model on {name}", 12) as step, progress.task("training", 1000):
+            step(3)
+            time.sleep(0.3)  # what is done is drawn ten times a second
+    with bars.bars() as (listener, _), progress.listening(listener), progress.task("training", progress.PARTS) as step:
+        step(250)
+        time.sleep(0.3)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    shown = [" ".join(line.split()) for line in re.split(r"[\r\n]+", plain)]
+    assert any(re.fullmatch(r"\S reading a model \S+ 0:00", line) for line in shown)
+    assert any(re.fullmatch(r"\S perplexity of…long-name\.jsonl \S+ 3/12 0:00.*", line) for line in shown)
+    assert any(re.search(r"training .* 25 % 0:00", line) for line in shown)
+    assert not [line for line in shown if "?" in line or "250/" in line]
+
+
+def test_progress_of_work_that_ends_by_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 62.0, 63.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress.listening(lines()), progress.task("training", progress.PARTS) as step:
+        step(250)
+    assert capsys.readouterr().err.splitlines() == ["training: 25 % after 62 s", "training: 63.0 s"]
 
 
 def test_progress_goes_to_stderr_or_nowhere(cli: Cli, place: Path) -> None:

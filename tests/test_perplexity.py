@@ -166,3 +166,8 @@ def test_reading_evaluation_text(tmp_path: Path) -> None:
         read_evaluation_text(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="unknown option"):
         read_evaluation_text(f"{tmp_path / 'plain.txt'}?length=3")
+
+
+def test_a_misspelt_name_is_answered_with_those_of_texts_that_papers_report() -> None:
+    with pytest.raises(CorpusError, match=r"no text at 'wikitext2x'.* it is also one of wikitext2, c4, ptb\.$"):
+        read_evaluation_text("wikitext2x")

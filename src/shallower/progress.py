@@ -19,6 +19,9 @@ Listener = Callable[[str, int | None], AbstractContextManager[Step]]
 
 Reader = Callable[[str], None]
 
+PARTS = 1000
+"""Steps of work that goes on until its time is over: a step is a part of it, and no piece of the work."""
+
 _listener: ContextVar[Listener | None] = ContextVar("progress_listener", default=None)
 _reader: ContextVar[Reader | None] = ContextVar("progress_reader", default=None)
 
@@ -61,3 +64,10 @@ def task(description: str, total: int | None = None) -> Iterator[Step]:
         return
     with listener(description, total) as step:
         yield step
+
+
+def amount(done: int, total: int | None, between: str = " of ") -> str:
+    """`3 of 30`, or the share of what is counted in PARTS."""
+    if total == PARTS:
+        return f"{100 * done // PARTS} %"
+    return f"{done}" if total is None else f"{done}{between}{total}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import print_removed
+from shallower.cli.output import Gone, print_removed
 from shallower.cli.verb import Answer, verb
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def inspect(
         for form, what in found.exports.items():
             console.print(f"{form}: {what}", soft_wrap=True, highlight=False)
         if found.removed:
-            gone, dense = found.weights.of(found.removed).parameters, found.weights.model.parameters
-            print_removed(console, found.removed, found.identity, (gone, dense))
+            gone, weights = found.weights.of(found.removed).parameters, found.weights
+            shares = Gone(gone, weights.model.parameters, weights.blocks.parameters)
+            print_removed(console, found.removed, found.identity, shares)
 
     return Answer(found.to_json(), show)

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,17 @@ def print_written(console: Console, path: Path | None, what: str, next_step: str
         console.print(f"Next: {next_step}", soft_wrap=True)
 
 
-def print_removed(
-    console: Console, removed: Sequence[Unit], model: ModelIdentity, parameters: tuple[int, int] | None = None
-) -> None:
-    """Print which blocks and sublayers go. parameters: how many go, and of how many; None where no model was loaded."""
+@dataclass(frozen=True)
+class Gone:
+    """How many parameters go: of how many that the model has, and of how many in its blocks, where that is known."""
+
+    parameters: int
+    of_model: int
+    of_blocks: int | None = None
+
+
+def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentity, gone: Gone | None = None) -> None:
+    """Print which blocks and sublayers go. gone: None where no model was loaded."""
     from shallower.reporting.wording import KIND_NAMES, percent, plural, runs
 
     parts = [f"{sum(unit.kind == 'block' for unit in removed)} of {plural(model.blocks, 'block')}"]
@@ -97,6 +105,8 @@ def print_removed(
         if spans:
             parts[-1] += f": {', '.join(map(str, spans))}"
     console.print(f"Removes {'; '.join(parts)} (from 0, stop not included).")
-    if parameters is not None:
-        gone, dense = parameters
-        console.print(f"That is {gone:,} of {dense:,} parameters ({percent(gone, dense)}).")
+    if gone is not None:
+        share = percent(gone.parameters, gone.of_model)
+        told = ", embeddings counted" if gone.of_blocks is None else ""
+        told = told or f"; {percent(gone.parameters, gone.of_blocks or 0)} of those in blocks"
+        console.print(f"That is {gone.parameters:,} of {gone.of_model:,} parameters ({share}{told}).")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import print_removed
+from shallower.cli.output import Gone, print_removed
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 from shallower.forms import FORMS
@@ -185,7 +185,7 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
         if data.recovery:
             console.print(recovery_table(data.recovery, data.dense.perplexity))
         dense = data.dense.parameters
-        print_removed(console, data.plan.remove, data.plan.model, (dense - data.pruned.parameters, dense))
+        print_removed(console, data.plan.remove, data.plan.model, Gone(dense - data.pruned.parameters, dense))
         for note in data.notes:
             console.print(f"Note: {note}", soft_wrap=True)
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed, typed_again
+from shallower.cli.output import DEFAULT_SIZE, Gone, print_written, require_free, typed, typed_again
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
 from shallower.resources import parse_memory, parse_workers
@@ -115,10 +115,11 @@ def search(
         text, size = None, DEFAULT_SIZE  # questions are no text to measure on
     elif target is not None and text is not None and plan.made_by.calibration is not None:
         text, size = plan.made_by.calibration.spec, DEFAULT_SIZE  # the one that was chosen, and how much of it
-    parameters = subject.weights.of(plan.remove).parameters, subject.weights.model.parameters
+    weights = subject.weights
+    gone = Gone(weights.of(plan.remove).parameters, weights.model.parameters, weights.blocks.parameters)
 
     def show(console: Console) -> None:
-        show_plan(console, plan, parameters=parameters)
+        show_plan(console, plan, gone=gone)
         step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
         step += typed_again(text, size, dtype, trust_remote_code=trust_remote_code)
         print_written(console, out, "the plan", step)

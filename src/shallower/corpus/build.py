@@ -122,7 +122,7 @@ def build_calibration(
         ledger = _Ledger(share / options.sequences)
         made = _term_rows(term, source, tokenizer, replace(options, sequences=share), ledger, seen)
         rows += [(number, row) for row in made]
-        records += ledger.records()
+        records += ledger.records(dedup=options.dedup > 0, min_quality=options.min_quality > 0)
         as_asked = as_asked or ledger.as_asked
     if not as_asked:
         raise CorpusError(
@@ -249,7 +249,8 @@ class _Ledger:
         name = excerpt.rows[0].source
         self._tokens[name] = self._tokens.get(name, 0) + tokens
 
-    def records(self) -> tuple[SourceRecord, ...]:
+    def records(self, *, dedup: bool, min_quality: bool) -> tuple[SourceRecord, ...]:
+        """dedup, min_quality: whether documents were left out for these."""
         names = sorted(self._hashes)
         total = sum(self._tokens.values())
         records = [
@@ -263,14 +264,14 @@ class _Ledger:
             )
             for name in names
         ]
-        if records and self.dropped.total:
-            # counted for the source as a whole: they stand with its first file
-            dropped = self.dropped
+        if records:
+            # counted for the source as a whole: they stand with its first file; what was not looked for is not known
+            found = self.dropped
             records[0] = replace(
                 records[0],
-                exact_duplicates=dropped.exact,
-                near_duplicates=dropped.near,
-                low_quality=dropped.low_quality,
+                exact_duplicates=found.exact if dedup else None,
+                near_duplicates=found.near if dedup else None,
+                low_quality=found.low_quality if min_quality else None,
             )
         return tuple(records)
 

@@ -243,7 +243,7 @@ def _note_splits(records: Mapping[str, DataRecord]) -> None:
     evaluated = [f"{name} ({record.split})" for name, record in records.items() if "test_split" in record.missing]
     if evaluated:
         shown = ", ".join(evaluated[:5]) + (f" and {len(evaluated) - 5} more" if len(evaluated) > 5 else "")
-        progress.note(f"Without their test split, which is not at hand, and evaluated on another: {shown}.")
+        progress.note(f"No test split at hand; another was evaluated: {shown}.")
 
 
 def _docs(task: Any, limit: int | None) -> Iterator[Any]:

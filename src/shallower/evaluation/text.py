@@ -12,7 +12,7 @@ from pathlib import Path
 from shallower.corpus.sources import PIECE, file_kind, open_source, pieces, text_lines
 from shallower.corpus.specification import Part, in_part, parse_specification
 from shallower.corpus.supply import NOTHING, Supply
-from shallower.errors import CorpusError
+from shallower.errors import CorpusError, UnknownName
 from shallower.evaluation.task_data import hub_unreachable
 from shallower.registry import Option
 
@@ -65,7 +65,10 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
 
 
 def _documents(text: str, supply: Supply, part: Part) -> Iterator[str]:
-    source = open_source(text, supply)
+    try:
+        source = open_source(text, supply)
+    except (CorpusError, UnknownName) as error:
+        raise CorpusError(f"{error} To evaluate on, it is also one of {', '.join(NAMED)}.") from None
     limit = _MOST_CHARACTERS if source.streamed or part == "held-out" else math.inf
     keep_blank = source.streamed and "wikitext" in source.name.lower()
     size = 0

@@ -40,7 +40,6 @@ from shallower.training.state import State, Store, begun_options
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what the optimizer keeps of a parameter
-PARTS = 1000  # of the progress bar
 _PERHAPS_UNUSED = re.compile(r"\.experts\.\d|(expert|correction)_bias$")
 
 
@@ -168,12 +167,12 @@ class _Loop:
             self.begun = time.monotonic()
             progress.note(f"resumed after step {self.state.step}, {self.state.tokens:,} tokens")
         stopped, shown = "", 0
-        with progress.task("training", total=PARTS) as bar:
+        with progress.task("training", total=progress.PARTS) as bar:
             while not stopped and (share := self._share()) < 1:
-                bar(int(share * PARTS) - shown)
-                shown = int(share * PARTS)
+                bar(int(share * progress.PARTS) - shown)
+                shown = int(share * progress.PARTS)
                 stopped = self._step(share) or self._after_step()
-            bar(PARTS - shown)
+            bar(progress.PARTS - shown)
         if not stopped and self.state.curve[-1]["step"] != self.state.step:
             self._measure()  # the time ran out after the last step was looked at
         return self._end(stopped)

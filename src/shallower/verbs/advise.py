@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from shallower import progress
 from shallower.corpus import DOMAINS, CalibrationSet
 from shallower.errors import CorpusError, UserError
+from shallower.plan import without_folders
 from shallower.units import Unit
 from shallower.verbs.subject import Subject, calibrate, make_ablator
 
@@ -99,7 +100,7 @@ def advise(
             f"--calibration auto finds no text here ({failed[0]}) Name some: --calibration auto:web.jsonl,books.jsonl."
         )
     judged = TASK if _asks(target) else objective
-    with progress.task(f"comparing {len(built)} sources with {target}", len(built) + 1) as step:
+    with progress.task(f"comparing {len(built)} sources with {without_folders(str(target))}", len(built) + 1) as step:
         goal = calibrate(subject, target, sequences=sequences, length=length, seed=seed, objective=judged)
         wanted = ranking(goal, judged)
         step()

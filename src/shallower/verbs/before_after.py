@@ -60,8 +60,8 @@ def before_after(
     """
     with clock("perplexity"):
         before, after = (
-            perplexities(side, held_out, window, max_windows, label=f"with {len(side.anatomy.blocks)} blocks on")
-            for side in (dense, pruned)
+            perplexities(side, held_out, window, max_windows, label=f"of the {which} model on")
+            for which, side in (("dense", dense), ("pruned", pruned))
         )
     scores = TaskScores()
     if asked is not None:

@@ -256,7 +256,7 @@ def _student(
             return student, lambda: None
         wanted = {**options, "device": "cpu", "dtype": stored}
         name = dense.model if dense.loaded.path is None else dense.loaded.path
-        return student, lambda: (open_subject(name, **wanted).anatomy, open_subject(folder, **wanted).model)
+        return student, lambda: (_again(name, **wanted).anatomy, _again(folder, **wanted).model)
     plan.require_for(dense.identity)
     with progress.task("cutting"):
         student = dense.holding(cut(dense.anatomy, plan.removed))
@@ -287,8 +287,16 @@ def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTra
     if stored in (None, dense.dtype):
         return None
     trusted = type(dense.model).is_remote_code()  # as it was when it was opened
-    anatomy = open_subject(folder, device="cpu", dtype=stored, trust_remote_code=trusted).anatomy
+    anatomy = _again(folder, device="cpu", dtype=stored, trust_remote_code=trusted).anatomy
     return anatomy, cut(anatomy, removed)
+
+
+def _again(model: Any, **options: Any) -> Subject:
+    """A model that is in memory in another precision. Its folder may be one of the cache, whose name tells nobody
+    anything, so that it is not said.
+    """
+    with progress.task(f"loading it again in {options['dtype']}"), progress.silent():
+        return open_subject(model, **options)
 
 
 def _require_kin(student: Subject, dense: Subject) -> None:
