@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from rich.console import Console
 
 from shallower import progress, registry
 from shallower.cli import main, options
-from shallower.cli.methods import paper_links
+from shallower.cli.methods import paper_links, unbroken
+from shallower.cli.output import say
 from shallower.cli.progress import lines
 from shallower.errors import UserError, VerificationError
 from shallower.plan import PruningPlan
@@ -446,6 +448,22 @@ def test_methods(cli: Cli) -> None:
     assert "did you mean 'greedy'?" in sentence(cli("methods", "gredy"))
 
 
+def test_a_description_is_broken_where_its_paragraphs_end() -> None:
+    text = "One line\nand more.\n\nlr, clip: a rate\nand a norm.\nminutes: time.\n\n- an item\n  of two lines"
+    told = "One line and more.\n\nlr, clip: a rate and a norm.\nminutes: time.\n\n- an item of two lines"
+    assert unbroken(text) == told
+
+
+def test_sentences_break_between_words_on_a_terminal_alone() -> None:
+    def printed(**kind: bool) -> str:
+        stream = io.StringIO()
+        say(Console(file=stream, width=20, **kind), "a sentence of several needed words")
+        return stream.getvalue()
+
+    assert printed(force_terminal=True) == "a sentence of \nseveral needed words\n"
+    assert printed() == "a sentence of several needed words\n"
+
+
 def test_links() -> None:
     assert paper_links("arXiv:2402.09025, arXiv:2406.10594.") == [
         "https://arxiv.org/abs/2402.09025",
@@ -828,8 +846,6 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_progress_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
     from shallower.cli import bars
 
     screen = io.StringIO()

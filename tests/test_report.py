@@ -19,6 +19,7 @@ from shallower.reporting.tables import (
     PerplexityRow,
     before_after_table,
     inspection_table,
+    new_table,
     perplexity_table,
     scores_table,
 )
@@ -332,6 +333,31 @@ def test_tables_fit_80_columns():
     assert "+43.8 (2.67×)" in told
     assert "[red]pruned" in told
     assert "−2 (−20.0 %)" in shown(before_after_table(data))
+
+
+def test_names_stay_whole_in_80_columns():
+    from shallower.evaluation.generation import Continuation, Generation
+    from shallower.reporting.evaluation import samples_table
+    from shallower.reporting.tables import bench_table
+    from shallower.timing.speed import Speed, Spread
+
+    spread = Spread(0.1806, 0.1783, 0.1901)
+    speed = Speed(spread, spread, 23_592_960, 538_060_032, 99_000_000, 128, 32, 1)
+    name = "SmolLM2-135M-Instruct"
+    told = shown(bench_table({name: (speed,), "smaller": (speed,)}, "Measured on a processor. Medians of five runs."))
+    assert f"  {name} " in told
+    assert max(map(len, told.splitlines())) <= 80
+    written = Generation(1.0, 1.0, 0.0, 80.0, 0.0, (Continuation("Once", "Please\n\n" * 80, 80, False, True),))
+    told = shown(samples_table({name: written, "smaller": written}))
+    assert "Please ⏎⏎ Please" in told
+    assert told.count("\n") <= 12
+
+
+def test_a_caption_is_as_wide_as_the_terminal():
+    lines = shown(scores_table(report().influence[0]), 120).splitlines()
+    assert "Rank 1 matters least." in lines[-1]
+    sentence = " ".join(["word"] * 22)
+    assert shown(new_table("A", caption=sentence), 120).splitlines()[-1].rstrip() == sentence
 
 
 def test_inspection_table_groups_equal_blocks():

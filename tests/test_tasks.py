@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -986,7 +987,8 @@ def test_eval_on_the_command_line(
     assert main.run(["eval", str(folder), str(folder), *shared, "--generate", *out, "--quiet"]) == 0
     told = capsys.readouterr().out
     assert "+0.000 ±0.000 ~" in told
-    assert "Different 2-runs" in told
+    assert re.search("Model +2-runs +3-runs +Loops", told)
+    assert f"Wrote {tmp_path / 'out'}: evaluation.json, items/\n" in told
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert {row["test"] for row in written["differences"]} == {"McNemar, exact"}
     assert len(list((tmp_path / "out" / "items").glob("*/arc_easy.jsonl"))) == 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free
+from shallower.cli.output import print_written, require_free, say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 
@@ -70,9 +70,9 @@ def bench(
     def show(console: Console) -> None:
         console.print(bench_table({timed.model: timed.speeds for timed in found.models}, found.setting))
         source = found.memory and f"weights, and the most that {found.memory} grew in a run that was not timed"
-        console.print(f"Peak memory: {source or 'not measured, as this machine has no way to'}.", soft_wrap=True)
+        say(console, f"Peak memory: {source or 'not measured, as this machine has no way to'}.")
         for note in found.notes:
-            console.print(f"Note: {note}", soft_wrap=True)
+            say(console, f"Note: {note}")
         print_written(console, out, "the figures")
 
     return Answer(data, show)

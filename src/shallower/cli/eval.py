@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from shallower.cli import options
+from shallower.cli.output import say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 
@@ -206,7 +207,12 @@ def evaluate(
     def show(console: Console) -> None:
         _show(console, found)
         if out is not None:
-            console.print(f"\nWrote {out}: evaluation.json{', curve.svg, curve.png' if plan else ''}", soft_wrap=True)
+            files = [
+                "evaluation.json",
+                *(["items/"] if names or suite else []),
+                *(["curve.svg", "curve.png"] if plan else []),
+            ]
+            console.print(f"\nWrote {out}: {', '.join(files)}", soft_wrap=True)
 
     return Answer(found.to_json(), show)
 
@@ -245,7 +251,7 @@ def _show(console: Console, found: Comparison) -> None:
             scored = f"{measured.tokens:,} tokens scored in {measured.windows} windows"
             others = [each for each in found.evaluations if found.apart(each, text)]
             told = "".join(f", other windows by {each.model}" for each in others)
-            console.print(f"{text}: {scored}{told}; bits per byte {bits}.", soft_wrap=True)
+            say(console, f"{text}: {scored}{told}; bits per byte {bits}.")
     if found.evaluations[0].tasks:
         columns = []
         for each in found.evaluations:
@@ -262,4 +268,4 @@ def _show(console: Console, found: Comparison) -> None:
         console.print(generation_table(written))
         console.print(samples_table(written))
     for note in found.notes:
-        console.print(f"Note: {note}", soft_wrap=True)
+        say(console, f"Note: {note}")

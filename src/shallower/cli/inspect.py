@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import Gone, print_removed
+from shallower.cli.output import Gone, print_removed, say
 from shallower.cli.verb import Answer, verb
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def inspect(
     def show(console: Console) -> None:
         name, blocks = found.identity.name, found.identity.blocks
         sublayers = [f"{kind}: {', '.join(found.parts[kind]) or 'none found'}" for kind in ("attn", "mlp")]
-        console.print(
+        say(
+            console,
             f"{name}: {found.family} in {found.dtype}, {blocks} blocks at {found.path} ({'; '.join(sublayers)})",
-            soft_wrap=True,
         )
         console.print(inspection_table(found.weights, found.removed))
         for form, what in found.exports.items():
-            console.print(f"{form}: {what}", soft_wrap=True, highlight=False)
+            say(console, f"{form}: {what}")
         if found.removed:
             gone, weights = found.weights.of(found.removed).parameters, found.weights
             shares = Gone(gone, weights.model.parameters, weights.blocks.parameters)

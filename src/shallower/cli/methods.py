@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument
 
 from shallower import registry
+from shallower.cli.output import say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UnknownName
 from shallower.registry import Method
@@ -67,6 +68,18 @@ def _as_data(found: Sequence[Method]) -> dict[str, Any]:
     }
 
 
+def unbroken(text: str) -> str:
+    """A docstring with each paragraph, item of a list and explained option (`lr, clip: …`) on one line."""
+    lines = [""]
+    for line in text.splitlines():
+        item = re.match(r"\s*(-|\d+\.|\w+(, \w+)*:) ", line)
+        if item or not line.strip() or not lines[-1]:
+            lines.append(line)
+        else:
+            lines[-1] += f" {line.strip()}"
+    return "\n".join(lines[1:])
+
+
 def _written(default: object) -> str:
     """A default as `--set` takes it."""
     if isinstance(default, bool):
@@ -97,7 +110,7 @@ def _list(console: Console, found: Sequence[Method]) -> None:
 def _describe(console: Console, found: Sequence[Method]) -> None:
     for method in found:
         console.print(f"{method.kind} {method.name}", style="bold")
-        console.print(inspect.getdoc(method.function) or "No description.", soft_wrap=True)
+        say(console, unbroken(inspect.getdoc(method.function) or "No description."))
         console.print()
         told = {f"--set {option.name}=…": option for option in method.options.values()}
         for flag, option in told.items():

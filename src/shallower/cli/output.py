@@ -35,6 +35,11 @@ def screen() -> Console:
     return Console(width=PIPED_WIDTH if piped else None, highlight=False, markup=False, emoji=False)
 
 
+def say(console: Console, sentences: str) -> None:
+    """Print sentences: on a terminal broken between words, elsewhere, where programs may read them, unbroken."""
+    console.print(sentences, soft_wrap=not console.is_terminal)
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """Print one JSON document. JSON has no infinity: what is not finite becomes the string `inf`, `-inf` or `nan`."""
     sys.stdout.write(json.dumps(spelled(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")

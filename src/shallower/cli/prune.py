@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import Gone, print_removed
+from shallower.cli.output import Gone, print_removed, say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 from shallower.forms import FORMS
@@ -187,9 +187,9 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
         dense = data.dense.parameters
         print_removed(console, data.plan.remove, data.plan.model, Gone(dense - data.pruned.parameters, dense))
         for note in data.notes:
-            console.print(f"Note: {note}", soft_wrap=True)
+            say(console, f"Note: {note}")
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)
-        console.print(f"\nForm:  {form.name}. {form.meaning}", soft_wrap=True)
+        say(console, f"\nForm:  {form.name}. {form.meaning}")
         console.print(f"\n{form.loading(str(folder))}", soft_wrap=True)
 
     return Answer(answer, show)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from shallower.cli import options
-from shallower.cli.output import print_removed
+from shallower.cli.output import print_removed, say
 from shallower.cli.verb import Answer, verb
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def recover(
         console.print(recovery_table(found.stages, found.dense))
         print_removed(console, found.plan.remove, found.plan.model)
         for note in found.notes:
-            console.print(f"Note: {note}", soft_wrap=True)
+            say(console, f"Note: {note}")
         if found.folder is None:
             console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
         else:

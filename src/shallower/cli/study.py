@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from shallower.cli import options
+from shallower.cli.output import say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 
@@ -52,11 +53,11 @@ def study(
         def tell(console: Console) -> None:
             failing = f" and {cost.failing:,} that cannot be measured" if cost.failing else ""
             ratio = f", {cost.alone / cost.seconds:.1f} times less than cell by cell" if cost.seconds else ""
-            console.print(
+            say(
+                console,
                 f"{cost.cells:,} cells, {cost.done:,} of them done{failing}. What is left asks for {cost.candidates:,} "
                 f"candidate sets: about {_spoken(cost.seconds)} if no race ends early{ratio}. Held-out texts come on "
                 "top.",
-                soft_wrap=True,
             )
 
         return Answer(vars(cost), tell)
@@ -78,7 +79,7 @@ def study(
             console.print(agreements_table(finished.findings))
         if finished.findings.decompositions:
             console.print(shares_table(finished.findings))
-        console.print(finished.findings.answer, soft_wrap=True)
+        say(console, finished.findings.answer)
         if finished.findings.failures:
             console.print(failures_table(finished.results, finished.findings))
         console.print(f"\nPage:    {pages[0]}\nNumbers: {pages[1]}", soft_wrap=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +17,7 @@ from shallower.reporting.tables import CHANCE, add_row, new_table
 from shallower.reporting.wording import signed
 
 _SAMPLES = 3
-_WIDEST = 300  # characters of a text shown
+_WIDEST = 180  # characters of a text shown: six lines where two stand side by side on a terminal of 80 columns
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def _value(metric: Metric) -> str:
 
 def generation_table(written: Mapping[str, Generation]) -> Table:
     """One row a model: how much repeats, loops, how long the texts are."""
-    told = "Greedy continuations of the same prompts. Different: share of runs of words that are not repeats."
-    table = new_table("Model", "Different 2-runs", "3-runs", "Loops", "Tokens", "Ended itself", caption=told)
+    told = "Greedy continuations of the same prompts. 2-runs, 3-runs: share of these runs of words that are "
+    told += "not repeats. Ended: by the model itself."
+    table = new_table("Model", "2-runs", "3-runs", "Loops", "Tokens", "Ended", caption=told)
     for model, found in written.items():
         numbers = (found.distinct_2, found.distinct_3, found.loops)
         add_row(
@@ -82,12 +85,18 @@ def generation_table(written: Mapping[str, Generation]) -> Table:
 
 def samples_table(written: Mapping[str, Generation]) -> Table:
     """What the models wrote after the same prompts, side by side."""
-    table = Table(show_lines=True, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_lines=True, pad_edge=False)
     table.add_column("Prompt", overflow="fold", ratio=1)
     for model in written:
         table.add_column(Text(model), overflow="fold", ratio=2)
     first = next(iter(written.values()))
     for place, one in enumerate(first.continuations[:_SAMPLES]):
-        texts = [found.continuations[place].text[:_WIDEST] for found in written.values()]
+        texts = [_shown(found.continuations[place].text) for found in written.values()]
         table.add_row(Text(one.prompt), *(Text(text) for text in texts))
     return table
+
+
+def _shown(text: str) -> str:
+    """The start of a text in as few lines as can be."""
+    line = re.sub(r"\s*\n\s*", lambda gap: f" {gap[0].count(chr(10)) * '⏎'} ", text)
+    return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 1]}…"

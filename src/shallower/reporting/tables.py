@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _COUNTED = "Blocks are counted from 0."
 CHANCE = " ~ could be chance (p ≥ 0.05)."
+_NAME = 28  # columns of a name that stay together, where numbers beside it can be broken between words
 _BAR = 24  # columns of the longest bar
 
 
@@ -238,10 +240,23 @@ def _weigh(table: Table, name: str, weight: UnitWeight, style: str = "") -> None
     add_row(table, name, *cells, style=style)
 
 
+class _Table(Table):
+    """A table whose caption is as wide as the terminal, not as the table."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        caption, self.caption = self.caption, None
+        try:
+            yield from super().__rich_console__(console, options)
+        finally:
+            self.caption = caption
+        if caption:
+            yield caption
+
+
 def new_table(first: str, *others: str, caption: str) -> Table:
     """A table with a name in each row, and numbers behind it."""
     told = Text(caption, style="dim") if caption else None
-    table = Table(box=SIMPLE_HEAD, caption=told, caption_justify="left", pad_edge=False)
+    table = _Table(box=SIMPLE_HEAD, caption=told, pad_edge=False)
     table.add_column(Text(first), overflow="fold")
     for name in others:
         table.add_column(Text(name), justify="right", overflow="fold")
@@ -249,5 +264,9 @@ def new_table(first: str, *others: str, caption: str) -> Table:
 
 
 def add_row(table: Table, *cells: str, style: str = "") -> None:
-    """Cells are text, never markup: a model may be called `[red]`."""
+    """Cells are text, never markup: a model may be called `[red]`. The first, a name, stays whole unless long."""
+    name = table.columns[0]
+    indent = len(cells[0]) - len(cells[0].lstrip())
+    longest = max((indent + len(word) for word in cells[0].split()), default=0)
+    name.min_width = max(name.min_width or 0, min(longest, _NAME))
     table.add_row(*(Text(cell) for cell in cells), style=style)
