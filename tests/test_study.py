@@ -158,11 +158,11 @@ def test_what_does_not_vary_is_due_to_nothing() -> None:
     shares = {item.term: item.share.value for item in findings.decompositions[1].shares}
     assert sum(shares.values()) == pytest.approx(1)  # not halved by the ratio at which nothing varies
     written = markdown([*still, *moved], findings)
-    text, search, crossed = (f"{shares[term]:.0%}" for term in ("text", "search", "text × search"))
-    assert f"| text | 33% [33%, 33%] | {text} [{text}, {text}] |" in written
+    text, search, crossed = (f"{100 * shares[term]:.0f} %" for term in ("text", "search", "text × search"))
+    assert f"| text | 33 % [33 %, 33 %] | {text} [{text}, {text}] |" in written
     assert (
-        f"Of the variance of the calibration loss, {text} is due to calibration, 0% to the objective, {search} to the "
-        f"search, {crossed} to two of these together, and 0% is left over."
+        f"Of the variance of the calibration loss, {text} is due to calibration, 0 % to the objective, {search} to the "
+        f"search, {crossed} to two of these together, and 0 % is left over."
     ) in findings.answer
 
 
@@ -254,8 +254,38 @@ def test_tables_tell_several_models_apart() -> None:
         told = markdown(results, find(results))
         assert f"{first}| Removed | Varied | Level |" in told
         assert f"{first}| Removed | Text | Task |" in told
-    assert "| a/tiny | 2 | text | a | 30.00 | 50.0% |" in told
+    assert "| a/tiny | 2 | text | a | 30.00 | 50.0 % |" in told
     assert "| b/tiny | 2 | wiki | quiz |" in told
+
+
+def test_figures_of_a_study_have_captions_and_words_stand_left() -> None:
+    from shallower.reporting.study import markdown, render
+
+    results = [*made_up("text"), *(replace(each, cell=replace(each.cell, remove="3")) for each in made_up("search"))]
+    found = find(results)
+    page, tables = render(results, found), markdown(results, found)
+    assert page.count('<div class="plot">') == page.count("<svg") == page.count("<figcaption>") == 3  # white, scrolls
+    assert "Whiskers: 95\N{NO-BREAK SPACE}% intervals." in page
+    assert "Each dot is a cell" in page
+    for told in (page, tables):
+        assert "geometric mean over cells and held-out texts; lower is better" in told
+    assert '<td class="word">text</td><td class="word">a</td><td>' in page
+    assert (
+        "| Removed | Varied | Level | Held-out perplexity | Task accuracy |\n| --- | --- | --- | ---: | ---: |"
+        in tables
+    )
+
+
+def test_what_is_left_over_is_the_last_of_the_shares() -> None:
+    from shallower.reporting.study import share_rows
+
+    noise = Random(0)
+    results = [
+        replace(each, loss=each.loss + noise.random(), order=block(*noise.sample(range(9), 2)))
+        for each in made_up("text")
+    ]
+    rows = share_rows(find(results))
+    assert [row[0] for row in rows].index(RESIDUAL) == len(rows) - 1 > 0
 
 
 # The file

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
+from itertools import zip_longest
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -56,15 +57,23 @@ def html_figure(svg: str | None, title: str, told: str, table: str = "") -> str:
     )
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, *, style: str = "numbers") -> str:
-    """A table whose first column names the rows. The caption is for screen readers: a heading stands above it."""
+def html_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, *, style: str = "numbers", words: int = 1
+) -> str:
+    """A table whose first column names the rows. The caption is for screen readers: a heading stands above it.
+
+    words: how many columns from the left hold words, which are aligned to the left among numbers.
+    """
+    aligned = [' class="word"'] * words
     lines = [f'<div class="scroll"><table class="{style}">', f'<caption class="unseen">{escape(caption)}</caption>']
     if head:
-        cells = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td></td>" for cell in head)
+        named = zip_longest(head, aligned[: len(head)], fillvalue="")
+        cells = "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' if cell else "<td></td>" for cell, kind in named)
         lines.append(f"<thead><tr>{cells}</tr></thead>")
     lines.append("<tbody>")
     for first, *others in rows:
-        cells = "".join(f"<td>{glued(cell)}</td>" for cell in others)
+        told = zip_longest(others, aligned[1 : len(others) + 1], fillvalue="")
+        cells = "".join(f"<td{kind}>{glued(cell)}</td>" for cell, kind in told)
         lines.append(f'<tr><th scope="row">{glued(first)}</th>{cells}</tr>')
     return "\n".join(lines) + "\n</tbody>\n</table></div>\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from shallower.files import write_text
 from shallower.reporting.curves import COLOURS, perplexity_axis
 from shallower.reporting.figures import WIDTH, styled, svg
-from shallower.reporting.markup import html_page, html_section, html_table
-from shallower.reporting.wording import distinct_names
+from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
+from shallower.reporting.wording import distinct_names, number, percent
 from shallower.strict_json import spelled, write_json
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
 from shallower.studies.result import FACTORS, Failure, Result, grouped
+from shallower.studies.variance import RESIDUAL
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,7 +83,7 @@ def share_head(findings: Findings) -> tuple[str, ...]:
 
 
 def share_rows(findings: Findings) -> Rows:
-    """A line a term with its share of each outcome, the largest of the plan first."""
+    """A line a term with its share of each outcome, the largest of the plan first, and what is left over at the end."""
     head = share_head(findings)[1:]
     table: dict[str, dict[str, list[Interval]]] = {}
     for item in findings.decompositions:
@@ -90,7 +91,7 @@ def share_rows(findings: Findings) -> Rows:
             table.setdefault(share.term, {}).setdefault(item.outcome, []).append(share.share)
     means = {term: {outcome: _mean(values) for outcome, values in found.items()} for term, found in table.items()}
     shown = [term for term in means if max(item.value for item in means[term].values()) >= _SMALLEST_SHARE]
-    shown.sort(key=lambda term: -means[term].get("plan", Interval(0, 0, 0)).value)
+    shown.sort(key=lambda term: (term == RESIDUAL, -means[term].get("plan", Interval(0, 0, 0)).value))
     return [(term, *(_percents(means[term][name]) if name in means[term] else "–" for name in head)) for term in shown]
 
 
@@ -166,17 +167,14 @@ def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
                 row = [*_first(models, group[0].cell.model), group[0].cell.remove, factor, str(level)]
                 row.append(_number(_geometric([value for result in group for value in result.held_out.values()])))
                 if any(result.tasks for result in results):
-                    row.append(_percent([value for result in group for value in result.tasks.values()]))
+                    accuracies = [value for result in group for value in result.tasks.values()]
+                    row.append(percent(sum(accuracies), len(accuracies)) if accuracies else "–")
                 rows.append(tuple(row))
     return rows
 
 
 def _geometric(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else float("nan")
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.1%}" if values else "–"
 
 
 def _number(value: float) -> str:
@@ -186,29 +184,85 @@ def _number(value: float) -> str:
 def _interval(interval: Interval) -> str:
     if math.isnan(interval.value):
         return "–"
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{number(interval.value)} [{number(interval.low)}, {number(interval.high)}]"
 
 
 def _percents(interval: Interval) -> str:
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+    value, low, high = (percent(bound, 1, digits=0) for bound in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
 
 
-def _tables(results: Sequence[Result], findings: Findings) -> list[tuple[str, str, Sequence[str], Rows]]:
-    """Name, title, head and rows of every table that has rows."""
+@dataclass(frozen=True)
+class _Table:
+    """One table of the page. words: how many columns from the left hold words, not numbers. told: how to read it."""
+
+    name: str
+    title: str
+    head: Sequence[str]
+    rows: Rows
+    told: str
+    words: int = 1
+
+
+def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
+    """Every table that has rows."""
     models = model_names([*results, *findings.failures])
     several = ("Model",) if models else ()
     levels = level_rows(results, models)
-    columns = len(levels[0]) if levels else 0
-    found: list[tuple[str, str, Sequence[str], Rows]] = [
-        ("agreement", "Plans that differ in one thing only", _AGREEMENT_HEAD, agreement_rows(findings)),
-        ("shares", "What the variance is due to", share_head(findings), share_rows(findings)),
-        ("levels", "What each choice brings on average", (*several, *_BEST_HEAD)[:columns], levels),
-        ("ranks", "Does perplexity rank as tasks do?", (*several, *_RANK_HEAD), rank_rows(findings, models)),
-        ("stability", "How many tokens are enough?", _STABILITY_HEAD, stability_rows(findings)),
-        ("failures", "What could not be measured", (*several, *_FAILURE_HEAD), failure_rows(findings, models)),
+    levels_head = (*several, *_BEST_HEAD)[: len(levels[0]) if levels else 0]
+    failures_head = (*several, *_FAILURE_HEAD)
+    found = [
+        _Table(
+            "agreement",
+            "Plans that differ in one thing only",
+            _AGREEMENT_HEAD,
+            agreement_rows(findings),
+            "1 is the same plan, or the same order. In brackets: 95 % intervals.",
+        ),
+        _Table(
+            "shares",
+            "What the variance is due to",
+            share_head(findings),
+            share_rows(findings),
+            "Means over ratios and models. In brackets: 95 % intervals. Terms below "
+            f"{percent(_SMALLEST_SHARE, 1, digits=0)} of every outcome are in {NUMBERS} only.",
+        ),
+        _Table(
+            "levels",
+            "What each choice brings on average",
+            levels_head,
+            levels,
+            f"Perplexity: the geometric mean over {_OVER}; lower is better. Accuracy: the mean over cells and tasks.",
+            len(several) + _BEST_HEAD.index("Level") + 1,
+        ),
+        _Table(
+            "ranks",
+            "Does perplexity rank as tasks do?",
+            (*several, *_RANK_HEAD),
+            rank_rows(findings, models),
+            "1: of any two plans, the one of lower perplexity has the higher accuracy; −1: the lower one.",
+            len(several) + _RANK_HEAD.index("Task") + 1,
+        ),
+        _Table(
+            "stability",
+            "How many tokens are enough?",
+            _STABILITY_HEAD,
+            stability_rows(findings),
+            f"Perplexity: the geometric mean over {_OVER}; lower is better.",
+        ),
+        _Table(
+            "failures",
+            "What could not be measured",
+            failures_head,
+            failure_rows(findings, models),
+            "Everything else on this page is about the cells that were measured.",
+            len(failures_head),
+        ),
     ]
-    return [item for item in found if item[3]]
+    return [table for table in found if table.rows]
 
+
+_OVER = "cells and held-out texts"
 
 HOW = (
     "In brackets: 95 % intervals. Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
@@ -220,13 +274,31 @@ HOW = (
 
 def render(results: Sequence[Result], findings: Findings) -> str:
     """The page as a string; it needs nothing from elsewhere."""
-    figures = {"agreement": agreement_bars(findings), "shares": share_bars(findings), "levels": spread(results)}
-    sections = [html_section("answer", "The answer", f"<p>{escape(findings.answer)}</p>\n")]
-    for name, title, head, rows in _tables(results, findings):
-        drawn = figures.get(name)
-        body = (f"<figure>{drawn}</figure>\n" if drawn else "") + html_table(head, rows, title)
-        sections.append(html_section(name, title, body))
-    sections.append(html_section("how", "How this was computed", f'<p class="quiet">{escape(HOW)}</p>\n'))
+    figures = {
+        "agreement": html_figure(
+            agreement_bars(findings),
+            "How alike plans are",
+            "The shorter a bar, the more this choice changes the plan. Orange is the search, blue what it searches on. "
+            "Whiskers: 95 % intervals.",
+        ),
+        "shares": html_figure(
+            share_bars(findings),
+            "Shares of the variance of each outcome",
+            "Interactions: what two choices do only together, all pairs added up. Rest: what none of these explains. "
+            "Means over ratios and models.",
+        ),
+        "levels": html_figure(
+            spread(results),
+            "Held-out perplexity of every cell",
+            "Each dot is a cell, coloured by its calibration text. Lower is better; the axis is logarithmic.",
+        ),
+    }
+    sections = [html_section("answer", "The answer", f"<p>{glued(findings.answer)}</p>\n")]
+    for table in _tables(results, findings):
+        numbers = html_table(table.head, table.rows, table.title, words=table.words)
+        told = f'<p class="quiet">{glued(table.told)}</p>\n'
+        sections.append(html_section(table.name, table.title, figures.get(table.name, "") + numbers + told))
+    sections.append(html_section("how", "How this was computed", f'<p class="quiet">{glued(HOW)}</p>\n'))
     names = ", ".join(dict.fromkeys(Path(result.cell.model).name for result in results))
     return html_page(f"Study of {names}", f"{findings.cells:,} ways to choose what to remove", sections)
 
@@ -234,9 +306,9 @@ def render(results: Sequence[Result], findings: Findings) -> str:
 def markdown(results: Sequence[Result], findings: Findings) -> str:
     """The answer and the tables."""
     parts = [findings.answer, ""]
-    for _, title, head, rows in _tables(results, findings):
-        parts += [f"## {title}", "", _line(head), _line(["---", *(["---:"] * (len(head) - 1))])]
-        parts += [*map(_line, rows), ""]
+    for table in _tables(results, findings):
+        ruler = ["---"] * table.words + ["---:"] * (len(table.head) - table.words)
+        parts += [f"## {table.title}", "", _line(table.head), _line(ruler), *map(_line, table.rows), "", table.told, ""]
     return "\n".join([*parts, HOW, ""])
 
 
@@ -282,13 +354,13 @@ def share_bars(findings: Findings) -> str | None:
         axes: Axes = figure.subplots()
         left = np.zeros(len(outcomes_))
         for (label, values), colour in zip(parts.items(), COLOURS * 2, strict=False):
-            shade = {"rest": "#E2E8F0", "interactions": "#94A3B8"}.get(label, colour)
+            shade = {RESIDUAL: "#E2E8F0", "interactions": "#94A3B8"}.get(label, colour)
             axes.barh(outcomes_, values, left=left, color=shade, height=0.62, label=label)
             left += np.array(values)
         axes.invert_yaxis()
         axes.set_xlim(0, max(1.0, float(left.max())))
         axes.set_xlabel("share of the variance")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(6, len(parts)), borderaxespad=0.2)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(parts), borderaxespad=0.2)
         return svg(figure, "What the variance is due to", "Stacked bars, one an outcome; the table has the numbers.")
 
 
@@ -299,7 +371,7 @@ def _stack(items: Sequence[Decomposition]) -> Mapping[str, float]:
         for share in item.shares:
             label = "interactions" if " × " in share.term else share.term
             sums[label] = sums.get(label, 0.0) + share.share.value / len(items)
-    last = ("interactions", "rest")
+    last = ("interactions", RESIDUAL)
     return {
         label: sums[label] for label in [*(key for key in sums if key not in last), *(k for k in last if k in sums)]
     }
@@ -324,7 +396,7 @@ def spread(results: Sequence[Result]) -> str | None:
                 colour = COLOURS[number % len(COLOURS)]
                 axes.plot(places, values, "o", color=colour, alpha=0.55, markersize=3.5, label=source)
             perplexity_axis(axes)
-            axes.set_ylabel(f"perplexity, {text}")
+            axes.set_ylabel(f"perplexity, {text} (log scale)")
             axes.grid(axis="y")
         panels[-1].set_xticks(range(len(columns)), [f"{search}\n{remove}" for remove, search in columns])
         panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sources), borderaxespad=0.2)

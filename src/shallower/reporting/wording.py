@@ -168,9 +168,9 @@ def score(value: float | None) -> str:
     return f"{value:#.4g}".rstrip(".").replace("-", "−")
 
 
-def percent(part: float, whole: float) -> str:
-    """A share with one decimal."""
-    return f"{100 * part / whole:.1f} %" if whole else "0.0 %"
+def percent(part: float, whole: float, *, digits: int = 1) -> str:
+    """A share, with one decimal or as many as are asked for."""
+    return f"{100 * part / whole if whole else 0:.{digits}f} %"
 
 
 def signed(value: float, form: Form = number) -> str:

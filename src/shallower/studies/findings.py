@@ -204,14 +204,15 @@ def _answer(
         if outcome in results[0].held_out:
             what = f"perplexity on {outcome}"
         sentences.append(
-            f"Of the variance of {what}, {due[0]:.0%} is due to calibration, {due[1]:.0%} to the objective, "
-            f"{due[2]:.0%} to the search, {together:.0%} to two of these together, and {due[3]:.0%} is left over."
+            f"Of the variance of {what}, {_percent(due[0])} is due to calibration, {_percent(due[1])} to the "
+            f"objective, {_percent(due[2])} to the search, {_percent(together)} to two of these together, and "
+            f"{_percent(due[3])} is left over."
         )
     if ranks:
-        typical = float(np.mean([item.correlation.value for item in ranks]))
+        typical = f"{np.mean([item.correlation.value for item in ranks]):.2f}".replace("-", "−")
         sure = sum(item.correlation.low > 0 for item in ranks)
         sentences.append(
-            f"Perplexity ranks the distinct plans as task accuracy does with a rank correlation of {typical:.2f} on "
+            f"Perplexity ranks the distinct plans as task accuracy does with a rank correlation of {typical} on "
             f"average; the interval is above zero in {sure} of {len(ranks)} cases of a ratio, a text and a task."
         )
     if len(stability) > 1:
@@ -222,3 +223,7 @@ def _answer(
 
 def _within(interval: Interval) -> str:
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
