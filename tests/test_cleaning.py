@@ -158,6 +158,7 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path) -> 
     assert [member["id"] for member in cluster["members"]] == ["poor", "good", "copy"]
     assert [member["exact"] for member in cluster["members"]] == [False, False, True]
     assert cluster["members"][1]["jaccard"] == pytest.approx(_plain(records[1]["text"], records[2]["text"]), abs=1e-4)
+    assert [member["to"] for member in cluster["members"]] == [None, "poor", "good"]
     assert (folder / "clusters.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
     assert "2 of 5 documents of a.jsonl stay, without 2 documents that say what another says." in page.replace(
@@ -171,6 +172,21 @@ def test_the_next_command_is_printed_as_it_is_typed(tmp_path: Path, capsys: pyte
     path, out = _jsonl(tmp_path / "a.jsonl", [{"text": _text(1)}]), tmp_path / "what stays.jsonl"
     assert main.run(["corpus", "clean", path, "--out", str(out), "--quiet"]) == 0
     assert capsys.readouterr().out.rstrip().endswith(f"--calibration '{out}'")
+
+
+def test_a_cluster_of_low_quality_stays_nowhere(tmp_path: Path) -> None:
+    records = [{"id": f"n{number}", "text": "### " * 40 + _text(1) + f" word{number}"} for number in range(5)]
+    good = PROSE * 2 + "He left it to his children, and they were not in the town at that time, but it had a garden."
+    path, folder = _jsonl(tmp_path / "a.jsonl", [*records, {"text": good}]), tmp_path / "report"
+    args = ["corpus", "clean", path, "--out", str(tmp_path / "out.jsonl"), "--min-quality", "0.6", "--report"]
+    assert main.run([*args, str(folder), "--quiet"]) == 0
+    (cluster,) = json.loads((folder / "clusters.json").read_text())["clusters"]
+    assert cluster["kept"] is None
+    page = (folder / "report.html").read_text()
+    assert ": stays" not in page
+    assert page.count("leaves: low quality") == 1
+    assert re.search(r"leaves; Jaccard 0\.\d\d to n0;", page)
+    assert "And 2 more in clusters.json." in page
 
 
 def test_rows_of_parquet_files_keep_all_their_fields(tmp_path: Path) -> None:

@@ -33,16 +33,21 @@ class Judged:
 
 @dataclass(frozen=True)
 class Member:
-    """One document of a cluster. alike: its Jaccard similarity to the member that brought it in; of the first one 1."""
+    """One document of a cluster. alike: its Jaccard similarity to the member that brought it in, the one at place `to`;
+    of the first one 1, and None.
+    """
 
     document: Judged
     alike: float
     exact: bool
+    to: int | None = None
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Documents that say the same, in reading order; `kept` is the place of the one that stays."""
+    """Documents that say the same, in reading order; `kept` is the place of the best one: the others leave for it, and
+    it stays unless its quality is too low.
+    """
 
     members: tuple[Member, ...]
     kept: int
@@ -156,7 +161,7 @@ def clean(source: Source, *, dedup: float | None = 0.8, min_quality: float = 0.0
     connected = _Connected()
     documents: list[Judged] = []
     at: dict[int, int] = {}
-    alike: dict[int, tuple[float, bool]] = {}
+    alike: dict[int, tuple[float, bool, int]] = {}
     blank = 0
     with progress.task(f"cleaning {source.name}") as step:
         for place, document in enumerate(source.read()):
@@ -238,25 +243,26 @@ def _said_before(text: str, seen: Duplicates, dropped: Dropped) -> bool:
 
 
 def _connect(
-    seen: Duplicates, place: int, text: str, connected: _Connected, alike: dict[int, tuple[float, bool]]
+    seen: Duplicates, place: int, text: str, connected: _Connected, alike: dict[int, tuple[float, bool, int]]
 ) -> None:
     connected.add(place)
     words = words_of(text)
     first = seen.exact(place, words, text)
     if first is not None:
         connected.join(first, place)
-        alike[place] = (1.0, True)
+        alike[place] = (1.0, True, first)
         return
     # one comparison for each cluster is enough: a thousand copies of a template cost a thousand, not a million
     for other, similarity in seen.near(words, skip=lambda other: connected.root(other) == connected.root(place)):
         connected.join(other, place)
-        alike.setdefault(place, (similarity, False))
+        alike.setdefault(place, (similarity, False, other))
     seen.add(place)
 
 
-def _cluster(members: Sequence[Judged], alike: dict[int, tuple[float, bool]]) -> Cluster:
+def _cluster(members: Sequence[Judged], alike: dict[int, tuple[float, bool, int]]) -> Cluster:
     best = max(members, key=lambda judged: (judged.quality, judged.characters, -judged.place))
-    return Cluster(tuple(Member(judged, *alike.get(judged.place, (1.0, False))) for judged in members), best.place)
+    alone = (1.0, False, None)
+    return Cluster(tuple(Member(judged, *alike.get(judged.place, alone)) for judged in members), best.place)
 
 
 class _Connected:

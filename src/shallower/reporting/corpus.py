@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shallower.corpus import CalibrationSet, Cleaning, Cluster, Counts, SharedRows
+from shallower.corpus.clean import Member
 from shallower.reporting.figures import WIDTH, styled, svg
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
 from shallower.reporting.wording import percent, plural
@@ -227,16 +228,18 @@ def clean_table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> Tabl
 
 def clusters_json(cleaning: Cleaning) -> list[dict[str, Any]]:
     """Every cluster of two and more with its members, for a file."""
+    ids = {member.document.place: member.document.id for cluster in cleaning.clusters for member in cluster.members}
     return [
         {
             "size": len(cluster.members),
-            "kept": next(member.document.id for member in cluster.members if member.document.place == cluster.kept),
+            "kept": None if (best := _stays(cleaning, cluster)) is None else best.document.id,
             "members": [
                 {
                     "id": member.document.id,
                     "place": member.document.place,
                     "quality": round(member.document.quality, 4),
                     "jaccard": round(member.alike, 4),
+                    "to": None if member.to is None else ids[member.to],
                     "exact": member.exact,
                     "words": member.document.signals.words,
                 }
@@ -245,6 +248,12 @@ def clusters_json(cleaning: Cleaning) -> list[dict[str, Any]]:
         }
         for cluster in cleaning.clusters
     ]
+
+
+def _stays(cleaning: Cleaning, cluster: Cluster) -> Member | None:
+    """The member that the cleaned text holds; None where all have too low a quality."""
+    best = next(member for member in cluster.members if member.document.place == cluster.kept)
+    return best if cluster.kept in cleaning.kept else None
 
 
 def _shown_members(cluster: Cluster) -> list[Any]:
@@ -256,20 +265,26 @@ def _examples(report: CleanReport) -> str:
     parts = []
     for cluster in report.cleaning.clusters[:SHOWN_CLUSTERS]:
         parts.append(f"<h3>{plural(len(cluster.members), 'document')}</h3>\n")
-        for member in _shown_members(cluster):
-            document = member.document
-            how = (
-                "stays"
-                if document.place == cluster.kept
-                else "a copy"
-                if member.exact
-                else f"Jaccard {member.alike:.2f}"
-            )
+        shown = _shown_members(cluster)
+        for member in shown:
+            document, how = member.document, _how(report.cleaning, cluster, member)
             told = f"{document.id}: {how}; quality {document.quality:.2f}, {plural(document.signals.words, 'word')}"
             text = report.texts.get(document.place, "")
             quoted = " ".join(text[:_SHOWN_CHARACTERS].split()) + ("…" if len(text) > _SHOWN_CHARACTERS else "")
             parts.append(f'<p class="quiet">{glued(told)}</p>\n<blockquote><p>{escape(quoted)}</p></blockquote>\n')
+        if more := len(cluster.members) - len(shown):
+            parts.append(f'<p class="quiet">And {more:,} more in clusters.json.</p>\n')
     return "".join(parts)
+
+
+def _how(cleaning: Cleaning, cluster: Cluster, member: Member) -> str:
+    """What becomes of a member, and what brought it into its cluster."""
+    if member.document.place == cluster.kept:
+        fate = "stays" if _stays(cleaning, cluster) else "leaves: low quality"
+    else:
+        fate = "leaves: a copy" if member.exact else "leaves"
+    other = next((each.document.id for each in cluster.members if each.document.place == member.to), None)
+    return fate if other is None or member.exact else f"{fate}; Jaccard {member.alike:.2f} to {other}"
 
 
 def _overlaps(overlaps: Sequence[SharedRows]) -> str:
