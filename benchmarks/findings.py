@@ -279,6 +279,10 @@ def _first(found: Measured) -> Iterator[str]:
         f"sublayer holds {light / heavy:.2f} times the parameters of an MLP sublayer."
     )
     yield "![Perplexity while units go](findings/perplexity.svg)"
+    yield (
+        "A colour is an order of removal; the dashed line is twice the dense model's perplexity. The axis is "
+        "logarithmic."
+    )
     third = round(len(cells[ON_TEXT, "attn"].sets[-1]) * 2 / 3)
     yield f"Accuracy with a third of a kind ({third}) removed, and perplexity:"
     rows = []
@@ -304,6 +308,7 @@ def _first(found: Measured) -> Iterator[str]:
         ],
     )
     yield "![Accuracy while units go](findings/accuracy.svg)"
+    yield "The grey band is the dense model's accuracy with its standard error, the dashed line is chance."
 
 
 def _second(found: Measured) -> Iterator[str]:
