@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from matplotlib.axes import Axes
@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskResult
 from shallower.reporting.figures import round_values, styled, svg
+from shallower.reporting.wording import KIND_NAMES
+from shallower.units import Kind
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#B59B00")
 _MARKERS = "osD^vPX*"
@@ -33,10 +35,10 @@ class Point(Protocol):
     def tasks(self) -> tuple[TaskResult, ...]: ...
 
 
-def curve_files(points: Sequence[Point], model: str) -> dict[str, str | bytes]:
-    """`curve.svg` and `curve.png`; nothing when there is nothing to draw."""
+def curve_files(points: Sequence[Point], model: str, kinds: Collection[Kind]) -> dict[str, str | bytes]:
+    """`curve.svg` and `curve.png`; nothing when there is nothing to draw. kinds: of the units that the plan removes."""
     with styled():
-        figure = ratio_figure(points, model)
+        figure = ratio_figure(points, model, kinds)
         if figure is None:
             return {}
         image = io.BytesIO()
@@ -48,7 +50,7 @@ def curve_files(points: Sequence[Point], model: str) -> dict[str, str | bytes]:
         }
 
 
-def ratio_figure(points: Sequence[Point], model: str) -> Figure | None:
+def ratio_figure(points: Sequence[Point], model: str, kinds: Collection[Kind]) -> Figure | None:
     """Accuracy above, with its standard error, and perplexity on a logarithmic axis below, where they were measured."""
     tasks = [result.task for result in points[0].tasks if result.within is None]
     texts = list(points[0].perplexity)
@@ -67,11 +69,8 @@ def ratio_figure(points: Sequence[Point], model: str) -> Figure | None:
             _draw_texts(own, places, points, texts)
         own.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    blocks = [point.blocks for point in points]
-    only_blocks = all(blocks[0] - count == place for count, place in zip(blocks, places, strict=True))
-    axes[-1].set_xlabel(
-        f"{'blocks' if only_blocks else 'units'} removed, of {blocks[0]}{'' if only_blocks else ' blocks'}"
-    )
+    removed = f"{KIND_NAMES[next(iter(kinds))]}s" if len(kinds) == 1 else "units"
+    axes[-1].set_xlabel(f"{removed} removed, of {points[0].blocks}{'' if len(kinds) == 1 else ' blocks'}")
     return figure
 
 

@@ -99,7 +99,9 @@ def ratio_curve(
     comparison = Comparison(tuple(evaluations))
     comparison = replace(comparison, notes=(*notes, *comparison.overflows()))
     if out is not None:
-        write_comparison(comparison, out, force=force, more=curve_files(comparison.evaluations, subject.identity.name))
+        kinds = {unit.kind for unit in removed[-1]}
+        curve = curve_files(comparison.evaluations, subject.identity.name, kinds)
+        write_comparison(comparison, out, force=force, more=curve)
     return comparison
 
 
