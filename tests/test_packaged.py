@@ -621,6 +621,17 @@ def test_prune_says_in_which_form(form: str, code: bool, tmp_path: Path) -> None
     page = (tmp_path / "out" / "report.html").read_text()
     assert ("trust_remote_code" in page) is code
     assert done.plan.removed == units("attn.2,mlp.4")
+    assert [row.of for row in done.report.influence[0].rows] == [
+        Unit(n, kind) for n in range(6) for kind in ("attn", "mlp")
+    ]
+    assert done.report.spans is None  # of blocks, of which none goes
+    assert "Removed 1 attention sublayer and 1 MLP sublayer (" in page
+    assert "0 of 6 blocks" not in page
+    assert "`" not in page
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nAll 6 blocks and " in card
+    assert "\n## Before and after\n" in card
+    assert "\n| KV cache per token, float32 | " in card
     again = shallower.inspect(tmp_path / "out", device="cpu", dtype="float32")
     assert again.identity.blocks == 6
     if code:

@@ -975,6 +975,17 @@ def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str) -> No
     assert "trust_remote_code=True" in (files / "out" / "README.md").read_text()
 
 
+def test_card_and_report_count_a_map_alike(files: Path) -> None:
+    found = prune(files / "dense", "block.1-2", recover="low-rank", out=files / "out", speed=False, **asked(files))
+    card = (files / "out" / "README.md").read_text()
+    held = sum(tensor.numel() for tensor in load_file(files / "out" / "model.safetensors").values())
+    assert found.report.pruned.parameters == held
+    blocks = found.report.pruned.blocks
+    assert f"\n{blocks} blocks, 1 more that holds only a map, and {held:,} parameters are left of " in card
+    assert f"| {found.report.dense.blocks} | {blocks} |" in card
+    assert ", repaired by low-rank: perplexity" in (files / "out" / "report.html").read_text().replace("\u00a0", " ")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_maps_at_cuts_are_saved_packaged(files: Path, dtype: str) -> None:
     found = recover(
@@ -1026,7 +1037,7 @@ def test_prune_recovers_in_one_command(files: Path) -> None:
     assert "What is left was then changed by emulated-update, refit" in card
     assert "not changed" not in card
     assert "\n| refit | " in card
-    assert re.search(r"\n- `refit`: .*ridge=0.1", card)
+    assert re.search(r"\n- `refit`: .*ridge = 0.1", card)
     assert "Recovery" in (files / "out" / "report.html").read_text()
     old = json.loads((files / "out" / "report.json").read_text())
     for stage in old["recovery"]:

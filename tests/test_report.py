@@ -173,8 +173,21 @@ def test_headline_of_sublayers_and_many_texts():
     texts = {"a": 10.0, "b": 10.0, "c": 10.0}
     dense, pruned = replace(data.dense, perplexity=texts), replace(data.pruned, perplexity={"a": 11, "b": 30, "c": 20})
     told = headline(replace(data, dense=dense, pruned=replace(pruned, decode_tokens_per_s=20.0)))
-    assert told.startswith("Removed 2 attention sublayers and 1 MLP sublayer (0 of 10 blocks: 0.0 % of blocks, 15.8 %")
+    assert told.startswith("Removed 2 attention sublayers and 1 MLP sublayer (15.8 %")
     assert "perplexity on 3 texts 1.10× to 3.00× that of the dense model, decoding 1.21× slower" in told
+
+
+def test_figures_name_the_kind_that_was_scored_and_stages_that_ran():
+    page = render(replace(report(), seconds={"search": 212.4, "speed": 0.0}))
+    assert "Importance of each block by cosine" in page
+    assert "search 3 min 32 s" in page
+    assert "speed 0.0 s" not in page
+
+
+def test_code_in_notes_is_code_and_stays_escaped():
+    page = render(replace(report(), notes=("Load it with `<b>`.",)))
+    assert "<li>Load it with <code>&lt;b&gt;</code>.</li>" in page
+    assert "nothing but <code>transformers</code> is needed" in page
 
 
 def test_numbers_in_words():
@@ -222,7 +235,7 @@ def test_sections_stand_in_order():
     page = render(report())
     order = re.findall(r'<section id="(\w+)"', page)
     assert order == ["comparison", "removed", "load", "figures", "provenance", "notes"]
-    for told in ("sha256:" + "ab" * 32, "sha256:" + "cd" * 32, "beam = 4", "3 min 32 s", "half-open", "[4, 6)"):
+    for told in ("sha256:" + "ab" * 32, "sha256:" + "cd" * 32, "beam = 4", "3 min 32 s", "half-open", "[4,6)"):
         assert told in page
     assert "from_pretrained(&#x27;out/model-24&#x27;)" in page
 
@@ -304,7 +317,7 @@ def test_extreme_losses_can_be_drawn(factor):
 
 def test_a_contiguous_removal_is_outlined():
     data = report()
-    assert "removed: [4, 6)" in (span_heatmap(data.spans, data.plan.removed) or "")
+    assert "removed: [4,6)" in (span_heatmap(data.spans, data.plan.removed) or "")
     assert "removed: [" not in (span_heatmap(data.spans, frozenset(parse_units("block.3,block.5"))) or "")
 
 

@@ -227,3 +227,8 @@ def _loss(value: Any) -> float | None:
         raise TypeError(f"{value!r} is not a number or null")
     loss: float | None = value
     return loss
+
+
+def options_in_words(options: Mapping[str, Any]) -> str:
+    """`name = value, …`, with values as JSON has them."""
+    return ", ".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in options.items())

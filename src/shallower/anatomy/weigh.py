@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.anatomy.dissect import Anatomy, probe_ids
+from shallower.anatomy.patch import Patch
 from shallower.packaged import LeavesOut
 from shallower.units import Unit
 
@@ -69,12 +70,16 @@ def weigh(anatomy: Anatomy) -> Weights:
 
 
 def size(modules: Iterable[nn.Module]) -> tuple[int, int]:
-    """Parameters of some modules, each counted once, and the bytes they take as they are stored."""
-    parameters = {parameter for module in modules for parameter in module.parameters()}
+    """Parameters of some modules, each counted once, and the bytes they take as they are stored; with the means of maps
+    at cuts, which a checkpoint holds among them.
+    """
+    parts = {part for module in modules for part in module.modules()}
+    parameters: set[Tensor] = {parameter for part in parts for parameter in part.parameters(recurse=False)}
+    parameters |= {part.mean for part in parts if isinstance(part, Patch)}
     return sum(map(_numbers, parameters)), sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _numbers(parameter: nn.Parameter) -> int:
+def _numbers(parameter: Tensor) -> int:
     """How many numbers a parameter holds: bitsandbytes packs two of four bits in a byte."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else math.prod(packed.shape)

@@ -100,16 +100,16 @@ class Gone:
 
 def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentity, gone: Gone | None = None) -> None:
     """Print which blocks and sublayers go. gone: None where no model was loaded."""
-    from shallower.reporting.wording import KIND_NAMES, percent, plural, runs
+    from shallower.reporting.wording import KIND_NAMES, in_words, percent, plural
 
-    parts = [f"{sum(unit.kind == 'block' for unit in removed)} of {plural(model.blocks, 'block')}"]
+    parts, spans = [], False
     for kind in KINDS:
-        spans = runs(removed, kind)
-        if kind != "block" and spans:
-            parts.append(plural(sum(map(len, spans)), KIND_NAMES[kind]))
-        if spans:
-            parts[-1] += f": {', '.join(map(str, spans))}"
-    console.print(f"Removes {'; '.join(parts)} (from 0, stop not included).")
+        amount = sum(unit.kind == kind for unit in removed)
+        if amount:
+            told = plural(amount, KIND_NAMES[kind]) if kind != "block" else f"{amount} of {plural(model.blocks, kind)}"
+            parts.append(f"{told}: {in_words(removed, kind)}")
+            spans |= "[" in parts[-1]
+    console.print(f"Removes {'; '.join(parts) or 'nothing'} (from 0{', stop not included' if spans else ''}).")
     if gone is not None:
         share = percent(gone.parameters, gone.of_model)
         told = ", embeddings counted" if gone.of_blocks is None else ""

@@ -48,7 +48,6 @@ def low_rank(
             kept = min(kept, int(reached.float().argmax()) + 1)
         up = vectors[:, :kept].T
         down = full @ up.T
-        repair.notes.append(
-            f"behind {station.missing[0]}: rank {kept} explains {moments.explained(down @ up):.1%} of what varies."
-        )
+        share = f"{100 * moments.explained(down @ up):.1f} %"
+        repair.notes.append(f"behind {station.missing[0]}: rank {kept} explains {share} of what varies.")
         repair.add_patch(station, down, up, moments.x_mean, moments.y_mean)

@@ -98,9 +98,15 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
         told = ", ".join(map(str, sorted(gone))) or "none of these"
         return svg(
             figure,
-            f"Importance of each unit by {scores.metric}",
+            importance(scores),
             f"Bar chart over blocks 0 to {blocks - 1}. Removed: {told}.",
         )
+
+
+def importance(scores: Scores) -> str:
+    """Title of `influence_bars`."""
+    kinds = {row.of.kind for row in scores.rows if isinstance(row.of, Unit)}
+    return f"Importance of each {KIND_NAMES[kinds.pop()] if len(kinds) == 1 else 'unit'} by {scores.metric}"
 
 
 def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
@@ -159,7 +165,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
             plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=3.4))
             plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor=_REMOVED, linewidth=1.8))
             profile.axhline(length, color=_REMOVED, linewidth=1.2)
-            label = f"removed: [{start}, {start + length})"
+            label = f"removed: {chosen[0]}"
             handles.append(Patch(fill=False, edgecolor=_REMOVED, linewidth=1.8, label=label))
         plane.legend(handles=handles, loc="upper right")  # the triangle above the diagonal is empty
         told = f"Least of length {lengths[0] + 1} starts at block {starts[0]}; of length {highest}, at {starts[-1]}."

@@ -5,6 +5,7 @@ No scripts and nothing from elsewhere: a content policy in the page itself forbi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -78,6 +79,7 @@ def html_table(
     return "\n".join(lines) + "\n</tbody>\n</table></div>\n"
 
 
-def glued(text: str) -> str:
-    """Escaped; a percent sign stays on the line of its number."""
-    return escape(text).replace(" %", "\N{NO-BREAK SPACE}%")
+def glued(text: str, *, code: bool = False) -> str:
+    """Escaped; a percent sign stays on the line of its number. code: what stands between backticks is code."""
+    escaped = escape(text).replace(" %", "\N{NO-BREAK SPACE}%")
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escaped) if code else escaped

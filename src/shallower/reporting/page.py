@@ -5,22 +5,22 @@ The same data give the same bytes, so there is no date.
 
 from __future__ import annotations
 
-import json
 from html import escape
 
 from shallower.forms import FORMS
+from shallower.plan import options_in_words
 from shallower.reporting.data import RecoveryStage, ReportData
-from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap, training_curve
+from shallower.reporting.figures import importance, influence_bars, loss_curve, span_heatmap, training_curve
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
 from shallower.reporting.wording import (
     KIND_NAMES,
     comparison,
     duration,
     headline,
+    in_words,
     number,
     plural,
     recovery_rows,
-    runs,
     score,
 )
 from shallower.scores import Scores
@@ -66,11 +66,16 @@ def _removed(data: ReportData) -> str:
     for kind in KINDS:
         units = [str(unit) for unit in sorted(removed) if unit.kind == kind]
         if units:
-            spans = ", ".join(f"[{span.start}, {span.stop})" for span in runs(removed, kind))
-            listed.append((f"{plural(len(units), KIND_NAMES[kind])}", ", ".join(units), spans))
-    told = f"Blocks are counted from 0, so the last of the dense model's {blocks} is block {blocks - 1}. "
-    told += "Spans are half-open: [13, 19) means blocks 13 to 18."
-    table = html_table(("", "Units", "As spans"), listed, "Removed units", style="facts")
+            spans = in_words(removed, kind)
+            listed.append(
+                (plural(len(units), KIND_NAMES[kind]), ", ".join(units), "" if spans == ", ".join(units) else spans)
+            )
+    told = f"Blocks are counted from 0, so the last of the dense model's {blocks} is block {blocks - 1}."
+    spanned = any(spans for *_, spans in listed)
+    if spanned:
+        told += " Spans are half-open: [13,19) means blocks 13 to 18."
+    head = ("", "Units", "As spans") if spanned else ("", "Units")
+    table = html_table(head, [row[: len(head)] for row in listed], "Removed units", style="facts")
     return f'<ol class="map" aria-label="Blocks of the dense model">{cells}</ol>\n{table}<p class="quiet">{told}</p>\n'
 
 
@@ -117,7 +122,7 @@ def _training(stage: RecoveryStage) -> str:
 def _loading(data: ReportData) -> str:
     form = FORMS[data.form]
     code = form.loading(data.folder)
-    return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{escape(form.meaning)}</p>\n'
+    return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{glued(form.meaning, code=True)}</p>\n'
 
 
 def _figures(data: ReportData) -> str:
@@ -129,7 +134,7 @@ def _figures(data: ReportData) -> str:
             drawn = "orders of removal" if scores.metric == "shapley" else "calibration sequences"
             told += f"Whiskers: standard error over {drawn}. "
         told += f"{_calibration(scores)}."
-        title = f"Importance of each unit by {scores.metric}"
+        title = importance(scores)
         parts.append(html_figure(influence_bars(scores, removed), title, told, _influence_table(scores, removed)))
     if data.spans is not None:
         told = (
@@ -149,6 +154,7 @@ def _figures(data: ReportData) -> str:
     return "".join(parts)
 
 
+_SHORTEST = 0.05  # seconds of a stage that is told: less is one that had nothing to do
 _LOSS_METRIC = "The rise of the objective when this unit alone is left out; below 0, the model is better without it. "
 
 
@@ -192,15 +198,15 @@ def _provenance(data: ReportData) -> str:
         if value is not None
     ]
     if made.options:
-        options = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in made.options.items())
-        rows.append(("Options", ", ".join(options)))
+        rows.append(("Options", options_in_words(made.options)))
     rows.append(("Seed", str(made.seed)))
     if made.calibration is not None:
         rows.append(("Calibration text", f"{made.calibration.title}, {made.calibration.tokens:,} tokens"))
         rows.append(("Digest of its token ids", made.calibration.digest))
     rows.append(("shallower", made.version))
     if data.seconds:
-        stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in data.seconds.items())
+        ran = {stage: duration(seconds) for stage, seconds in data.seconds.items() if seconds >= _SHORTEST}
+        stages = ", ".join(f"{stage} {took}" for stage, took in ran.items())
         rows.append(("Time", f"{duration(sum(data.seconds.values()))}: {stages}"))
     if data.machine:
         rows.append(("Machine", data.machine))
@@ -208,5 +214,5 @@ def _provenance(data: ReportData) -> str:
 
 
 def _notes(data: ReportData) -> str:
-    items = "".join(f"<li>{glued(note)}</li>\n" for note in data.notes)
+    items = "".join(f"<li>{glued(note, code=True)}</li>\n" for note in data.notes)
     return f'<ul class="notes">\n{items}</ul>\n' if items else ""

@@ -39,7 +39,9 @@ def headline(data: ReportData) -> str:
             effects.append(f"{word} {_speed_change(before, after)}")
             break
     told = ", ".join(filter(None, effects))
-    return _removed(data) + (f": {told}." if told else ".")
+    methods = [stage.method for stage in data.recovery[1:]]  # the first is what there was
+    repaired = f", repaired by {_listed(methods)}" if methods else ""
+    return f"{_removed(data)}{repaired}" + (f": {told}." if told else ".")
 
 
 def comparison(data: ReportData) -> tuple[Row, ...]:
@@ -186,17 +188,28 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def in_words(units: Iterable[Unit], kind: Kind) -> str:
+    """The units of one kind: each run as a half-open span of block indices, and what stands alone by its name."""
+    return ", ".join(
+        str(span) if len(span) > 1 or kind == "block" else f"{kind}.{span.start}" for span in runs(units, kind)
+    )
+
+
 def _removed(data: ReportData) -> str:
     dense, pruned = data.dense, data.pruned
     gone = dense.blocks - pruned.blocks
-    shares = f"{percent(gone, dense.blocks)} of blocks, "
+    shares = f"{percent(gone, dense.blocks)} of blocks, " if gone else ""
     shares += f"{percent(dense.parameters - pruned.parameters, dense.parameters)} of parameters"
     amounts = {kind: sum(unit.kind == kind for unit in data.plan.remove) for kind in KIND_NAMES}
     if not (amounts["attn"] or amounts["mlp"]):
         return f"Removed {gone} of {plural(dense.blocks, 'block')} ({shares})"
     named = [plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount]
-    listed = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
-    return f"Removed {listed} ({gone} of {plural(dense.blocks, 'block')}: {shares})"
+    of = f"{gone} of {plural(dense.blocks, 'block')}: " if gone else ""
+    return f"Removed {_listed(named)} ({of}{shares})"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _perplexities(data: ReportData) -> str:
@@ -216,7 +229,7 @@ def _less(before: float, after: float, form: Form = count) -> str:
     if before == after:
         return "unchanged"
     change = signed(after - before, form)
-    return f"{change} ({signed(100 * (after - before) / before, '{:.1f} %'.format)})" if before else change
+    return f"{change} ({signed(after - before, lambda part: percent(part, before))})" if before else change
 
 
 def _more(before: float | None, after: float | None) -> str:

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from shallower.anatomy.weigh import size
 from shallower.checkpoint.dtype import dtype_name
 from shallower.forms import FORMS, Form
-from shallower.plan import PruningPlan
+from shallower.packaged import LeavesOut
+from shallower.plan import PruningPlan, options_in_words
 from shallower.version import __version__
 
 
@@ -60,11 +61,16 @@ def model_card(
 
 
 def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveries: Sequence[str], rounded: str) -> str:
-    blocks = model.config.get_text_config().num_hidden_layers
     parameters, _ = size((model,))
-    told = f"{blocks} blocks and {parameters:,} parameters"
+    maps = _only_maps(model)
+    blocks = model.config.get_text_config().num_hidden_layers - maps
+    beside = f", {maps} more that {'holds only a map' if maps == 1 else 'hold only maps'}," if maps else ""
+    told = f"{blocks} blocks{beside} and {parameters:,} parameters"
     if plan is None:
         return f"A language model of {told}."
+    left = f"{told} are left of {plan.model.blocks} blocks"
+    if blocks == plan.model.blocks:
+        left = f"All {blocks} blocks and {parameters:,} parameters are left"
     removed = ", ".join(f"`{unit}`" for unit in plan.remove)
     changed = "The weights that are left were not changed by the removal."
     if recoveries:
@@ -76,7 +82,14 @@ def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveri
     if rounded:
         stored = dtype_name(model.dtype)
         changed += f" Weights that the original holds in {rounded} were rounded to {stored}."
-    return f"{told} are left of {plan.model.blocks} blocks. Removed, counted from 0: {removed}. {changed}"
+    return f"{left}. Removed, counted from 0: {removed}. {changed}"
+
+
+def _only_maps(model: PreTrainedModel) -> int:
+    """How many blocks hold no sublayer: they are there for a map at a cut where whole blocks went."""
+    if not isinstance(model, LeavesOut):
+        return 0
+    return sum(entry.attention.no_op and entry.ffn.no_op for entry in model.config.block_configs)
 
 
 def _how(plan: PruningPlan) -> list[str]:
@@ -86,7 +99,7 @@ def _how(plan: PruningPlan) -> list[str]:
         ("search", made.search),
         ("objective", made.objective),
         ("metric", made.metric),
-        ("options", ", ".join(f"{name}={value}" for name, value in made.options.items()) or None),
+        ("options", options_in_words(made.options) or None),
         ("seed", made.seed),
         ("calibration", calibration and f"{calibration.title}, {calibration.tokens:,} tokens"),
         ("fingerprint of the original", plan.model.fingerprint),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +26,13 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.page import render
+from shallower.reporting.wording import size
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_unquantized, require_whole, save
 from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
-from shallower.units import Unit
+from shallower.units import Kind, Unit
 from shallower.verbs.before_after import Clock, before_after
 from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune
 from shallower.verbs.questions import read_questions
@@ -59,7 +60,7 @@ from shallower.verbs.request import Request, resolve
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
-from shallower.verbs.subject import Subject, open_subject, require_place_for, units_of
+from shallower.verbs.subject import Subject, open_subject, require_place_for
 from shallower.verbs.texts import nothing_held_out, read_texts, tokens_read
 from shallower.version import __version__
 
@@ -176,7 +177,7 @@ def prune(
         )
         _require_ready(subject, given, request, steps, read.fitted, read.training)
     with clock("stream metrics"):
-        influence, spans = _stream_metrics(subject, read.whole, seed)
+        influence, spans = _stream_metrics(subject, _kinds(given, request), read.whole, seed)
     with clock("search"):
         if given is None:
             assert remove is not None
@@ -376,16 +377,27 @@ def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
     )
 
 
-def _stream_metrics(subject: Subject, text: CalibrationSet, seed: int) -> tuple[Scores, Scores]:
-    """Influence of each block and angular distance of each span, from one pass."""
-    statistics = [stream_statistic(metrics.get(name), {}) for name in (INFLUENCE, DISTANCE)]
-    rows = stream_scores(subject.anatomy, text, statistics, units_of(subject, "block"))
+def _kinds(plan: PruningPlan | None, request: Request | None) -> frozenset[Kind]:
+    """What kinds of units go, or where the search has not been, may go."""
+    units: Collection[Unit] = plan.removed if plan is not None else () if request is None else request.units
+    return frozenset(unit.kind for unit in units)
+
+
+def _stream_metrics(
+    subject: Subject, kinds: Collection[Kind], text: CalibrationSet, seed: int
+) -> tuple[Scores, Scores | None]:
+    """Influence of each unit of the kinds, and where blocks may go angular distance of each of their spans, from one
+    pass.
+    """
+    names = (INFLUENCE, DISTANCE) if "block" in kinds else (INFLUENCE,)
+    statistics = [stream_statistic(metrics.get(name), {}) for name in names]
+    rows = stream_scores(subject.anatomy, text, statistics, subject.anatomy.of_kind(*kinds))
     found = []
     for statistic, scored in zip(statistics, rows, strict=True):
         options = {"positions": statistic.positions, "dtype": subject.dtype}
         made_by = MadeBy(None, None, statistic.metric.name, options, seed, text.identity, __version__)
         found.append(Scores(subject.identity, statistic.metric.name, scored, made_by))
-    return found[0], found[1]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _machine() -> str:
@@ -396,6 +408,7 @@ def _card(data: ReportData) -> str:
     """Before and after, as a Markdown table for the model card."""
     rows = [("blocks", f"{data.dense.blocks}", f"{data.pruned.blocks}")]
     rows.append(("parameters", f"{data.dense.parameters:,}", f"{data.pruned.parameters:,}"))
+    rows.append((f"KV cache per token, {data.dtype}", size(data.dense.kv_bytes), size(data.pruned.kv_bytes)))
     for name, value in data.dense.perplexity.items():
         tokens = data.dense.perplexity_tokens[name]
         rows.append((f"perplexity, {name} ({tokens:,} tokens)", f"{value:.2f}", f"{data.pruned.perplexity[name]:.2f}"))
@@ -407,7 +420,8 @@ def _card(data: ReportData) -> str:
     ):
         if before is not None and after is not None:
             rows.append((label, f"{before:.1f}", f"{after:.1f}"))
-    lines = ["| | dense | pruned |", "|---|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = ["## Before and after", "", "| | dense | pruned |", "|---|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     if data.speed_setting:
         lines += ["", f"Speed: {data.speed_setting}."]
     if data.recovery and data.recovery_made_by is not None:

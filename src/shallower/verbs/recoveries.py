@@ -27,6 +27,7 @@ from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
 from shallower.errors import ModelError, TooLittleText
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
+from shallower.plan import options_in_words
 from shallower.recovery import Repair
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.reporting.wording import plural, recovery_rows
@@ -367,7 +368,7 @@ def recovery_card(stages: Sequence[RecoveryStage], dense: Mapping[str, float], m
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines.append("")
     for stage in stages[1:]:
-        options = ", ".join(f"{name}={value}" for name, value in stage.options.items())
+        options = options_in_words(stage.options)
         lines.append(f"- `{stage.method}`" + (f": {options}" if options else ""))
     texts = {"Repaired": made.calibration, "Trained": made.training}
     lines += [f"- {done} on {text.title}, {text.tokens:,} tokens" for done, text in texts.items() if text is not None]
