@@ -380,7 +380,7 @@ def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
 def _kinds(plan: PruningPlan | None, request: Request | None) -> frozenset[Kind]:
     """What kinds of units go, or where the search has not been, may go."""
     units: Collection[Unit] = plan.removed if plan is not None else () if request is None else request.units
-    return frozenset(unit.kind for unit in units)
+    return frozenset(unit.kind for unit in units) or frozenset({"block"})  # a plan may remove nothing
 
 
 def _stream_metrics(
