@@ -109,7 +109,8 @@ def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentit
             told = plural(amount, KIND_NAMES[kind]) if kind != "block" else f"{amount} of {plural(model.blocks, kind)}"
             parts.append(f"{told}: {in_words(removed, kind)}")
             spans |= "[" in parts[-1]
-    console.print(f"Removes {'; '.join(parts) or 'nothing'} (from 0{', stop not included' if spans else ''}).")
+    counted = f" (from 0{', stop not included' if spans else ''})" if parts else ""
+    console.print(f"Removes {'; '.join(parts) or 'nothing'}{counted}.")
     if gone is not None:
         share = percent(gone.parameters, gone.of_model)
         told = ", embeddings counted" if gone.of_blocks is None else ""
