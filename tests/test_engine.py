@@ -12,18 +12,19 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from shallower import progress, registry
 from shallower.anatomy import dissect
 from shallower.anatomy.dissect import unpack
 from shallower.budget import Budget, Limit
-from shallower.checkpoint.determinants import determinants
+from shallower.checkpoint.determinants import determinants, determined
 from shallower.checkpoint.load import load_model
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, evaluator, prove, scoring
@@ -40,6 +41,7 @@ from shallower.testing.families import FAMILIES, tiny_model
 from shallower.units import Unit, parse_units
 from shallower.verbs.score import score
 from shallower.verbs.search import search
+from shallower.verbs.subject import open_subject
 from shallower.verbs.trail import run_search
 
 SETS = ("", "block.0", "block.5", "block.2", "block.1,block.2", "block.0,block.3,block.4")
@@ -58,6 +60,7 @@ def stock_loss(model, text: CalibrationSet) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_equal_those_of_cut_models(family):
     model = tiny_model(family)
+    assert determined(model)
     anatomy = dissect(model)
     text = sample_text(model, sequences=3)
     candidates = [frozenset(parse_units(units)) for units in SETS]
@@ -470,6 +473,81 @@ def test_edited_code_that_came_with_a_model_is_measured_anew(tmp_path, monkeypat
     stock = determinants(tiny_model("llama", blocks=2))
     assert len(stock) == len(keys[0]) - 2
     assert set(stock) < set(keys[0])
+
+
+class Halved(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+
+@contextmanager
+def _changed(model, how, patch):
+    block = model.model.layers[0]
+    own = type(block).forward
+    with ExitStack() as stack:
+        if how == "hook":
+            stack.callback(block.register_forward_hook(lambda module, args, output: 3 * output).remove)
+        elif how == "pre-hook":
+            stack.callback(block.register_forward_pre_hook(lambda module, args: (3 * args[0], *args[1:])).remove)
+        elif how == "autocast":
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        elif how == "own class":
+            patch.setattr(model, "__class__", Halved)
+        elif how == "forward of a module":
+            # says of itself that it is transformers'
+            patch.setattr(block, "forward", wraps(own)(lambda *args, **kwargs: 3 * own(block, *args, **kwargs)))
+        else:
+            patch.setattr(type(block), "forward", lambda *args, **kwargs: 3 * own(*args, **kwargs))
+        yield
+        patch.undo()
+
+
+CHANGES = ("hook", "pre-hook", "autocast", "own class", "forward of a module", "forward of a class")
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_memo_does_not_take_a_changed_model_for_the_stock_one(how, tmp_path, monkeypatch):
+    model = tiny_model("llama", blocks=2)
+    text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")
+    stock = determinants(model)
+    with _changed(model, how, monkeypatch):
+        changed = Ablator(dissect(model), text, memo=memo)
+        first = changed.dense
+        assert determinants(model) != stock
+        if how != "own class":
+            assert changed.memo is None
+            assert determinants(model) != determinants(model)
+    plain = Ablator(dissect(model), text, memo=memo)
+    assert abs(plain.dense - first) > 1e-4
+    assert not plain.spent.recalled
+    assert determinants(model) == stock
+    with _changed(model, how, monkeypatch):
+        again = Ablator(dissect(model), text, memo=memo)
+        assert again.dense == pytest.approx(first)
+        assert bool(again.spent.recalled) == (how == "own class")
+
+
+def test_a_class_without_a_file_is_not_remembered(tmp_path):
+    model = tiny_model("llama", blocks=2)
+    model.__class__ = type("Typed", (LlamaForCausalLM,), {"__module__": "__main__"})
+    assert not determined(model)
+
+
+def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(tmp_path, monkeypatch):
+    path = tmp_path / "own_model.py"
+    path.write_text("from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tiny_model("llama", blocks=2)
+    model.__class__ = importlib.import_module("own_model").Own
+    open_subject(model)
+    path.write_text(path.read_text().replace("1", "2.5"))
+    before = determinants(model)
+    monkeypatch.delitem(sys.modules, "own_model")
+    importlib.invalidate_caches()
+    model.__class__ = importlib.import_module("own_model").Own
+    assert determinants(model) != before
 
 
 OBJECTIVE = """

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from shallower.checkpoint.fingerprint import checksum
@@ -20,16 +24,78 @@ NOT_OF_THE_MODEL = frozenset(
     | {"dtype", "torch_dtype", "transformers_version"}
 )
 """Entries of a config, at any depth, that two copies of one model may differ in."""
+_KNOWN_CODE = frozenset({"torch", "transformers", "transformers_modules", "accelerate", "shallower"})
+"""Packages whose hooks and forwards change nothing that weights or digests do not say. The third has code that came
+with models.
+"""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# read once, as a file may be edited after it was imported
+_sources: WeakKeyDictionary[type, dict[str, bytes]] = WeakKeyDictionary()
 
 
 def determinants(model: PreTrainedModel) -> list[str]:
     """Digests of the weights to the last bit, of the config and of the code that runs the model, its number format
-    and kind of device. The same in every process and for every place it is loaded from.
+    and kind of device. The same in every process and for every place it is loaded from; never the same again for a
+    model that is not `determined`.
 
     Raises ModelError when weights are not in memory (meta device).
     """
+    once = [] if determined(model) else [uuid.uuid4().hex]
     # checksum, as a fingerprint takes models for one that differ in single weights
-    return [checksum(model), beside_weights(model), *code_of_model(model), str(model.dtype), model.device.type]
+    return [checksum(model), beside_weights(model), *code_of_model(model), str(model.dtype), model.device.type, *once]
+
+
+def determined(model: PreTrainedModel) -> bool:
+    """Whether digests tell all that the model computes. Hooks, forwards that were put over a class's or an instance's
+    own, classes without a file and autocast change it, too, and nothing tells them from others of their kind.
+    """
+    if torch.is_autocast_enabled(model.device.type):
+        return False
+    if not all(map(_is_known, _attached(model))):
+        return False
+    return all(_file_of(kind) is not None for kind in _own_kinds(model))
+
+
+def _attached(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
+    """Whatever runs in or around the modules of a model besides the classes' code as it is in their files."""
+    for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
+        yield from hooks.values()
+    for module in model.modules():
+        for name in _HOOKS:
+            yield from getattr(module, name).values()
+        given = vars(module).get("forward")
+        if (spread := vars(module).get("_hf_hook")) is not None:  # accelerate's, which keeps the forward it replaced
+            yield from (type(hook).pre_forward for hook in (spread, *getattr(spread, "hooks", ())))
+            given = vars(module).get("_old_forward")
+        if given is not None:
+            yield given
+    yield from (kind.forward for kind in {type(module) for module in model.modules()} - _own_kinds(model))
+
+
+def _is_known(called: Callable[..., Any]) -> bool:
+    """By where it was written; what wraps another says of itself that it is the other."""
+    function = getattr(called, "__func__", called)
+    if inspect.isfunction(function):
+        return _package(function.__globals__.get("__name__", "")) in _KNOWN_CODE
+    return _package(type(function).__module__) in _KNOWN_CODE
+
+
+def _own_kinds(model: PreTrainedModel) -> set[type]:
+    """Classes of a model's modules, and what they inherit from, that the user wrote or another package has."""
+    known = _KNOWN_CODE | sys.stdlib_module_names
+    inherited = {kind for module in model.modules() for kind in type(module).__mro__}
+    return {kind for kind in inherited if _package(kind.__module__) not in known}
+
+
+def _file_of(kind: type) -> bytes | None:
+    """The file of code that a class is in, as it was when the class was first seen; None for one without."""
+    if kind not in _sources:
+        try:
+            path = Path(inspect.getfile(kind))
+            _sources[kind] = {str(path): path.read_bytes()}
+        except (OSError, TypeError):  # typed into an interpreter
+            _sources[kind] = {}
+    return next(iter(_sources[kind].values()), None)
 
 
 def beside_weights(model: PreTrainedModel) -> str:
@@ -40,21 +106,43 @@ def beside_weights(model: PreTrainedModel) -> str:
 
 
 def code_of_model(model: PreTrainedModel) -> list[str]:
-    """What runs the model: the version of transformers, and a digest of each file of code that came with a model.
+    """What runs the model: the version of transformers, and a digest of each file of code that came with a model, or
+    that has classes of its modules which are neither torch's nor transformers'.
 
     A model computes otherwise under another version or once its own code is edited, with the same config and weights.
+    The files are read when their classes are first seen here: call this as soon as a model is loaded.
     """
-    # all that was imported of a checkpoint's package, as helpers define no module; tokenizers may not be imported yet
     kinds = {type(module) for module in model.modules()}
-    packages = tuple(f"{kind.__module__.rpartition('.')[0]}." for kind in kinds if _is_remote(kind))
-    files = {getattr(module, "__file__", None) for name, module in [*sys.modules.items()] if name.startswith(packages)}
-    paths = (Path(file) for file in files if file)
-    sources = sorted(path.read_bytes() for path in paths if not path.name.startswith("tokenization"))
-    return [transformers.__version__, *(hashlib.sha256(source).hexdigest() for source in sources)]
+    files: dict[str, bytes] = {}
+    for kind in filter(_is_remote, kinds):
+        files |= _remote_files(kind)
+    own = {f"{kind.__module__}.{kind.__qualname__}": _file_of(kind) for kind in _own_kinds(model)}
+    return [
+        transformers.__version__,
+        *(hashlib.sha256(source).hexdigest() for source in sorted(files.values())),
+        *(f"{name} {hashlib.sha256(source or b'').hexdigest()}" for name, source in sorted(own.items())),
+    ]
+
+
+def _remote_files(kind: type) -> dict[str, bytes]:
+    """All that was imported of a checkpoint's package, by path, as helpers define no module."""
+    if kind not in _sources:
+        package = f"{kind.__module__.rpartition('.')[0]}."
+        files = {
+            getattr(module, "__file__", None) for name, module in [*sys.modules.items()] if name.startswith(package)
+        }
+        paths = (Path(file) for file in files if file)
+        # tokenizers may not be imported yet
+        _sources[kind] = {str(path): path.read_bytes() for path in paths if not path.name.startswith("tokenization")}
+    return _sources[kind]
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _is_remote(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "transformers_modules"
+    return _package(kind.__module__) == "transformers_modules"
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
-from shallower.checkpoint.determinants import determinants
+from shallower.checkpoint.determinants import determinants, determined
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
@@ -85,7 +85,7 @@ class Ablator:
         workers: Callable[[Evaluator], Workers] | None = None,
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. memo: knows the model by its weights, which
-        are read for that once, so change none while this is in use.
+        are read for that once, so change none while this is in use; not used for one that is not `determined`.
 
         memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
         order: how the tree is walked, by default what is faster on the device. threads: how many measure, by default
@@ -130,7 +130,7 @@ class Ablator:
             order=order,
         )
         self._workers: Workers = Threads(evaluator, threads) if workers is None else workers(evaluator)
-        self._memo = memo
+        self._memo = memo = memo if determined(anatomy.model) else None
         self._contexts: list[str] = []
         if memo is not None:
             same = {
@@ -156,7 +156,7 @@ class Ablator:
 
     @property
     def memo(self) -> Memo | None:
-        """Where results are kept on disk."""
+        """Where results are kept on disk; None where they are not."""
         return self._memo
 
     @property

@@ -17,7 +17,7 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.determinants import determinants
+from shallower.checkpoint.determinants import code_of_model, determinants, determined
 from shallower.checkpoint.dtype import dtype_name
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
@@ -135,6 +135,7 @@ def open_subject(
     else:
         loaded = load_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
+    code_of_model(loaded.model)  # read while the files are those that were imported
     return Subject(loaded, dissect(loaded.model))
 
 
@@ -322,9 +323,9 @@ def make_ablator(
 
 
 def _checkpoint(subject: Subject) -> Checkpoint | None:
-    """Where workers read the model themselves; None for one that is in memory only."""
+    """Where workers read the model themselves; None for one that is in memory only, or computes otherwise there."""
     loaded, model = subject.loaded, subject.model
-    if loaded.path is None:
+    if loaded.path is None or not determined(model):
         return None
     return Checkpoint(
         str(loaded.path.resolve()),
