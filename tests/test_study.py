@@ -454,6 +454,69 @@ def test_a_held_out_text_has_nothing_of_what_calibration_mixes(
 
 
 @pytest.mark.parametrize(
+    ("calibration", "judging"),
+    [
+        ("t.jsonl", "{place}/t.jsonl"),
+        ("t.jsonl", "fold/../t.jsonl"),
+        ("t.jsonl", "t.jsonl#text"),
+        ("t.jsonl", "link.jsonl"),
+        ("fold", "fold/t.jsonl"),
+        ("fold/t.jsonl", "fold/"),
+        ("saved", "t.jsonl"),
+        ("python:docs", "python"),
+    ],
+)
+def test_a_text_is_the_same_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration: str, judging: str
+) -> None:
+    from shallower.verbs.runnable import require_runnable, shared_texts
+
+    _texts_to_judge_on(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = {"models": "tiny", "texts": {"a": calibration, "apart": "apart.jsonl"}, "remove": 1}
+    study = parse_study({**data, "held_out": {"h": judging.format(place=tmp_path)}}, "s.yaml", Path())
+    assert shared_texts(study, study.held_out["h"]) == ["a"]
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(UserError) as refused:
+        require_runnable(study)  # the model has no files
+    assert "judged" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "judging"),
+    [
+        ("t.jsonl?part=all", "t.jsonl"),
+        ("t.jsonl?part=held-out", "t.jsonl"),
+        ("t.jsonl", "t.jsonl?part=all"),
+        ("t.jsonl", "t.jsonl?part=train"),
+        ("all", "t.jsonl"),
+    ],
+)
+def test_a_study_does_not_judge_on_a_part_that_it_calibrates_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration: str, judging: str
+) -> None:
+    from shallower.verbs.runnable import require_runnable
+
+    _texts_to_judge_on(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = {"models": "tiny", "texts": {"a": calibration}, "remove": 1, "sequences": 4, "length": 24}
+    with pytest.raises(UserError, match="plans are judged on 'h', which reads part="):
+        require_runnable(parse_study({**data, "held_out": {"h": judging}}, "s.yaml", Path()))
+
+
+def _texts_to_judge_on(folder: Path) -> None:
+    """One text in several places, as finished sets of two parts, and another text."""
+    (folder / "fold").mkdir()
+    for path in ("t.jsonl", "fold/t.jsonl", "apart.jsonl"):
+        rows = [{"text": f"{path} has {n} and {n + 1}, and so on until {n * n}."} for n in range(100)]
+        (folder / path).write_text("\n".join(map(json.dumps, rows)))
+    (folder / "link.jsonl").symlink_to(folder / "t.jsonl")
+    for name, part in (("saved", "train"), ("all", "all")):
+        ids = torch.arange(96).reshape(4, 24)
+        CalibrationSet(f"t.jsonl?sequences=4&length=24&part={part}", ids, None).save(folder / name)
+
+
+@pytest.mark.parametrize(
     ("data", "fits"),
     [
         ({"texts": {"a": "a.txt?sequences=8&length=32"}, "sequences": 8, "length": 32}, True),

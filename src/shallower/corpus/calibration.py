@@ -237,6 +237,15 @@ def is_saved(folder: str | os.PathLike[str]) -> bool:
     return all(os.path.isfile(os.path.join(folder, name)) for name in (MANIFEST, TENSORS))
 
 
+def saved_spec(folder: Path) -> str:
+    """The specification that a saved set was built from; empty where it does not say. Not all else in it is read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads it is told
+        return ""
+    return str(manifest.get("spec", "")) if isinstance(manifest, dict) else ""
+
+
 def _from_files(kind: type[Set], folder: Path, manifest: Any, tensors: Mapping[str, Tensor]) -> Set:
     where = str(folder / MANIFEST)
     if not isinstance(manifest, dict):

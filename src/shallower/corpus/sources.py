@@ -142,6 +142,20 @@ def open_source(text: str, supply: Supply = NOTHING) -> Source:
     raise CorpusError(f"no text at {name!r}: there is no such file. Text is {_KINDS}.")
 
 
+def place_of(text: str) -> Path:
+    """What `text` names, to be compared with what others name: of a file or folder its real path, else its name as a
+    path, such as `hf:owner/name`. The field that is read makes no difference.
+    """
+    name = (text if os.path.exists(os.path.expanduser(text)) else text.partition("#")[0]).removeprefix("arrow:")
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return Path(os.path.realpath(path))
+    kind, colon, rest = name.partition(":")
+    if kind == "python":  # docstrings stand in both of its texts
+        return Path(kind)
+    return Path(rest if colon and kind in ("hf", "domain") else name)
+
+
 def pieces(lines: Iterable[str], limit: int) -> Iterator[str]:
     """Cut a text, given as lines with their ends, into pieces of at most `limit` characters.
 

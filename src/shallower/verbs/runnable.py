@@ -11,7 +11,9 @@ from pathlib import Path
 from shallower import progress
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet, ChoiceSet, is_saved, open_source
+from shallower.corpus.calibration import saved_spec
 from shallower.corpus.options import NAMED
+from shallower.corpus.sources import place_of
 from shallower.corpus.specification import Specification, parse_specification, raise_all
 from shallower.engine import reads_choices
 from shallower.errors import CorpusError, UserError
@@ -55,6 +57,7 @@ def _require_found(given: Study) -> None:
         checks += [partial(_require_questions, f"text {name!r}", spec) for name, spec in given.texts.items()]
     checks += [partial(_require_questions, f"task {name!r}", spec) for name, spec in given.tasks.items()]
     checks += [partial(_require_axes, given, name) for name in given.texts]
+    checks += [partial(_require_judging_apart, given, name) for name in (*given.held_out, *given.tasks)]
     faults: dict[str, UserError] = {}  # by what they say: a text that cannot be read is found by two checks
     with progress.silent():  # what is read instead of a domain is told when it is read
         for check in checks:
@@ -114,6 +117,49 @@ def _unsaid(start: str, *, tokens: int, seed: int) -> Iterator[str]:
 def _require_questions(what: str, spec: str) -> None:
     if not os.path.exists(os.path.expanduser(parsed_text(spec).source)):
         raise CorpusError(f"{what} reads {spec}, which does not exist.")
+
+
+def _require_judging_apart(given: Study, name: str) -> None:
+    """Raise CorpusError where a held-out text or task is to read documents that a calibration text reads, too."""
+    spec = given.held_out.get(name) or given.tasks[name]
+    for calibration in shared_texts(given, spec):
+        own = _origin(given.texts[calibration]).options.get("part", "train")
+        judging = _origin(spec).options.get("part", "held-out")
+        if own == judging or "all" in (own, judging):
+            raise CorpusError(
+                f"plans are judged on {name!r}, which reads part={judging} of a text of which {calibration!r} reads "
+                f"part={own} for calibration: name another text, or leave `part` out of both, so that what judges is "
+                "left out of what calibrates."
+            )
+
+
+def shared_texts(given: Study, judging: str) -> list[str]:
+    """The names of the calibration texts that have a source in common with a text that judges, or one which is inside
+    the other, however they are spelled.
+    """
+    places = _places(judging)
+    return [
+        name
+        for name, spec in given.texts.items()
+        if any(one in (other, *other.parents) or other in one.parents for one in _places(spec) for other in places)
+    ]
+
+
+def _places(spec: str) -> list[Path]:
+    return [place_of(term.source) for term in _origin(spec).terms]
+
+
+def _origin(spec: str) -> Specification:
+    """A text as it is specified; of a finished set, what it was built from."""
+    parsed = parsed_text(spec)
+    path = Path(parsed.source).expanduser()
+    if not is_saved(path):
+        return parsed
+    try:
+        origin = parsed_text(saved_spec(path))
+    except UserError:  # a set that was made in memory is called what its maker likes
+        return parsed
+    return replace(origin, options={"part": "all", **origin.options})
 
 
 def parsed_text(spec: str) -> Specification:

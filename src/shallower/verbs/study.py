@@ -41,7 +41,7 @@ from shallower.studies.result import Cell, Failure, Result, search_and_metric
 from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, rank
 from shallower.verbs.request import resolve
-from shallower.verbs.runnable import parsed_text, require_runnable, settings_of
+from shallower.verbs.runnable import require_runnable, settings_of, shared_texts
 from shallower.verbs.search import search
 from shallower.verbs.search_methods import search_stages
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
@@ -312,15 +312,13 @@ def calibration_of(subject: Subject, given: Study, axes: TextAxes, objective: st
 def judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
     """What plans are judged on: held-out texts, and questions of tasks, by name."""
     found: dict[str, CalibrationSet] = {}
-    calibration = {term.source for spec in given.texts.values() for term in parsed_text(spec).terms}
     for name, spec in given.held_out.items():
-        shared = not calibration.isdisjoint(term.source for term in parsed_text(spec).terms)
         found[name] = build_calibration(
             spec,
             subject.tokenizer,
             sequences=given.held_out_sequences,
             length=given.held_out_length,
-            part="held-out" if shared else "all",
+            part="held-out" if shared_texts(given, spec) else "all",
             supply=supply(subject.model, subject.tokenizer),
         )
     for name, spec in given.tasks.items():
@@ -329,7 +327,7 @@ def judging_texts(subject: Subject, given: Study) -> dict[str, CalibrationSet]:
             subject.tokenizer,
             questions=given.questions,
             length=_QUESTION_TOKENS,
-            part="held-out" if parsed_text(spec).source in calibration else "all",
+            part="held-out" if shared_texts(given, spec) else "all",
         )
     return found
 
