@@ -490,7 +490,7 @@ def _changed(model, how, patch):
         if how == "hook":
             stack.callback(block.register_forward_hook(lambda module, args, output: 3 * output).remove)
         elif how == "pre-hook":
-            stack.callback(block.register_forward_pre_hook(lambda module, args: (3 * args[0], *args[1:])).remove)
+            stack.callback(block.mlp.register_forward_pre_hook(lambda module, args: (3 * args[0],)).remove)
         elif how == "autocast":
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         elif how == "own class":

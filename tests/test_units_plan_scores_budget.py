@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import errors, files
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
+from shallower.corpus import CalibrationSet
 from shallower.errors import BudgetError, OutputError, PlanError, UnknownName, UserError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.scores import Score, Scores
+from shallower.studies.grid import read_study
+from shallower.surgery import save
+from shallower.testing.families import tiny_model
 from shallower.units import KINDS, Span, Unit, parse_units, require_distinct
+from shallower.verbs.subject import require_place_for
 
 MODEL = ModelIdentity("tiny", "main", "sha256:" + "a" * 64, 30)
 OTHER = ModelIdentity("other", None, "sha256:" + "b" * 64, 12)
@@ -121,6 +127,31 @@ def test_plan_reads_what_it_writes(chosen: list[Unit], random: Any, data: st.Dat
     order = tuple((unit, data.draw(losses)) for unit in random.sample(chosen, len(chosen)))
     plan = PruningPlan(MODEL, tuple(sorted(chosen)), order, data.draw(losses), MADE_BY)
     assert PruningPlan.from_json(json.loads(json.dumps(plan.to_json(), allow_nan=False))) == plan
+
+
+def test_a_path_that_begins_at_home_is_read_and_written_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    PLAN.save("~/plans/plan.json")
+    assert PruningPlan.load("~/plans/plan.json") == PLAN
+    SCORES.save("~/scores.json")
+    assert Scores.load("~/scores.json") == SCORES
+    text = CalibrationSet("ids", torch.arange(8).reshape(2, 4), None)
+    text.save("~/text")
+    assert CalibrationSet.load("~/text").digest == text.digest
+    (home / "study.yaml").write_text("{models: m, texts: {a: python}, remove: 1}")
+    assert read_study("~/study.yaml").models == ("m",)
+    with files.replacing_folder(Path("~/folder")) as made:
+        (made / "file").touch()
+    with pytest.raises(OutputError, match="exists"):
+        files.require_free(Path("~/folder"), "folder", force=False, replaceable=lambda _: True, what="a folder")
+    save(tiny_model("llama", blocks=1), "~/model", PLAN)
+    with pytest.raises(OutputError, match="is the model itself"):
+        require_place_for("~/model", str(home / "model"), force=True)
+    assert {path.name for path in home.iterdir()} == {"plans", "scores.json", "text", "study.yaml", "folder", "model"}
+    assert not any(here.iterdir())
 
 
 def test_plan_file(tmp_path: Path) -> None:

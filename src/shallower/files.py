@@ -13,11 +13,16 @@ from pathlib import Path
 from shallower.errors import OutputError
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` for the home folder, as a shell reads it: what comes from Python or a file has seen none."""
+    return Path(os.path.expanduser(path))
+
+
 def require_writable(path: str | os.PathLike[str], told: str) -> None:
     """Raise OutputError unless a file or folder can be made at `path`, whose parents may be missing; nothing is left
     there. told: what to call it.
     """
-    parent = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    parent = next(parent for parent in Path(os.path.abspath(expanded(path))).parents if os.path.lexists(parent))
     if not parent.is_dir():
         raise OutputError(f"{told} cannot be written: {parent} is not a folder; choose another place.")
     try:  # permissions do not tell of every folder that takes nothing, such as /proc
@@ -32,6 +37,7 @@ def require_free(folder: Path, told: str, *, force: bool, replaceable: Callable[
 
     told: what to call it. replaceable: whether a folder may be replaced; what: such a folder in words.
     """
+    folder = expanded(folder)
     require_writable(folder, told)
     if not os.path.lexists(folder):
         return
@@ -57,7 +63,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises OutputError when the place cannot be written.
     """
-    path = Path(path)
+    path = expanded(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +86,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     Raises OSError when the place cannot be written.
     """
+    folder = expanded(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

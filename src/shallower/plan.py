@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from shallower.errors import PlanError, UserError
+from shallower.files import expanded
 from shallower.strict_json import finite, is_number, key_faults, record_faults, write_json
 from shallower.units import Unit, require_distinct
 
@@ -193,7 +193,7 @@ class PruningPlan:
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan file. Raises PlanError when it is missing, not JSON, of another format or malformed."""
         try:
-            data = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+            data = json.loads(expanded(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PlanError(f"there is no plan at {path}; make one with `shallower search MODEL`.") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -7,10 +7,10 @@ import math
 import os
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from shallower.errors import UserError
+from shallower.files import expanded
 from shallower.plan import MadeBy, ModelIdentity, provenance_faults, read_made_by
 from shallower.strict_json import finite, key_faults, record_faults, write_json
 from shallower.units import Span, Unit
@@ -189,7 +189,7 @@ class ScoreSheet:
     def load(cls, path: str | os.PathLike[str]) -> ScoreSheet:
         """Read a score file. Raises UserError when it is missing, not JSON or malformed."""
         try:
-            data = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+            data = json.loads(expanded(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(
                 f"{path} cannot be read as scores: {error}. Make them with `shallower score MODEL`."

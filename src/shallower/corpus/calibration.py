@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shallower.corpus.answers import Answers
 from shallower.errors import CorpusError
-from shallower.files import replacing
+from shallower.files import expanded, replacing
 from shallower.plan import CalibrationIdentity
 from shallower.strict_json import key_faults, write_json
 
@@ -185,7 +185,7 @@ class CalibrationSet:
 
         Raises OutputError when it cannot be written.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         tensors = {name: tensor.contiguous() for name, tensor in self._contents().items() if tensor is not None}
         with replacing(folder / TENSORS) as temporary:
             temporary.write_bytes(save_tensors(tensors))
@@ -197,7 +197,7 @@ class CalibrationSet:
 
         Raises CorpusError when files are missing or malformed, or the digest is not that of the manifest.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             tensors = load_tensors((folder / TENSORS).read_bytes())

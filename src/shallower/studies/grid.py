@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.errors import UserError
+from shallower.files import expanded
 from shallower.strict_json import key_faults, read_yaml
 from shallower.studies.result import Cell
 
@@ -83,7 +84,7 @@ _SINGLE_WHOLE = ("held_out_sequences", "held_out_length", "questions")
 
 def read_study(path: str | os.PathLike[str]) -> Study:
     """Read STUDY.yaml. Raises UserError that lists all faults of the file at once."""
-    path = Path(path)
+    path = expanded(path)
     data = read_yaml(path, "study", "write one as docs/study.md shows")
     return parse_study(data, str(path), path.parent)
 

@@ -108,7 +108,7 @@ def save(
     model = export.model
     require_no_maps(model)
     require_unquantized(model)
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(files.expanded(folder)))
     require_free(target, force=force)
     require_apart(target, model.config._name_or_path)  # the plan's name of the model is not a path
     readme = model_card(
@@ -181,7 +181,7 @@ def require_unquantized(model: PreTrainedModel) -> None:
 
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
     """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace."""
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(files.expanded(folder)))
     what = "a checkpoint (no config.json with a model_type)"
     files.require_free(target, str(target), force=force, replaceable=_is_checkpoint, what=what)
 
@@ -190,7 +190,7 @@ def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[st
     """Raise OutputError when `folder` is one of the `sources`, folders or files of the models that are read, or holds
     one, as a training's folder holds its checkpoints.
     """
-    target = os.path.abspath(folder)
+    target = os.path.abspath(files.expanded(folder))
     for source in sources:
         if not source or not os.path.exists(source) or not os.path.exists(target):
             continue

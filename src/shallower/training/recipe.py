@@ -17,6 +17,7 @@ from shallower.anatomy.dissect import Anatomy, find_blocks
 from shallower.checkpoint.dtype import dtype_name
 from shallower.corpus.calibration import CalibrationSet
 from shallower.errors import UserError
+from shallower.files import expanded
 from shallower.launched import world_size
 from shallower.resources import parse_memory
 from shallower.training.feed import Feed
@@ -218,7 +219,7 @@ def trainable(
         ) -> PreTrainedModel:
             check(student, calibration, options)
             recipe = Recipe(**{name: options.pop(name, getattr(defaults, name)) for name in names})
-            place = None if folder is None else Path(folder)
+            place = None if folder is None else expanded(folder)
             task = Task(
                 anatomy, removed, calibration, held_out, place, seed, recipe, function.__name__, {**own, **options}
             )

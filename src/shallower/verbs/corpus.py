@@ -24,7 +24,7 @@ from shallower.corpus import (
 )
 from shallower.corpus import clean as find
 from shallower.errors import CorpusError
-from shallower.files import replacing, write_text
+from shallower.files import expanded, replacing, write_text
 from shallower.progress import task
 from shallower.reporting.corpus import CleanReport, cluster_png, clusters_json, render, shown_places
 from shallower.strict_json import write_json
@@ -122,8 +122,10 @@ def clean(
                     runs.look(document.text)
     overlaps = tuple(runs.found() for runs in sets)
     if report is not None:
-        _write_report(Path(report), CleanReport(found, overlaps, texts))
-    return Cleaned(found, overlaps, None if out is None else Path(out), None if report is None else Path(report))
+        _write_report(expanded(report), CleanReport(found, overlaps, texts))
+    return Cleaned(
+        found, overlaps, None if out is None else expanded(out), None if report is None else expanded(report)
+    )
 
 
 def clean_on_disk(
@@ -150,9 +152,9 @@ def clean_on_disk(
     from shallower.corpus.datatrove import Work, require_outside
 
     if out is not None:
-        require_outside(str(text), Path(out))
+        require_outside(str(text), expanded(out))
     work = Work(
-        str(text), _source(text), Path(folder), dedup=dedup, min_quality=min_quality, quality=quality, tasks=workers
+        str(text), _source(text), expanded(folder), dedup=dedup, min_quality=min_quality, quality=quality, tasks=workers
     )
     work.run(workers)
     counts = work.counts()

@@ -10,7 +10,7 @@ from pathlib import Path
 from shallower import files
 from shallower.errors import OutputError
 from shallower.evaluation.comparison import Comparison
-from shallower.files import replacing_folder
+from shallower.files import expanded, replacing_folder
 from shallower.reporting.wording import distinct_names
 from shallower.strict_json import spelled
 
@@ -19,7 +19,7 @@ FILE = "evaluation.json"
 
 def require_free(out: str | Path, *, force: bool) -> None:
     """Raise OutputError unless the folder can be made, or `force` may replace it: an evaluation, or empty."""
-    target = Path(out)
+    target = expanded(out)
     what = f"an evaluation (no {FILE} in it)"
     files.require_free(target, f"--out {target}", force=force, replaceable=_may_be_replaced, what=what)
 
@@ -28,7 +28,7 @@ def write_comparison(
     comparison: Comparison, out: str | Path, *, force: bool, more: Mapping[str, str | bytes] | None = None
 ) -> None:
     """Write evaluation.json, items/MODEL/TASK.jsonl and `more` files, whole or not at all."""
-    target = Path(out).absolute()
+    target = expanded(out).absolute()
     require_free(target, force=force)
     try:
         with replacing_folder(target) as made:

@@ -27,6 +27,7 @@ from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
 from shallower.errors import ModelError, TooLittleText
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
+from shallower.files import expanded
 from shallower.plan import options_in_words
 from shallower.recovery import Repair
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
@@ -69,7 +70,7 @@ class Resume:
     """
 
     def __init__(self, out: str | Path | None) -> None:
-        target = None if out is None else Path(out).absolute()
+        target = None if out is None else expanded(out).absolute()
         self._own = target is not None
         self._root = target.with_name(f".{target.name}.training") if target else cache_root() / "training"
         self._made: list[Path] = []

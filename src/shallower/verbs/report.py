@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shallower.errors import UserError
-from shallower.files import write_text
+from shallower.files import expanded, write_text
 from shallower.reporting.data import ReportData
 from shallower.reporting.page import render
 
@@ -15,10 +15,11 @@ def report(folder: str | Path) -> tuple[ReportData, Path]:
 
     Raises UserError when the folder has no report.
     """
-    source = Path(folder) / "report.json"
+    folder = expanded(folder)
+    source = folder / "report.json"
     if not source.is_file():
         raise UserError(f"{folder} holds no report.json: give the folder that `shallower prune --out` wrote.")
     data = ReportData.load(source)
-    page = Path(folder) / "report.html"
+    page = folder / "report.html"
     write_text(page, render(data))
     return data, page

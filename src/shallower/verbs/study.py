@@ -29,7 +29,7 @@ from shallower.engine.memo import context_key
 from shallower.engine.ray_session import connect
 from shallower.engine.trace import prove
 from shallower.errors import BudgetError, CorpusError, ModelError, UserError
-from shallower.files import require_writable
+from shallower.files import expanded, require_writable
 from shallower.plan import PruningPlan
 from shallower.registry import objective as objectives
 from shallower.resources import parse_workers
@@ -91,7 +91,7 @@ def study(
     """
     given = file if isinstance(file, Study) else read_study(file)
     require_runnable(given)
-    folder = Path(out)
+    folder = expanded(out)
     require_writable(folder / CELLS, str(folder))
     ledger = Ledger(folder / CELLS)
     opened = partial(open_subject, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
 from random import Random
 
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, along_with, reads_choices
 from shallower.errors import BudgetError, CorpusError, ModelError
+from shallower.files import expanded
 from shallower.plan import MadeBy
 from shallower.registry import objective as objectives
 from shallower.scores import Score, Scores
@@ -77,7 +77,7 @@ def estimate(
     """
     given = file if isinstance(file, Study) else read_study(file)
     require_runnable(given)
-    ledger = Ledger(Path(out) / CELLS)
+    ledger = Ledger(expanded(out) / CELLS)
     total = Estimate(0, 0, 0, 0, 0.0, 0.0)
     for model in given.models:
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
