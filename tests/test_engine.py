@@ -4,6 +4,7 @@ limits.
 
 import copy
 import importlib.util
+import inspect
 import itertools
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from shallower.engine import Ablator, Racing, evaluator, prove, scoring
 from shallower.engine.evaluator import Evaluator
 from shallower.engine.head import Head
 from shallower.engine.memo import Memo
+from shallower.engine.method_code import code_of
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import DenseAnswers, States
 from shallower.errors import BudgetError, CorpusError, ModelError
@@ -531,7 +533,7 @@ def test_memo_does_not_take_a_changed_model_for_the_stock_one(how, tmp_path, mon
 
 def test_a_class_without_a_file_is_not_remembered(tmp_path):
     model = tiny_model("llama", blocks=2)
-    model.__class__ = type("Typed", (LlamaForCausalLM,), {"__module__": "__main__"})
+    model.__class__ = type("Typed", (LlamaForCausalLM,), {"__module__": "typed_in"})
     assert not determined(model)
 
 
@@ -585,6 +587,105 @@ def test_an_edited_objective_is_measured_anew(changed, typed, tmp_path, monkeypa
         recalled.append(ablator.spent.recalled > 0)
     assert recalled == [False, True, False]
     assert found == pytest.approx([found[0], found[0], 3 * found[0]])
+
+
+def _scaled(function, factor):
+    @wraps(function)
+    def scaled(target_logits, log_normalizer):
+        return factor * function(target_logits, log_normalizer)
+
+    return scaled
+
+
+def _surprise(target_logits, log_normalizer):
+    return log_normalizer - target_logits
+
+
+def _closing_over(factor):
+    def mine(target_logits, log_normalizer):
+        first = factor if isinstance(factor, float) else factor(target_logits)
+        return first * (log_normalizer - target_logits)
+
+    return mine
+
+
+def _with_option(factor):
+    def mine(target_logits, log_normalizer, *, factor: float = factor):
+        return factor * (log_normalizer - target_logits)
+
+    return mine
+
+
+SCALE = 1.0
+
+
+def _scale():
+    return SCALE
+
+
+def _by_global(_):
+    return lambda target_logits, log_normalizer: _scale() * (log_normalizer - target_logits)
+
+
+class _Factor:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, logits):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _closing_over,
+        lambda factor: _closing_over(torch.no_grad()(lambda _: factor)),
+        lambda factor: torch.no_grad()(_closing_over(factor)),
+        lambda factor: _scaled(_surprise, factor),
+        _with_option,
+        _by_global,
+        lambda factor: _closing_over(_Factor(factor)),
+    ],
+    ids=["closure", "closed function", "no_grad", "wrapper", "default", "global", "object"],
+)
+def test_an_objective_is_what_it_closes_over(make, request, tmp_path, monkeypatch):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text, memo = sample_text(anatomy.model), Memo(tmp_path / "memo.sqlite")
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    recalled, found = [], []
+    for factor in (1.0, 1.0, 3.0):
+        monkeypatch.setattr(sys.modules[__name__], "SCALE", factor)
+        registry.objective("mine")(make(factor))
+        ablator = Ablator(anatomy, text, "mine", memo=memo)
+        found.append(ablator.dense)
+        recalled.append(ablator.spent.recalled > 0)
+    assert found == pytest.approx([found[0], found[0], 3 * found[0]])
+    # what an object holds is not known, nor what is in a wrapper of another package that is closed over
+    known = request.node.callspec.id not in ("object", "closed function")
+    assert recalled == [False, known, False]
+    assert (ablator.memo is not None) == known
+
+
+def test_an_objective_is_the_code_that_was_imported_not_what_its_file_became(tmp_path, monkeypatch):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text, memo = sample_text(anatomy.model), Memo(tmp_path / "memo.sqlite")
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    file = tmp_path / "mine.py"
+    found = []
+    for factor in (1, 5):
+        source = OBJECTIVE.format(factor=factor, helper=1, own=1)
+        file.write_text(source)
+        namespace = {"torch": torch, "__name__": "mine"}
+        exec(compile(source, str(file), "exec"), namespace)
+        registry.objective("mine")(namespace["mine"])
+        file.write_text(OBJECTIVE.format(factor=5, helper=1, own=1))  # edited while the old code runs
+        found.append(Ablator(anatomy, text, "mine", memo=memo).dense)
+    assert found[1] == pytest.approx(5 * found[0])
+
+
+def test_what_is_kept_of_our_own_objectives_holds():
+    for method in registry.objective:
+        assert code_of(method) == "".join(inspect.findsource(inspect.unwrap(method.function))[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits

@@ -147,7 +147,7 @@ def test_a_path_that_begins_at_home_is_read_and_written_there(tmp_path: Path, mo
         (made / "file").touch()
     with pytest.raises(OutputError, match="exists"):
         files.require_free(Path("~/folder"), "folder", force=False, replaceable=lambda _: True, what="a folder")
-    save(tiny_model("llama", blocks=1), "~/model", PLAN)
+    save(tiny_model("llama", blocks=1), "~/model", plan=None)
     with pytest.raises(OutputError, match="is the model itself"):
         require_place_for("~/model", str(home / "model"), force=True)
     assert {path.name for path in home.iterdir()} == {"plans", "scores.json", "text", "study.yaml", "folder", "model"}

@@ -16,7 +16,7 @@ import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from shallower.errors import UnknownName, UserError
@@ -95,7 +95,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered function with what the framework and the user may ask of it."""
+    """A registered function with what the framework and the user may ask of it.
+
+    code: of the file that it is in, as it was when it was registered.
+    """
 
     kind: str
     name: str
@@ -103,6 +106,7 @@ class Method:
     source: str
     options: Mapping[str, Option]
     traits: Mapping[str, Any] = field(default_factory=dict)
+    code: str = field(default="", repr=False)
 
     @property
     def summary(self) -> str:
@@ -184,7 +188,7 @@ class Registry:
         def register(function: F) -> F:
             if name in self._methods and self._methods[name].function.__module__ != function.__module__:
                 raise TypeError(f"{self.kind} {name!r} is registered twice")
-            method = Method(self.kind, name, function, source, _options(function), traits)
+            method = Method(self.kind, name, function, source, _options(function), traits, _code(function))
             self._require_supplied(method)
             self._methods[name] = method
             return function
@@ -257,6 +261,23 @@ def _load_from(point: EntryPoint) -> None:
         raise UserError(
             f"{package} registers methods in {point.value}, which cannot be imported ({why}): repair or uninstall it."
         ) from error
+
+
+def _code(function: Callable[..., Any]) -> str:
+    """A function's code with all that is in its file, which may be another one later than what was imported."""
+    function = inspect.unwrap(function)
+    try:
+        return "".join(inspect.findsource(function)[0])
+    except (OSError, TypeError):  # typed into an interpreter
+        code = getattr(function, "__code__", None)
+        defaults = getattr(function, "__kwdefaults__", None)
+        return repr((instructions(code) if isinstance(code, CodeType) else repr(function), defaults))
+
+
+def instructions(code: CodeType) -> tuple[Any, ...]:
+    """What compiled code does, without where in memory or in a file it is."""
+    constants = [instructions(held) if isinstance(held, CodeType) else repr(held) for held in code.co_consts]
+    return code.co_code.hex(), code.co_names, constants
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Option]:

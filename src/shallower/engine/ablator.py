@@ -8,11 +8,9 @@ question to the next, results on disk, and candidates that are clearly worse are
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
 from shallower.engine.memo import Memo, context_key
+from shallower.engine.method_code import code_of, told
 from shallower.engine.race import Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
@@ -33,7 +32,6 @@ from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import prove
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Threads, Workers, free_memory, thread_count
 from shallower.errors import CorpusError, UserError
-from shallower.registry import Method
 from shallower.registry import objective as objectives
 from shallower.units import Unit
 
@@ -85,7 +83,8 @@ class Ablator:
         workers: Callable[[Evaluator], Workers] | None = None,
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. memo: knows the model by its weights, which
-        are read for that once, so change none while this is in use; not used for one that is not `determined`.
+        are read for that once, so change none while this is in use; not used where the model is not
+        `determined`, or the objective not `told`.
 
         memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
         order: how the tree is walked, by default what is faster on the device. threads: how many measure, by default
@@ -130,7 +129,9 @@ class Ablator:
             order=order,
         )
         self._workers: Workers = Threads(evaluator, threads) if workers is None else workers(evaluator)
-        self._memo = memo = memo if determined(anatomy.model) else None
+        each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
+        known = determined(anatomy.model) and all(told(method) for method, _ in each)
+        self._memo = memo = memo if known else None
         self._contexts: list[str] = []
         if memo is not None:
             same = {
@@ -139,7 +140,6 @@ class Ablator:
                 "sequences_a_batch": sequences,
                 "measured_as": MEASURED_AS,
             }
-            each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
             self._contexts = [
                 context_key({**same, "objective": [method.name, code_of(method), sorted(own.items())]})
                 for method, own in each
@@ -317,25 +317,6 @@ def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDA
         question = calibration.answers.question.numpy()
         return mixed, np.concatenate([np.flatnonzero(question == group) for group in order])
     return mixed, np.array(order, dtype=np.int64)
-
-
-def code_of(method: Method) -> str:
-    """A method's code and whatever stands beside it in its file, which it may call, so that an edited one does not
-    recall what it measured before.
-    """
-    function = inspect.unwrap(method.function)
-    try:
-        return "".join(inspect.findsource(function)[0])
-    except (OSError, TypeError):  # typed into an interpreter
-        code = getattr(function, "__code__", None)
-        defaults = getattr(function, "__kwdefaults__", None)
-        return repr((_instructions(code) if isinstance(code, CodeType) else repr(function), defaults))
-
-
-def _instructions(code: CodeType) -> tuple[Any, ...]:
-    """What compiled code does, without where in memory or in a file it is."""
-    constants = [_instructions(held) if isinstance(held, CodeType) else repr(held) for held in code.co_consts]
-    return code.co_code.hex(), code.co_names, constants
 
 
 def _finite(loss: float) -> float:

@@ -22,8 +22,9 @@ from shallower.checkpoint.determinants import determinants
 from shallower.corpus import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine import Ablator, Spent
-from shallower.engine.ablator import MEASURED_AS, code_of
+from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import Memo, context_key
+from shallower.engine.method_code import code_of
 from shallower.engine.twins import Streams
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError

@@ -23,9 +23,10 @@ from shallower.corpus import (
     with_options,
 )
 from shallower.engine import Ablator, Racing, along_with, reads_choices
-from shallower.engine.ablator import MEASURED_AS, code_of
+from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.likelihood import perplexity_of
 from shallower.engine.memo import context_key
+from shallower.engine.method_code import code_of
 from shallower.engine.ray_session import connect
 from shallower.engine.trace import prove
 from shallower.errors import BudgetError, CorpusError, ModelError, UserError
