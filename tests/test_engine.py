@@ -531,6 +531,33 @@ def test_memo_does_not_take_a_changed_model_for_the_stock_one(how, tmp_path, mon
         assert bool(again.spent.recalled) == (how == "own class")
 
 
+def test_a_model_in_training_mode_is_told_so():
+    model = tiny_model("gpt2", blocks=2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    subject = open_subject(model)
+    text = sample_text(model)
+    expected = score(subject, calibration=text).units
+    model.train()
+    with pytest.raises(ModelError, match=r"in training mode, .* call model.eval\(\) first"):
+        prove(subject.anatomy)
+    assert score(subject, calibration=text).units == expected
+    assert not model.training  # as open_subject says
+
+
+def test_a_subject_is_what_its_weights_are_now():
+    model = tiny_model("llama", blocks=2)
+    subject = open_subject(model)
+    plan = search(subject, 1, calibration=sample_text(model))
+    assert plan.model == subject.identity
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert subject.identity == open_subject(model).identity != plan.model
+    assert search(subject, 1, calibration=sample_text(model)).model == subject.identity
+
+
 def test_a_class_without_a_file_is_not_remembered(tmp_path):
     model = tiny_model("llama", blocks=2)
     model.__class__ = type("Typed", (LlamaForCausalLM,), {"__module__": "typed_in"})

@@ -25,7 +25,9 @@ INTRODUCTION = """\
 Importing takes no torch; a function brings in what it needs when it is first used. MODEL, below `model`, is what the
 command line takes (a Hub name, a folder, a `.gguf` file, `demo`), or a `PreTrainedModel`, or a `Subject` (see
 `open_subject`). A model in memory needs `tokenizer=` wherever text is read, unless calibration is a `CalibrationSet`;
-otherwise it takes the place of the one that the model came with.
+otherwise it takes the place of the one that the model came with. A model in memory is put into evaluation mode and
+stays so: call `model.train()` again to go on training it. Change no weights while a function runs; between two, they
+may be changed.
 
 Arguments are called as the command line's options, with `_` for `-`: `--train-sequences` is `train_sequences`. These
 differ:

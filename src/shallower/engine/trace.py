@@ -161,6 +161,11 @@ def _identities(collections: list[list[Any]]) -> list[list[int]]:
 
 
 def _unsupported(anatomy: Anatomy, seen: str) -> ModelError:
+    if any(module.training for module in anatomy.model.modules()):
+        return ModelError(
+            f"this {anatomy.family} model is in training mode, in which dropout makes each pass another one ({seen}): "
+            "call model.eval() first."
+        )
     return ModelError(
         f"{anatomy.family} is not supported: its {len(anatomy.blocks)} blocks ({anatomy.path}) pass on more than one "
         f"residual stream: {seen}. Please report the family."
