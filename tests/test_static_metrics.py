@@ -714,3 +714,29 @@ def test_rank_correlations_are_those_of_the_textbook(llama: PreTrainedModel) -> 
         assert row.spearman == pytest.approx(1 - 6 * gaps / (6 * 35))
         agree = [(first[a] - first[b]) * (second[a] - second[b]) > 0 for a, b in itertools.combinations(range(6), 2)]
         assert row.kendall == pytest.approx((2 * sum(agree) - 15) / 15)
+
+
+def test_positions_are_named_before_anything_is_read():
+    with pytest.raises(UnknownName, match="unknown choice of positions 'lost'; did you mean 'last'.*auto, all, last"):
+        score("no such model", positions="lost")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**4])
+def test_ids_that_the_model_does_not_know_are_refused(wrong):
+    model = tiny_model("llama", blocks=2)
+    ids = torch.full((2, 8), 3)
+    ids[1, 4] = wrong
+    with pytest.raises(CorpusError, match=f"ids has the token id {wrong}, and the model knows 0 to "):
+        score(model, calibration=CalibrationSet("ids", ids, None))
+
+
+@pytest.mark.parametrize("name", ["taylor", "gate-gradient"])
+def test_gradients_are_not_asked_of_inference_mode(name):
+    with torch.inference_mode():
+        made_in_it = tiny_model("llama", blocks=2)
+    text = sample_text(made_in_it)
+    with pytest.raises(ModelError, match="were made inside torch.inference_mode"):
+        score(made_in_it, name, calibration=text)
+    model = tiny_model("llama", blocks=2)
+    with torch.inference_mode(), pytest.raises(ModelError, match="no gradient flows inside torch.inference_mode"):
+        score(model, name, calibration=text)

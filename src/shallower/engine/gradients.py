@@ -156,6 +156,7 @@ def _parameters(anatomy: Anatomy, unit: Unit) -> list[nn.Parameter]:
 
 def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[str], units: Sequence[Unit]) -> _Flow:
     calibration.require_next()
+    _require_gradients(anatomy)
     device = anatomy.model.device
     tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
     batches = list(calibration.batches(1 if "fisher" in asked else max(1, tokens // calibration.length)))
@@ -194,6 +195,17 @@ def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[s
             first += len(batch.input_ids)
             step()
     return flow
+
+
+def _require_gradients(anatomy: Anatomy) -> None:
+    """Raise ModelError where torch.inference_mode lets no gradient flow."""
+    if torch.is_inference_mode_enabled():
+        raise ModelError("no gradient flows inside torch.inference_mode(), and this metric reads gradients: leave it.")
+    if any(parameter.is_inference() for parameter in anatomy.model.parameters()):
+        raise ModelError(
+            f"the weights of this {anatomy.family} model were made inside torch.inference_mode(), so no gradient flows "
+            "through them, and this metric reads gradients: load the model outside of it."
+        )
 
 
 def _watch_gates(crossing: Crossing, units: Sequence[Unit], gates: Tensor, share: int) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +21,7 @@ from shallower.engine import (
     stream_scores,
     weight_scores,
 )
-from shallower.errors import UserError
+from shallower.errors import UnknownName, UserError
 from shallower.plan import MadeBy
 from shallower.registry import Method, share_options
 from shallower.registry import metric as metrics
@@ -127,6 +127,8 @@ def score_many(
     shared = share_options(what, [*methods, *judges], settings or {})
     judged = shared.pop() if judges else {}
     given = dict(zip([method.name for method in methods], shared, strict=True))
+    if positions not in get_args(Positions):
+        raise UnknownName("choice of positions", positions, get_args(Positions))
     memory, workers = parse_memory(memory), parse_workers(workers)
     stream = [method for method in methods if reads_stream(method)]
     if spans and not stream:

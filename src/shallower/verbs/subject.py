@@ -218,6 +218,7 @@ def calibrate(
         require_room_to_write(subject.model, str(calibration or DEFAULT_CALIBRATION), length)
         text = _build(subject, calibration, sequences, length, seed, objective)
     require_room(subject.model, text.length)
+    require_known(subject.model, text)
     return text
 
 
@@ -276,6 +277,17 @@ def require_room(model: PreTrainedModel, length: int) -> None:
         raise CorpusError(
             f"sequences of {length} tokens are longer than the {limit} positions that the model has: use --length "
             f"{limit} or less."
+        )
+
+
+def require_known(model: PreTrainedModel, text: CalibrationSet) -> None:
+    """Raise CorpusError when ids of a text have no embedding in the model."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    least, most = int(text.input_ids.min()), int(text.input_ids.max())
+    if least < 0 or most >= rows:
+        raise CorpusError(
+            f"{text.spec} has the token id {least if least < 0 else most}, and the model knows 0 to {rows - 1}: build "
+            "the set with the model's own tokenizer."
         )
 
 
