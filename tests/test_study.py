@@ -482,6 +482,16 @@ def test_a_text_is_the_same_however_it_is_spelled(
     assert "judged" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["plan", "loss"])
+@pytest.mark.parametrize("kind", ["held_out", "tasks"])
+def test_no_text_takes_the_name_of_an_outcome_that_every_study_has(kind: str, name: str) -> None:
+    from shallower.verbs.runnable import require_runnable
+
+    study = parse_study({"models": "m", "texts": {"a": "python"}, "remove": 1, kind: {name: "python"}}, "s", Path())
+    with pytest.raises(UserError, match=f"'{name}' names a held-out text or task, and is what every study calls"):
+        require_runnable(study)
+
+
 @pytest.mark.parametrize(
     ("calibration", "judging"),
     [

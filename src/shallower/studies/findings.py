@@ -15,6 +15,7 @@ from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result
 from shallower.studies.variance import RESIDUAL, Share, decompose
 
 FEWEST = 4  # cells, or distinct plans, below which a share or a correlation says nothing
+OWN_OUTCOMES = ("plan", "loss")  # names that no held-out text or task may have
 
 
 @dataclass(frozen=True)

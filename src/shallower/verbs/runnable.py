@@ -18,6 +18,7 @@ from shallower.corpus.specification import Specification, parse_specification, r
 from shallower.engine import reads_choices
 from shallower.errors import CorpusError, UserError
 from shallower.registry import objective as objectives
+from shallower.studies.findings import OWN_OUTCOMES
 from shallower.studies.grid import Study
 from shallower.studies.result import search_and_metric
 from shallower.verbs.search_methods import require_possible, settable
@@ -42,6 +43,11 @@ def require_runnable(given: Study) -> None:
     both = set(given.held_out) & set(given.tasks)
     if both:
         raise UserError(f"{sorted(both)[0]!r} names a held-out text and a task; give them different names.")
+    if taken := [name for name in (*given.held_out, *given.tasks) if name in OWN_OUTCOMES]:
+        raise UserError(
+            f"{taken[0]!r} names a held-out text or task, and is what every study calls an outcome of its own "
+            f"({', '.join(OWN_OUTCOMES)}); give the text another name."
+        )
     _require_found(given)
 
 
