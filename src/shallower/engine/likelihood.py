@@ -179,7 +179,7 @@ class _AskScorer:
             likeliest[mine] = (logits.argmax(-1)[own] == wanted).cpu()
         question = torch.tensor(self.question)
         sums = torch.zeros(self.questions, dtype=torch.float64).index_add_(0, question, logs)
-        missed = torch.zeros(self.questions).index_add_(0, question, (~likeliest).float())
+        missed = torch.zeros(self.questions, dtype=torch.float32).index_add_(0, question, (~likeliest).float())
         return torch.stack([sums, (missed == 0).double()], dim=1).flatten()
 
     def _chunk(self, device: str) -> int:
