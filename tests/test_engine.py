@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
@@ -544,6 +545,29 @@ def test_a_model_in_training_mode_is_told_so():
         prove(subject.anatomy)
     assert score(subject, calibration=text).units == expected
     assert not model.training  # as open_subject says
+
+
+class _Locked:
+    """A hook that cannot be copied."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, module, args, output):
+        return None
+
+
+def test_modules_that_cannot_be_copied_are_told_with_their_hooks():
+    model = tiny_model("llama", blocks=2)
+    text, block = sample_text(model), model.model.layers[1]
+    handle = block.register_forward_hook(_Locked())
+    for attempt in (lambda: search(model, 1, calibration=text), lambda: cut(dissect(model), [Unit(1, "block")])):
+        with pytest.raises(ModelError, match=r"cannot be copied.* hooks on model.layers.1: remove them"):
+            attempt()
+    handle.remove()
+    block.seen = model(torch.arange(8)[None]).logits  # what a hook kept, with its graph
+    with pytest.raises(ModelError, match="cannot be copied.* remove what was attached to modules"):
+        cut(dissect(model), [Unit(1, "block")])
 
 
 def test_a_subject_is_what_its_weights_are_now():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
@@ -51,6 +54,29 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def copied(model: PreTrainedModel, shared: dict[int, Any]) -> PreTrainedModel:
+    """A copy of the module tree. shared: what is not copied, or replaced by something else, by its id.
+
+    Raises ModelError when something in a module cannot be copied, as of what hooks hold or keep.
+    """
+    try:
+        return copy.deepcopy(model, shared)
+    except (TypeError, RuntimeError, copy.Error, pickle.PicklingError) as error:
+        if out_of_memory(error):
+            raise
+        hooked = [name or "the model" for name, module in model.named_modules() if _has_hooks(module)]
+        names = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+        found = f"there are hooks on {names}: remove them (handle.remove()), and" if hooked else "remove"
+        raise ModelError(
+            f"the modules of {type(model).__name__} cannot be copied, which measuring and cutting need "
+            f"({first_line(error).rstrip('.')}); {found} what was attached to modules, or load the model anew."
+        ) from error
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def load_config(

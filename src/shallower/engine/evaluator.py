@@ -8,7 +8,6 @@ same numbers to the precision of the compute type.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections import defaultdict
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shallower.anatomy.dissect import Anatomy
+from shallower.checkpoint.stock import copied
 from shallower.corpus.calibration import Batch
 from shallower.engine.head import find_head
 from shallower.engine.routes import ACTIONS, PASSED_OVER, Route
@@ -119,7 +119,7 @@ class Evaluator:
         """Another evaluator for another thread: the same weights and kept states, its own modules."""
         model = self.anatomy.model
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        own = copy.deepcopy(model, shared)
+        own = copied(model, shared)
         layers = own.get_submodule(self.anatomy.path)
         blocks = tuple(replace(block, module=layers.get_submodule(str(block.index))) for block in self.anatomy.blocks)
         return type(self)(

@@ -7,7 +7,6 @@ job changes nothing in its result.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from shallower import progress
 from shallower.anatomy.dissect import dissect
 from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
+from shallower.checkpoint.stock import copied
 from shallower.corpus.calibration import Batch
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order, shares
 from shallower.engine.ray_session import Session, connect
@@ -331,4 +331,4 @@ def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
         for weight in model.parameters()
     }
     moved |= {id(buffer): buffer.cpu() for buffer in model.buffers()}
-    return copy.deepcopy(model, moved)
+    return copied(model, moved)

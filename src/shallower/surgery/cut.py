@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, substitutes
+from shallower.checkpoint.stock import copied
 from shallower.errors import BudgetError, ModelError
 from shallower.packaged import FORMAT, Absent, LeavesOut, entries, shallow_class
 from shallower.surgery.config import cut_config
@@ -252,7 +253,7 @@ def _copy(dense: PreTrainedModel, new_config: Callable[[PretrainedConfig], Pretr
             continue
         if getattr(config.get_text_config(), "num_hidden_layers", None) == blocks:
             _map_config(config, new_config(config), memo)
-    return copy.deepcopy(dense, memo)
+    return copied(dense, memo)
 
 
 def _map_config(old: PretrainedConfig, new: PretrainedConfig, memo: dict[int, Any]) -> None:
