@@ -382,3 +382,16 @@ def test_an_option_is_what_was_given_or_the_default() -> None:
     assert method.option("temperature", {}) == 2.0
     assert method.option("temperature", {"temperature": 3.0}) == 3.0
     assert method.option("width", {}) is None
+
+
+def test_what_the_framework_supplies_may_be_annotated_for_type_checkers_only() -> None:
+    namespace: dict[str, Any] = {"__name__": "typed", "Annotated": Annotated, "Above": Above}
+    source = """
+    from __future__ import annotations
+    def mine(before: Tensor, after: Tensor, *, power: Annotated[float, Above(0)] = 1.0) -> Tensor:
+        return before
+    """
+    exec(textwrap.dedent(source), namespace)
+    registry = Registry("metric", "shallower.metrics", "before after")
+    registry("mine")(namespace["mine"])
+    assert registry._methods["mine"].options["power"].parse("2") == 2.0

@@ -16,7 +16,7 @@ import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, MappingProxyType
+from types import CodeType, MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from shallower.errors import UnknownName, UserError
@@ -281,11 +281,20 @@ def instructions(code: CodeType) -> tuple[Any, ...]:
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Option]:
-    hints = typing.get_type_hints(function, include_extras=True)
+    settable = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    # those of the others may be imported for type checkers only
+    told = {name: item.annotation for name, item in settable.items() if item.annotation is not item.empty}
+    hints = typing.get_type_hints(
+        SimpleNamespace(__annotations__=told),
+        globalns=getattr(inspect.unwrap(function), "__globals__", {}),
+        include_extras=True,
+    )
     options = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            continue
+    for name, parameter in settable.items():
         kind, above = hints.get(name), None
         if get_origin(kind) is Annotated:
             kind, *marks = get_args(kind)
