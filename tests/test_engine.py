@@ -566,7 +566,7 @@ def test_modules_that_cannot_be_copied_are_told_with_their_hooks():
             attempt()
     handle.remove()
     block.seen = model(torch.arange(8)[None]).logits  # what a hook kept, with its graph
-    with pytest.raises(ModelError, match="cannot be copied.* remove what was attached to modules"):
+    with pytest.raises(ModelError, match=r"cannot be copied.* remove what was attached to modules"):
         cut(dissect(model), [Unit(1, "block")])
 
 

@@ -717,7 +717,7 @@ def test_rank_correlations_are_those_of_the_textbook(llama: PreTrainedModel) -> 
 
 
 def test_positions_are_named_before_anything_is_read():
-    with pytest.raises(UnknownName, match="unknown choice of positions 'lost'; did you mean 'last'.*auto, all, last"):
+    with pytest.raises(UnknownName, match=r"unknown choice of positions 'lost'; did you mean 'last'.*auto, all, last"):
         score("no such model", positions="lost")  # type: ignore[arg-type]
 
 
@@ -735,8 +735,8 @@ def test_gradients_are_not_asked_of_inference_mode(name):
     with torch.inference_mode():
         made_in_it = tiny_model("llama", blocks=2)
     text = sample_text(made_in_it)
-    with pytest.raises(ModelError, match="were made inside torch.inference_mode"):
+    with pytest.raises(ModelError, match=r"were made inside torch\.inference_mode"):
         score(made_in_it, name, calibration=text)
     model = tiny_model("llama", blocks=2)
-    with torch.inference_mode(), pytest.raises(ModelError, match="no gradient flows inside torch.inference_mode"):
+    with torch.inference_mode(), pytest.raises(ModelError, match=r"no gradient flows inside torch\.inference_mode"):
         score(model, name, calibration=text)
