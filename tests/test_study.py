@@ -482,6 +482,21 @@ def test_a_text_is_the_same_however_it_is_spelled(
     assert "judged" not in str(refused.value)
 
 
+def test_a_copy_of_a_calibration_text_that_judges_is_told(place: Path, tmp_path: Path) -> None:
+    from shallower import progress
+    from shallower.verbs.study import study
+
+    shutil.copy(place / "a.txt", tmp_path / "copy.txt")
+    data = {"models": str(place / "tiny"), "texts": {"a": str(place / "a.txt")}, "remove": 1, "searches": "one-shot"}
+    data |= {"sequences": 4, "length": 24, "held_out": {"h": "copy.txt", "b": str(place / "b.txt")}}
+    sizes = {"held_out_sequences": 16, "held_out_length": 24}
+    told: list[str] = []
+    with progress.listening(lambda *_: None, told.append):
+        study(parse_study({**data, **sizes}, "s.yaml", tmp_path), tmp_path / "out", dtype="float32")
+    [line] = [line for line in told if "runs of 13 tokens" in line]
+    assert re.fullmatch(r"h shares \d+ of \d+ runs of 13 tokens with what calibrates a 4×24 seed 0: what .*", line)
+
+
 @pytest.mark.parametrize("name", ["plan", "loss"])
 @pytest.mark.parametrize("kind", ["held_out", "tasks"])
 def test_no_text_takes_the_name_of_an_outcome_that_every_study_has(kind: str, name: str) -> None:

@@ -34,7 +34,7 @@ class Overlap:
     n: int
 
 
-def overlap(calibration: CalibrationSet | Tensor, evaluation: Tensor, *, n: int = 13) -> Overlap:
+def overlap(calibration: CalibrationSet | Tensor, evaluation: CalibrationSet | Tensor, *, n: int = 13) -> Overlap:
     """Count the n-token runs of `evaluation` that are in `calibration`, exactly.
 
     calibration, evaluation: a set, or int64 ids [tokens] or [sequences, length]. Runs do not cross sequences or reach

@@ -20,6 +20,7 @@ from shallower.corpus import (
     ChoiceSet,
     build_calibration,
     build_choices,
+    overlap,
     with_options,
 )
 from shallower.engine import Ablator, Racing, along_with, reads_choices
@@ -124,13 +125,15 @@ def _measure(
     require_sound(subject, given)
     texts = judging_texts(subject, given)
     judges = _judges(subject, texts, memory, workers)
-    runner = Runner(subject, given, ledger, digests(texts), judges, memory, workers)
+    runner = Runner(subject, given, ledger, digests(texts), judges, memory, workers, texts)
     return [outcome for axes, cells in by_text(given, model).items() for outcome in runner.run(axes, cells, step)]
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs the cells of one model. judged_on: digests of what `judges` read."""
+    """Runs the cells of one model. judged_on: digests of what `judges` read; texts: what they read, by the same names,
+    to be compared with what calibrates.
+    """
 
     subject: Subject
     study: Study
@@ -139,24 +142,45 @@ class Runner:
     judges: Mapping[str, Judge] = field(default_factory=dict)
     memory: int | str | None = None
     workers: int | str | None = None
+    texts: Mapping[str, CalibrationSet] = field(default_factory=dict)
 
     def run(self, axes: TextAxes, cells: Sequence[Cell], step: progress.Step) -> list[Outcome]:
         outcomes: list[Outcome] = []
+        told: set[str] = set()
         for objective in sorted(self.study.objectives, key=companions_first):
             own = [cell for cell in cells if cell.objective == objective]
             with progress.silent():
-                found = self._measured(own, axes, objective)
+                text = self._text(axes, objective)
+                found = self._measured(own, text)
+            if isinstance(text, CalibrationSet) and text.digest not in told:
+                told.add(text.digest)
+                self._tell_shared(own[0].calibrated_on, text)
             outcomes += found
             step(len(own))
             _tell(found)
         return outcomes
 
-    def _measured(self, cells: Sequence[Cell], axes: TextAxes, objective: str) -> list[Outcome]:
-        """What came of the cells; those that are not on disk are searched one by one, and judged together."""
+    def _text(self, axes: TextAxes, objective: str) -> CalibrationSet | CorpusError:
+        """What cells are calibrated on, or why it cannot be read."""
         try:
-            text = calibration_of(self.subject, self.study, axes, objective)
+            return calibration_of(self.subject, self.study, axes, objective)
         except CorpusError as error:
-            return [Failure(cell, str(error)) for cell in cells]
+            return error
+
+    def _tell_shared(self, where: str, text: CalibrationSet) -> None:
+        """A line for each text that judges and has runs of 13 tokens of what calibrates, as a copy of a file has."""
+        for name, judging in self.texts.items():
+            shared = overlap(text, judging)
+            if shared.shared:
+                progress.note(
+                    f"{name} shares {shared.shared} of {shared.total} runs of {shared.n} tokens with what calibrates "
+                    f"{where}: what is measured on it flatters these plans."
+                )
+
+    def _measured(self, cells: Sequence[Cell], text: CalibrationSet | CorpusError) -> list[Outcome]:
+        """What came of the cells; those that are not on disk are searched one by one, and judged together."""
+        if isinstance(text, CorpusError):
+            return [Failure(cell, str(text)) for cell in cells]
         keys = {cell: self.key(cell, text) for cell in cells}
         known = {cell: result for cell, key in keys.items() if (result := self.ledger.get(key)) is not None}
         missing = [cell for cell in cells if cell not in known]
