@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from shallower.corpus import CalibrationSet, adds_bos, build_calibration, build_choices, open_source, overlap
-from shallower.corpus.sources import pieces
+from shallower.corpus.pieces import pieces
 from shallower.errors import CorpusError, OutputError, UnknownName, UserError
 from shallower.evaluation.text import read_evaluation_text
 from shallower.testing.families import tiny_tokenizer

@@ -31,8 +31,9 @@ from shallower.corpus.clean import Dropped, worth_reading
 from shallower.corpus.duplicates import Duplicates
 from shallower.corpus.formats import Format, Formatted, formatted
 from shallower.corpus.options import LATER, OPTIONS, BuildOptions, Position
+from shallower.corpus.pieces import PIECE, pieces
 from shallower.corpus.quality import scorer
-from shallower.corpus.sources import PIECE, Document, Source, name_digest, open_source, pieces
+from shallower.corpus.sources import Document, Source, name_digest, open_source
 from shallower.corpus.specification import (
     Part,
     Term,

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from shallower.corpus.sources import PIECE, file_kind, open_source, pieces, text_lines
+from shallower.corpus.pieces import PIECE, pieces
+from shallower.corpus.sources import file_kind, open_source, text_lines
 from shallower.corpus.specification import Part, in_part, parse_specification
 from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError, UnknownName
