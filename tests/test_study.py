@@ -486,15 +486,16 @@ def test_a_copy_of_a_calibration_text_that_judges_is_told(place: Path, tmp_path:
     from shallower import progress
     from shallower.verbs.study import study
 
-    shutil.copy(place / "a.txt", tmp_path / "copy.txt")
-    data = {"models": str(place / "tiny"), "texts": {"a": str(place / "a.txt")}, "remove": 1, "searches": "one-shot"}
-    data |= {"sequences": 4, "length": 24, "held_out": {"h": "copy.txt", "b": str(place / "b.txt")}}
+    _texts_to_judge_on(tmp_path)
+    shutil.copy(tmp_path / "t.jsonl", tmp_path / "copy.jsonl")
+    data = {"models": str(place / "tiny"), "texts": {"a": "t.jsonl"}, "remove": 1, "searches": "one-shot"}
+    data |= {"sequences": 40, "length": 24, "held_out": {"h": "copy.jsonl"}}
     sizes = {"held_out_sequences": 16, "held_out_length": 24}
     told: list[str] = []
     with progress.listening(lambda *_: nullcontext(lambda n=1: None), told.append):
         study(parse_study({**data, **sizes}, "s.yaml", tmp_path), tmp_path / "out", dtype="float32")
     [line] = [line for line in told if "runs of 13 tokens" in line]
-    assert re.fullmatch(r"h shares \d+ of \d+ runs of 13 tokens with what calibrates a 4×24 seed 0: what .*", line)
+    assert re.fullmatch(r"h shares \d+ of \d+ runs of 13 tokens with what calibrates a 40×24 seed 0: what .*", line)
 
 
 @pytest.mark.parametrize("name", ["plan", "loss"])
