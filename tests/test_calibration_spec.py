@@ -285,12 +285,14 @@ def test_of_what_is_held_out_no_more_is_read_than_is_measured(tmp_path: Path, mo
 
 
 def test_a_folder_beside_the_file_is_not_what_a_reserved_name_says(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "spec.yaml").write_text("sources: [python, books]\nsequences: 2\nlength: 16\n")
-    for name in ("python", "books"):
+    (tmp_path / "spec.yaml").write_text("sources: [python, books, demo, hf, arrow:python]\nsequences: 2\nlength: 16\n")
+    for name in ("python", "books", "demo", "hf"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("some text of a folder " * 40)
-    one, other = parse_specification(str(tmp_path / "spec.yaml"), OPTIONS).terms
-    assert (one.source, other.source) == ("python", str(tmp_path / "books"))
+    python, *others, arrow = (term.source for term in parse_specification(str(tmp_path / "spec.yaml"), OPTIONS).terms)
+    assert python == "python"
+    assert others == [str(tmp_path / name) for name in ("books", "demo", "hf")]
+    assert arrow == f"arrow:{tmp_path / 'python'}"
 
 
 def test_a_file_s_name_may_be_no_utf_8(tmp_path: Path, tokenizer: Any) -> None:

@@ -76,7 +76,7 @@ USE: Mapping[str, str] = {
     "score_many": "Gives a `ScoreSheet`.",
     "search": "Gives a `PruningPlan`. `ablator`: one that several searches share.",
     "prune": "Gives a `Pruned`: `.model`, `.plan`, `.report`, `.folder`. Give `remove` or `plan`.",
-    "recover": "Gives a `Recovered`: `.model`, `.stages` with the perplexity behind each, `.notes`, `.folder`.",
+    "recover": "Gives a `Recovered`: `.model`, `.dense` (its perplexity), `.stages` with that behind each, `.folder`.",
     "evaluate": "Gives a `Comparison`: `.evaluations`, `.text_difference(…)`, `.task_difference(…)`, `.to_json()`.",
     "bench": "Gives a `Bench`: `.to_json()`.",
     "study": "Gives a `Finished`: `.results`, `.findings`. The command line writes the pages ([study.md](study.md)).",

@@ -19,8 +19,12 @@ Listener = Callable[[str, int | None], AbstractContextManager[Step]]
 
 Reader = Callable[[str], None]
 
-PARTS = 1000
-"""Steps of work that goes on until its time is over: a step is a part of it, and no piece of the work."""
+
+class Parts(int):
+    """A total of steps that are parts of work which goes on until its time is over, and no pieces of it."""
+
+
+PARTS = Parts(1000)
 
 _listener: ContextVar[Listener | None] = ContextVar("progress_listener", default=None)
 _reader: ContextVar[Reader | None] = ContextVar("progress_reader", default=None)
@@ -67,7 +71,7 @@ def task(description: str, total: int | None = None) -> Iterator[Step]:
 
 
 def amount(done: int, total: int | None, between: str = " of ") -> str:
-    """`3 of 30`, or the share of what is counted in PARTS."""
-    if total == PARTS:
-        return f"{100 * done // PARTS} %"
+    """`3 of 30`, or the share of what is counted in parts."""
+    if isinstance(total, Parts):
+        return f"{100 * done // total} %"
     return f"{done}" if total is None else f"{done}{between}{total}"

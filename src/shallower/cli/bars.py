@@ -35,7 +35,9 @@ class Amount(ProgressColumn):
     """How much is done: nothing as long as there is nothing to tell."""
 
     def render(self, task: Task) -> Text:
-        done, total = int(task.completed), None if task.total is None else int(task.total)
+        done, total = int(task.completed), task.total
+        if not isinstance(total, int | None):  # Parts stay what they are
+            total = int(total)
         told = "" if total is None and not done else amount(done, total, "/")
         return Text(told, style="progress.download", no_wrap=True)
 

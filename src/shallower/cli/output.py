@@ -64,7 +64,7 @@ def typed(word: object) -> str:
     return shlex.quote(str(word))
 
 
-def typed_again(text: str | None, size: tuple[int, int], dtype: str, *, trust_remote_code: bool) -> str:
+def typed_again(text: str | None, size: tuple[int, int], seed: int, dtype: str, *, trust_remote_code: bool) -> str:
     """Options of a verb that its next step needs, too, with a blank before each; none where it is the default.
 
     text: what was read. size: how many sequences of it, of how many tokens.
@@ -73,6 +73,7 @@ def typed_again(text: str | None, size: tuple[int, int], dtype: str, *, trust_re
         "--calibration": (text, None),
         "--sequences": (size[0], DEFAULT_SIZE[0]),
         "--length": (size[1], DEFAULT_SIZE[1]),
+        "--seed": (seed, 0),
         "--dtype": (dtype, "auto"),
     }
     told = "".join(f" {name} {typed(value)}" for name, (value, default) in given.items() if value != default)

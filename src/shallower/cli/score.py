@@ -90,7 +90,7 @@ def score(
         step = f"shallower search {typed(model)} --remove {amount} --search one-shot --scores {typed(out)}"
         step += f" --metric {sheet.metrics[0]}" if several else ""
         step += "" if objective == "nll" else f" --objective {objective}"
-        step += typed_again(calibration, (sequences, length), dtype, trust_remote_code=trust_remote_code)
+        step += typed_again(calibration, (sequences, length), seed, dtype, trust_remote_code=trust_remote_code)
         print_written(console, out, "the scores", step)
 
     told = sheet.to_json()

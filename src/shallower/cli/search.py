@@ -121,7 +121,7 @@ def search(
     def show(console: Console) -> None:
         show_plan(console, plan, gone=gone)
         step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
-        step += typed_again(text, size, dtype, trust_remote_code=trust_remote_code)
+        step += typed_again(text, size, seed, dtype, trust_remote_code=trust_remote_code)
         print_written(console, out, "the plan", step)
 
     return Answer({**plan.to_json(), "spent": plan.spent}, show)

@@ -144,7 +144,7 @@ def open_source(text: str, supply: Supply = NOTHING) -> Source:
 
 def place_of(text: str) -> Path:
     """What `text` names, to be compared with what others name: of a file or folder its real path, else its name as a
-    path, such as `hf:owner/name`. The field that is read makes no difference.
+    path, such as `owner/name`. The field that is read makes no difference.
     """
     name = (text if os.path.exists(os.path.expanduser(text)) else text.partition("#")[0]).removeprefix("arrow:")
     path = os.path.expanduser(name)

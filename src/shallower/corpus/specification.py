@@ -196,10 +196,7 @@ def _term(item: str, where: str, folder: Path = Path()) -> Term:
     if not star or any(_exists(place, folder) for place in places):
         name, weight = item, "1"
     if not name.strip():
-        raise CorpusError(
-            f"a source of the mixture {where!r} has no name: write SOURCE*WEIGHT+SOURCE*WEIGHT, and list paths that "
-            "hold a + in a .yaml file."
-        )
+        raise CorpusError(f"a source of the mixture {where!r} has no name: write SOURCE*WEIGHT+SOURCE*WEIGHT.")
     return Term(name.strip(), _weight(weight, name.strip()))
 
 
@@ -286,9 +283,10 @@ def _yaml_term(item: object, path: Path, where: str) -> Term:
     arrow = "arrow:" if term.source.startswith("arrow:") else ""
     place = term.source.removeprefix(arrow)
     beside = os.path.exists(path.parent / place.partition("#")[0])
-    return Term(f"{arrow}{path.parent / place}", term.weight) if beside and not _is_reserved(place) else term
+    return Term(f"{arrow}{path.parent / place}", term.weight) if beside and (arrow or not _is_reserved(place)) else term
 
 
 def _is_reserved(source: str) -> bool:
     """Whether `open_source` reads the name as a text of its own, also where there is a path of that name."""
-    return source.partition("#")[0].partition(":")[0] in ("python", "self", "hf", "demo")
+    name, colon, _ = source.partition("#")[0].partition(":")
+    return name in (("python", "self", "hf", "demo") if colon else ("python", "self"))

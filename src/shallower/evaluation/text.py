@@ -69,7 +69,9 @@ def _documents(text: str, supply: Supply, part: Part) -> Iterator[str]:
     try:
         source = open_source(text, supply)
     except (CorpusError, UnknownName) as error:
-        raise CorpusError(f"{error} To evaluate on, it is also one of {', '.join(NAMED)}.") from None
+        if not text.isalnum():  # no misspelt name, but a path or a source of another kind
+            raise
+        raise CorpusError(f"{error} Text to evaluate on is also {', '.join(NAMED)}.") from None
     limit = _MOST_CHARACTERS if source.streamed or part == "held-out" else math.inf
     keep_blank = source.streamed and "wikitext" in source.name.lower()
     size = 0

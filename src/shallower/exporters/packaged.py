@@ -74,10 +74,15 @@ def packaged(anatomy: Anatomy | None, units: Collection[Unit], model: PreTrained
 
 def _in_vllm(model: PreTrainedModel, why_not: str) -> str:
     """What vLLM does with a layout of ours, which it only knows through the code in the folder (AutoModel)."""
-    if headless(model) is None or any(entry.attention.no_op for entry in model.config.block_configs):
+    missing = None
+    if any(entry.attention.no_op for entry in model.config.block_configs):
+        missing = "an attention in every block"
+    elif headless(model) is None or not model._supports_attention_backend:
+        missing = "a class without a head, and attention that transformers lets others replace"
+    if missing is not None:
         return (
             f"vLLM cannot run it: DeciLM's layout cannot say it, as {why_not}, and what vLLM makes of other classes "
-            "needs an attention in every block."
+            f"needs {missing}."
         )
     return (
         f"vLLM has no class for it, as {why_not}, but can run it as other classes of transformers "

@@ -207,7 +207,7 @@ def _provenance(data: ReportData) -> str:
     if data.seconds:
         ran = {stage: duration(seconds) for stage, seconds in data.seconds.items() if seconds >= _SHORTEST}
         stages = ", ".join(f"{stage} {took}" for stage, took in ran.items())
-        rows.append(("Time", f"{duration(sum(data.seconds.values()))}: {stages}"))
+        rows.append(("Time", ": ".join(filter(None, [duration(sum(data.seconds.values())), stages]))))
     if data.machine:
         rows.append(("Machine", data.machine))
     return html_table((), rows, "What made this model", style="facts")
