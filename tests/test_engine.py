@@ -494,6 +494,8 @@ def _changed(model, how, patch):
             stack.callback(block.register_forward_hook(lambda module, args, output: 3 * output).remove)
         elif how == "pre-hook":
             stack.callback(block.mlp.register_forward_pre_hook(lambda module, args: (3 * args[0],)).remove)
+        elif how == "hook without gradients":  # torch's wrapper says of itself that it is the hook
+            stack.callback(block.register_forward_hook(torch.no_grad()(lambda module, args, output: 3 * output)).remove)
         elif how == "autocast":
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         elif how == "own class":
@@ -507,27 +509,35 @@ def _changed(model, how, patch):
         patch.undo()
 
 
-CHANGES = ("hook", "pre-hook", "autocast", "own class", "forward of a module", "forward of a class")
+CHANGES = (
+    "hook",
+    "pre-hook",
+    "hook without gradients",
+    "autocast",
+    "own class",
+    "forward of a module",
+    "forward of a class",
+)
 
 
 @pytest.mark.parametrize("how", CHANGES)
 def test_memo_does_not_take_a_changed_model_for_the_stock_one(how, tmp_path, monkeypatch):
     model = tiny_model("llama", blocks=2)
-    text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")
+    text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")  # autocast holds for one thread
     stock = determinants(model)
     with _changed(model, how, monkeypatch):
-        changed = Ablator(dissect(model), text, memo=memo)
+        changed = Ablator(dissect(model), text, memo=memo, threads=1)
         first = changed.dense
         assert determinants(model) != stock
         if how != "own class":
             assert changed.memo is None
             assert determinants(model) != determinants(model)
-    plain = Ablator(dissect(model), text, memo=memo)
+    plain = Ablator(dissect(model), text, memo=memo, threads=1)
     assert abs(plain.dense - first) > 1e-4
     assert not plain.spent.recalled
     assert determinants(model) == stock
     with _changed(model, how, monkeypatch):
-        again = Ablator(dissect(model), text, memo=memo)
+        again = Ablator(dissect(model), text, memo=memo, threads=1)
         assert again.dense == pytest.approx(first)
         assert bool(again.spent.recalled) == (how == "own class")
 
@@ -693,11 +703,12 @@ class _Factor:
         lambda factor: _closing_over(torch.no_grad()(lambda _: factor)),
         lambda factor: torch.no_grad()(_closing_over(factor)),
         lambda factor: _scaled(_surprise, factor),
+        lambda factor: _scaled(registry.objective.get("nll").function, factor),
         _with_option,
         _by_global,
         lambda factor: _closing_over(_Factor(factor)),
     ],
-    ids=["closure", "closed function", "no_grad", "wrapper", "default", "global", "object"],
+    ids=["closure", "closed function", "no_grad", "wrapper", "wrapper of ours", "default", "global", "object"],
 )
 def test_an_objective_is_what_it_closes_over(make, request, tmp_path, monkeypatch):
     anatomy = dissect(tiny_model("llama", blocks=2))
@@ -732,6 +743,12 @@ def test_an_objective_is_the_code_that_was_imported_not_what_its_file_became(tmp
         file.write_text(OBJECTIVE.format(factor=5, helper=1, own=1))  # edited while the old code runs
         found.append(Ablator(anatomy, text, "mine", memo=memo).dense)
     assert found[1] == pytest.approx(5 * found[0])
+
+
+def test_code_is_spelled_alike_in_all_processes():
+    function = eval("lambda name: name in {'pear', 'fig', 'apple'} or name in ({'b', 'a'}, 1)")
+    told = repr(registry.instructions(function.__code__))
+    assert "['frozenset', \"'apple'\", \"'fig'\", \"'pear'\"]" in told
 
 
 def test_what_is_kept_of_our_own_objectives_holds():

@@ -321,7 +321,7 @@ def test_prune_trains_what_it_cut(files: Path) -> None:
     ("methods", "settings", "kind", "added"),
     [
         ("linear-fold", ["ridge=0.1"], "LlamaForCausalLM", [0]),
-        ("low-rank,lora", ["rank=3", "lr=0.003", "batch=128", "at_once=128"], "ShallowForCausalLM", [224, 0]),
+        ("low-rank,lora", ["rank=3", "lr=0.003", "batch=128", "at_once=128"], "ShallowForCausalLM", [256, 0]),
     ],
 )
 def test_what_prune_repairs_is_in_the_folder(

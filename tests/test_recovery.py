@@ -157,7 +157,7 @@ def test_low_rank_stops_at_the_share_that_was_asked_for() -> None:
         repair = repair_of(model, SPAN, text_of(model))
         recovery.get("low-rank").function(repair, rank=0, energy=energy, ridge=1.0)
         ranks += [patch.rank for _, patch in patches(repair.student.model)]
-        explained += [float(re.findall(r"explains ([\d.]+)%", note)[0]) for note in repair.notes]
+        explained += [float(re.findall(r"explains ([\d.]+) %", note)[0]) for note in repair.notes]
     assert 0 < ranks[0] < ranks[1] < ranks[2] == 32
     assert explained[0] >= 0.5 * explained[2] - 0.1
     assert explained[1] >= 0.9 * explained[2] - 0.1

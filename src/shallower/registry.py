@@ -276,8 +276,15 @@ def _code(function: Callable[..., Any]) -> str:
 
 def instructions(code: CodeType) -> tuple[Any, ...]:
     """What compiled code does, without where in memory or in a file it is."""
-    constants = [instructions(held) if isinstance(held, CodeType) else repr(held) for held in code.co_consts]
-    return code.co_code.hex(), code.co_names, constants
+    return code.co_code.hex(), code.co_names, [_constant(held) for held in code.co_consts]
+
+
+def _constant(held: object) -> object:
+    if isinstance(held, CodeType):
+        return instructions(held)
+    if isinstance(held, frozenset):  # in another order in each process
+        return ["frozenset", *sorted(map(repr, held))]
+    return [_constant(item) for item in held] if isinstance(held, tuple) else repr(held)
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Option]:

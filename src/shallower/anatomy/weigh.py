@@ -75,7 +75,7 @@ def size(modules: Iterable[nn.Module]) -> tuple[int, int]:
     """
     parts = {part for module in modules for part in module.modules()}
     parameters: set[Tensor] = {parameter for part in parts for parameter in part.parameters(recurse=False)}
-    parameters |= {part.mean for part in parts if isinstance(part, Patch)}
+    parameters |= {part.mean for part in parts if isinstance(part, Patch) and part.rank}
     return sum(map(_numbers, parameters)), sum(p.numel() * p.element_size() for p in parameters)
 
 

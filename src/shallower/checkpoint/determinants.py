@@ -40,9 +40,9 @@ def determinants(model: PreTrainedModel) -> list[str]:
 
     Raises ModelError when weights are not in memory (meta device).
     """
+    weights = checksum(model)  # as a fingerprint takes models for one that differ in single weights
     once = [] if determined(model) else [uuid.uuid4().hex]
-    # checksum, as a fingerprint takes models for one that differ in single weights
-    return [checksum(model), beside_weights(model), *code_of_model(model), str(model.dtype), model.device.type, *once]
+    return [weights, beside_weights(model), *code_of_model(model), str(model.dtype), model.device.type, *once]
 
 
 def determined(model: PreTrainedModel) -> bool:
@@ -73,11 +73,11 @@ def _attached(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
 
 
 def _is_known(called: Callable[..., Any]) -> bool:
-    """By where it was written; what wraps another says of itself that it is the other."""
+    """By where it was written, and whatever it wraps, too: what wraps another says of itself that it is the other."""
     function = getattr(called, "__func__", called)
-    if inspect.isfunction(function):
-        return _package(function.__globals__.get("__name__", "")) in _KNOWN_CODE
-    return _package(type(function).__module__) in _KNOWN_CODE
+    home = function.__globals__.get("__name__", "") if inspect.isfunction(function) else type(function).__module__
+    wrapped = getattr(function, "__wrapped__", None)
+    return _package(home) in _KNOWN_CODE and (wrapped is None or _is_known(wrapped))
 
 
 def _own_kinds(model: PreTrainedModel) -> set[type]:

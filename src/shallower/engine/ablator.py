@@ -131,6 +131,11 @@ class Ablator:
         self._workers: Workers = Threads(evaluator, threads) if workers is None else workers(evaluator)
         each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
         known = determined(anatomy.model) and all(told(method) for method, _ in each)
+        if memo is not None and not known:
+            progress.note(
+                "What is measured now is not remembered: hooks, a replaced forward, autocast, or what the objective "
+                "closes over, cannot be told from others of their kind."
+            )
         self._memo = memo = memo if known else None
         self._contexts: list[str] = []
         if memo is not None:

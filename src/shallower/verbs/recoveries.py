@@ -21,13 +21,14 @@ from shallower.anatomy.patch import Patch
 from shallower.anatomy.weigh import size
 from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.determinants import determinants
+from shallower.checkpoint.determinants import determinants, determined
 from shallower.corpus import CalibrationSet
 from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
 from shallower.errors import ModelError, TooLittleText
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.files import expanded
+from shallower.launched import world_size
 from shallower.plan import options_in_words
 from shallower.recovery import Repair
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
@@ -278,6 +279,11 @@ def run_recoveries(
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
     if any(method.trained for method, _ in steps):
+        if world_size() > 1 and not (determined(student.model) and determined(dense.model)):
+            raise ModelError(
+                "processes that train together must have the same model, and hooks, replaced forwards and autocast "
+                "cannot be compared: take them off, or train in one process."
+            )
         begun += [*determinants(student.model), *determinants(dense.model)]
     try:
         for number, (method, options) in enumerate(steps):

@@ -17,6 +17,7 @@ from shallower.corpus.sources import place_of
 from shallower.corpus.specification import Specification, parse_specification, raise_all
 from shallower.engine import reads_choices
 from shallower.errors import CorpusError, UserError
+from shallower.files import expanded
 from shallower.registry import objective as objectives
 from shallower.studies.findings import OWN_OUTCOMES
 from shallower.studies.grid import Study
@@ -77,7 +78,7 @@ def _require_found(given: Study) -> None:
 def _require_text(spec: str) -> None:
     """Raise UserError unless all that a text is mixed of can be opened; nothing is read."""
     parsed = parsed_text(spec)
-    if not is_saved(Path(parsed.source).expanduser()):
+    if not is_saved(expanded(parsed.source)):
         for term in parsed.terms:
             open_source(term.source, replace(supply(), sample=_unsaid))
 
@@ -87,7 +88,7 @@ def _require_axes(given: Study, name: str) -> None:
     be alike where the study varies it, or would not be what they are called.
     """
     parsed = parsed_text(given.texts[name])
-    path = Path(parsed.source).expanduser()
+    path = expanded(parsed.source)
     fixed: dict[str, str | None]
     if is_saved(path):
         told, instead = "is a finished set with", "name the text that it was built from"
@@ -158,7 +159,7 @@ def _places(spec: str) -> list[Path]:
 def _origin(spec: str) -> Specification:
     """A text as it is specified; of a finished set, what it was built from."""
     parsed = parsed_text(spec)
-    path = Path(parsed.source).expanduser()
+    path = expanded(parsed.source)
     if not is_saved(path):
         return parsed
     try:
