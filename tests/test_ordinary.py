@@ -28,6 +28,7 @@ from shallower.plan import PruningPlan
 from shallower.registry import search as searches
 from shallower.surgery import cut, leftovers, re_pair, skipping
 from shallower.surgery.ordinary_pairs import exact_pairs
+from shallower.testing.conformance import sample_text
 from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.units import Kind, Unit, plain, require_distinct
 from shallower.verbs.subject import Subject, open_subject
@@ -409,3 +410,11 @@ def test_a_plan_of_pairs_becomes_a_stock_checkpoint(tmp_path: Path, text: Calibr
     with torch.no_grad():
         found = loaded(input_ids=IDS, use_cache=False).logits
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_the_halves_of_pairs_are_scored_as_they_may_go() -> None:
+    model = tiny_model("llama")
+    text = sample_text(model, padded=False)
+    told = {"units": "sublayer", "ordinary": True, "calibration": text, "speed": False}
+    [influence] = shallower.prune(model, 1, tokenizer=tiny_tokenizer(), max_windows=1, **told).report.influence
+    assert {unit.kind for unit in influence.units} == {"block", "attn", "mlp"}

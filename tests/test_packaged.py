@@ -285,6 +285,13 @@ def test_what_decilm_cannot_say_is_generic(family: str, tmp_path: Path) -> None:
         assert said in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("family", ["bloom", "llama4"])  # an attention of its own; no class without the head
+def test_the_card_says_why_vllm_takes_no_other_class(family: str, tmp_path: Path) -> None:
+    folder = save(cut(dense(family)[0], units("mlp.1")), tmp_path / "out", plan=None)
+    assert "vLLM cannot run it" in (told := (folder / "README.md").read_text())
+    assert "an attention in every block" not in told
+
+
 def test_a_family_whose_attention_cannot_be_told_apart(tmp_path: Path) -> None:
     anatomy, _ = dense("dbrx")
     with passed_over(anatomy, units("mlp.2")):

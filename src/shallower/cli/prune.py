@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import Gone, print_removed, say
+from shallower.cli.output import DEFAULT_SIZE, Gone, print_removed, say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 from shallower.forms import FORMS
@@ -42,7 +42,7 @@ def prune(
         Option(
             "--sequences", metavar="N", min=1, help="Calibration sequences, or questions. A repair reads at least 128."
         ),
-    ] = 32,
+    ] = DEFAULT_SIZE[0],
     length: Annotated[
         int,
         Option(
@@ -52,7 +52,7 @@ def prune(
             help="Tokens in each sequence. A repair uses sequences of at least 256 tokens, or of the model's context "
             "if that is shorter.",
         ),
-    ] = 128,
+    ] = DEFAULT_SIZE[1],
     settings: options.Settings = None,
     exact: options.Exact = False,
     repair: options.RepairBy = "",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free, typed, typed_again
+from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed, typed_again
 from shallower.cli.verb import Answer, verb
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def score(
     ] = "auto",
     objective: options.Objective = "nll",
     calibration: options.Calibration = None,
-    sequences: options.Sequences = 32,
-    length: options.Length = 128,
+    sequences: options.Sequences = DEFAULT_SIZE[0],
+    length: options.Length = DEFAULT_SIZE[1],
     settings: options.Settings = None,
     out: Annotated[
         Path | None, Option("--out", metavar="FILE", help="Write the scores here, as JSON. Default: only show them.")

@@ -55,13 +55,13 @@ try:
     from datatrove.utils.hashing import HashConfig
     from datatrove.utils.logging import logger
     from datatrove.utils.word_tokenizers import WhitespaceTokenizer
-
-    from shallower.corpus.processes import processes  # they are of a package that comes with datatrove
 except ImportError:
     raise CorpusError(
         "cleaning in a folder needs the package `datatrove`, which is not installed: "
         "pip install 'shallower[datatrove]'."
     ) from None
+
+from shallower.corpus.processes import processes  # which needs a package that comes with datatrove
 
 # it logs every task to stderr, in each process of its own, and errors with their traceback: ours are one sentence
 logger.disable("datatrove")

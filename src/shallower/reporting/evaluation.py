@@ -68,8 +68,10 @@ def _value(metric: Metric) -> str:
 
 def generation_table(written: Mapping[str, Generation]) -> Table:
     """One row a model: how much repeats, loops, how long the texts are."""
-    told = "Greedy continuations of the same prompts. 2-runs, 3-runs: share of these runs of words that are "
-    told += "not repeats. Ended: by the model itself."
+    told = (
+        "Greedy continuations of the same prompts. 2-runs, 3-runs: share of these runs of words that are not repeats. "
+        "Ended: by the model itself."
+    )
     table = new_table("Model", "2-runs", "3-runs", "Loops", "Tokens", "Ended", caption=told)
     for model, found in written.items():
         numbers = (found.distinct_2, found.distinct_3, found.loops)

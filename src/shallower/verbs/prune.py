@@ -32,7 +32,7 @@ from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_unquantized, require_whole, save
 from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
-from shallower.units import Kind, Unit
+from shallower.units import Kind, Unit, plain
 from shallower.verbs.before_after import Clock, before_after
 from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune
 from shallower.verbs.questions import read_questions
@@ -380,7 +380,7 @@ def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
 def _kinds(plan: PruningPlan | None, request: Request | None) -> frozenset[Kind]:
     """What kinds of units go, or where the search has not been, may go."""
     units: Collection[Unit] = plan.removed if plan is not None else () if request is None else request.units
-    return frozenset(unit.kind for unit in units) or frozenset({"block"})  # a plan may remove nothing
+    return frozenset(unit.kind for unit in plain(units)) or frozenset({"block"})  # a plan may remove nothing
 
 
 def _stream_metrics(
