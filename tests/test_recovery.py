@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.engine import Ablator, prove, twins
 from shallower.engine.moments import Moments
 from shallower.engine.twins import SINK_WEIGHT, Point, Reading, Twins, token_weights
-from shallower.errors import CorpusError, ModelError, PlanError, UnknownName, UserError
+from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UnknownName, UserError
 from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan
 from shallower.recovery import Repair
@@ -49,6 +52,7 @@ from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
 
+save_module = sys.modules[save.__module__]  # the package's function `save` hides it
 EXACT = {"sinks": 0.0, "relative": False}
 MAPS = (".down", ".up", ".bias", ".mean")
 SPAN = frozenset(parse_units("block.2-3"))
@@ -942,6 +946,48 @@ def test_what_is_stored_keeps_the_precision_of_the_checkpoint(files: Path) -> No
     assert torch.equal(loaded.model.layers[0].mlp.down_proj.weight, dense[0].mlp.down_proj.weight)
     changed = loaded.model.layers[1].mlp.down_proj.weight
     assert torch.equal(changed.bfloat16(), found.model.model.layers[1].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("by", ["name", "amount", "plan", "pruned", "cut"])
+def test_a_disk_that_is_too_small_is_told_of_before_the_work(
+    files: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """And one that is just large enough is not. What is written is float32, as the checkpoint that is read."""
+    out, plan = files / "new" / "out", files / "plan.json"
+    given = asked(files, dtype="bfloat16", max_windows=1, out=out)
+    if by in ("pruned", "cut"):
+        models = {"teacher": files / "dense"} if by == "pruned" else {"plan": plan}
+        run = partial(recover, files / ("pruned" if by == "pruned" else "dense"), "refit", **models, **given)
+    else:
+        remove = {"name": {"remove": "block.2"}, "amount": {"remove": "1", "search": "last"}, "plan": {"plan": plan}}
+        run = partial(prune, files / "dense", speed=False, **remove[by], **given)
+    run()
+    tensors = load_file(out / "model.safetensors")
+    needed = save_module._BESIDES_WEIGHTS + sum(tensor.nbytes for tensor in tensors.values())
+    shutil.rmtree(out.parent)
+    block = sum(tensor.nbytes for name, tensor in tensors.items() if ".layers.0." in name)
+    buffers = 1000  # are counted in the end, and not before
+
+    def free(amount: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": amount}))
+
+    def measured(*args: object, **kwargs: object) -> None:
+        raise AssertionError("text was read")
+
+    with monkeypatch.context() as patched:
+        for module in ("prune_texts", "recover"):
+            patched.setattr(f"shallower.verbs.{module}.calibrate", measured)
+        free(needed - 1 - (block if by == "amount" else 0))  # a search may remove more than it is asked for, by a block
+        with pytest.raises(OutputError, match=r"out needs 0\.07 GB and 0\.07 GB are free on that disk; make room"):
+            run()
+        assert not out.parent.exists()
+    free(needed + buffers)
+    run()
+    shutil.rmtree(out.parent)
+    if by == "amount":
+        free(needed - 1)
+        with pytest.raises(OutputError, match="are free on that disk"):
+            run()
 
 
 @pytest.mark.parametrize("said", [None, "bfloat16"])

@@ -574,6 +574,29 @@ def test_every_limit_is_to_be_met_and_only_what_helps_is_admitted() -> None:
     assert str(both) == "0.222 of the parameters in blocks and 0.25 of the kv_bytes in blocks"
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=12),
+    st.integers(1, 99),
+    st.randoms(use_true_random=False),
+)
+def test_no_set_without_a_superfluous_unit_weighs_more_than_is_said(
+    blocks: list[tuple[int, int, int]], percent: int, random: Any
+) -> None:
+    costs = [_blocks(*map(float, one)) for one in zip(*blocks, strict=True)]
+    limits = [Limit("flops", math.fsum(cost.values()) * percent / 100, 0.0, cost) for cost in costs[:2]]
+    for budget in (Budget(tuple(limits[:1])), Budget(tuple(limits))):
+        chosen = set(costs[0])
+        while spare := budget.superfluous(chosen):
+            chosen.remove(random.choice(spare))
+        assert sum(costs[2][unit] for unit in chosen) <= budget.heaviest(costs[2]) * (1 + 1e-9)
+
+
+def test_what_goes_at_most_is_little_more_than_was_asked_for() -> None:
+    costs = _blocks(*[2.0] * 30)
+    assert Budget((Limit("parameters", 12.0, 60.0, costs),)).heaviest(costs) == 14
+    assert Budget((Limit("units", 30.0, 30.0, dict.fromkeys(costs, 1.0)),)).heaviest(costs) == 60
+
+
 def test_budgets_say_what_they_ask_for() -> None:
     assert str(Budget((Limit("units", 6, 30, {}),))) == "6 units"
     assert str(Budget((Limit("blocks", 1.5, 30, {}),))) == "1.5 blocks"

@@ -36,6 +36,19 @@ class Limit:
         dearest = sorted(self.cost, key=self.cost.__getitem__, reverse=True)
         return next(count for count in range(1, len(dearest) + 1) if self.met(dearest[:count]))
 
+    def heaviest(self, weight: Mapping[Unit, float]) -> float:
+        """What a set weighs at most, roughly and from above, that without some unit of it would not meet this: its cost
+        is below `least` and one unit more.
+        """
+        room, total = self.least + max(self.cost.values()), 0.0
+        of_cost = {unit: weight[unit] / cost if cost else math.inf for unit, cost in self.cost.items()}
+        for unit in sorted(of_cost, key=of_cost.__getitem__, reverse=True):
+            cost = self.cost[unit]
+            share = min(1.0, room / cost) if cost else 1.0
+            total += share * weight[unit]
+            room -= share * cost
+        return total
+
     def __str__(self) -> str:
         if self.quantity in ("units", "blocks"):
             return f"{self.least:g} {self.quantity}"
@@ -65,6 +78,10 @@ class Budget:
         """Those of `removed` of which any one may stay, as the rest meets the budget; in depth order."""
         chosen = frozenset(removed)
         return [unit for unit in sorted(chosen) if self.met(chosen - {unit})]
+
+    def heaviest(self, weight: Mapping[Unit, float]) -> float:
+        """What a set weighs at most, roughly and from above, that meets the budget with no superfluous unit."""
+        return min(most(weight), max(limit.heaviest(weight) for limit in self.limits))
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.limits))

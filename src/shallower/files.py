@@ -18,11 +18,16 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def nearest_parent(path: str | os.PathLike[str]) -> Path:
+    """The innermost of the path's parents that is there."""
+    return next(parent for parent in Path(os.path.abspath(expanded(path))).parents if os.path.lexists(parent))
+
+
 def require_writable(path: str | os.PathLike[str], told: str) -> None:
     """Raise OutputError unless a file or folder can be made at `path`, whose parents may be missing; nothing is left
     there. told: what to call it.
     """
-    parent = next(parent for parent in Path(os.path.abspath(expanded(path))).parents if os.path.lexists(parent))
+    parent = nearest_parent(path)
     if not parent.is_dir():
         raise OutputError(f"{told} cannot be written: {parent} is not a folder; choose another place.")
     try:  # permissions do not tell of every folder that takes nothing, such as /proc

@@ -9,6 +9,7 @@ from shallower.surgery.save import (
     require_apart,
     require_free,
     require_ordinary,
+    require_space,
     require_unquantized,
     save,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "require_apart",
     "require_free",
     "require_ordinary",
+    "require_space",
     "require_unquantized",
     "require_whole",
     "save",

@@ -122,10 +122,10 @@ def save(
         rounded=" and ".join(_rounded(model)),
     )
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + _BESIDES_WEIGHTS
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with _one_sentence(target), progress.task(f"writing {target.name}", 4) as step:
         with replacing_folder(target) as temporary:
-            _require_room(target, needed)
+            require_space(target, weights)
             _write(model, temporary, max_shard_size)
             if export.fields:
                 config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
@@ -220,8 +220,13 @@ def _is_checkpoint(folder: Path) -> bool:
     return isinstance(config, dict) and "model_type" in config
 
 
-def _require_room(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
+def require_space(folder: str | os.PathLike[str], weights: int) -> None:
+    """Raise OutputError unless the disk has room for a checkpoint with so many bytes of weights at `folder`, whose
+    parents may be missing.
+    """
+    target = Path(os.path.abspath(files.expanded(folder)))
+    needed = weights + _BESIDES_WEIGHTS
+    free = shutil.disk_usage(files.nearest_parent(target)).free
     if free < needed:
         raise OutputError(
             f"{target} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on that disk; make room or choose "

@@ -56,11 +56,11 @@ from shallower.verbs.recovery_steps import (
     require_launch,
     require_training,
 )
-from shallower.verbs.request import Request, resolve
+from shallower.verbs.request import Request, parameters_left, resolve
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
-from shallower.verbs.subject import Subject, open_subject, require_place_for
+from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
 from shallower.verbs.texts import nothing_held_out, read_texts, tokens_read
 from shallower.version import __version__
 
@@ -156,9 +156,13 @@ def prune(
         require_unquantized(subject.model)
         if given is not None:
             given.require_for(subject.identity)
-        request = None
-        if remove is not None:
+            subject.anatomy.require(given.remove)
+            request = Request(given.remove, None)
+        else:
+            assert remove is not None
             request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
+        if out is not None:
+            require_space_for(out, subject, parameters_left(subject, request))
     with clock("calibration text"):
         read = texts_of_prune(
             subject,
@@ -175,9 +179,9 @@ def prune(
             max_windows=max_windows,
             seed=seed,
         )
-        _require_ready(subject, given, request, steps, read.fitted, read.training)
+        _require_ready(subject, request, steps, read.fitted, read.training)
     with clock("stream metrics"):
-        influence, spans = _stream_metrics(subject, _kinds(given, request), read.whole, seed)
+        influence, spans = _stream_metrics(subject, _kinds(request), read.whole, seed)
     with clock("search"):
         if given is None:
             assert remove is not None
@@ -297,8 +301,7 @@ def _require_consistent(remove: object, plan: object, repair: str, recover: str,
 
 def _require_ready(
     subject: Subject,
-    plan: PruningPlan | None,
-    request: Request | None,
+    request: Request,
     steps: Stages,
     text: CalibrationSet,
     training: Training | None,
@@ -309,11 +312,9 @@ def _require_ready(
     if not steps:
         return
     dense, removed = subject.anatomy, frozenset[Unit]()
-    if plan is not None:
-        removed = plan.removed
-    elif request is not None and request.budget is None:
+    if request.budget is None:
         removed = frozenset(request.units)
-    elif request is not None and request.budget is not None and {unit.kind for unit in request.units} == {"block"}:
+    elif {unit.kind for unit in request.units} == {"block"}:
         require_first(steps, len(dense.blocks) - max(limit.fewest for limit in request.budget.limits))
     student = dissect(cut(dense, removed)) if removed else dense
     require_ready(student, dense, removed, steps, text, training)
@@ -377,10 +378,9 @@ def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
     )
 
 
-def _kinds(plan: PruningPlan | None, request: Request | None) -> frozenset[Kind]:
+def _kinds(request: Request) -> frozenset[Kind]:
     """What kinds of units go, or where the search has not been, may go."""
-    units: Collection[Unit] = plan.removed if plan is not None else () if request is None else request.units
-    return frozenset(unit.kind for unit in plain(units)) or frozenset({"block"})  # a plan may remove nothing
+    return frozenset(unit.kind for unit in plain(request.units)) or frozenset({"block"})  # a plan may remove nothing
 
 
 def _stream_metrics(

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy import Anatomy
+from shallower.anatomy.weigh import size
 from shallower.checkpoint.locate import locate
-from shallower.checkpoint.shards import stored_dtype
 from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, PlanError, UserError
 from shallower.exporters import save
@@ -52,7 +52,7 @@ from shallower.verbs.recovery_steps import (
     require_launch,
     require_training,
 )
-from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for
+from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, require_space_for
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, tokens_read
 
 FORMAT = "shallower.recovery/1"
@@ -140,6 +140,8 @@ def recover(
     require_unquantized(dense.model)
     student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
     _require_first_repair(student, steps)
+    if out is not None:
+        require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
     text = None
     if in_closed_form(steps):
         count = SEQUENCES if sequences is None else sequences
@@ -250,9 +252,8 @@ def _student(
         student = open_subject(model, dense.loaded.tokenizer, **options)
         _require_kin(student, dense)
         plan.require_for(dense.identity)
-        folder = student.loaded.path
-        stored = None if folder is None else stored_dtype(folder)
-        if stored in (None, student.dtype):
+        folder, stored = student.loaded.path, student.stored_dtype
+        if stored == student.dtype:
             return student, lambda: None
         wanted = {**options, "device": "cpu", "dtype": stored}
         name = dense.model if dense.loaded.path is None else dense.loaded.path
@@ -280,11 +281,8 @@ def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTra
     """Anatomy of the dense model, and the plain cut, in the precision that the checkpoint is stored in; None where they
     are in memory in that precision.
     """
-    folder = dense.loaded.path
-    if folder is None:
-        return None
-    stored = stored_dtype(folder)
-    if stored in (None, dense.dtype):
+    folder, stored = dense.loaded.path, dense.stored_dtype
+    if stored == dense.dtype:
         return None
     trusted = type(dense.model).is_remote_code()  # as it was when it was opened
     anatomy = _again(folder, device="cpu", dtype=stored, trust_remote_code=trusted).anatomy

@@ -61,10 +61,22 @@ def _limit(subject: Subject, amount: Amount, units: Sequence[Unit]) -> Limit:
         kinds = {unit.kind for unit in units}
         everything = subject.anatomy.of_kind(*({"block"} if "block" in kinds and amount.share else kinds - {"pair"}))
         return make_limit(amount, dict.fromkeys(units, 1.0), most(dict.fromkeys(everything, 1.0)))
-    weights = subject.weights
-    known = {**weights.units, **subject.pairs} if any(unit.kind == "pair" for unit in units) else weights.units
-    cost = {unit: float(getattr(known[unit], amount.quantity)) for unit in units}
-    return make_limit(amount, cost, float(getattr(weights.blocks, amount.quantity)))
+    return make_limit(
+        amount, _cost(subject, amount.quantity, units), float(getattr(subject.weights.blocks, amount.quantity))
+    )
+
+
+def _cost(subject: Subject, quantity: str, units: Iterable[Unit]) -> dict[Unit, float]:
+    """How much of a quantity each unit holds; it may be a pair."""
+    known = subject.weights.units
+    return {unit: float(getattr((subject.pairs if unit.kind == "pair" else known)[unit], quantity)) for unit in units}
+
+
+def parameters_left(subject: Subject, request: Request) -> int:
+    """How many parameters stay: at least, where it is for a search to say what goes."""
+    cost = _cost(subject, "parameters", request.units)
+    gone = sum(cost.values()) if request.budget is None else request.budget.heaviest(cost)
+    return subject.weights.model.parameters - round(gone)
 
 
 def _explicit(

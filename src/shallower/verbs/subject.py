@@ -22,6 +22,7 @@ from shallower.checkpoint.dtype import dtype_name
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
+from shallower.checkpoint.shards import stored_dtype
 from shallower.corpus import CalibrationSet, asks_model, build_calibration, build_choices, named_options
 from shallower.corpus.options import OPTIONS
 from shallower.corpus.questions import EXAMPLE
@@ -33,7 +34,7 @@ from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
-from shallower.surgery import require_apart, require_free
+from shallower.surgery import require_apart, require_free, require_space
 from shallower.surgery.ordinary_pairs import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
 from shallower.verbs.supply import supply
@@ -58,6 +59,13 @@ class Subject:
     def dtype(self) -> str:
         """The number format that the model computes in, such as `bfloat16`."""
         return dtype_name(self.model.dtype)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The number format that its checkpoint has, and that what is made of it is written in; it may be in memory in
+        another.
+        """
+        return (None if self.loaded.path is None else stored_dtype(self.loaded.path)) or self.dtype
 
     def holding(self, model: PreTrainedModel) -> Subject:
         """A model that was made of this one, with its tokenizer and name."""
@@ -174,6 +182,18 @@ def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | S
             require_apart(out, model.config._name_or_path)
         elif model is not None:
             require_apart(out, locate(str(model)).path)
+
+
+def require_space_for(out: str | Path, subject: Subject, parameters: int) -> None:
+    """Raise OutputError unless there is room at `out` for a checkpoint that is made of the subject's model and has as
+    many parameters or more: before anything is searched, repaired or trained. A disk that fills up meanwhile is told
+    of when it is written.
+    """
+    if subject.stored_dtype == subject.dtype:
+        number = min(part.element_size() for part in subject.model.parameters())
+    else:
+        number = getattr(torch, subject.stored_dtype).itemsize
+    require_space(out, parameters * number)
 
 
 def units_of(subject: Subject, which: str, protected: frozenset[int] = frozenset()) -> tuple[Unit, ...]:
