@@ -6,8 +6,12 @@ import errno
 import json
 import math
 import os
+import shutil
 import stat
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import errors, files
+from shallower import errors, files, progress
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
 from shallower.errors import BudgetError, OutputError, PlanError, UnknownName, UserError
@@ -152,6 +156,135 @@ def test_a_path_that_begins_at_home_is_read_and_written_there(tmp_path: Path, mo
         require_place_for("~/model", str(home / "model"), force=True)
     assert {path.name for path in home.iterdir()} == {"plans", "scores.json", "text", "study.yaml", "folder", "model"}
     assert not any(here.iterdir())
+
+
+# What a kill leaves
+
+WRITER = """
+import os, shutil, sys, time
+from pathlib import Path
+from shallower import files
+
+target, where = Path(sys.argv[1]), sys.argv[2]
+rename = os.rename
+
+def wait(*_, **__):
+    print(flush=True)
+    time.sleep(60)
+
+def rename_or_wait(source, to):
+    if where == "between" and Path(to) == target:
+        wait()
+    rename(source, to)
+
+os.rename = rename_or_wait
+if where == "behind":
+    shutil.rmtree = wait  # what was replaced
+with (files.replacing if where == "file" else files.replacing_folder)(target) as made:
+    (made if where == "file" else made / "file").write_text("new")
+    if where in ("file", "before"):
+        wait()
+"""
+
+
+@contextmanager
+def _writing(target: Path, where: str) -> Iterator[Callable[[], None]]:
+    """Another process writes `target`, and waits where it is told to; yields what kills it."""
+    command = [sys.executable, "-c", WRITER, str(target), where]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+
+        def kill() -> None:
+            process.kill()
+            process.wait()
+
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield kill
+        finally:
+            kill()
+
+
+def _settled(folder: Path) -> list[str]:
+    """What is said when `folder` is about to be written."""
+    notes: list[str] = []
+    with progress.listening(lambda *_: nullcontext(lambda *_: None), notes.append):
+        files.require_free(folder, "folder", force=True, replaceable=lambda _: True, what="a folder")
+    return notes
+
+
+def _replaced(folder: Path) -> Path:
+    """A folder that is there, and hidden neighbours that nobody may touch."""
+    for path in (
+        folder,
+        folder.with_name(f".{folder.name}.training"),
+        folder.with_name(f".{folder.name}.s_others.part"),
+    ):
+        path.mkdir()
+        (path / "file").write_text("old")
+    return folder
+
+
+@pytest.mark.parametrize("where", ["before", "between", "behind"])
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path, where: str) -> None:
+    out = _replaced(tmp_path / "out")
+    there = set(os.listdir(tmp_path))
+    with _writing(out, where) as kill, _writing(tmp_path / "out.d", "before"):
+        meanwhile = set(os.listdir(tmp_path))
+        assert len(meanwhile) == len(there) + (1 if where == "between" else 2)
+        assert _settled(out) == []
+        assert set(os.listdir(tmp_path)) == meanwhile
+        kill()
+        assert set(os.listdir(tmp_path)) == meanwhile
+        again = [f"{out} is again what it was before a process was killed that replaced it."]
+        assert _settled(out) == (again if where == "between" else [])
+        assert {name for name in os.listdir(tmp_path) if not name.startswith(".out.d.")} == there
+    assert (out / "file").read_text() == ("new" if where == "behind" else "old")
+
+
+def test_what_was_replaced_is_told_of_where_another_has_its_name(tmp_path: Path) -> None:
+    out = _replaced(tmp_path / "out")
+    with _writing(out, "between") as kill:
+        kill()
+    out.mkdir()
+    for _ in range(2):
+        [note] = _settled(out)
+        old = Path(note.partition(" is what ")[0])
+        assert (old / "file").read_text() == "old"
+    shutil.rmtree(old.parent)
+    assert _settled(out) == []
+
+
+def test_what_was_replaced_outlives_two_renames_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = _replaced(tmp_path / "out"), os.rename
+
+    def fail(source: Path, to: Path) -> None:
+        if to == out:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="Input/output"), files.replacing_folder(out):
+            pass
+    assert not out.exists()
+    assert len(_settled(out)) == 1
+    assert (out / "file").read_text() == "old"
+
+
+def test_of_a_file_that_was_being_written_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "file.json"
+    with _writing(out, "file") as kill:
+        [part] = os.listdir(tmp_path)
+        files.write_text(out, "mine")
+        assert set(os.listdir(tmp_path)) == {part, out.name}
+        kill()
+    with monkeypatch.context() as patched:
+        patched.setattr("platform.node", lambda: "another")
+        files.write_text(out, "mine")
+    assert set(os.listdir(tmp_path)) == {part, out.name}
+    files.write_text(out, "mine")
+    assert os.listdir(tmp_path) == [out.name]
 
 
 def test_plan_file(tmp_path: Path) -> None:

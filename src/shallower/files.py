@@ -1,16 +1,31 @@
-"""Files and folders that are there whole or not at all: written under a temporary name, then renamed. Torch-free."""
+"""Files and folders that are there whole or not at all: written under a temporary name, then renamed. Torch-free.
+
+What is not finished is in a hidden folder beside its target, where the process that writes holds a lock:
+
+    .NAME.XXXXXXXX.part/new         the file or folder that is being written
+    .NAME.XXXXXXXX.part/old         what NAME was, from before `new` takes its place until it is deleted
+    .NAME.XXXXXXXX.part/lock-HOST   locked until the process ends, however it ends
+
+So a process that was killed leaves a folder whose lock is free, and the next one that writes NAME removes it. What
+another machine left is not touched: on a network file system its locks may not be seen from here.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import secrets
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shallower import progress
 from shallower.errors import OutputError
+
+_NEW, _OLD, _SUFFIX = "new", "old", ".part"
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -38,12 +53,14 @@ def require_writable(path: str | os.PathLike[str], told: str) -> None:
 
 
 def require_free(folder: Path, told: str, *, force: bool, replaceable: Callable[[Path], bool], what: str) -> None:
-    """Raise OutputError unless the folder can be made, or `force` may replace it.
+    """Raise OutputError unless the folder can be made, or `force` may replace it. What a process that was killed left
+    there is removed first.
 
     told: what to call it. replaceable: whether a folder may be replaced; what: such a folder in words.
     """
     folder = expanded(folder)
     require_writable(folder, told)
+    settle(folder)
     if not os.path.lexists(folder):
         return
     whole = Path(os.path.abspath(folder))
@@ -69,40 +86,121 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises OutputError when the place cannot be written.
     """
     path = expanded(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        settle(path)
+        with _workplace(path) as place:
+            yield place / _NEW
+            _flush(place / _NEW)
+            os.replace(place / _NEW, path)
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}. Free some room or choose another place."
         ) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder` to write to, which takes its place when the `with` ends well; otherwise it
-    is deleted, and `folder` is as it was.
+    is deleted, and `folder` is as it was. For after `require_free`.
 
     Raises OSError when the place cannot be written.
     """
     folder = expanded(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield temporary
-        _open_up(temporary)
-        for path in (*temporary.rglob("*"), temporary):
+    with _workplace(folder) as place:
+        made = place / _NEW
+        made.mkdir()
+        yield made
+        _open_up(made)
+        for path in (*made.rglob("*"), made):
             _flush(path)
-        _move(temporary, folder)
+        _move(place, folder)
         _flush(folder.parent)
+
+
+def settle(target: Path) -> None:
+    """Remove what processes of this machine left that were killed while they wrote `target`. Where one was killed
+    between the two renames of a replacement, what `target` was gets its name back, or where another has that by now, is
+    told of.
+    """
+    left_by = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
+    there: list[str] = []
+    with suppress(OSError):
+        there = [name for name in os.listdir(target.parent) if left_by.fullmatch(name)]
+    for place in (target.parent / name for name in there):
+        try:
+            lock = os.open(place / _lock_name(), os.O_RDWR)
+        except OSError:  # of another machine or user, or just removed
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # being written
+            os.close(lock)
+            continue
+        if _unsettled(place):
+            _put_back(place / _OLD, target)
+        _leave(place, lock)
+
+
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """Yields a new folder as in the module's docstring, which ends with the `with`."""
+    place = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=_SUFFIX))
+    try:
+        lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError:
+        place.rmdir()
+        raise
+    try:
+        with suppress(OSError):  # a file system without locks: then what is left by a kill stays
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(place / "lock", place / _lock_name())  # nobody finds it before it is held
+        yield place
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _leave(place, lock)
+
+
+def _lock_name() -> str:
+    return f"lock-{platform.node()}"
+
+
+def _unsettled(place: Path) -> bool:
+    """Whether what was to be replaced lost its name, and what replaces it has not got it yet."""
+    return os.path.lexists(place / _OLD) and os.path.lexists(place / _NEW)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    was = "was before a process was killed that replaced it"
+    try:
+        if not os.path.lexists(target):
+            os.rename(old, target)
+            progress.note(f"{target} is again what it {was}.")
+            return
+    except OSError:
+        pass
+    progress.note(f"{old} is what {target} {was}: move it to where you want it, or delete {old.parent}.")
+
+
+def _leave(place: Path, lock: int) -> None:
+    """Remove a workplace, but not the only copy of what its target was. The lock goes last, so that whatever is left by
+    a kill is still known; closed, as NFS keeps open files.
+    """
+    if not _unsettled(place):
+        remove(place / _OLD)
+        remove(place / _NEW)
+    os.close(lock)
+    if not any(os.path.lexists(place / name) for name in (_OLD, _NEW)):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there and that can be done; another process may delete it just now."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -128,22 +226,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _move(temporary: Path, target: Path) -> None:
-    """Rename to `target`; what stands there moves aside first and is deleted last."""
-    if not os.path.lexists(target):
-        os.rename(temporary, target)
-        return
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+def _move(place: Path, target: Path) -> None:
+    """Rename what is new to `target`; what stands there moves aside first, and is deleted with the workplace."""
     try:
-        os.rename(target, aside / target.name)
-        os.rename(temporary, target)
+        if os.path.lexists(target):
+            os.rename(target, place / _OLD)
+        os.rename(place / _NEW, target)
     except BaseException:  # a signal may come behind a rename, too
-        if (aside / target.name).is_dir() and not os.path.lexists(target):
-            os.rename(aside / target.name, target)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    try:
-        shutil.rmtree(aside)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if _unsettled(place) and not os.path.lexists(target):
+            os.rename(place / _OLD, target)
         raise

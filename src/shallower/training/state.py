@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shallower.errors import OutputError, UserError
-from shallower.files import replacing
+from shallower.files import remove, replacing
 from shallower.strict_json import record_faults, write_json
 
 WEIGHTS, OPTIMIZER, STATE, GOOD = "weights.safetensors", "optimizer.safetensors", "state.json", "good.safetensors"
@@ -73,7 +73,7 @@ class Store:
             with _one_sentence(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 for left in (*folder.glob(".state-*"), *folder.glob(f".{GOOD}.*")):  # of a process that was killed
-                    _remove(left)
+                    remove(left)
 
     def require_room(self, trained: int, unwritten: int = 0) -> None:
         """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk.
@@ -210,14 +210,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _remove(left: Path) -> None:
-    """Delete a file or a folder, which another process of the same training may delete just now."""
-    if left.is_dir():
-        shutil.rmtree(left, ignore_errors=True)
-    else:
-        left.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
