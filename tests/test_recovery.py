@@ -8,7 +8,8 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import shallower
+from shallower import progress
 from shallower.anatomy import dissect
 from shallower.anatomy.dissect import probe_ids
 from shallower.anatomy.patch import Patch
@@ -29,7 +31,7 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.engine import Ablator, prove, twins
 from shallower.engine.moments import Moments
 from shallower.engine.twins import SINK_WEIGHT, Point, Reading, Twins, token_weights
-from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UnknownName, UserError
+from shallower.errors import CorpusError, ModelError, OutputError, PlanError, TooLittleText, UnknownName, UserError
 from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan
 from shallower.recovery import Repair
@@ -46,6 +48,7 @@ from shallower.units import Unit, parse_units
 from shallower.verbs import recoveries
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
+from shallower.verbs.prune_texts import Asked, asked_of_prune
 from shallower.verbs.recover import recover
 from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, split
@@ -988,6 +991,61 @@ def test_a_disk_that_is_too_small_is_told_of_before_the_work(
         free(needed - 1)
         with pytest.raises(OutputError, match="are free on that disk"):
             run()
+
+
+def test_a_plan_is_applied_on_the_text_that_it_was_made_with(files: Path) -> None:
+    text = files / "text.jsonl"
+    shape = {"sequences": 6, "length": 40, "dtype": "float32"}
+    plan = search(files / "dense", "attn.2", calibration=f"{text}?max_chars=1200", seed=3, **shape)
+    apply = partial(prune, files / "dense", window=32, max_windows=1, speed=False, dtype="float32")
+
+    def read(**given: Any) -> tuple[ReportData, str, list[str]]:
+        report = apply(**{"plan": plan, **given}).report
+        [scores] = report.influence
+        return report, scores.made_by.calibration.spec, [note for note in report.notes if "--calibration" in note]
+
+    report, measured, notes = read()
+    assert report.influence[0].made_by.calibration == plan.made_by.calibration
+    assert list(report.pruned.perplexity) == ["text.jsonl?part=held-out"]
+    assert notes == ["The calibration text is the plan's own, text.jsonl: name other text with --calibration."]
+    report, measured, _ = read(recover="low-rank", sequences=4)
+    own = plan.made_by.calibration.spec
+    assert measured == own.replace("sequences=6", "sequences=4")
+    assert report.recovery_made_by.calibration.spec == own.replace("sequences=6&length=40", "sequences=128&length=256")
+    _, measured, notes = read(calibration=str(text), sequences=2)
+    assert "?sequences=2&length=128&seed=0&pack=true&bos=auto&part=train&max_chars=100000" in measured
+    assert notes == []
+    single = search(files / "dense", "attn.2", calibration=f"{text}?pack=false", **shape)
+    with pytest.raises(
+        TooLittleText, match=r"50 documents, .* can do with less\. The calibration text is the plan's own"
+    ):
+        read(plan=single, recover="low-rank")
+
+
+def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -> None:
+    dense = open_subject(files / "dense", dtype="float32")
+    plan = search(dense, "attn.2", calibration=f"{files / 'text.jsonl'}?sequences=6&length=40")
+
+    def asked_for(objective: str = "nll", **recorded: str) -> Asked:
+        calibration = replace(plan.made_by.calibration, **recorded)
+        made_by = replace(plan.made_by, calibration=calibration, objective=objective)
+        with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
+            return asked_of_prune(dense, replace(plan, made_by=made_by), None, None, None)
+
+    for change, why in (
+        ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),
+        ({"spec": "gone.jsonl?part=train"}, "gone.jsonl, is not read (no text at 'gone.jsonl'"),
+        ({"spec": "ids of mine"}, "ids of mine, is not read ("),
+        ({"objective": "task"}, "text.jsonl, is not read (it holds questions, which are no text to measure on)"),
+    ):
+        told: list[str] = []
+        asked = asked_for(**change)
+        assert (asked.calibration, asked.sequences, asked.length) == (None, 32, 128)
+        assert list(asked.notes) == told
+        assert told[0].startswith(f"The plan's own text, {why}")
+        assert told[0].endswith("), but the default, python: name other text with --calibration.")
+    of_another_python = asked_for(spec="python?part=train&sequences=2")
+    assert (of_another_python.calibration, of_another_python.notes) == (None, ())
 
 
 @pytest.mark.parametrize("said", [None, "bfloat16"])

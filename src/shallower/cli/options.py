@@ -97,6 +97,15 @@ Calibration = Annotated[
         help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python.",
     ),
 ]
+PruneText = Annotated[
+    str | None,
+    Option(
+        "--calibration",
+        metavar="TEXT",
+        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python, and "
+        "with --plan the text that the plan was made with, if that is still what it was.",
+    ),
+]
 RepairText = Annotated[
     str | None,
     Option("--calibration", metavar="TEXT", help=f"Text to repair and to train on: {_TEXT}. Default: python."),

@@ -36,23 +36,27 @@ def prune(
     units: options.Kinds = "block",
     ordinary: options.Ordinary = False,
     protect: options.Protect = "",
-    calibration: options.Calibration = None,
+    calibration: options.PruneText = None,
     sequences: Annotated[
-        int,
+        int | None,
         Option(
-            "--sequences", metavar="N", min=1, help="Calibration sequences, or questions. A repair reads at least 128."
+            "--sequences",
+            metavar="N",
+            min=1,
+            help="Calibration sequences, or questions. A repair reads at least 128. Default: "
+            f"{DEFAULT_SIZE[0]}, and of a plan's text as many as the plan was made with.",
         ),
-    ] = DEFAULT_SIZE[0],
+    ] = None,
     length: Annotated[
-        int,
+        int | None,
         Option(
             "--length",
             metavar="N",
             min=2,
             help="Tokens in each sequence. A repair uses sequences of at least 256 tokens, or of the model's context "
-            "if that is shorter.",
+            f"if that is shorter. Default: {DEFAULT_SIZE[1]}, and of a plan's text as many as the plan was made with.",
         ),
-    ] = DEFAULT_SIZE[1],
+    ] = None,
     settings: options.Settings = None,
     exact: options.Exact = False,
     repair: options.RepairBy = "",

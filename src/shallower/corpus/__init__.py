@@ -7,7 +7,7 @@ from shallower.corpus.calibration import Batch, CalibrationSet, SourceRecord, is
 from shallower.corpus.choices import ChoiceSet, build_choices
 from shallower.corpus.clean import Cleaning, Cluster, Counts, clean
 from shallower.corpus.domains import DOMAINS
-from shallower.corpus.options import asks_model, named_options, text_of, with_options
+from shallower.corpus.options import asks_model, named_options, text_of, with_options, without_options
 from shallower.corpus.overlap import EvaluationRuns, Overlap, SharedRows, overlap
 from shallower.corpus.sources import Document, Source, open_source
 from shallower.corpus.specification import Part
@@ -43,4 +43,5 @@ __all__ = [
     "resolve_bos",
     "text_of",
     "with_options",
+    "without_options",
 ]

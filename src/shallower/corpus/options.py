@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,4 +86,17 @@ def with_options(spec: str, options: Mapping[str, str]) -> str:
     parsed = parse_specification(spec, NAMED)
     if is_saved(os.path.expanduser(parsed.source)):
         return spec
-    return f"{parsed.source}?" + "&".join(f"{name}={value}" for name, value in {**options, **parsed.options}.items())
+    return _with(parsed.source, {**options, **parsed.options})
+
+
+def without_options(spec: str, names: Collection[str]) -> str:
+    """The specification of a text without the options of these names, as if it left them to others.
+
+    Raises as `named_options`.
+    """
+    parsed = parse_specification(spec, NAMED)
+    return _with(parsed.source, {name: value for name, value in parsed.options.items() if name not in names})
+
+
+def _with(source: str, options: Mapping[str, str]) -> str:
+    return f"{source}?" + "&".join(f"{name}={value}" for name, value in options.items())

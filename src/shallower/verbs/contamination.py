@@ -10,6 +10,7 @@ import torch
 
 from shallower.corpus import (
     CalibrationSet,
+    Supply,
     build_calibration,
     build_choices,
     named_options,
@@ -88,7 +89,8 @@ def contamination(
         if recorded.digest in seen:
             continue
         seen.add(recorded.digest)
-        again, reason = _read_again(subject, recorded)
+        # without the model, which is not the one that may have written it
+        again, reason = read_again(subject, recorded, supply())
         if again is None:
             yield f"{label}: whether {what} {recorded.title} is in what is evaluated is not known ({reason})."
             continue
@@ -111,12 +113,12 @@ def contamination(
                 )
 
 
-def _read_again(subject: Subject, recorded: CalibrationIdentity) -> tuple[CalibrationSet | None, str]:
-    """The text that a repair read; without it, why it cannot be had."""
+def read_again(subject: Subject, recorded: CalibrationIdentity, supplied: Supply) -> tuple[CalibrationSet | None, str]:
+    """A text that was read before, by a search or a repair; without it, why it cannot be had."""
     if CONVERSATIONS in recorded.spec:
         return None, "conversations that trained a model are not read again"
-    try:  # without the model, which is not the one that may have written it
-        found = build_calibration(recorded.spec, subject.tokenizer, supply=supply())
+    try:
+        found = build_calibration(recorded.spec, subject.tokenizer, supply=supplied)
     except UserError as error:
         return None, str(error).rstrip(".")
     return (found, "") if found.digest == recorded.digest else (None, "it is not what it was")

@@ -34,7 +34,7 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.before_after import Clock, before_after
-from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune
+from shallower.verbs.prune_texts import asked_of_prune, shared_with_held_out, texts_of_prune
 from shallower.verbs.questions import read_questions
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
@@ -92,8 +92,8 @@ def prune(
     ordinary: bool = False,
     protect: str = "",
     calibration: str | Path | CalibrationSet | None = None,
-    sequences: int = 32,
-    length: int = 128,
+    sequences: int | None = None,
+    length: int | None = None,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
     repair: str = "",
@@ -120,11 +120,12 @@ def prune(
     report.
 
     remove, search, objective, metric, units, ordinary, protect, settings, exact, repair, memory, workers: as for
-    `search`. plan: apply this plan and search nothing. recover: recoveries of the cut model, in order (`refit,full`);
-    `settings` are theirs, too, and where `repair` has the same option, for both. Those in closed form read `sequences`
-    sequences of the calibration text, but at least 128; those that train `train_sequences` of them (default: 4,096, or
-    all of a shorter text), or `instructions`: see `recover`. Their sequences have `length` tokens, but at least 256
-    where the model can read so many. A ready-made set is read whole.
+    `search`. plan: apply this plan and search nothing. calibration, sequences, length: as for `search`; with a plan by
+    default the text that it was made with, if that is still what it was. recover: recoveries of the cut model, in order
+    (`refit,full`); `settings` are theirs, too, and where `repair` has the same option, for both. Those in closed form
+    read `sequences` sequences of the calibration text, but at least 128; those that train `train_sequences` of them
+    (default: 4,096, or all of a shorter text), or `instructions`: see `recover`. Their sequences have `length` tokens,
+    but at least 256 where the model can read so many. A ready-made set is read whole.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
     and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.
@@ -164,15 +165,14 @@ def prune(
         if out is not None:
             require_space_for(out, subject, parameters_left(subject, request))
     with clock("calibration text"):
+        text = asked_of_prune(subject, given, calibration, sequences, length)
         read = texts_of_prune(
             subject,
-            calibration,
+            text,
             steps,
             objective,
             contents,
             repair=bool(repair),
-            sequences=sequences,
-            length=length,
             train_sequences=train_sequences,
             instructions=instructions,
             window=window,
@@ -238,7 +238,8 @@ def prune(
         seconds=clock.seconds,
         notes=(
             *shared_with_held_out(subject, read, steps, tokens_read(subject, window, None, max_windows)),
-            *nothing_held_out(read.held_out, calibration),
+            *text.notes,
+            *nothing_held_out(read.held_out, text.calibration),
             *measured.of_tasks,
             *(() if steps else _left_unrepaired(given)),
             *measured.of_speed,
