@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -1002,7 +1002,10 @@ def test_a_plan_is_applied_on_the_text_that_it_was_made_with(files: Path) -> Non
     def read(**given: Any) -> tuple[ReportData, str, list[str]]:
         report = apply(**{"plan": plan, **given}).report
         [scores] = report.influence
-        return report, scores.made_by.calibration.spec, [note for note in report.notes if "--calibration" in note]
+        return report, scores.made_by.calibration.spec, notes_on_text(report.notes)
+
+    def notes_on_text(notes: Sequence[str]) -> list[str]:
+        return [note for note in notes if "--calibration" in note]
 
     report, measured, notes = read()
     assert report.influence[0].made_by.calibration == plan.made_by.calibration
@@ -1020,6 +1023,12 @@ def test_a_plan_is_applied_on_the_text_that_it_was_made_with(files: Path) -> Non
         TooLittleText, match=r"50 documents, .* can do with less\. The calibration text is the plan's own"
     ):
         read(plan=single, recover="low-rank")
+    mend = partial(recover, files / "dense", "low-rank", window=32, max_windows=1, dtype="float32")
+    mended = mend(plan=plan, sequences=4, length=40)
+    assert mended.made_by.calibration.spec == own.replace("sequences=6", "sequences=4")
+    assert notes_on_text(mended.notes) == notes_on_text(read()[0].notes) != []
+    with pytest.raises(TooLittleText, match=r"50 documents, .*\. The calibration text is the plan's own"):
+        mend(plan=single)
 
 
 def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -> None:

@@ -12,7 +12,6 @@ another machine left is not touched: on a network file system its locks may not 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import re
@@ -24,6 +23,11 @@ from pathlib import Path
 
 from shallower import progress
 from shallower.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there what a kill leaves stays
+    fcntl = None  # type: ignore[assignment]
 
 _NEW, _OLD, _SUFFIX = "new", "old", ".part"
 
@@ -127,7 +131,7 @@ def settle(target: Path) -> None:
     left_by = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
     there: list[str] = []
     with suppress(OSError):
-        there = [name for name in os.listdir(target.parent) if left_by.fullmatch(name)]
+        there = [] if fcntl is None else [name for name in os.listdir(target.parent) if left_by.fullmatch(name)]
     for place in (target.parent / name for name in there):
         try:
             lock = os.open(place / _lock_name(), os.O_RDWR)
@@ -153,9 +157,10 @@ def _workplace(target: Path) -> Iterator[Path]:
         place.rmdir()
         raise
     try:
-        with suppress(OSError):  # a file system without locks: then what is left by a kill stays
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(place / "lock", place / _lock_name())  # nobody finds it before it is held
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks: then what is left by a kill stays
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rename(place / "lock", place / _lock_name())  # nobody finds it before it is held
         yield place
     finally:
         _leave(place, lock)

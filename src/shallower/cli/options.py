@@ -108,7 +108,12 @@ PruneText = Annotated[
 ]
 RepairText = Annotated[
     str | None,
-    Option("--calibration", metavar="TEXT", help=f"Text to repair and to train on: {_TEXT}. Default: python."),
+    Option(
+        "--calibration",
+        metavar="TEXT",
+        help=f"Text to repair and to train on: {_TEXT}. Default: the text that "
+        "the plan was made with, if that is still what it was, else python.",
+    ),
 ]
 Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
 TextSequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Sequences of text.")]

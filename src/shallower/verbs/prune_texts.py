@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from shallower import progress
-from shallower.corpus import CalibrationSet, without_options
+from shallower.corpus import CalibrationSet
 from shallower.engine import reads_choices
 from shallower.errors import TooLittleText
 from shallower.plan import PruningPlan
 from shallower.registry import objective as objectives
-from shallower.verbs.contamination import read_again, shared_runs
+from shallower.verbs.contamination import shared_runs
+from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import Training, repair_size, texts_read, training_text
 from shallower.verbs.recovery_steps import Stages, in_closed_form
 from shallower.verbs.repaired import Parts, judging_text
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, calibrate
-from shallower.verbs.supply import supply
+from shallower.verbs.subject import Subject, calibrate
 from shallower.verbs.texts import held_out
 
 SIZE = (32, 128)  # sequences and tokens of each, where nobody says how much is read
@@ -41,29 +40,12 @@ def asked_of_prune(
     length: int | None,
 ) -> Asked:
     """What was named; with a plan and no text the plan's own, and as much of it as the plan was made with, where it can
-    be had: what is measured is then what the plan was chosen by, and a repair fits what it was chosen for.
+    be had.
     """
-    usual = Asked(calibration, *_said(sequences, length, SIZE))
-    recorded = None if plan is None else plan.made_by.calibration
-    if plan is None or recorded is None or calibration is not None:
-        return usual
-    again, reason = None, "it holds questions, which are no text to measure on"
-    if plan.made_by.objective != "task":
-        again, reason = read_again(subject, recorded, supply(subject.model, subject.loaded.tokenizer))
-    source, other = recorded.title.partition("?")[0], "name other text with --calibration."
-    is_default = source == DEFAULT_CALIBRATION
-    if again is None:
-        note = f"The plan's own text, {source}, is not read ({reason}), but the default, {DEFAULT_CALIBRATION}: {other}"
-        if not is_default:
-            progress.note(note)
-        return usual if is_default else replace(usual, notes=(note,))
-    spec = without_options(recorded.spec, ("sequences", "length"))  # a repair and a training read more of it
-    notes = () if is_default else (f"The calibration text is the plan's own, {source}: {other}",)
-    return Asked(spec, *_said(sequences, length, (again.sequences, again.length)), notes)
-
-
-def _said(sequences: int | None, length: int | None, otherwise: tuple[int, int]) -> tuple[int, int]:
-    return otherwise[0] if sequences is None else sequences, otherwise[1] if length is None else length
+    own = PlanText() if plan is None or calibration is not None else text_of_plan(subject, plan)
+    named = own.spec if calibration is None else calibration
+    usual = own.size or SIZE
+    return Asked(named, usual[0] if sequences is None else sequences, usual[1] if length is None else length, own.notes)
 
 
 @dataclass(frozen=True, eq=False)

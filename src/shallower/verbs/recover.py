@@ -16,7 +16,7 @@ from shallower.anatomy import Anatomy
 from shallower.anatomy.weigh import size
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet
-from shallower.errors import ModelError, PlanError, UserError
+from shallower.errors import ModelError, PlanError, TooLittleText, UserError
 from shallower.exporters import save
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
@@ -30,6 +30,7 @@ from shallower.surgery.save import form_of
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
+from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
@@ -115,8 +116,8 @@ def recover(
 
     model: a pruned checkpoint, whose plan.json says what is missing; or, without a `teacher`, the dense model, which is
     cut by `plan` first. methods: names of recoveries, one or several in order (`refit,full`). settings: their options
-    as text. texts: held-out text; without any, the documents that calibration left out. out: folder to write; without
-    it nothing is written.
+    as text. calibration: without it the plan's own text is read, where it is still what it was. texts: held-out text;
+    without any, the documents that calibration left out. out: folder to write; without it nothing is written.
     train_sequences: what recoveries that train read of the calibration text (default: 4,096, or all of a shorter text),
     as the others read `sequences` (default: 128); a ready-made set is read whole by all. instructions: .jsonl file of
     conversations to train on instead.
@@ -142,10 +143,15 @@ def recover(
     _require_first_repair(student, steps)
     if out is not None:
         require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
+    own = text_of_plan(dense, given) if calibration is None else PlanText()
+    calibration = own.spec if calibration is None else calibration
     text = None
     if in_closed_form(steps):
         count = SEQUENCES if sequences is None else sequences
-        text = calibrate(dense, calibration, sequences=count, length=length, seed=seed)
+        try:
+            text = calibrate(dense, calibration, sequences=count, length=length, seed=seed)
+        except TooLittleText as error:
+            raise TooLittleText(" ".join([str(error), *own.notes])) from None
     contents = contents or held_out(calibration)
     if out is not None:
         require_place(steps, dense.anatomy, given.removed)
@@ -185,7 +191,7 @@ def recover(
         memory=memory,
         repaired=before is not None,
     )
-    notes = (*shared, *nothing_held_out(contents, calibration), *said)
+    notes = (*shared, *own.notes, *nothing_held_out(contents, calibration), *said)
     wait()  # until all have read what the trainings left
     folder, form = None, ""
     if leads() and out is not None:
