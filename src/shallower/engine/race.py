@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 FEWEST_SEQUENCES = 4  # below this the spread of differences is not worth estimating
 PRIOR_DEGREES = 8  # how many degrees of freedom the candidates' common spread counts for against a candidate's own
@@ -79,7 +79,7 @@ def survivors(
     ahead: NDArray[np.bool_] = np.zeros(len(sums), dtype=bool)
     ahead[order[:keep]] = True
     while (rivals := int(alive.sum()) - keep) > 0:
-        bound = difference - float(student.ppf(1 - a_look / rivals, freedom)) * error
+        bound = difference - float(stdtrit(freedom, 1 - a_look / rivals)) * error
         left = ahead | (alive & (bound <= -tie))
         if left.sum() == alive.sum():
             break
