@@ -41,7 +41,7 @@ from shallower.testing.families import tiny_config, tiny_model, tiny_tokenizer
 from shallower.training import loop, state, teacher
 from shallower.training.adapters import adapt, merge, projections, quantise
 from shallower.training.answers import answer_perplexity, split
-from shallower.training.divergence import Losses
+from shallower.training.divergence import LossTrend
 from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide, head_losses
 from shallower.training.heal import block_of, own_parameters
@@ -519,7 +519,7 @@ def test_a_training_that_diverges_goes_back_to_what_was_good(
 
 def _stops(losses: Iterable[float]) -> int | None:
     """The step at which a training with these losses is given up."""
-    seen = Losses()
+    seen = LossTrend()
     for number, loss in enumerate(losses, 1):
         seen = seen.after(loss)
         if seen.spoiled:

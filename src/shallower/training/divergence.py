@@ -12,7 +12,7 @@ DEVIATIONS = 3.0
 
 
 @dataclass(frozen=True)
-class Losses:
+class LossTrend:
     """What is remembered of the losses so far; no more than JSON holds.
 
     first, last: of a step. mean: fast running mean. slow: sum of the slow one, which its weights have yet to divide.
@@ -29,10 +29,10 @@ class Losses:
     least: float | None = None
     deviation: float = 0.0
 
-    def after(self, loss: float) -> Losses:
+    def after(self, loss: float) -> LossTrend:
         """The same with one step more."""
         if not self.steps:
-            return Losses(1, loss, loss, loss, (1 - SLOW) * loss)
+            return LossTrend(1, loss, loss, loss, (1 - SLOW) * loss)
         steps = self.steps + 1
         slow = SLOW * self.slow + (1 - SLOW) * loss
         variance = SLOW * self.variance + (1 - SLOW) * (loss - self.last) ** 2 / 2

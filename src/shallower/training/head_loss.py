@@ -32,7 +32,7 @@ class Guide:
 
 
 @dataclass(frozen=True, eq=False)
-class Losses:
+class LossSums:
     """Sums over rows: `total`, through which gradients flow, and what it is made of (float32 scalars)."""
 
     total: Tensor
@@ -42,7 +42,7 @@ class Losses:
 
 def head_losses(
     rows: Tensor, targets: Tensor, head: Head, guide: Guide | None, distill: float, temperature: float
-) -> Losses:
+) -> LossSums:
     """(1 - distill) · next-token loss + distill · temperature² · KL(dense ‖ student), summed over rows.
 
     rows: the output embedding's input [rows, hidden]. targets: int64 [rows]. guide: None when distill is 0.
@@ -54,7 +54,7 @@ def head_losses(
     elif not isinstance(head.output, nn.Identity):
         raise TypeError(f"a head of type {type(head.output).__name__} must be run before, and its logits given as rows")
     sums = _HeadLosses.apply(*given, targets, head, guide, distill, temperature)  # type: ignore[no-untyped-call]
-    return Losses(*sums)
+    return LossSums(*sums)
 
 
 class _HeadLosses(torch.autograd.Function):

@@ -32,7 +32,7 @@ from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.errors import UserError
 from shallower.launched import agreed, world_size
-from shallower.training.divergence import Losses
+from shallower.training.divergence import LossTrend
 from shallower.training.feed import SEEDS, Feed, Portion
 from shallower.training.head_loss import Guide
 from shallower.training.recipe import HeldOut, Recipe, Task
@@ -222,7 +222,7 @@ class _Loop:
         state, step = self.state, self.state.step + 1
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"it diverged: at step {step} the loss was {loss:.4g} and its gradient's norm {norm:.4g}"
-        before = Losses(**state.losses)
+        before = LossTrend(**state.losses)
         losses = before.after(loss)
         if losses.spoiled:
             return f"it diverged: at step {step} the mean loss was {losses.mean:.4g}, and {before.reference:.4g} before"
@@ -267,7 +267,7 @@ class _Loop:
         state = self.state
         if held_out is not None:
             return state.best is None or math.isnan(state.best) or held_out < state.best
-        return not Losses(**state.losses).in_doubt
+        return not LossTrend(**state.losses).in_doubt
 
     def _held_out(self, measure: HeldOut) -> float:
         device, compute = self.device.type, number_format(self.recipe, self.student)

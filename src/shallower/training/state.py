@@ -41,7 +41,7 @@ class State:
 
     step: steps done. tokens: read in them. seconds: spent, kills left out. curve: a row for each measurement. best: the
     lowest held-out perplexity, worse: measurements since. kept: the step whose weights are kept. measured: which
-    measurement is next. losses: what `divergence.Losses` remembers of the steps.
+    measurement is next. losses: what `divergence.LossTrend` remembers of the steps.
     """
 
     settings: dict[str, Any]

@@ -229,7 +229,7 @@ def _reads_text(method: Method) -> bool:
     return _is_adaptive(method) or reads_stream(method) or needs_backward(method)
 
 
-class Judge(Protocol):
+class Ablating(Protocol):
     """What an adaptive metric asks: an `Ablator`, or one that stands in for it."""
 
     def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]: ...
@@ -238,13 +238,13 @@ class Judge(Protocol):
 
 
 def measured_scores(
-    method: Method, options: Mapping[str, Any], judge: Judge, units: Sequence[Unit], seed: int
+    method: Method, options: Mapping[str, Any], ablator: Ablating, units: Sequence[Unit], seed: int
 ) -> tuple[Score, ...]:
     """Scores by a metric that asks for losses of the model without units."""
     supply = {
         "units": units,
-        "losses": judge.losses,
-        "differences": judge.differences,
+        "losses": ablator.losses,
+        "differences": ablator.differences,
         "rng": random.Random(seed),
     }
     found = method.function(**{name: supply[name] for name in method.parameters}, **options)

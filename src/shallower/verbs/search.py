@@ -31,8 +31,6 @@ from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subje
 from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
 
-Judge = Ablator | RepairedLosses
-
 
 def search(
     model: str | Path | PreTrainedModel | Subject,
@@ -113,7 +111,7 @@ def search(
     ranking: Scores | None = None
     with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
         before = copy(measuring.spent)
-        judge: Judge = measuring
+        judge: Ablator | RepairedLosses = measuring
         if repair:
             assert isinstance(read, Parts)
             judge = RepairedLosses(subject, read, repairs, memory=memory, memo=measuring.memo)
