@@ -14,7 +14,7 @@ from shallower.evaluation.generation import Generation
 from shallower.evaluation.pairs import Difference
 from shallower.evaluation.tasks import Metric, TaskResult
 from shallower.reporting.tables import CHANCE, add_row, new_table
-from shallower.reporting.wording import signed
+from shallower.reporting.wording import percent, signed
 
 _SAMPLES = 3
 _WIDEST = 180  # characters of a text shown: six lines where two stand side by side on a terminal of 80 columns
@@ -74,13 +74,13 @@ def generation_table(written: Mapping[str, Generation]) -> Table:
     )
     table = new_table("Model", "2-runs", "3-runs", "Loops", "Tokens", "Ended", caption=told)
     for model, found in written.items():
-        numbers = (found.distinct_2, found.distinct_3, found.loops)
+        shares = (found.distinct_2, found.distinct_3, found.loops)
         add_row(
             table,
             model,
-            *(f"{100 * number:.0f} %" for number in numbers),
+            *(percent(share, 1, digits=0) for share in shares),
             f"{found.length:.0f}",
-            f"{100 * found.ended:.0f} %",
+            percent(found.ended, 1, digits=0),
         )
     return table
 

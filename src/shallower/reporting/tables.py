@@ -22,6 +22,7 @@ from shallower.reporting.wording import (
     number,
     plural,
     recovery_rows,
+    relative_change,
     score,
     signed,
     size,
@@ -125,7 +126,7 @@ def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
         table.add_section()
         _weigh(table, "after removal", _left(whole, gone), "bold")
         changes = [
-            "unchanged" if not part else signed(-100 * part / total, "{:.1f} %".format)
+            "unchanged" if not part else relative_change(total, total - part)
             for part, total in (
                 (gone.parameters, whole.parameters),
                 (gone.bytes, whole.bytes),
@@ -173,10 +174,10 @@ def bench_table(speeds: Mapping[str, Sequence[Speed]], setting: str) -> Table:
             speed, against = measured[place], None if name == first else reference
             peak = "–" if speed.peak_bytes is None else size(speed.peak_bytes)
             if against is not None and speed.peak_bytes is not None and against.peak_bytes:
-                peak += "\n" + signed(100 * (speed.peak_bytes / against.peak_bytes - 1), "{:.1f} %".format)
+                peak += f"\n{relative_change(against.peak_bytes, speed.peak_bytes)}"
             cache = size(speed.kv_cache_bytes)
             if against is not None and against.kv_cache_bytes:
-                cache += "\n" + signed(100 * (speed.kv_cache_bytes / against.kv_cache_bytes - 1), "{:.1f} %".format)
+                cache += f"\n{relative_change(against.kv_cache_bytes, speed.kv_cache_bytes)}"
             add_row(
                 table,
                 f"  {name}",

@@ -180,6 +180,11 @@ def signed(value: float, form: Form = number) -> str:
     return ("+" if value >= 0 else "−") + form(abs(value))
 
 
+def relative_change(before: float, after: float) -> str:
+    """How much more or less there is, in percent of what there was."""
+    return signed(after - before, lambda part: percent(part, before))
+
+
 def duration(seconds: float) -> str:
     """Seconds, or minutes and seconds, or hours and minutes."""
     if seconds < 100:
@@ -228,8 +233,8 @@ def _perplexities(data: ReportData) -> str:
 def _less(before: float, after: float, form: Form = count) -> str:
     if before == after:
         return "unchanged"
-    change = signed(after - before, form)
-    return f"{change} ({signed(after - before, lambda part: percent(part, before))})" if before else change
+    difference = signed(after - before, form)
+    return f"{difference} ({relative_change(before, after)})" if before else difference
 
 
 def _more(before: float | None, after: float | None) -> str:
