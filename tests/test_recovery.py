@@ -32,6 +32,7 @@ from shallower.engine import Ablator, prove, twins
 from shallower.engine.moments import Moments
 from shallower.engine.twins import SINK_WEIGHT, Point, Reading, Twins, token_weights
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, TooLittleText, UnknownName, UserError
+from shallower.evaluation.perplexity import Perplexity
 from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan
 from shallower.recovery import Repair
@@ -54,6 +55,7 @@ from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
+from shallower.verbs.texts import held_out
 
 save_module = sys.modules[save.__module__]  # the package's function `save` hides it
 EXACT = {"sinks": 0.0, "relative": False}
@@ -1127,7 +1129,15 @@ def test_maps_at_cuts_are_saved_packaged(files: Path, dtype: str) -> None:
     assert "trust_remote_code" in (files / "again" / "report.html").read_text()
 
 
-def test_prune_recovers_in_one_command(files: Path) -> None:
+def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    measure = recoveries.text_perplexity
+
+    def noted(*args: Any, label: str, **given: Any) -> Perplexity:
+        measured.append(label)
+        return measure(*args, label=label, **given)
+
+    monkeypatch.setattr(recoveries, "text_perplexity", noted)
     pruned = prune(
         files / "dense",
         "block.2-3",
@@ -1140,6 +1150,10 @@ def test_prune_recovers_in_one_command(files: Path) -> None:
     assert [stage.method for stage in pruned.report.recovery] == ["cut", "emulated-update", "refit"]
     last = pruned.report.recovery[-1].perplexity
     assert last == pytest.approx(dict(pruned.report.pruned.perplexity))
+    assert len(measured) == 4  # the dense model, the cut one, and what each of the recoveries made of it
+    written = open_subject(files / "out", dtype="float32")
+    found = recoveries.perplexities(written, held_out(asked(files)["calibration"]), 64, 3)
+    assert last == pytest.approx(recoveries.values(found), rel=1e-5)
     report = ReportData.load(files / "out" / "report.json")
     assert report.recovery == pruned.report.recovery
     assert report.recovery[2].options["ridge"] == 0.1

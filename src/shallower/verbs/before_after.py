@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from shallower.evaluation.perplexity import Perplexity, context_limit
+from shallower.evaluation.perplexity import context_limit
 from shallower.reporting.data import Side
 from shallower.reporting.wording import plural
 from shallower.timing.speed import Speed, compare_speed
 from shallower.verbs.questions import Questions, TaskScores, task_scores
-from shallower.verbs.recoveries import perplexities
+from shallower.verbs.recoveries import perplexities, values
 from shallower.verbs.subject import Subject
 
 PROMPT, GENERATE = 128, 32  # tokens, where speed is timed
@@ -54,15 +54,16 @@ def before_after(
     max_windows: int | None,
     *,
     speed: bool,
+    known: Mapping[str, float] | None = None,
 ) -> BeforeAfter:
     """Measure both models on at most `max_windows` windows of each held-out text, by the questions, and, if asked to,
-    in time.
+    in time. known: perplexities of the pruned model, where it was measured on these already.
     """
     with clock("perplexity"):
-        before, after = (
-            perplexities(side, held_out, window, max_windows, label=f"of the {which} model on")
-            for which, side in (("dense", dense), ("pruned", pruned))
-        )
+        before = perplexities(dense, held_out, window, max_windows, label="of the dense model on")
+        if known is None:
+            known = values(perplexities(pruned, held_out, window, max_windows, label="of the pruned model on"))
+    tokens = {name: found.tokens for name, found in before.items()}
     scores = TaskScores()
     if asked is not None:
         with clock("tasks"):
@@ -70,8 +71,8 @@ def before_after(
     with clock("speed"):
         speeds, untimed = _speeds(dense, pruned) if speed else ({}, ())
     return BeforeAfter(
-        _side(dense, before, speeds.get("dense"), scores.dense),
-        _side(pruned, after, speeds.get("pruned"), scores.pruned),
+        _side(dense, values(before), tokens, speeds.get("dense"), scores.dense),
+        _side(pruned, known, tokens, speeds.get("pruned"), scores.pruned),
         _setting(speeds["dense"], dense) if speeds else "",
         scores.notes,
         untimed,
@@ -79,7 +80,11 @@ def before_after(
 
 
 def _side(
-    subject: Subject, perplexities: Mapping[str, Perplexity], speed: Speed | None, tasks: Mapping[str, float]
+    subject: Subject,
+    perplexity: Mapping[str, float],
+    tokens: Mapping[str, int],
+    speed: Speed | None,
+    tasks: Mapping[str, float],
 ) -> Side:
     whole = subject.weights.model
     return Side(
@@ -88,8 +93,8 @@ def _side(
         bytes=whole.bytes,
         flops=whole.flops,
         kv_bytes=whole.kv_bytes,
-        perplexity={name: found.perplexity for name, found in perplexities.items()},
-        perplexity_tokens={name: found.tokens for name, found in perplexities.items()},
+        perplexity=perplexity,
+        perplexity_tokens=tokens,
         prefill_tokens_per_s=None if speed is None else speed.prefill_tokens_per_s,
         decode_tokens_per_s=None if speed is None else speed.decode_tokens_per_s,
         tasks=tasks,

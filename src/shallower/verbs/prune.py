@@ -227,7 +227,10 @@ def prune(
                 memory=memory,
             )
         smaller = smaller.holding(smaller.model)
-    measured = before_after(subject, smaller, read.held_out, asked, clock, window, max_windows, speed=speed)
+    known = stages[-1].perplexity if stages else None
+    measured = before_after(
+        subject, smaller, read.held_out, asked, clock, window, max_windows, speed=speed, known=known
+    )
     data = ReportData(
         plan=given,
         influence=(influence,),
