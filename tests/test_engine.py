@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 
@@ -30,12 +31,13 @@ from shallower.checkpoint.determinants import determinants, determined
 from shallower.checkpoint.load import load_model
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, evaluator, prove, scoring
-from shallower.engine.evaluator import Evaluator
+from shallower.engine.evaluator import Evaluator, Job
 from shallower.engine.head import Head
 from shallower.engine.memo import Memo
 from shallower.engine.method_code import code_of
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import DenseAnswers, States
+from shallower.engine.trace import Trace
 from shallower.errors import BudgetError, CorpusError, ModelError
 from shallower.registry import search as searches
 from shallower.surgery import cut
@@ -294,15 +296,25 @@ def _search_until_killed(path):
     ablator.losses([frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)])
 
 
-def test_groups_on_a_processor_are_of_their_batch():
+def test_groups_on_a_processor_are_of_their_batch(monkeypatch):
     anatomy = dissect(tiny_model("llama"))
     text = CalibrationSet("x", torch.randint(3, 120, (9, 128)), None, ())
     batches = [*text.subset(range(8)).batches(8), *text.subset([8]).batches(1)]
     nll = registry.objective.get("nll")
-    evaluator = Evaluator(anatomy, batches, nll, {}, states=States(0), memory=0)
-    prefixes = [f"{number}" for number in range(16)]
-    for number, expected in ((1, [8, 8]), (0, [1] * 16), (1, [8, 8])):
-        assert [len(group) for group in evaluator._grouped(number, prefixes)] == expected
+    evaluator = Evaluator(anatomy, batches, nll, {}, states=States(0), memory=1 << 30, order="layer-major")
+    sequences = defaultdict(list)  # that go through each block together
+    run = Trace.run
+
+    def noted(own, index, hidden, *more):
+        sequences[index].append(len(hidden))
+        return run(own, index, hidden, *more)
+
+    monkeypatch.setattr(Trace, "run", noted)
+    routes = tuple("".join(chosen) + ".." for chosen in itertools.product(".x", repeat=4))
+    for number, expected in ((1, [8, 8]), (0, [8] * 16), (1, [8, 8])):
+        sequences.clear()
+        evaluator.measure(Job(number, routes))
+        assert sequences[5] == expected
 
 
 def test_memo_survives_a_kill(tmp_path):

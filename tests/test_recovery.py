@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import shallower
 from shallower import progress
-from shallower.anatomy import dissect
+from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.dissect import probe_ids
 from shallower.anatomy.patch import Patch
 from shallower.anatomy.writers import find_writers
@@ -46,7 +46,7 @@ from shallower.surgery.verify import cached_logits, full_logits
 from shallower.testing.conformance import sample_text, with_identity_block
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
-from shallower.verbs import recoveries
+from shallower.verbs import recoveries, repaired
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
 from shallower.verbs.prune_texts import Asked, asked_of_prune
@@ -1431,18 +1431,17 @@ def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:
 
 def test_a_search_behind_repairs_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path))
-    own = RepairedLosses._judge
     asked: list[frozenset[Unit]] = []
 
     def run(until: int = 100, repair: str = "low-rank", **changed: Any) -> PruningPlan:
-        def judge(self: RepairedLosses, removed: frozenset[Unit]) -> float:
+        def noted(dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:
             if len(asked) == until:
                 raise KeyboardInterrupt
             asked.append(removed)
-            return own(self, removed)
+            return cut(dense, removed)
 
         asked.clear()
-        monkeypatch.setattr(RepairedLosses, "_judge", judge)
+        monkeypatch.setattr(repaired, "cut", noted)
         model = changed.pop("model", tiny_model("llama"))
         text = sample_text(model, sequences=changed.pop("sequences", 8))
         return search(model, 2, calibration=text, repair=repair, **changed)
