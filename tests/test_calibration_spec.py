@@ -183,6 +183,7 @@ def test_paths_in_yaml_are_those_beside_it(
     folder = tmp_path / "deep"
     (folder / "data").mkdir(parents=True)
     _jsonl(folder / "a*b+c.jsonl", [{"body": "of a star " * 20}])
+    _jsonl(folder / "e#f.jsonl", [{"text": "of a hash " * 20}])
     table = pyarrow.table({"body": ["of an arrow " * 20]})
     with (
         pyarrow.OSFile(str(folder / "data" / "d.arrow"), "wb") as file,
@@ -194,6 +195,7 @@ def test_paths_in_yaml_are_those_beside_it(
     for listed, terms in {
         "a*b+c.jsonl#body": [Term("deep/a*b+c.jsonl#body")],
         "a*b+c.jsonl": [Term("deep/a*b+c.jsonl")],
+        "e#f.jsonl": [Term("deep/e#f.jsonl")],
         "a*b+c.jsonl#body*3": [Term("deep/a*b+c.jsonl#body", 3)],
         "arrow:data#body": [Term("arrow:deep/data#body")],
         "arrow:data#body*0.5": [Term("arrow:deep/data#body", 0.5)],

@@ -337,13 +337,17 @@ def test_a_grid_has_every_combination_once() -> None:
         ("a.jsonl*0.7+ b.jsonl#body*0.3+web", "{0}/a.jsonl*0.7+{0}/b.jsonl#body*0.3+web"),
         ("a.jsonl*0.7+b.jsonl?seed=1", "{0}/a.jsonl*0.7+{0}/b.jsonl?seed=1"),
         ("a+b*2.jsonl?seed=1", "{0}/a+b*2.jsonl?seed=1"),
+        ("a.jsonl+c++.jsonl*0.5?seed=1", "{0}/a.jsonl+{0}/c++.jsonl*0.5?seed=1"),
+        ("c++.jsonl#body+hf:owner/name", "{0}/c++.jsonl#body+hf:owner/name"),
+        ("arrow:more+rows#body", "arrow:{0}/more+rows#body"),
+        ("python+a.jsonl", "python+{0}/a.jsonl"),  # the text of that name, as everywhere
         ("arrow:rows#body", "arrow:{0}/rows#body"),
         ("none.jsonl*2+hf:owner/name:train", "none.jsonl*2+hf:owner/name:train"),
         ("+".join(["a.jsonl"] * 50), "+".join(["{0}/a.jsonl"] * 50)),  # longer than a file's name can be
     ],
 )
 def test_every_source_of_a_text_is_relative_to_the_file(text: str, located: str, tmp_path: Path) -> None:
-    for name in ("a.jsonl", "b.jsonl", "a+b*2.jsonl", "rows"):
+    for name in ("a.jsonl", "b.jsonl", "a+b*2.jsonl", "c++.jsonl", "rows", "more+rows", "python"):
         (tmp_path / name).touch()
     study = parse_study({"models": "demo", "texts": {"a": text}, "remove": 1}, "s.yaml", tmp_path)
     assert study.texts["a"] == located.format(tmp_path)

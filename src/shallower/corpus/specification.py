@@ -90,6 +90,14 @@ def parse_specification(text: str, known: Iterable[str]) -> Specification:
     return Specification(source, options | given, terms)
 
 
+def located(text: str, folder: Path) -> str:
+    """The same specification, each source that is a path relative to `folder` as one that opens from here."""
+    whole = "?" not in text or os.path.exists(folder / text)
+    source, mark, tail = (text, "", "") if whole else text.rpartition("?")
+    terms = (_name_and_weight(item, folder) for item in _items(source, folder))
+    return "+".join(_located(name, folder) + weight for name, weight in terms) + mark + tail
+
+
 def raise_all(faults: Sequence[UserError]) -> None:
     """Raise the only fault as it is, or one CorpusError that tells all of them."""
     if len(faults) == 1:
@@ -170,34 +178,42 @@ def _terms(text: str) -> tuple[tuple[Term, ...], list[UserError]]:
     return _weighed(terms, text, faults)
 
 
-def _items(text: str) -> list[str]:
-    """What stands between the + of a mixture, but for a + in a path that exists."""
+def _items(text: str, folder: Path = Path()) -> list[str]:
+    """What stands between the + of a mixture, but for a + in a path that exists, here or in `folder`."""
     parts = text.split("+")
     items: list[str] = []
     while parts:
-        count = next((count for count in range(len(parts), 1, -1) if _holds_path("+".join(parts[:count]))), 1)
+        count = next((count for count in range(len(parts), 1, -1) if _holds_path("+".join(parts[:count]), folder)), 1)
         items.append("+".join(parts[:count]))
         del parts[:count]
     return items
 
 
-def _holds_path(item: str) -> bool:
-    """Whether the item is a path, perhaps with a field and a weight."""
+def _holds_path(item: str, folder: Path) -> bool:
+    """Whether the item is a path, here or in `folder`, perhaps with a field and a weight."""
     item = item.strip()
     places = (place for whole in (item, item.rpartition("*")[0]) for place in (whole, whole.partition("#")[0]))
-    return any(_exists(place) for place in places if place and "+" not in item.removeprefix(place))
+    return any(_exists(place, folder) for place in places if place and "+" not in item.removeprefix(place))
 
 
 def _term(item: str, where: str, folder: Path = Path()) -> Term:
-    """A source with its weight; a * is the path's own where that exists, here or in `folder`."""
+    """A source with its weight."""
+    name, weight = _name_and_weight(item, folder)
+    if not name:
+        raise CorpusError(f"a source of the mixture {where!r} has no name: write SOURCE*WEIGHT+SOURCE*WEIGHT.")
+    return Term(name, _weight(weight.removeprefix("*") if weight else 1, name))
+
+
+def _name_and_weight(item: str, folder: Path) -> tuple[str, str]:
+    """A source, and its weight with the * before it, empty where it has none; a * is the path's own where that exists,
+    here or in `folder`.
+    """
     item = item.strip()
     name, star, weight = item.rpartition("*")
     places = (item, item.partition("#")[0]) if "#" in weight else (item,)
     if not star or any(_exists(place, folder) for place in places):
-        name, weight = item, "1"
-    if not name.strip():
-        raise CorpusError(f"a source of the mixture {where!r} has no name: write SOURCE*WEIGHT+SOURCE*WEIGHT.")
-    return Term(name.strip(), _weight(weight, name.strip()))
+        return item, ""
+    return name.strip(), star + weight
 
 
 def _exists(source: str, folder: Path = Path()) -> bool:
@@ -280,10 +296,15 @@ def _yaml_term(item: object, path: Path, where: str) -> Term:
         term = Term(item["source"].strip(), _weight(item.get("weight", 1), item["source"]))
     else:
         raise CorpusError(f"{where} is {item!r}: write a text, or source: and weight:.")
-    arrow = "arrow:" if term.source.startswith("arrow:") else ""
-    place = term.source.removeprefix(arrow)
-    beside = os.path.exists(path.parent / place.partition("#")[0])
-    return Term(f"{arrow}{path.parent / place}", term.weight) if beside and (arrow or not _is_reserved(place)) else term
+    return Term(_located(term.source, path.parent), term.weight)
+
+
+def _located(source: str, folder: Path) -> str:
+    """A path relative to `folder` as one that opens from here; all else as it is."""
+    arrow = "arrow:" if source.startswith("arrow:") else ""
+    place = source.removeprefix(arrow)
+    beside = any(path and os.path.exists(folder / path) for path in (place, place.partition("#")[0]))
+    return f"{arrow}{folder / place}" if beside and (arrow or not _is_reserved(place)) else source
 
 
 def _is_reserved(source: str) -> bool:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from shallower.corpus.specification import located
 from shallower.errors import UserError
 from shallower.files import expanded
 from shallower.strict_json import key_faults, read_yaml
@@ -111,7 +112,7 @@ def _value(name: str, value: Any, folder: Path) -> Any:
         if not isinstance(value, dict) or (name == "texts" and not value):
             raise UserError(f"is {value!r}, not a list of names with a value each (`web: c4.jsonl`)")
         texts = {_word(key): _word(item) for key, item in value.items()}
-        return texts if name == "settings" else {key: _located_text(item, folder) for key, item in texts.items()}
+        return texts if name == "settings" else {key: located(item, folder) for key, item in texts.items()}
     if name == "exact":
         if not isinstance(value, bool):
             raise UserError(f"is {value!r}, not true or false")
@@ -128,7 +129,7 @@ def _value(name: str, value: Any, folder: Path) -> Any:
     if name in _WHOLE:
         return tuple(_whole(item, least=0 if name == "seeds" else 1) for item in items)
     if name == "models":
-        return tuple(_located(_word(item), folder) for item in items)
+        return tuple(_located_model(_word(item), folder) for item in items)
     return tuple(_word(item) for item in items)
 
 
@@ -145,30 +146,6 @@ def _whole(value: Any, least: int = 1) -> int:
     return value
 
 
-def _located(path: str, folder: Path) -> str:
+def _located_model(path: str, folder: Path) -> str:
     """A path relative to the study's folder becomes one that opens from here; all else stays as it is."""
     return str(folder / path) if path.strip() and os.path.exists(folder / path) else path
-
-
-def _located_text(text: str, folder: Path) -> str:
-    """The same for the specification of a text (`shallower.corpus.specification`): for each source that it mixes."""
-    if "?" not in text or os.path.exists(folder / text):  # not Path.exists: a mixture may be longer than a name can be
-        return _located_mixture(text, folder)
-    source, mark, options = text.rpartition("?")
-    return _located_mixture(source, folder) + mark + options
-
-
-def _located_mixture(source: str, folder: Path) -> str:
-    if os.path.exists(folder / source):
-        return _located(source, folder)
-    return "+".join(_located_term(item.strip(), folder) for item in source.split("+"))
-
-
-def _located_term(item: str, folder: Path) -> str:
-    name, star, weight = item.rpartition("*")
-    if not star or os.path.exists(folder / item):
-        name, star, weight = item, "", ""
-    name = name.strip()
-    path, mark, field = (name, "", "") if os.path.exists(folder / name) else name.partition("#")
-    kind = "arrow:" if path.startswith("arrow:") else ""
-    return kind + _located(path.removeprefix(kind), folder) + mark + field + star + weight
