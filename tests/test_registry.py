@@ -158,6 +158,21 @@ def test_options_that_cannot_be_parsed_fail_at_registration(registry: Registry, 
         registry("m")(function)
 
 
+def trained_method(student: Elsewhere, task: Elsewhere, *, steps: int = 4) -> Elsewhere:  # noqa: F821
+    return student
+
+
+def test_a_trained_method_may_name_types_that_are_imported_for_type_checkers_only(registry: Registry) -> None:
+    from shallower.training.recipe import Recipe, trainable
+
+    registry("m")(trainable(Recipe(lr=0.5))(trained_method))
+    found = {name: (option.annotation, option.default) for name, option in registry.get("m").options.items()}
+    assert found["steps"] == (int, 4)
+    assert found["lr"] == (float, 0.5)
+    with pytest.raises(TypeError, match=r"option 'steps' of no_annotation needs a default and int"):
+        registry("n")(trainable(Recipe())(no_annotation))
+
+
 def misspelt(before: float, aftr: float, *, power: float = 1.0) -> float:
     return before
 

@@ -287,22 +287,26 @@ def _constant(held: object) -> object:
     return [_constant(item) for item in held] if isinstance(held, tuple) else repr(held)
 
 
-def _options(function: Callable[..., Any]) -> dict[str, Option]:
+def settable_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a function, with annotations that are types."""
     settable = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     # those of the others may be imported for type checkers only
-    told = {name: item.annotation for name, item in settable.items() if item.annotation is not item.empty}
     hints = typing.get_type_hints(
-        SimpleNamespace(__annotations__=told),
+        SimpleNamespace(__annotations__={name: item.annotation for name, item in settable.items()}),
         globalns=getattr(inspect.unwrap(function), "__globals__", {}),
         include_extras=True,
     )
+    return {name: parameter.replace(annotation=hints[name]) for name, parameter in settable.items()}
+
+
+def _options(function: Callable[..., Any]) -> dict[str, Option]:
     options = {}
-    for name, parameter in settable.items():
-        kind, above = hints.get(name), None
+    for name, parameter in settable_parameters(function).items():
+        kind, above = parameter.annotation, None
         if get_origin(kind) is Annotated:
             kind, *marks = get_args(kind)
             above = next((mark for mark in marks if isinstance(mark, Above)), None)

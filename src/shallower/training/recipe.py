@@ -19,6 +19,7 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.errors import UserError
 from shallower.files import expanded
 from shallower.launched import world_size
+from shallower.registry import settable_parameters
 from shallower.resources import parse_memory
 from shallower.training.feed import Feed
 from shallower.training.teacher import words_kept
@@ -234,11 +235,10 @@ def trainable(
                 require_float32(student, trained(student, every))
             require_trainable(student, text, recipe)
 
-        given = inspect.signature(function).parameters.values()
-        hints = typing.get_type_hints(function, include_extras=True)
-        own = {item.name: item.default for item in given if item.kind is item.KEYWORD_ONLY}
+        given = settable_parameters(function)
+        own = {name: item.default for name, item in given.items()}
         supplied = list(inspect.signature(method, follow_wrapped=False).parameters.values())[:-1]
-        described = {name: hints[name] for name in own} | typing.get_type_hints(Recipe)
+        described = {name: item.annotation for name, item in given.items()} | typing.get_type_hints(Recipe)
         values = own | asdict(defaults)
         settable = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=values[name], annotation=described[name])
