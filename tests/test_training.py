@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -472,6 +473,9 @@ def test_a_student_that_was_spread_comes_back_to_its_device() -> None:
     student = cut(dissect(tiny_model("llama")), parse_units("block.2")).to("meta")
     filled = loop._filled(loop._untrained(student), student, student.device)
     assert {parameter.device.type for parameter in filled.parameters()} == {"meta"}
+    student.model.lock = threading.Lock()
+    with pytest.raises(ModelError, match="cannot be copied"):
+        loop._untrained(student)
 
 
 class _Elsewhere(loop.Accelerator):

@@ -11,7 +11,6 @@ Notable features:
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import time
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from shallower import progress
 from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.checkpoint.fingerprint import fingerprint
+from shallower.checkpoint.stock import copied
 from shallower.errors import UserError
 from shallower.launched import agreed, world_size
 from shallower.training.divergence import LossTrend
@@ -380,7 +380,7 @@ def _untrained(student: PreTrainedModel) -> PreTrainedModel:
         id(p): nn.Parameter(p.detach().to("meta") if p.requires_grad else p.detach(), requires_grad=False)
         for p in student.parameters()
     }
-    return copy.deepcopy(student, dict(held))
+    return copied(student, dict(held))
 
 
 def _filled(plain: PreTrainedModel, student: PreTrainedModel, device: torch.device) -> PreTrainedModel:
