@@ -382,6 +382,16 @@ def test_the_files_are_short_and_build_on_the_stock_class(tmp_path: Path) -> Non
     assert "from transformers import Gemma2Config as StockConfig" in (out / "configuration_shallow.py").read_text()
 
 
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "qwen3_moe", "granitemoehybrid", "dots1"])
+def test_a_model_that_was_read_from_disk_is_packaged(family: str, tmp_path: Path) -> None:
+    dense(family)[0].model.save_pretrained(tmp_path / "dense")
+    anatomy = dissect(load(tmp_path / "dense"))
+    for unit in ("attn.1", "mlp.1"):
+        model = cut(anatomy, units(unit))
+        out = save(model, tmp_path / unit, plan=None)
+        assert close(logits(with_code(out)), logits(model))
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_what_was_loaded_is_saved_again(family: str, tmp_path: Path) -> None:
     first = save(cut(dense(family)[0], units(MIXED)), tmp_path / "first", plan=None)

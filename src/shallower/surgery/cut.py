@@ -234,6 +234,8 @@ def _become_shallow(
         if type(config) is stock and config.num_hidden_layers == len(layers):
             config.block_configs, config.packaged = entries(described), packaged
             config.__class__ = type(model).config_class
+            # what was read from disk has its type on itself, by which transformers would rename the weights
+            vars(config).pop("model_type", None)
 
 
 def _copy(dense: PreTrainedModel, new_config: Callable[[PretrainedConfig], PretrainedConfig]) -> PreTrainedModel:
