@@ -382,11 +382,11 @@ def test_the_files_are_short_and_build_on_the_stock_class(tmp_path: Path) -> Non
     assert "from transformers import Gemma2Config as StockConfig" in (out / "configuration_shallow.py").read_text()
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mixtral", "qwen3_moe", "granitemoehybrid", "dots1"])
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "qwen3_moe", "granitemoehybrid", "dots1", "falcon_h1"])
 def test_a_model_that_was_read_from_disk_is_packaged(family: str, tmp_path: Path) -> None:
     dense(family)[0].model.save_pretrained(tmp_path / "dense")
     anatomy = dissect(load(tmp_path / "dense"))
-    for unit in ("attn.1", "mlp.1"):
+    for unit in ("attn.1", "mlp.1")[family == "falcon_h1" :]:  # whose attention cannot be told apart
         model = cut(anatomy, units(unit))
         out = save(model, tmp_path / unit, plan=None)
         assert close(logits(with_code(out)), logits(model))

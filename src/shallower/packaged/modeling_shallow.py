@@ -107,6 +107,11 @@ class LeavesOut(nn.Module):
         super().__init__(config, *args, **kwargs)
         leave_out(self, config)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Modules are stock ones: of other code transformers leaves buffers empty that are computed and not stored."""
+        return False
+
 
 class ShallowForCausalLM(LeavesOut, StockModel):  # type: ignore[misc]
     """The stock model with missing sublayers."""
