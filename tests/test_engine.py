@@ -274,6 +274,18 @@ def test_blocks_that_fail_without_what_another_leaves_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "said", ["DefaultCPUAllocator: can't allocate memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"]
+)
+def test_too_little_memory_is_not_called_unsupported(said, monkeypatch):
+    def no_room(replay):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(sys.modules[prove.__module__], "_replayed", no_room)
+    with pytest.raises(RuntimeError, match=said):
+        prove(dissect(tiny_model("llama")))
+
+
+@pytest.mark.parametrize(
     ("dtype", "advice"),
     [
         (torch.float16, r"in float16: use --dtype float32 \(or bfloat16\)"),

@@ -517,11 +517,14 @@ def test_a_class_is_asked_whether_it_obeys(monkeypatch: pytest.MonkeyPatch) -> N
 
     class Raising(LlamaForCausalLM):
         def __init__(self, config: LlamaConfig) -> None:
-            raise AssertionError(config.vocab_size)
+            raise failures.pop()
 
+    failures: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory"), AssertionError(64)]
     whole = tiny_model("llama")
     whole.__class__ = Raising
     assert skip_words(whole) == {}
+    with pytest.raises(torch.OutOfMemoryError):
+        skip_words(whole)
 
 
 def test_native_where_it_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

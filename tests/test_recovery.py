@@ -1429,6 +1429,17 @@ def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:
     judge.require_possible(second)
 
 
+def test_a_set_without_room_for_its_repair_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny_model("llama")
+    judge = RepairedLosses(open_subject(model), split(sample_text(model, sequences=8)), parse_recoveries("refit", {}))
+    monkeypatch.setattr(sys.modules[cut.__module__], "cached_logits", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        judge.losses([parse_units("block.2")])
+
+
 def test_a_search_behind_repairs_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path))
     asked: list[frozenset[Unit]] = []

@@ -27,6 +27,7 @@ from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify_saved
+from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.surgery.stations import layers_of
 from shallower.testing.families import BLOCKS, DEPTH_BOUND, FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
@@ -728,6 +729,23 @@ def test_a_wrong_checkpoint_is_found(pruned: PreTrainedModel, tmp_path: Path) ->
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(VerificationError, match="does not load"):
         verify_saved(folder, pruned, IDS)
+
+
+def test_too_little_memory_is_no_property_of_a_family(
+    pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    folder = save(pruned, tmp_path / "out", plan=None)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        verify_saved(folder, pruned, IDS, load=no_room)
+    anatomy = dissect(tiny_model("llama"))
+    monkeypatch.setattr(sys.modules[cut.__module__], "full_logits", no_room)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        cut(anatomy, units("block.1"))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        exact_pairs(anatomy)
 
 
 def test_padded_decoding_without_the_last_state() -> None:

@@ -20,7 +20,13 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "_status_alloc_failed",  # cuBLAS, cuDNN: no room for their workspace
+)
 
 
 class ShallowerError(Exception):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, unpack
 from shallower.checkpoint.dtype import dtype_name
 from shallower.corpus.calibration import Batch
-from shallower.errors import ModelError
+from shallower.errors import ModelError, out_of_memory
 from shallower.units import Kind
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -123,9 +123,9 @@ def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
         beside = _collections(replay)
         try:
             found = _replayed(replay).float()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a block raises that misses what another would have left for it
+            if out_of_memory(error):
+                raise
             raise _unsupported(anatomy, f"running them one by one fails ({error})") from error
     if _identities(_collections(replay)) != _identities(beside):
         raise ModelError(

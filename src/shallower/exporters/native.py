@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.dissect import probe_ids
 from shallower.checkpoint.stock import quiet
+from shallower.errors import out_of_memory
 from shallower.packaged import has_maps
 from shallower.surgery.config import cut_config
 from shallower.surgery.cut import cut, skipping
@@ -64,7 +65,9 @@ def skip_words(model: PreTrainedModel) -> dict[Kind, str]:
                 for parameter in small.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
             anatomy = dissect(small)
-    except Exception:  # code and validators of hundreds of classes raise what they like
+    except Exception as error:  # code and validators of hundreds of classes raise what they like
+        if out_of_memory(error):
+            raise
         return {}
     found: dict[Kind, str] = {}
     for kind, words in _WORDS.items():
@@ -105,7 +108,9 @@ def _obeys(anatomy: Anatomy, unit: Unit, word: str) -> bool:
             return False
         fewer = sum(p.numel() for p in told.parameters()) < sum(p.numel() for p in whole.parameters())
         return fewer and all(difference(run(told, ids), wanted) <= allowed for run in (full_logits, cached_logits))
-    except Exception:  # as above
+    except Exception as error:  # as above
+        if out_of_memory(error):
+            raise
         return False
 
 

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, substitutes
 from shallower.checkpoint.stock import copied
-from shallower.errors import BudgetError, ModelError
+from shallower.errors import BudgetError, ModelError, out_of_memory
 from shallower.packaged import FORMAT, Absent, LeavesOut, entries, shallow_class
 from shallower.surgery.config import cut_config
 from shallower.surgery.pairing import Layer, in_place, layouts, mlp_side, serving
@@ -353,4 +353,6 @@ def _refusing(family: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        if out_of_memory(error):  # which says nothing of the family
+            raise
         raise ModelError(f"{family} does not run without these units: {type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shallower.checkpoint.stock import evaluating, quiet
-from shallower.errors import VerificationError
+from shallower.errors import VerificationError, out_of_memory
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _DECODED = 4
@@ -113,6 +113,8 @@ def verify_saved(
         except VerificationError:
             raise
         except Exception as error:  # whatever cannot be loaded is a failed verification
+            if out_of_memory(error):
+                raise
             raise VerificationError(f"the checkpoint that was written does not load again: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info.get(kind):
