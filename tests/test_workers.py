@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from shallower import progress, registry
 from shallower.anatomy import dissect
+from shallower.checkpoint import load
 from shallower.checkpoint.fingerprint import checksum
 from shallower.cli import main
 from shallower.corpus import CalibrationSet
@@ -28,7 +30,7 @@ from shallower.engine.memo import Memo
 from shallower.engine.ray_session import connect
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
 from shallower.engine.states import States
-from shallower.errors import UserError
+from shallower.errors import ModelTooLarge, UserError
 from shallower.resources import cluster, parse_memory, parse_workers
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
@@ -215,6 +217,60 @@ def test_files_that_a_container_has_read_take_no_memory(
     assert workers.free_memory(torch.device("cpu")) == free
 
 
+def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("mem_get_info", (100, 1000)), ("memory_reserved", 700), ("memory_allocated", 400)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert workers.free_memory(torch.device("cuda:1")) == 400
+
+
+def test_the_fullest_device_bounds_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cpu": 5000, "meta": 300}
+    monkeypatch.setattr(workers, "free_memory", lambda device: free[device.type])
+    spread = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    assert workers.free_beside(spread) == 300
+    assert workers.free_beside(spread[0]) == 5000
+    meta = torch.device("meta")
+    assert [workers.place_for(needed, meta).type for needed in (300, 301)] == ["meta", "cpu"]
+
+
+def test_each_worker_has_its_share_of_the_memory_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0, "CPU": 8.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": {"GPU": 2.0, "CPU": 8.0}, "Alive": True}])
+    monkeypatch.setattr(ray, "init", lambda **how: None)
+    monkeypatch.setattr(ray_workers, "free_beside", lambda model: 4000)
+    model = tiny_model("llama")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for asked, device, told, free in (
+        (1, cuda, 1000, 1000),
+        (2, cuda, 500, 1000),
+        (3, cuda, 333, 500),  # two on the first GPU
+        ("auto", cuda, 500, 1000),
+        (2, cpu, 500, 500),
+        ("auto:4", cpu, 250, 250),
+    ):
+        session = connect(asked, device)
+        of_one = partial(
+            ray_workers.Setup,
+            batches=[],
+            objective=registry.objective.get("nll"),
+            options={},
+            besides=[],
+            order=None,
+            device=device.type,
+            threads=1,
+            neighbours=session.neighbours,
+            sharing=session.sharing,
+        )
+        assert of_one(memory=1000).memory_of_one(model) == told
+        assert of_one(memory=None).memory_of_one(model) == free
+        together = session.placement.get("num_gpus", 1.0) * session.sharing
+        assert together == 1.0 or device == cpu
+    with pytest.raises(UserError, match=r"--device cuda:1 with --workers 1: Ray decides which GPU .*_DEVICES=1\)"):
+        connect(1, torch.device("cuda:1"))
+
+
 def test_jobs_go_to_the_home_of_their_batch() -> None:
     anatomy = dissect(tiny_model("llama"))
     evaluator = Evaluator(anatomy, [], registry.objective.get("nll"), {}, states=States(0), memory=0)
@@ -358,3 +414,19 @@ def test_a_checkpoint_of_another_model_is_not_taken(folder: Path) -> None:
     nowhere = Checkpoint(str(folder / "gone"), "tiny", None, mine.checksum, "float32", False)
     assert other.load("cpu") is None
     assert nowhere.load("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("device", "holds"), [("cpu", ": give fewer"), ("cuda", ", and the first GPU also holds that of")]
+)
+def test_a_checkpoint_that_does_not_fit_is_not_sent_instead(
+    device: str, holds: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: Any, **how: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(load, "parse_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_room)
+    mine = Checkpoint(str(folder / "tiny"), "tiny", None, "sha256:0", "float32", False)
+    with pytest.raises(ModelTooLarge, match=rf"do not fit into memory.* Each worker holds a copy{holds}"):
+        mine.load(device)

@@ -4,6 +4,7 @@
     ├── UserError               the user's mistake: one sentence, exit code 2
     │   ├── UnknownName         a method, unit, or key that does not exist; knows the nearest one
     │   ├── ModelError          MODEL cannot be found, read, or is of a kind that cannot be pruned
+    │   │   └── ModelTooLarge   MODEL does not fit into memory
     │   ├── CorpusError         calibration or evaluation text is missing, too short, or not text
     │   │   └── TooLittleText   there is text, but less than what was asked for
     │   ├── PlanError           a plan that is malformed or was made for another model
@@ -58,6 +59,10 @@ class ModelError(UserError):
     """MODEL cannot be found, read, or is of a kind that cannot be pruned."""
 
 
+class ModelTooLarge(ModelError):
+    """MODEL does not fit into memory."""
+
+
 class CorpusError(UserError):
     """Text is missing, too short, or not text."""
 
@@ -88,7 +93,7 @@ class VerificationError(ShallowerError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory does not suffice, on any device: on a CPU torch raises a RuntimeError."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, (MemoryError, ModelTooLarge)) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
     return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _NO_MEMORY)

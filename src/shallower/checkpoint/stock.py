@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from shallower.errors import ModelError, UserError, first_line, out_of_memory
+from shallower.errors import ModelError, ModelTooLarge, UserError, first_line, out_of_memory
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -173,7 +173,7 @@ def refusing(name: str, part: str) -> Iterator[None]:
     except Exception as error:  # the code of two hundred families: nothing narrower is known of what it raises
         text = str(error)
         if out_of_memory(error):
-            raise ModelError(
+            raise ModelTooLarge(
                 f"{part} {name} do not fit into memory; choose another --device or a smaller --dtype."
             ) from error
         if "trust_remote_code" in text:

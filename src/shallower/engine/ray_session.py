@@ -25,13 +25,15 @@ ASIDE = {
 class Session:
     """What Ray offers. ray: the module.
 
-    count: workers that it has room for. neighbours: most of them on one machine. threads: of torch, for each.
+    count: workers that it has room for. neighbours: most of them on one machine. sharing: most of them in one memory:
+    on one machine, or on one GPU. threads: of torch, for each.
     placement: what Ray reserves for each. ours: we started or joined it, and leave it again.
     """
 
     ray: Any
     count: int
     neighbours: int
+    sharing: int
     threads: int
     placement: Mapping[str, float]
     ours: bool
@@ -45,9 +47,14 @@ class Session:
 def connect(asked: int | str, device: torch.device) -> Session:
     """Start Ray on this machine for a number of workers, or join the cluster at an address (`auto:4`: with at most 4).
 
-    A Ray that this process is connected to already is used as it is. Raises UserError when no cluster answers, or it
-    has no processor or GPU to offer.
+    A Ray that this process is connected to already is used as it is. Raises UserError when no cluster answers, it has
+    no processor or GPU to offer, or one GPU was chosen by its number.
     """
+    if device.type == "cuda" and device.index:
+        raise UserError(
+            f"--device {device} with --workers {asked}: Ray decides which GPU each worker has. Write --device cuda "
+            f"(for that GPU alone after setting CUDA_VISIBLE_DEVICES={device.index}), or drop --workers."
+        )
     for name, value in ASIDE.items():
         os.environ.setdefault(name, value)
     import ray
@@ -75,9 +82,11 @@ def connect(asked: int | str, device: torch.device) -> Session:
     offered = float(ray.cluster_resources().get(key, 0))
     if isinstance(asked, int):
         placement = {"num_cpus": 0.0}  # they share the cores by their number of threads, whatever Ray counts
-        if key == "GPU":
-            placement["num_gpus"] = min(1.0, offered / asked)
-        return Session(ray, asked, asked, max(1, torch.get_num_threads() // asked), placement, ours)
+        sharing = asked
+        if key == "GPU" and offered >= 1:
+            sharing = -(-asked // int(offered))
+            placement["num_gpus"] = 1 / sharing
+        return Session(ray, asked, asked, sharing, max(1, torch.get_num_threads() // asked), placement, ours)
     if offered < 1:
         raise UserError(
             f"--workers {asked}: the Ray cluster has no {key}; choose another --device, or add a node to it."
@@ -85,4 +94,5 @@ def connect(asked: int | str, device: torch.device) -> Session:
     most = max(int(node["Resources"].get(key, 0)) for node in ray.nodes() if node["Alive"])
     placement = {"num_cpus": 0.0, "num_gpus": 1.0} if key == "GPU" else {"num_cpus": 1.0}
     count = int(offered) if limit is None else min(limit, int(offered))
-    return Session(ray, count, max(1, min(count, most)), 1, placement, ours)
+    neighbours = max(1, min(count, most))
+    return Session(ray, count, neighbours, 1 if key == "GPU" else neighbours, 1, placement, ours)

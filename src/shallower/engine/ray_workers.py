@@ -28,8 +28,8 @@ from shallower.corpus.calibration import Batch
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order, shares
 from shallower.engine.ray_session import Session, connect
 from shallower.engine.states import States
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
-from shallower.errors import ShallowerError, UserError
+from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
+from shallower.errors import ModelTooLarge, ShallowerError, UserError
 from shallower.registry import Method
 
 MOST_DEATHS = 3  # of one worker in a row, with nothing measured in between
@@ -48,7 +48,10 @@ class Checkpoint:
     trust_remote_code: bool
 
     def load(self, device: str) -> PreTrainedModel | None:
-        """The model, or None where it is not to be had."""
+        """The model, or None where it is not to be had.
+
+        Raises ModelTooLarge where it is, and there is no room for it: none would come of being sent it, either.
+        """
         places: list[tuple[str, str | None]] = [(self.folder, None)] if Path(self.folder).is_dir() else []
         if self.revision is not None:
             places.append((self.name, self.revision))
@@ -61,6 +64,9 @@ class Checkpoint:
                     trust_remote_code=self.trust_remote_code,
                     revision=revision,
                 )
+            except ModelTooLarge as error:
+                ours = ", and the first GPU also holds that of this process" if device == "cuda" else ""
+                raise ModelTooLarge(f"{error} Each worker holds a copy{ours}: give fewer --workers.") from error
             except ShallowerError:
                 continue
             if checksum(loaded.model) == self.checksum:
@@ -70,7 +76,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a worker needs besides the model. memory: bytes on each machine, None for a share of what is free.
+    """All that a worker needs besides the model. memory: bytes on each machine, which `neighbours` workers divide; None
+    for a share of what is free on its device, which `sharing` workers divide.
 
     besides: objectives that come along; a worker's own registry may lack those of the user's script.
     """
@@ -84,6 +91,13 @@ class Setup:
     threads: int
     memory: int | None
     neighbours: int
+    sharing: int
+
+    def memory_of_one(self, model: PreTrainedModel) -> int:
+        """Bytes for one worker, which holds `model`."""
+        if self.memory is not None:
+            return self.memory // self.neighbours
+        return int(free_beside(model) * SHARE_OF_FREE_MEMORY) // self.sharing
 
 
 class Worker:
@@ -102,10 +116,7 @@ class Worker:
         model = source.load(setup.device) if isinstance(source, Checkpoint) else source.to(setup.device)
         if model is None:
             return False
-        memory = setup.memory
-        if memory is None:
-            memory = int(free_memory(model.device) * SHARE_OF_FREE_MEMORY)
-        share = memory // setup.neighbours
+        share = setup.memory_of_one(model)
         self._evaluator = Evaluator(
             dissect(model),
             setup.batches,
@@ -228,6 +239,7 @@ class RayWorkers:
                 session.threads,
                 self._memory,
                 session.neighbours,
+                session.sharing,
             )
         )
 

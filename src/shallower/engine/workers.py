@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from shallower.anatomy.dissect import Anatomy
 from shallower.engine.evaluator import Evaluator, Job, Measured, shares
@@ -107,8 +108,20 @@ def thread_count(anatomy: Anatomy) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes of memory that are free on a device; on a processor, what can be had without swapping."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what torch has from the device and does not use at the moment is as good as free
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return min(_available(), _allowed())
+
+
+def free_beside(model: nn.Module) -> int:
+    """Bytes that are free where a model is; of several devices, on the fullest one."""
+    return min(free_memory(device) for device in {weight.device for weight in model.parameters()})
+
+
+def place_for(needed: int, device: torch.device) -> torch.device:
+    """The device where it has room for so many bytes, else the processor."""
+    return device if needed <= free_memory(device) else torch.device("cpu")
 
 
 def _available() -> int:

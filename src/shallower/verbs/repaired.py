@@ -26,7 +26,7 @@ from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import Memo, context_key
 from shallower.engine.method_code import code_of, told
 from shallower.engine.twins import Streams
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_memory
+from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
 from shallower.recovery import Repair
 from shallower.registry import Method
@@ -123,7 +123,7 @@ class RepairedLosses:
         self.steps = steps
         self.subject = subject
         self.judged, self.fitted = text.judged, text.fitted
-        free = int(free_memory(subject.model.device) * SHARE_OF_FREE_MEMORY)
+        free = int(free_beside(subject.model) * SHARE_OF_FREE_MEMORY)
         self.memory = (free if memory is None else memory) // 2
         self._streams = Streams(subject.anatomy, self.fitted, self.memory)
         self.spent = Spent()
