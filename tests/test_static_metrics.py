@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from shallower.anatomy import dissect
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus import CalibrationSet
-from shallower.engine import StreamStatistic, WeightStatistic, stream_scores, weight_scores
+from shallower.engine import StreamStatistic, WeightStatistic, gradients, stream_scores, weight_scores, workers
 from shallower.engine.crossing import find_midpoints
 from shallower.engine.stream import _directions
 from shallower.errors import CorpusError, ModelError, UnknownName, UserError
@@ -355,6 +356,41 @@ def test_taylor_of_both_orders(family: str) -> None:
         curved = sum((w * gradients[w] - w**2 * fisher[w] / 2).abs().sum() for w in weights)
         assert second[unit] == pytest.approx(float(curved), rel=1e-5)
         assert abs(first[unit] - second[unit]) > 3e-5 * first[unit]
+
+
+def test_gradients_are_added_up_one_at_a_time(llama: PreTrainedModel) -> None:
+    """All of them at once would be as large as the model."""
+    text = sample_text(llama)
+    expected = score(llama, "taylor", calibration=text).rows
+    seen: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def note(gradient: Tensor) -> None:
+        nonlocal most
+        seen.append(weakref.ref(gradient))
+        most = max(most, sum(one() is not None for one in seen))
+
+    weights = list(dissect(llama).blocks[3].module.parameters())
+    handles = [weight.register_hook(note) for weight in weights]
+    weights[0].grad = kept = torch.ones_like(weights[0])  # as a training leaves it
+    try:
+        assert score(llama, "taylor", calibration=text).rows == expected
+        assert weights[0].grad is kept
+    finally:
+        weights[0].grad = None
+        for handle in handles:
+            handle.remove()
+    assert len(seen) >= len(weights)
+    assert most <= 2
+
+
+def test_sums_that_do_not_fit_beside_a_model_are_on_the_processor(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [nn.Parameter(torch.empty(10, device="meta")), nn.Parameter(torch.empty(10, device="meta"))]
+    for free, place in ((200, "cpu"), (220, "meta")):
+        monkeypatch.setattr(workers, "free_memory", lambda device, free=free: free)
+        assert {found.type for found in gradients._places(weights, 2).values()} == {place}
 
 
 def test_taylor_is_of_the_loss_over_tokens_not_of_a_mean_over_batches(llama: PreTrainedModel) -> None:

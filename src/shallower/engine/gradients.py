@@ -14,7 +14,7 @@ unit's update, so it comes for all units, and each sequence apart, from what flo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from shallower.anatomy.dissect import Anatomy
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.crossing import Crossing, crossings, find_midpoints
 from shallower.engine.trace import prove
+from shallower.engine.workers import place_for
 from shallower.errors import ModelError
 from shallower.registry import Method
 from shallower.scores import Score
@@ -40,6 +41,7 @@ WEIGHTS = frozenset({"weights"}) | BACKWARD
 READABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 TOKENS_A_BATCH = {"cpu": 512}
 TOKENS_A_BATCH_ELSEWHERE = 2048
+SUMS = 0.75  # of the free memory at most; the rest is for what a batch leaves on its way through the model
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def weight_scores(
 class _Flow:
     """What flowed back. gates: the derivative of the summed loss of each sequence, float64 [sequences, units].
 
-    counts: tokens with a next token in each sequence. gradients, fisher: float32, by parameter.
+    counts: tokens with a next token in each sequence. gradients, fisher: float32, by parameter, where there is room.
     """
 
     gates: Tensor
@@ -97,15 +99,14 @@ class _Flow:
     gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     fisher: dict[Tensor, Tensor] = field(default_factory=dict)
 
-    def add(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], share: float) -> None:
-        """Add a batch's gradients; none came back for an expert that no token visited. share: its part of the text."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter in self.gradients:
-                self.gradients[parameter].add_(gradient, alpha=share)
-            if parameter in self.fisher:
-                self.fisher[parameter].add_(gradient.float().square_(), alpha=share)
+    def add(self, parameter: Tensor, gradient: Tensor, share: float) -> None:
+        """Add a batch's gradient of a parameter. share: the batch's part of the text."""
+        if parameter in self.gradients:
+            total = self.gradients[parameter]
+            total.add_(gradient.to(total.device), alpha=share)
+        if parameter in self.fisher:
+            total = self.fisher[parameter]
+            total.add_(gradient.to(total.device).float().square_(), alpha=share)
 
 
 def _scores(
@@ -120,9 +121,9 @@ def _scores(
         parameters = _parameters(anatomy, unit)
         supply: dict[str, Any] = {"weights": [parameter.detach().float() for parameter in parameters], "fisher": None}
         if flow is not None:
-            supply["gradients"] = [flow.gradients[parameter] for parameter in parameters]
+            supply["gradients"] = [flow.gradients[parameter].to(parameter.device) for parameter in parameters]
             if "fisher" in statistic.asked:
-                supply["fisher"] = [flow.fisher[parameter] for parameter in parameters]
+                supply["fisher"] = [flow.fisher[parameter].to(parameter.device) for parameter in parameters]
         rows.append(Score(unit, float(function(**{name: supply[name] for name in names}))))
     return tuple(rows)
 
@@ -169,9 +170,10 @@ def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[s
     counts = np.concatenate([_scored(batch).sum(1).numpy() for batch in batches]).astype(np.int64)
     total = int(counts.sum())
     flow = _Flow(torch.zeros(len(counts), len(units), dtype=torch.float64, device=device), counts)
-    for kept, name in ((flow.gradients, "gradients"), (flow.fisher, "fisher")):
-        if name in asked:
-            kept.update({parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters})
+    wanted = [kept for kept, name in ((flow.gradients, "gradients"), (flow.fisher, "fisher")) if name in asked]
+    for parameter, place in _places(parameters, len(wanted)).items():
+        for kept in wanted:
+            kept[parameter] = torch.zeros_like(parameter, dtype=torch.float32, device=place)
     first = 0
     with (
         progress.task("reading gradients", len(batches)) as step,
@@ -189,12 +191,47 @@ def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[s
             with crossings(anatomy, midpoints, visit, gates=True):
                 loss = _mean_loss(anatomy, batch)
             if share:  # else no document of the batch has two tokens
-                flowed = torch.autograd.grad(loss, [entry[-1], *parameters], allow_unused=True)
-                flow.add(parameters, flowed[1:], share / total)
+                with _taking(parameters, partial(flow.add, share=share / total)):
+                    loss.backward(inputs=[entry[-1], *parameters])  # type: ignore[no-untyped-call]
             entry.clear()
             first += len(batch.input_ids)
             step()
     return flow
+
+
+def _places(parameters: Sequence[nn.Parameter], sums: int) -> dict[nn.Parameter, torch.device]:
+    """Where so many float32 sums of a parameter's gradients are kept: beside it, or on the processor where they would
+    take more than `SUMS` of what is free on its device.
+    """
+    needed: dict[torch.device, int] = {}
+    for parameter in parameters:
+        needed[parameter.device] = needed.get(parameter.device, 0) + 4 * sums * parameter.numel()
+    places = {device: place_for(int(size / SUMS), device) for device, size in needed.items()}
+    return {parameter: places[parameter.device] for parameter in parameters}
+
+
+@contextmanager
+def _taking(parameters: Sequence[nn.Parameter], take: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside the `with`, what flows back to a parameter is given to `take` and let go at once: all gradients together
+    would be as large as the model.
+    """
+
+    def note(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        take(parameter, parameter.grad)
+        parameter.grad = None
+
+    before = [(parameter, parameter.grad) for parameter in parameters]
+    handles = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]  # type: ignore[no-untyped-call]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def _require_gradients(anatomy: Anatomy) -> None:
