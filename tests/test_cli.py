@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import math
@@ -810,6 +811,40 @@ def test_what_errors_are_told_as(error: BaseException, code: int, told: str) -> 
     said, found = main.explain(error, debug=True)
     assert found == code
     assert said.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "asked", "advice"),
+    [
+        (
+            "score",
+            "score_many",
+            ["--metric", "cosine"],
+            "give less --memory, a smaller --length, another --dtype or another --device.",
+        ),
+        (
+            "recover",
+            "recover",
+            ["--with", "full"],
+            "give less --memory, a smaller --set at_once=… or --set recompute=true in",
+        ),
+        ("bench", "bench", [], "give a smaller --prompt, a smaller --batch, another"),
+    ],
+)
+def test_what_saves_memory_is_what_the_verb_has(
+    cli: Cli,
+    place: Path,
+    module: str,
+    function: str,
+    asked: list[str],
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_room(*args: Any, **how: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(importlib.import_module(f"shallower.verbs.{module}"), function, no_room)
+    assert f"out of memory; {advice}" in sentence(cli(module, place, *asked))
 
 
 def test_a_defect_keeps_its_traceback(cli: Cli, plan: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.main
@@ -41,6 +41,18 @@ from shallower.version import __version__
 
 # Newer versions of typer carry a copy of click; its exceptions are found through typer in all of them.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+
+_SAVERS = {
+    "--memory": "less --memory",
+    "--train-sequences": "a smaller --set at_once=… or --set recompute=true in training",
+    "--prompt": "a smaller --prompt",
+    "--batch": "a smaller --batch",
+    "--length": "a smaller --length",
+    "--window": "a smaller --window",
+    "--dtype": "another --dtype",
+    "--device": "another --device",
+}
+"""By a verb's option what to give when memory does not suffice."""
 
 RESUME = "nothing half-written. Run the same command again: it goes on with what was kept"
 
@@ -128,7 +140,7 @@ def run(arguments: Sequence[str]) -> int:
             raise
         if debug:
             traceback.print_exc()
-        sentence, code = explain(error, debug=debug)
+        sentence, code = explain(error, debug=debug, savers=_savers(command, arguments))
         print(f"shallower: {' '.join(sentence.split())}", file=sys.stderr)
         return code
 
@@ -139,8 +151,15 @@ def _as_a_word_of_its_own(word: str) -> str:
     return name + sign + os.path.expanduser(value) if name.startswith("--") and value.startswith("~") else word
 
 
-def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
-    """What to tell the user, and the exit code."""
+def _savers(command: Any, arguments: Sequence[str]) -> list[str]:
+    """What would save memory, of the options of the verb that ran. command: of all verbs."""
+    verb = command.commands.get(next((word for word in arguments if not word.startswith("-")), None))
+    there = {name for option in getattr(verb, "params", ()) for name in option.opts}
+    return [saver for name, saver in _SAVERS.items() if name in there]
+
+
+def explain(error: BaseException, *, debug: bool = False, savers: Sequence[str] = ()) -> tuple[str, int]:
+    """What to tell the user, and the exit code. savers: what would save memory."""
     if isinstance(error, ShallowerError):
         return str(error), error.exit_code
     if isinstance(error, _ClickException):
@@ -161,10 +180,10 @@ def explain(error: BaseException, *, debug: bool = False) -> tuple[str, int]:
         what = f"measurements cannot be kept in the cache ({error})"
         return f"{what}; free some room, or set SHALLOWER_CACHE to a folder that can be written.", 2
     if out_of_memory(error):
-        return (
-            "out of memory; give a smaller --length (bench: --prompt, --batch), another --dtype or another --device.",
-            2,
+        what = (
+            f"give {', '.join(savers[:-1])} or {savers[-1]}" if len(savers) > 1 else "take a smaller model or less text"
         )
+        return f"out of memory; {what}.", 2
     what = f"this is a defect in shallower {__version__}, not your mistake: {type(error).__name__}: {_brief(error)}"
     if debug:
         return f"{what}. Please report it with the traceback above.", 1
