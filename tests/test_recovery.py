@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import shallower
@@ -269,6 +270,34 @@ def test_moments_are_those_of_weighted_data() -> None:
     matrix = moments.ridge(0.5)
     penalty = 0.5 * np.trace(joint[:4, :4]) / 4
     assert np.allclose(matrix, np.linalg.solve(joint[:4, :4] + penalty * np.eye(4), joint[:4, 4:]), atol=1e-4)
+
+
+def test_a_fit_makes_no_copy_that_it_does_not_need() -> None:
+    """Of a large model's inner activations one matrix of products has gigabytes."""
+    x, y = torch.randn(50, 6), torch.randn(50, 3)
+    moments = Moments()
+    for _ in range(2):
+        moments.add(x, y, torch.ones(50))
+    square, product = moments._sums[2] / moments.weight, moments._sums[3] / moments.weight
+    wanted = square + 0.5 * square.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    made = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            found = function(*args, **(kwargs or {}))
+            given = {one.data_ptr() for one in args if isinstance(one, Tensor)}
+            results = found if isinstance(found, (tuple, list)) else (found,)
+            made += sum(
+                isinstance(one, Tensor) and one.shape == (6, 6) and one.data_ptr() not in given for one in results
+            )
+            return found
+
+    with Count():
+        found = moments.ridge(0.5, centred=False)
+    assert made == 2  # the matrix that is solved, and its factors
+    assert torch.equal(found, torch.linalg.solve(wanted, product))
+    assert torch.equal(found, moments.ridge(0.5, centred=False))
 
 
 def test_moments_keep_what_other_tokens_say_beside_a_massive_activation() -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shallower.engine.workers import place_for
 from shallower.errors import CorpusError
+
+COPIES = 3  # of the matrix of products, at most, while a system of equations is solved
+COPIES_OF_NORM = 6  # the same for the solution of least norm
 
 
 def require_tokens(tokens: int, inputs: int, *, least: str, instead: str = "") -> None:
@@ -41,13 +45,15 @@ class Moments:
         parts = [
             weighted.sum(0, dtype=torch.float64),
             (y * weights[:, None]).sum(0, dtype=torch.float64),
-            (weighted.T @ x).double(),
-            (weighted.T @ y).double(),
+            weighted.T @ x,
+            weighted.T @ y,
             (y.double().square() * weights[:, None]).sum(),
         ]
-        self._sums = (
-            parts if not self._sums else [total.add_(part) for total, part in zip(self._sums, parts, strict=True)]
-        )
+        if not self._sums:
+            self._sums = [part.double() for part in parts]
+        else:
+            for total, part in zip(self._sums, parts, strict=True):
+                total.add_(part)
         self.weight += float(weights.sum(dtype=torch.float64))
         self.tokens += int((weights > 0).sum())
         self.seen += len(weights)
@@ -65,16 +71,19 @@ class Moments:
     @property
     def xx(self) -> Tensor:
         """Covariance of x, [inputs, inputs]."""
-        square: Tensor = self._sums[2] / self.weight
-        covariance: Tensor = square - torch.outer(self.x_mean, self.x_mean)
-        return covariance
+        return self._product(2, self.x_mean)
 
     @property
     def xy(self) -> Tensor:
         """Covariance of x and y, [inputs, outputs]."""
-        product: Tensor = self._sums[3] / self.weight
-        covariance: Tensor = product - torch.outer(self.x_mean, self.y_mean)
-        return covariance
+        return self._product(3, self.y_mean)
+
+    def _product(self, place: int, mean: Tensor | None, device: torch.device | None = None) -> Tensor:
+        """The mean product of x with what stands at `place`, less that of the means where `mean` is that of the latter;
+        a new tensor.
+        """
+        product: Tensor = self._sums[place].to(device) / self.weight
+        return product if mean is None else product.sub_(torch.outer(self.x_mean.to(device), mean.to(device)))
 
     @property
     def y_variance(self) -> float:
@@ -87,15 +96,18 @@ class Moments:
         strength: of the penalty on the map's squared entries, in units of the mean variance (or square) of x; with 0
         the solution of least norm.
         """
-        xx, xy = (self.xx, self.xy) if centred else (self._sums[2] / self.weight, self._sums[3] / self.weight)
+        device = self._sums[2].device
+        needed = self._sums[2].nbytes * (COPIES if strength else COPIES_OF_NORM)
+        place = place_for(needed, device)
+        xx = self._product(2, self.x_mean if centred else None, place)
+        xy = self._product(3, self.y_mean if centred else None, place)
         solution: Tensor
         if strength == 0:
             solution = torch.linalg.pinv(xx, hermitian=True) @ xy
         else:
-            penalised = xx.clone()
-            penalised.diagonal().add_(strength * xx.diagonal().mean().clamp_min(1e-30))
-            solution = torch.linalg.solve(penalised, xy)
-        return solution
+            xx.diagonal().add_(strength * xx.diagonal().mean().clamp_min(1e-30))
+            solution = torch.linalg.solve(xx, xy)
+        return solution.to(device)
 
     def explained(self, matrix: Tensor) -> float:
         """Share of y's variance that the map `matrix` [inputs, outputs] explains; 1 where y does not vary."""
