@@ -32,7 +32,16 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.engine import Ablator, prove, twins
 from shallower.engine.moments import Moments
 from shallower.engine.twins import SINK_WEIGHT, Point, Reading, Twins, token_weights
-from shallower.errors import CorpusError, ModelError, OutputError, PlanError, TooLittleText, UnknownName, UserError
+from shallower.errors import (
+    CorpusError,
+    ModelError,
+    ModelTooLarge,
+    OutputError,
+    PlanError,
+    TooLittleText,
+    UnknownName,
+    UserError,
+)
 from shallower.evaluation.perplexity import Perplexity
 from shallower.exporters import save as save_any
 from shallower.plan import MadeBy, PruningPlan
@@ -1456,6 +1465,20 @@ def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:
     with pytest.raises(ModelError, match=r"in front of block\.0"):
         judge.require_possible(first)
     judge.require_possible(second)
+
+
+def test_a_student_without_room_is_told_of_the_way_without_it(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, opened = sys.modules[recover.__module__], []
+
+    def open_one(model: Any, *args: Any, **how: Any) -> Any:
+        opened.append(model)
+        if len(opened) > 1:
+            raise ModelTooLarge("the weights of pruned do not fit into memory; choose another --device.")
+        return open_subject(model, *args, **how)
+
+    monkeypatch.setattr(module, "open_subject", open_one)
+    with pytest.raises(ModelTooLarge, match=r"do not fit .* beside its teacher.* give the dense model and the plan"):
+        recover(files / "pruned", "refit", teacher=files / "dense", **asked(files))
 
 
 def test_a_set_without_room_for_its_repair_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from shallower.anatomy import Anatomy
 from shallower.anatomy.weigh import size
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet
-from shallower.errors import ModelError, PlanError, TooLittleText, UserError
+from shallower.errors import ModelError, ModelTooLarge, PlanError, TooLittleText, UserError
 from shallower.exporters import save
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
@@ -255,7 +255,13 @@ def _student(
     None where they are in that.
     """
     if has_teacher:
-        student = open_subject(model, dense.loaded.tokenizer, **options)
+        try:
+            student = open_subject(model, dense.loaded.tokenizer, **options)
+        except ModelTooLarge as error:
+            raise ModelTooLarge(
+                f"{error} It is loaded whole beside its teacher. For a plain cut give the dense model and the plan "
+                f"instead (--plan {PLAN}): then both share their weights."
+            ) from error
         _require_kin(student, dense)
         plan.require_for(dense.identity)
         folder, stored = student.loaded.path, student.stored_dtype
