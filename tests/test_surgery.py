@@ -10,7 +10,7 @@ import random
 import re
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
@@ -29,6 +32,7 @@ from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPl
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify_saved
 from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.surgery.stations import layers_of
+from shallower.surgery.verify import load_stock
 from shallower.testing.families import BLOCKS, DEPTH_BOUND, FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
 
@@ -746,6 +750,41 @@ def test_too_little_memory_is_no_property_of_a_family(
         cut(anatomy, units("block.1"))
     with pytest.raises(RuntimeError, match="allocate memory"):
         exact_pairs(anatomy)
+
+
+def test_a_checkpoint_that_does_not_fit_beside_the_model_is_compared_on_the_processor(
+    pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "of_a_gpu", sdpa_attention_forward)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "of_a_gpu", sdpa_mask)
+    folder = save(pruned, tmp_path / "out", plan=None)
+    pruned.set_attn_implementation("of_a_gpu")
+    asked: list[Any] = []
+    found: list[PreTrainedModel] = []
+
+    def load_too_large(folder: Path, like: PreTrainedModel) -> Any:
+        loaded, info = load_stock(folder, like)
+        move = loaded.to
+
+        def to(device: Any) -> Any:
+            asked.append(device)
+            if len(asked) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")
+            return move(device)
+
+        loaded.to = to  # type: ignore[method-assign]
+        found.append(loaded)
+        return loaded, info
+
+    said: list[str] = []
+    try:
+        with progress.listening(lambda text, total: nullcontext(lambda n=1: None), said.append):
+            assert verify_saved(folder, pruned, IDS, load=load_too_large) < 1e-5
+    finally:
+        pruned.set_attn_implementation("sdpa")
+    assert asked == [pruned.device, "cpu"]
+    assert found[0].config._attn_implementation == "eager"  # what runs on GPUs alone cannot go with it
+    assert said == ["cpu has no room for the checkpoint beside the model, so it is compared on the processor."]
 
 
 def test_padded_decoding_without_the_last_state() -> None:
