@@ -84,7 +84,8 @@ def crossings(
 
         def run_without(kind: Kind) -> Tensor:
             with block.without(kind), torch.no_grad():
-                return unpack(type(module).forward(module, *args, **kwargs))
+                # not a call, which would come here again; the instance's own, as accelerate moves what it is given
+                return unpack(module.forward(*args, **kwargs))
 
         apart[block.index] = run_without("mlp"), run_without("attn") if gates and block.attn is not None else None
 
@@ -101,8 +102,9 @@ def crossings(
     def leave(block: Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         between, without_attention = apart.pop(block.index, (None, None))
         parallel = block.index in midpoints and midpoints[block.index].parallel
-        before, middle = entering.pop(block.index), given.pop(block.index, None)
-        visit(Crossing(block, before, between, middle, without_attention, unpack(output), parallel))
+        after, middle = unpack(output), given.pop(block.index, None)
+        before = entering.pop(block.index).to(after.device)  # it may come from a block on another device
+        visit(Crossing(block, before, between, middle, without_attention, after, parallel))
 
     handles = []
     for block in anatomy.blocks:
@@ -168,7 +170,9 @@ def _is_parallel(replay: Trace, block: Block, hidden: Tensor, given: Mapping[str
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:
-    return first.numel() == second.numel() and torch.allclose(first.reshape(second.shape), second, rtol=1e-4, atol=1e-5)
+    return first.numel() == second.numel() and torch.allclose(
+        first.to(second.device).reshape(second.shape), second, rtol=1e-4, atol=1e-5
+    )
 
 
 def _watched(

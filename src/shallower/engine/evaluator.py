@@ -28,7 +28,7 @@ from shallower.engine.head import find_head
 from shallower.engine.routes import ACTIONS, PASSED_OVER, Route
 from shallower.engine.scoring import Scorer, along_with, needs_dense
 from shallower.engine.states import DenseAnswers, States
-from shallower.engine.trace import Trace, trace
+from shallower.engine.trace import Trace, stacked, trace
 from shallower.registry import Method
 
 Order = Literal["depth-first", "layer-major"]
@@ -260,8 +260,8 @@ class Evaluator:
     def _together(self, number: int, index: int, states: list[Tensor], action: str) -> Sequence[Tensor]:
         if len(states) == 1:
             return [self._run(self._trace(number), index, states[0], action)]
-        stacked = self._run(self._trace(number, len(states)), index, torch.cat(states), action)
-        return [part.clone() for part in stacked.chunk(len(states))]  # else one that is kept keeps all of them
+        found = self._run(self._trace(number, len(states)), index, stacked(states), action)
+        return [part.clone() for part in found.chunk(len(states))]  # else one that is kept keeps all of them
 
     def _measure_group(self, number: int) -> int:
         """How many states are best run together on an accelerator: seconds a state of a block in the middle."""
@@ -271,8 +271,8 @@ class Evaluator:
             if size > 1 and 4 * size * entry.nbytes > self.memory:
                 break
             try:
-                stacked = entry.repeat(size, *[1] * (entry.ndim - 1))
-                seconds = min(self._seconds(number, size, stacked) for _ in range(3)) / size
+                copies = entry.repeat(size, *[1] * (entry.ndim - 1))
+                seconds = min(self._seconds(number, size, copies) for _ in range(3)) / size
             except torch.OutOfMemoryError:
                 break
             if seconds * WORTHWHILE > best:
@@ -282,9 +282,9 @@ class Evaluator:
             del self._traces[tried]
         return self._group
 
-    def _seconds(self, number: int, size: int, stacked: Tensor) -> float:
+    def _seconds(self, number: int, size: int, copies: Tensor) -> float:
         start = time.perf_counter()
-        self._trace(number, size).run(len(self.anatomy.blocks) // 2, stacked).flatten()[0].item()
+        self._trace(number, size).run(len(self.anatomy.blocks) // 2, copies).flatten()[0].item()
         return time.perf_counter() - start
 
     def _keep(self, number: int, prefix: str, hidden: Tensor) -> None:

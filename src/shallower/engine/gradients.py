@@ -260,7 +260,7 @@ def _watch_gates(crossing: Crossing, units: Sequence[Unit], gates: Tensor, share
 
         def note(gradient: Tensor, *, update: Tensor = update, column: Tensor = column) -> None:
             products = gradient.reshape(update.shape).float() * update.float()
-            column.add_(products.sum((1, 2), dtype=torch.float64), alpha=share)
+            column.add_(products.sum((1, 2), dtype=torch.float64).to(column.device), alpha=share)
 
         target.register_hook(note)  # type: ignore[no-untyped-call]
 

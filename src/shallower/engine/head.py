@@ -188,6 +188,7 @@ def find_head(anatomy: Anatomy) -> Head | None:
             final = anatomy.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         handle.remove()
+    final = final.to(raw[0].device)  # accelerate brings what a model of several devices returns back to the first
     softcap = getattr(anatomy.model.config.get_text_config(), "final_logit_softcapping", None)
     scale = float((final.double() * raw[0].double()).sum() / raw[0].double().square().sum().clamp_min(1e-300))
     capped = () if softcap is None else (Head(output, softcap=softcap),)  # first: small logits look uncapped

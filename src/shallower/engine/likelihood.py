@@ -159,15 +159,14 @@ class _AskScorer:
 
     def _score(self, hidden: Tensor) -> Tensor:
         """float64 [2 * questions]: log-likelihood and 1 or 0, of each question."""
-        at = self.at.to(hidden.device)
-        if self.head is None:
-            inputs = self.trace.logits(hidden)[at[:, 0], at[:, 1]]
-        else:
-            inputs = self.trace.head_input(hidden, self.head.output)[at[:, 0], at[:, 1]]
+        replay, head = self.trace, self.head
+        everywhere = replay.logits(hidden) if head is None else replay.head_input(hidden, head.output)
+        at = self.at.to(everywhere.device)
+        inputs = everywhere[at[:, 0], at[:, 1]]
         rows, targets = torch.tensor(self.rows), torch.tensor(self.targets)
         logs = torch.empty(len(rows), dtype=torch.float64)
         likeliest = torch.empty(len(rows), dtype=torch.bool)
-        size = self._chunk(hidden.device.type)
+        size = self._chunk(inputs.device.type)
         for start in range(0, len(inputs), size):
             part = inputs[start : start + size]
             logits = part.float() if self.head is None else self.head.logits(part)

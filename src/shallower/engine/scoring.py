@@ -23,7 +23,7 @@ from torch import Tensor
 from shallower.corpus.answers import Answers
 from shallower.engine.head import LOWEST, ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
 from shallower.engine.states import DenseRows
-from shallower.engine.trace import Trace
+from shallower.engine.trace import Trace, stacked
 from shallower.registry import Method
 from shallower.registry import objective as objectives
 
@@ -147,8 +147,8 @@ class Scorer:
         if self.reduces:
             return self._by_vocabulary(hiddens)
         if self.asked <= STREAM:
-            dense = None if self.dense_hidden is None else self._rows(self.dense_hidden).float()
-            return [self._values(hidden=self._rows(hidden).float(), dense_hidden=dense) for hidden in hiddens]
+            dense = None if self.dense_hidden is None else self._stream_rows(self.dense_hidden)
+            return [self._values(hidden=self._stream_rows(hidden), dense_hidden=dense) for hidden in hiddens]
         return [self._by_rows(hidden) for hidden in hiddens]
 
     def _values(self, **supply: Tensor | None) -> Tensor:
@@ -166,12 +166,16 @@ class Scorer:
     def _rows(self, hidden: Tensor) -> Tensor:
         return hidden[:, :-1][self.scored.to(hidden.device)]
 
+    def _stream_rows(self, hidden: Tensor) -> Tensor:
+        """float32 [rows, hidden], on one device whichever block was the last that ran."""
+        return self._rows(hidden).float().to(self.targets.device)
+
     def _head_rows(self, *hiddens: Tensor) -> Tensor:
         """What the head is given at the scored positions of one or several candidates: [candidates * rows, hidden]."""
         assert self.head is not None
         if len(hiddens) == 1:
             return self._rows(self.trace.head_input(hiddens[0], self.head.output))
-        together = self.copies(len(hiddens)).head_input(torch.cat(hiddens), self.head.output)
+        together = self.copies(len(hiddens)).head_input(stacked(hiddens), self.head.output)
         return torch.cat([self._rows(part) for part in together.chunk(len(hiddens))])
 
     def _by_vocabulary(self, hiddens: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -241,9 +245,9 @@ class Scorer:
             dense_logits = None if dense_rows_of is None else dense_rows_of(part)
             supply: dict[str, Tensor | None] = {"logits": logits, "targets": targets, "dense_logits": dense_logits}
             if self.asked & STREAM:
-                supply["hidden"] = self._rows(hidden)[part].float()
+                supply["hidden"] = self._stream_rows(hidden)[part].to(logits.device)
                 supply["dense_hidden"] = (
-                    None if self.dense_hidden is None else self._rows(self.dense_hidden)[part].float()
+                    None if self.dense_hidden is None else self._stream_rows(self.dense_hidden)[part].to(logits.device)
                 )
             if self.asked & REDUCED:  # a head that does more than a linear map has no chunks of the vocabulary
                 scaled = (logits / temperature).clamp_min(LOWEST)

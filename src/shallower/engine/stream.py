@@ -256,7 +256,8 @@ class _View:
         self._first = first
 
     def select(self, positions: Positions, hidden: Tensor) -> Tensor:
-        """[sequences, length, hidden] to [tokens, hidden]."""
+        """[sequences, length, hidden], on the device of any block, to [tokens, hidden] on that of the view."""
+        hidden = hidden.to(self._rows.device)
         if positions == "last":
             return hidden[self._rows, self._last]
         return hidden.flatten(0, 1) if self._real is None else hidden[self._real]

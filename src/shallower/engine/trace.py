@@ -8,7 +8,7 @@ code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +65,14 @@ class Trace:
         """What `head` (the output embedding) is given for the stream `hidden`: [sequences, length, hidden]."""
         last = self.anatomy.blocks[-1]
         with _passed_over(self.anatomy, lambda block, given: hidden if block is last else given):
-            return reach(head, lambda: _forward(self.anatomy, self.batch))
+            found = reach(head, lambda: _forward(self.anatomy, self.batch))
+        weight = getattr(head, "weight", None)  # elsewhere if it is tied to the first device's: seen before it is moved
+        return found.to(weight.device) if isinstance(weight, Tensor) and not weight.is_meta else found
+
+
+def stacked(hiddens: Sequence[Tensor]) -> Tensor:
+    """Streams of several candidates as one batch, on the device of the first: blocks may be on several devices."""
+    return torch.cat([hidden.to(hiddens[0].device) for hidden in hiddens])
 
 
 def reach(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
