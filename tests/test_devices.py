@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -15,13 +17,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 import shallower
+from shallower import progress
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, StreamStatistic, WeightStatistic, stream_scores, weight_scores
 from shallower.engine.likelihood import Asked, Likelihoods
+from shallower.errors import ModelError, UserError
 from shallower.registry import metric as metrics
-from shallower.testing.families import BLOCKS, tiny_model
+from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.units import parse_units
+from shallower.verbs.subject import make_ablator, open_subject
 
 FIRST, SECOND = torch.device("privateuseone:0"), torch.device("privateuseone:1")
 IDS = torch.randint(3, 120, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -149,3 +154,25 @@ def test_likelihoods_of_a_model_on_two_devices(models: tuple[PreTrainedModel, Pr
         for model in models
     )
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_model_that_accelerate_spread_is_searched_but_not_cut() -> None:
+    model = dispatch_model(tiny_model("llama"), {"": "cpu"}, force_hooks=True)
+    wanted = shallower.search(tiny_model("llama"), 1, calibration=TEXT)
+    assert shallower.search(model, 1, calibration=TEXT).removed == wanted.removed
+    read: list[str] = []
+    refused = r"spread over devices by accelerate.*load it on one device"
+    with progress.listening(lambda text, total: nullcontext(lambda n=1: read.append(text))):
+        with pytest.raises(ModelError, match=refused):
+            shallower.prune(model, 1, calibration=TEXT, tokenizer=tiny_tokenizer())
+        with pytest.raises(ModelError, match=refused):
+            shallower.search(model, 1, calibration=TEXT, repair="linear-fold")
+    assert not read  # refused before anything is measured
+    with pytest.raises(ModelError, match=r"each worker \(--workers 2\) would need it all: drop --workers"):
+        make_ablator(open_subject(model), TEXT, "nll", workers=2)
+
+
+def test_a_model_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device("mps:0"))
+    with pytest.raises(UserError, match=r"device 'mps:0' has no float64.*--device cpu"):
+        open_subject(tiny_model("llama"))

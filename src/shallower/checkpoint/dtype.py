@@ -21,14 +21,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def require_float64(device: str) -> None:
+    """Raise UserError for a device without float64, in which all is summed (Apple's GPUs)."""
+    if device.partition(":")[0] == "mps":
+        raise UserError(f"device {device!r} has no float64, in which losses and fits are summed: use --device cpu.")
+
+
 def parse_device(name: str) -> torch.device:
     """`auto` (cuda, else cpu) or a torch device such as `cpu` or `cuda:1`. Of processes that were launched
     together, `auto` gives each its own cuda device.
 
     Raises UserError when this machine has no such device, or it has no float64, in which all is summed (Apple's GPUs).
     """
-    if name.partition(":")[0] == "mps":
-        raise UserError(f"device {name!r} has no float64, in which losses and fits are summed: use --device cpu.")
+    require_float64(name)
     there = ["cpu"]
     if torch.cuda.is_available():
         there = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *there]

@@ -1,7 +1,7 @@
 """Cut units out of a model in memory, repair it, and write what is left as a checkpoint."""
 
 from shallower.surgery.config import cut_config
-from shallower.surgery.cut import cut, leftovers, require_whole, skipping
+from shallower.surgery.cut import cut, is_spread, leftovers, require_together, require_whole, skipping
 from shallower.surgery.pairing import Layer, re_pair
 from shallower.surgery.save import (
     Export,
@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "cut",
     "cut_config",
+    "is_spread",
     "leftovers",
     "ordinary",
     "re_pair",
@@ -27,6 +28,7 @@ __all__ = [
     "require_free",
     "require_ordinary",
     "require_space",
+    "require_together",
     "require_unquantized",
     "require_whole",
     "save",

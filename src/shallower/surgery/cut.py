@@ -88,6 +88,20 @@ def require_whole(model: PreTrainedModel) -> None:
         )
 
 
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether accelerate moves what the modules are given, as their weights are on several devices or in files."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def require_together(model: PreTrainedModel) -> None:
+    """Raise ModelError when the model is spread over devices."""
+    if is_spread(model):
+        raise ModelError(
+            "the model is spread over devices by accelerate, and its modules cannot be taken apart: load it on one "
+            "device. As it is, it can be scored and searched."
+        )
+
+
 @contextmanager
 def skipping(anatomy: Anatomy, units: Collection[Unit]) -> Iterator[None]:
     """Inside the `with`, the dense model's forward passes `units` over; for one pass without a cache."""
@@ -240,11 +254,7 @@ def _become_shallow(
 
 def _copy(dense: PreTrainedModel, new_config: Callable[[PretrainedConfig], PretrainedConfig]) -> PreTrainedModel:
     """Copy the module tree and share its tensors; what refers to the config refers to the new one in the copy."""
-    if any(hasattr(module, "_hf_hook") for module in dense.modules()):
-        raise ModelError(
-            "the model is spread over devices by accelerate, and its modules cannot be taken apart: load it on one "
-            "device."
-        )
+    require_together(dense)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
     blocks = dense.config.get_text_config().num_hidden_layers
     _map_config(dense.config, new_config(dense.config), memo)

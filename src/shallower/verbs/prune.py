@@ -29,7 +29,7 @@ from shallower.reporting.page import render
 from shallower.reporting.wording import size
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
-from shallower.surgery import Export, cut, require_unquantized, require_whole, save
+from shallower.surgery import Export, cut, require_together, require_unquantized, require_whole, save
 from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, plain
@@ -154,6 +154,7 @@ def prune(
     with clock("loading"):
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         require_whole(subject.model)
+        require_together(subject.model)
         require_unquantized(subject.model)
         if given is not None:
             given.require_for(subject.identity)

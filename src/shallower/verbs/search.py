@@ -20,7 +20,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
 from shallower.searches import Losses
-from shallower.surgery import cut, leftovers
+from shallower.surgery import cut, is_spread, leftovers, require_together
 from shallower.units import Unit, plain
 from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.ranking import Stage, rank, ranked
@@ -95,6 +95,8 @@ def search(
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages, repairs = chosen.stages, chosen.repairs
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if repair or ordinary:
+        require_together(subject.model)  # candidates are cut
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
     read = _text(
         subject,
@@ -285,8 +287,8 @@ def _cost(spent: Spent, *, repaired: bool) -> str:
 
 def _require_cuttable(subject: Subject, chosen: Sequence[Unit]) -> None:
     """Raise ModelError where surgery refuses what was found, so that nobody keeps a plan that cannot be applied."""
-    if any(hasattr(module, "_hf_hook") for module in subject.model.modules()):
-        return  # spread over devices: it can be measured so, and is cut on another day
+    if is_spread(subject.model):
+        return  # it can be measured so, and is cut on another day
     try:
         cut(subject.anatomy, chosen)
     except ModelError as error:

@@ -18,7 +18,7 @@ from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import code_of_model, determinants, determined
-from shallower.checkpoint.dtype import dtype_name
+from shallower.checkpoint.dtype import dtype_name, require_float64
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
@@ -29,12 +29,12 @@ from shallower.corpus.questions import EXAMPLE
 from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
-from shallower.errors import BudgetError, CorpusError, TooLittleText, out_of_memory
+from shallower.errors import BudgetError, CorpusError, ModelError, TooLittleText, out_of_memory
 from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
-from shallower.surgery import require_apart, require_free, require_space
+from shallower.surgery import is_spread, require_apart, require_free, require_space
 from shallower.surgery.ordinary_pairs import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
 from shallower.verbs.supply import supply
@@ -146,13 +146,15 @@ def open_subject(
 
     tokenizer: in place of the one that the model came with.
 
-    Raises ModelError when the model cannot be found, read, or taken apart.
+    Raises ModelError when the model cannot be found, read, or taken apart, and UserError when the device that one in
+    memory is on has no float64 (Apple's GPUs).
     """
     if isinstance(model, Subject):
         model.model.eval()
         return model if tokenizer is None else replace(model, loaded=replace(model.loaded, tokenizer=tokenizer))
     if isinstance(model, PreTrainedModel):
         name = Path(model.config.name_or_path).name if model.config.name_or_path else type(model).__name__
+        require_float64(str(model.device))
         loaded = LoadedModel(model.eval(), tokenizer, name, None, None)
     else:
         loaded = load_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -350,11 +352,17 @@ def make_ablator(
     options: of the objective. memory: bytes that it may keep besides the model, as a number or as in `4GB`. workers: a
     number of Ray workers on this machine, or the address of a Ray cluster; by default threads of this process measure.
 
-    Raises UserError when either cannot be read, or Ray is not installed.
+    Raises UserError when either cannot be read, or Ray is not installed, and ModelError when workers are asked for and
+    the model is spread over devices.
     """
     limit, asked = parse_memory(memory), parse_workers(workers)
     crew = None
     if asked is not None:
+        if is_spread(subject.model):
+            raise ModelError(
+                f"the model is spread over devices by accelerate, and each worker (--workers {asked}) would need it "
+                "all: drop --workers, or load it on one device."
+            )
         crew = partial(RayWorkers, asked=asked, memory=limit, checkpoint=_checkpoint(subject))
     return Ablator(
         subject.anatomy,
