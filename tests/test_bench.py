@@ -85,7 +85,7 @@ def test_differences_within_the_spread_are_not_significant() -> None:
     assert first.faster_than(twice) == pytest.approx(-50.0)
 
 
-@pytest.mark.skipif(memory_source(CPU) is None, reason="this system does not tell peaks")
+@pytest.mark.skipif(memory_source([CPU]) is None, reason="this system does not tell peaks")
 def test_peak_memory_is_what_the_work_held_at_once() -> None:
     megabyte = 2**20
 
@@ -94,17 +94,34 @@ def test_peak_memory_is_what_the_work_held_at_once() -> None:
             torch.ones(40 * megabyte, dtype=torch.uint8).add_(1)
 
     for _ in range(2):  # what earlier work left behind does not hide what this work takes
-        assert peak_above(CPU, work) == pytest.approx(40 * megabyte, rel=0.15)
-    assert peak_above(CPU, lambda: None) == pytest.approx(0, abs=megabyte)
+        assert peak_above([CPU], work) == pytest.approx(40 * megabyte, rel=0.15)
+    assert peak_above([CPU], lambda: None) == pytest.approx(0, abs=megabyte)
 
 
-@pytest.mark.skipif(memory_source(CPU) is None, reason="this system does not tell peaks")
+@pytest.mark.skipif(memory_source([CPU]) is None, reason="this system does not tell peaks")
 def test_peak_holds_weights_and_cache() -> None:
     model = tiny_model("llama")
     [speed] = compare_speed({"": model}, prompt=200, generate=4, batch=64, warmup=1, repeats=1, memory=True).values()
     assert speed.working_bytes is not None
     assert speed.working_bytes > speed.kv_cache_bytes  # 20 MB of cache, and what a forward takes
     assert speed.peak_bytes == speed.parameter_bytes + speed.working_bytes
+
+
+def test_peak_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    held, most = {first: 5, second: 7}, {first: 5, second: 7}
+
+    def work() -> None:
+        most.update({first: 25, second: 37})
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: most.update({device: held[device]}))
+    monkeypatch.setattr("torch.cuda.memory_allocated", held.__getitem__)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", most.__getitem__)
+    assert peak_above([first, second], work) == 20 + 30
+    assert memory_source([first, second]) == "torch's CUDA allocator"
+    assert memory_source([first, CPU]) is None  # neither source tells of both
+    assert memory_source([first, torch.device("meta")]) is None
 
 
 def test_no_peak_where_it_is_not_asked_for_or_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +131,7 @@ def test_no_peak_where_it_is_not_asked_for_or_cannot_be_told(monkeypatch: pytest
     assert speed.peak_bytes is None
     monkeypatch.setattr("shallower.timing.memory._RESET", Path("/nowhere"))
     done: list[int] = []
-    assert peak_above(CPU, lambda: done.append(1)) is None
+    assert peak_above([CPU], lambda: done.append(1)) is None
     assert done == [1]
     found = shallower.bench([model], prompt=4, **SMALL)
     assert found.memory is None

@@ -22,7 +22,7 @@ from shallower import progress
 from shallower.checkpoint.stock import evaluating
 from shallower.errors import ModelError, UserError
 from shallower.evaluation.perplexity import context_limit
-from shallower.timing.memory import peak_above
+from shallower.timing.memory import devices_of, peak_above
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,7 +135,7 @@ def compare_speed(
                     runs[name].append(run)
                 step()
         for name, model in models.items() if memory else ():
-            working[name] = peak_above(model.device, partial(_run, model, ids[name], generate))
+            working[name] = peak_above(devices_of(model), partial(_run, model, ids[name], generate))
             step()
     return {
         name: Speed(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from shallower.errors import UserError
 from shallower.reporting.wording import distinct_names, percent, plural
-from shallower.timing import Speed, Spread, compare_speed, memory_source, require_counts, require_fits
+from shallower.timing import Speed, Spread, compare_speed, devices_of, memory_source, require_counts, require_fits
 from shallower.units import Unit
 from shallower.verbs.subject import Model, Subject, open_subject, path_of, several
 from shallower.version import __version__
@@ -143,16 +143,17 @@ def bench(
         )
         for name, subject in zip(names, subjects, strict=True)
     )
-    model = subjects[0].model
+    devices = list(dict.fromkeys(device for subject in subjects for device in devices_of(subject.model)))
+    sources = [memory_source(devices_of(subject.model)) for subject in subjects]
     return Bench(
         timed,
         tuple(_notes(timed, subjects)),
         warmup,
         repeats,
         ", ".join(dict.fromkeys(each.dtype for each in timed)),
-        model.device.type,
+        ", ".join(map(str, devices)) if len(devices) > 1 else devices[0].type,
         torch.get_num_threads(),
-        memory_source(model.device),
+        ", ".join(dict.fromkeys(filter(None, sources))) or None,
     )
 
 
