@@ -30,7 +30,7 @@ from shallower.scores import Score, Scores
 from shallower.studies.grid import read_study
 from shallower.surgery import save
 from shallower.testing.families import tiny_model
-from shallower.units import KINDS, Span, Unit, parse_units, require_distinct
+from shallower.units import KINDS, Span, Unit, listed, parse_units, require_distinct
 from shallower.verbs.subject import require_place_for
 
 MODEL = ModelIdentity("tiny", "main", "sha256:" + "a" * 64, 30)
@@ -60,6 +60,11 @@ losses = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 
 
 # Units and spans
+
+
+def test_lists_are_read_as_they_are_written() -> None:
+    text = "block.1,block.3-5,attn.1-2,mlp.2"
+    assert listed(reversed(parse_units(text))) == text
 
 
 @given(units)

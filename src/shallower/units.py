@@ -114,6 +114,17 @@ def parse_units(text: str) -> tuple[Unit, ...]:
     return tuple(units)
 
 
+def listed(units: Iterable[Unit]) -> str:
+    """The units as `parse_units` reads them, each run of one kind as a range: `block.13-18,attn.22`."""
+    runs: list[list[Unit]] = []
+    for unit in sorted(units, key=lambda unit: (KINDS.index(unit.kind), unit.index)):
+        if runs and (runs[-1][-1].kind, runs[-1][-1].index + 1) == (unit.kind, unit.index):
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    return ",".join(f"{run[0]}-{run[-1].index}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def plain(units: Iterable[Unit]) -> list[Unit]:
     """The units with each pair as its two sublayers: what a model can go without, and a plan lists."""
     return [part for unit in units for part in (unit.sublayers if unit.kind == "pair" else (unit,))]

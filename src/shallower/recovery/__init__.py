@@ -5,7 +5,8 @@ where the family has no bias for them.
 It asks by name for what it needs. In closed form: `repair` (a `Repair`): the cut model with its dense teacher, the
 units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing. Where
 it fits maps, the trait `inputs`, a function (repair, all options), says how many inputs the widest of them has, so that
-too short a text is refused before anything is fitted.
+too short a text is refused before anything is fitted. Where it needs a matrix in front of each cut (`require_writers`),
+the trait `folds` holds the options with which it does, {} for any, so that a search keeps what could not be repaired.
 
 Trained (trait `trained`): one that is written as `method(student, task, *, options)` and decorated with
 `@trainable(Recipe())` (`shallower.training.recipe`) below `@recovery(…, trained=True)` is given a `Task` and takes the

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,7 @@ from shallower.verbs.recovery_steps import (
     require_launch,
     require_training,
 )
+from shallower.verbs.repairable import keep_repairable, naming
 from shallower.verbs.request import Request, parameters_left, resolve
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
@@ -163,6 +165,9 @@ def prune(
         else:
             assert remove is not None
             request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
+            if request.budget is not None:
+                protect = keep_repairable(subject.anatomy, request.units, steps, protect)
+                request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
         if out is not None:
             require_space_for(out, subject, parameters_left(subject, request))
     with clock("calibration text"):
@@ -212,9 +217,9 @@ def prune(
     said: tuple[str, ...] = ()
     resume = Resume(out)
     if steps:
-        if out is not None:
-            require_place(steps, subject.anatomy, given.removed)
-        with clock("recovery"):
+        with nullcontext() if request.budget is None else naming(given.remove), clock("recovery"):
+            if out is not None:
+                require_place(steps, subject.anatomy, given.removed)
             smaller, stages, said = run_recoveries(
                 smaller,
                 subject,

@@ -43,7 +43,7 @@ from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED
 from shallower.units import Unit
-from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use
+from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use, that_fold
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
 from shallower.verbs.texts import fitting, held_out, text_perplexity
 from shallower.version import __version__
@@ -127,6 +127,8 @@ def require_ready(
     """Raise UserError, ModelError or CorpusError where one of the recoveries cannot repair or train this model with its
     options on this text: before the first begins.
     """
+    if that_fold(steps):
+        Repair(student, dense, removed, text).require_writers()
     for method, options in steps:
         ready = getattr(method.function, "ready", None)  # a method from elsewhere may have none
         if ready is not None and training is not None:

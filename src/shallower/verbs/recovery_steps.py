@@ -85,6 +85,11 @@ def options_in_use(method: Method, options: Mapping[str, Any]) -> dict[str, Any]
     return {**{name: option.default for name, option in method.options.items()}, **options}
 
 
+def that_fold(steps: Stages) -> list[Method]:
+    """Those of the recoveries that need a matrix in front of each cut, with their options."""
+    return [method for method, given in steps if _asked(method, options_in_use(method, given), "folds")]
+
+
 def in_closed_form(steps: Stages) -> bool:
     """Whether one of the recoveries is, and so reads the text of a repair."""
     return any(not method.trained for method, _ in steps)
