@@ -508,7 +508,7 @@ def test_all_of_a_text_is_found_in_few_builds(
     text, sequences = calibrate_most(subject, two[0], sequences=1000, length=16, seed=0)
     assert 50 < text.sequences == sequences < 1000
     asked.clear()
-    with pytest.raises(TooLittleText, match=rf"use sequences={sequences}"):
+    with pytest.raises(TooLittleText, match=rf"use --sequences {sequences}"):
         calibrate(subject, two[0], sequences=sequences + 1, length=16, seed=0)
     # what a specification names itself, wins over the argument: fewer would be asked for in vain
     (tmp_path / "spec.yaml").write_text("sources: [a.jsonl]\nsequences: 999\n")

@@ -195,6 +195,7 @@ def test_inspect(cli: Cli, place: Path) -> None:
     assert ran.code == 0
     assert "Removes 2 of 6 blocks: [1,3); 1 attention sublayer: attn.4" in ran.out
     assert re.search(r"That is [\d,]+ of [\d,]+ parameters \([\d.]+ %; [\d.]+ % of those in blocks\)", ran.out)
+    assert "2 attention sublayers: attn.3-4 (from 0)" in cli("inspect", place / "tiny", "--remove", "attn.3-4").out
     assert "; 33.3 % of those in blocks)" in cli("inspect", place / "tiny", "--remove", "block.1-2").out
     told = cli("inspect", place / "tiny", "--remove", "block.1", "--json").json
     assert told["model"]["blocks"] == BLOCKS
@@ -344,6 +345,8 @@ def test_prune_by_plan_and_json(cli: Cli, place: Path, plan: Path, tmp_path: Pat
     assert (ran.json["dense"]["blocks"], ran.json["pruned"]["blocks"]) == (6, 3)
     assert ran.json["plan"] == json.loads(plan.read_text())
     assert ran.err == ""
+    again = cli("prune", place / "tiny", "--plan", plan, "--out", tmp_path / "smaller", "--force", "--quiet", *short)
+    assert "; 50.0 % of those in blocks)" in again.out
 
 
 def test_a_plan_chosen_behind_a_repair_says_so(cli: Cli, plan: Path, tmp_path: Path) -> None:
@@ -449,6 +452,24 @@ def test_methods(cli: Cli) -> None:
     assert "did you mean 'greedy'?" in sentence(cli("methods", "gredy"))
 
 
+@pytest.mark.parametrize(
+    ("published", "names"),
+    [
+        ("sleb", ["greedy"]),
+        ("BlockPruner", ["greedy"]),
+        ("evopress", ["evolutionary"]),
+        ("shortgpt", ["cosine"]),
+        ("block-influence", ["cosine"]),
+        ("bi", ["cosine"]),
+        ("ppl", ["loss"]),
+        ("ReplaceMe", ["linear-fold"]),
+        ("gromov", ["angular", "contiguous"]),
+    ],
+)
+def test_methods_are_found_by_what_papers_call_them(cli: Cli, published: str, names: list[str]) -> None:
+    assert [method["name"] for method in cli("methods", published, "--json").json["methods"]] == names
+
+
 def test_a_description_is_broken_where_its_paragraphs_end() -> None:
     text = "One line\nand more.\n\nlr, clip: a rate\nand a norm.\nminutes: time.\n\n- an item\n  of two lines"
     told = "One line and more.\n\nlr, clip: a rate and a norm.\nminutes: time.\n\n- an item of two lines"
@@ -520,7 +541,7 @@ def test_demo_ends_with_what_to_look_at(
         (["score"], r"missing argument 'MODEL'\. See 'shallower score --help'\."),
         (["search", "{tiny}"], r"missing option '--remove'"),
         (["score", "{tiny}", "--sequences", "none"], r"invalid value for '--sequences'"),
-        (["score", "{tiny}", "--sequences", "0"], r"invalid value for '--sequences'"),
+        (["score", "{tiny}", "--sequences", "0"], r"^--sequences 0: give 1 or more"),
         (["score", "{tiny}", "--positions", "first"], r"'first' is not one of 'auto', 'all', 'last'"),
         (["score", "{tiny}", "--units", "blok"], r"'blok' is not one of 'block', 'attn', 'mlp', 'sublayer', 'all'"),
         (["score", "{place}/none"], r"none"),
@@ -534,7 +555,29 @@ def test_demo_ends_with_what_to_look_at(
         (["score", "{tiny}", "--metric", "cosin"], r"unknown metric 'cosin'; did you mean 'cosine'\?"),
         (["score", "{tiny}", "--set", "beam"], r"--set 'beam' cannot be read: write name=value"),
         (["score", "{tiny}", "--set", "a=1", "--set", "a=2"], r"--set names 'a' twice"),
-        (["score", "{tiny}", "--set", "a=1"], r"unknown option of metric 'cosine' 'a'"),
+        (["score", "{tiny}", "--set", "a=1"], r"unknown option 'a' of metric 'cosine'\. There is none\."),
+        (["score", "{tiny}", "--seed", "-1"], r"^--seed -1: give 0 or more\. See"),
+        (["score", "{tiny}", "--length", "1"], r"^--length 1: give 2 or more\. See"),
+        (["search", "{tiny}", "--remove", "25"], r"something must stay\. For a share write 25%\."),
+        (["search", "{tiny}", "--remove", "25%,"], r"--remove '25%,' cannot be read, as an item is empty:"),
+        (["search", "{tiny}", "--remove", "nan%"], r"--remove 'nan%' cannot be read, as 'nan%' is no share:"),
+        (["search", "{tiny}", "--remove", "2", "--search", "SLEB"], r"unknown search 'SLEB', which is called 'greedy'"),
+        (
+            ["score", "{place}/mute"],
+            r"mute has no tokenizer.*put the tokenizer's files \(tokenizer\.json, tokenizer_conf",
+        ),
+        (
+            ["score", "{tiny}", "--calibration", "{place}/text.txt", "--sequences", "1000000"],
+            r"but 1,000,000 sequences of 128 need [\d,]+: use --sequences \d+, a shorter",
+        ),
+        (
+            ["score", "{tiny}", "--calibration", "{place}/text.txt?sequences=1000000"],
+            r"but 1,000,000 sequences of \d+ need [\d,]+: use sequences=\d+, a shorter",
+        ),
+        (
+            ["study", "{place}/broken.yaml"],
+            r"cannot be read as a study: line 2, column 2: expected ',' or '\]', but got",
+        ),
         (["score", "{tiny}", "--calibration", "{place}/empty.txt"], r"empty\.txt"),
         (["score", "{tiny}", "--calibration", "{place}/short.txt", "--length", "200"], r"short\.txt"),
         (["score", "{tiny}", "--calibration", "{place}/binary.txt"], r"binary\.txt"),
@@ -632,9 +675,16 @@ def test_demo_ends_with_what_to_look_at(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_sentence(cli: Cli, place: Path, tmp_path: Path, asked: list[str], complaint: str) -> None:
-    for name, content in (("empty.txt", b""), ("short.txt", b"Too short."), ("binary.txt", bytes(range(256)) * 64)):
+    for name, content in (
+        ("empty.txt", b""),
+        ("short.txt", b"Too short."),
+        ("binary.txt", bytes(range(256)) * 64),
+        ("broken.yaml", b"a: [1\nb: {"),
+    ):
         (place / name).write_bytes(content)
     known = {"tiny": place / "tiny", "learned": place / "learned", "attentions": place / "attentions.json"}
+    if not (place / "mute").exists():
+        shutil.copytree(place / "tiny", place / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     words = [word.format(place=place, **known) for word in asked]
     if asked[0] in ("score", "search") and {"{tiny}", "{learned}"} & set(asked):
         words += [] if "--calibration" in asked else ["--calibration", str(place / "text.txt")]
@@ -714,8 +764,11 @@ def test_a_plan_with_a_fault(
         (["tiny"], r"say what to remove"),
         (["tiny", "--remove", "2", "--plan", "{plan}"], r"say what to remove"),
         (["tiny", "--plan", "{plan}", "--search", "last"], r"--plan says what goes, so --search would change nothing"),
-        (["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "rigde=0.1"], r"'rigde'; did you mean 'ridge'\?"),
-        (["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "beam=4"], r"unknown option of .*refit.* 'beam'"),
+        (
+            ["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "rigde=0.1"],
+            r"'rigde' of .*; did you mean 'ridge'\?",
+        ),
+        (["tiny", "--plan", "{plan}", "--recover", "refit", "--set", "beam=4"], r"unknown option 'beam' of .*refit"),
         (["tiny", "--plan", "{plan}", "--recover", "refit", "--memory", "4XB"], r"4XB"),  # a repair keeps to it
         (["tiny", "--plan", "{plan}", "--repair", "refit"], r"--plan says what goes, so --repair would change nothing"),
         (["tiny", "--remove", "2", "--search", "last", "--repair", "refit"], r"'last' judges no candidates"),
@@ -984,7 +1037,7 @@ def test_a_reader_that_has_seen_enough(plan: Path) -> None:
     assert process.stdout is not None
     process.stdout.close()
     _, error = process.communicate()
-    assert (process.returncode, error) == (1, b"")
+    assert (process.returncode, error) == (141, b"")
 
 
 def test_a_home_folder_after_an_equals_sign_is_what_shells_make_of_one(

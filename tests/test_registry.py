@@ -131,7 +131,7 @@ def test_keyword_only_parameters_are_options(registry: Registry) -> None:
         ("twice", "maybe", "it takes true or false"),
         ("below", "under", "it takes after or before"),
         ("power", "3", "it takes 1 or 2"),
-        ("step", "1", "unknown option of metric 'm' 'step'; did you mean 'steps'"),
+        ("step", "1", "unknown option 'step' of metric 'm'; did you mean 'steps'"),
     ],
 )
 def test_options_that_are_refused(registry: Registry, key: str, text: str, message: str) -> None:
@@ -188,17 +188,17 @@ def untrainable(student: object, task: object) -> None:
             registry_module.metric,
             misspelt,
             {},
-            r"unknown parameter of metric 'mine' 'aftr'; did you mean 'after'\? Known: before, after, .*, rng\. "
+            r"unknown parameter 'aftr' of metric 'mine'; did you mean 'after'\? Known: before, after, .*, rng\. "
             r"Options are keyword-only\. See the docstring of shallower\.metrics\.",
         ),
-        (registry_module.objective, misspelt, {}, "parameter of objective 'mine' 'before'"),
-        (registry_module.search, misspelt, {}, "parameter of search 'mine' 'before'"),
-        (registry_module.recovery, untrainable, {}, r"parameter of recovery 'mine' 'student'.* Known: repair\."),
+        (registry_module.objective, misspelt, {}, "parameter 'before' of objective 'mine'"),
+        (registry_module.search, misspelt, {}, "parameter 'before' of search 'mine'"),
+        (registry_module.recovery, untrainable, {}, r"parameter 'student' of recovery 'mine'.* Known: repair\."),
         (
             registry_module.recovery,
             untrainable,
             {"trained": True},
-            r"parameter of recovery 'mine' 'task'.* Known: student, .*, seed\.",
+            r"parameter 'task' of recovery 'mine'.* Known: student, .*, seed\.",
         ),
     ],
 )

@@ -107,17 +107,25 @@ def parse_remove(text: str) -> tuple[Amount, ...] | tuple[Unit, ...]:
     zero or negative, or is 100 % and more.
     """
     text = text.strip()
-    if re.match(r"[a-z]", text):
+    if re.match(r"[a-z]", text) and "%" not in text:
         return parse_units(text)
-    return tuple(_parse_amount(item.strip()) for item in text.split(","))
+    return tuple(_parse_amount(item.strip(), text) for item in text.split(","))
 
 
-def _parse_amount(text: str) -> Amount:
+def _parse_amount(text: str, whole: str) -> Amount:
+    """whole: what it is an item of, for the error."""
     match = re.fullmatch(r"([-+]?\d+(?:\.\d+)?)(%?)(?::(\w+))?", text)
     if match is None:
+        told = (
+            f", as {text!r} is no share"
+            if text.endswith("%")
+            else ", as an item is empty"
+            if whole and not text
+            else ""
+        )
         raise BudgetError(
-            f"--remove {text!r} cannot be read: give a number of units (6), a share of the parameters in blocks (20%), "
-            "a share of another quantity (33%:kv_bytes), or units (block.13,block.14 or block.13-18)."
+            f"--remove {whole!r} cannot be read{told}: give a number of units (6), a share of the parameters in "
+            "blocks (20%), a share of another quantity (33%:kv_bytes), or units (block.13,block.14 or block.13-18)."
         )
     value, share = float(match[1]), match[2] == "%"
     quantity = match[3] or ("parameters" if share else "units")
@@ -140,7 +148,10 @@ def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limi
     needed = amount.value / 100 * total if amount.share else amount.value
     removable = most(cost)
     if needed >= total * (1 - TOLERANCE):
-        raise BudgetError(f"cannot remove {amount}: the model's blocks hold {total:g} and something must stay.")
+        as_share = f" For a share write {amount.value:g}%." if amount.quantity == "units" and not amount.share else ""
+        raise BudgetError(
+            f"cannot remove {amount}: the model's blocks hold {total:g} and something must stay.{as_share}"
+        )
     if math.isclose(removable, 0):
         raise BudgetError(f"the units that may go hold no {amount.quantity}; choose other --units.")
     if needed > removable * (1 + TOLERANCE):

@@ -45,13 +45,23 @@ class UserError(ShallowerError):
 class UnknownName(UserError):
     """A name that is not among the known ones."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
+    def __init__(
+        self, what: str, name: str, known: Iterable[str], hint: str = "", *, of: str = "", meant: str = ""
+    ) -> None:
+        """what: it should be one of, such as `option`, `of` what has them. meant: which of the known ones is published
+        under that name; by default the nearest is proposed.
+        """
         self.name = name
         self.known = tuple(known)
         near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
-        message = f"unknown {what} {name!r}"
-        message += f"; did you mean {near[0]!r}?" if near else "."
-        message += f" Known: {', '.join(self.known)}." if self.known else " None is registered."
+        message = f"unknown {what} {name!r}" + (f" of {of}" if of else "")
+        if meant:
+            message += f", which is called {meant!r} here."
+        else:
+            message += f"; did you mean {near[0]!r}?" if near else "."
+        message += (
+            f" Known: {', '.join(self.known)}." if self.known else " There is none." if of else " None is registered."
+        )
         super().__init__(f"{message} {hint}".strip())
 
 

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ class Option:
 class Method:
     """A registered function with what the framework and the user may ask of it.
 
-    code: of the file that it is in, as it was when it was registered.
+    code: of the file that it is in, as it was when it was registered. published: other names that papers have for it.
     """
 
     kind: str
@@ -107,6 +108,11 @@ class Method:
     options: Mapping[str, Option]
     traits: Mapping[str, Any] = field(default_factory=dict)
     code: str = field(default="", repr=False)
+    published: tuple[str, ...] = ()
+
+    def is_published_as(self, name: str) -> bool:
+        """Whether papers call it so, however that is spelled (`ShortGPT`, `short-gpt`)."""
+        return _letters(name) in map(_letters, self.published)
 
     @property
     def summary(self) -> str:
@@ -135,7 +141,7 @@ class Method:
         """
         unknown = [key for key in given if key not in self.options]
         if unknown:
-            raise UnknownName(f"option of {self.kind} {self.name!r}", unknown[0], self.options)
+            raise UnknownName("option", unknown[0], self.options, of=f"{self.kind} {self.name!r}")
         return {key: self.options[key].parse(text) for key, text in given.items()}
 
 
@@ -147,7 +153,7 @@ def share_options(what: str, methods: Sequence[Method], given: Mapping[str, str]
     known = {option for method in methods for option in method.options}
     for key in given:
         if key not in known:
-            raise UnknownName(f"option of {what}", key, sorted(known))
+            raise UnknownName("option", key, sorted(known), of=what)
     return [
         method.parse_options({key: text for key, text in given.items() if key in method.options}) for method in methods
     ]
@@ -177,8 +183,11 @@ class Registry:
         self._methods: dict[str, Method] = {}
         self._loaded = False
 
-    def __call__(self, name: str, *, source: str = "", **traits: Any) -> Callable[[F], F]:
-        """Decorator that registers a function under `name`.
+    def __call__(
+        self, name: str, *, source: str = "", published: Sequence[str] = (), **traits: Any
+    ) -> Callable[[F], F]:
+        """Decorator that registers a function under `name`. published: what papers call it; `shallower methods` finds
+        it by these names, too, and the error about one says the name that counts.
 
         Raises TypeError when the name is taken, a keyword-only parameter has no parsable annotation or no default, or
         parameters of two groups are asked for that are not supplied together, and UnknownName for a parameter that is
@@ -188,7 +197,9 @@ class Registry:
         def register(function: F) -> F:
             if name in self._methods and self._methods[name].function.__module__ != function.__module__:
                 raise TypeError(f"{self.kind} {name!r} is registered twice")
-            method = Method(self.kind, name, function, source, _options(function), traits, _code(function))
+            method = Method(
+                self.kind, name, function, source, _options(function), traits, _code(function), tuple(published)
+            )
             self._require_supplied(method)
             self._methods[name] = method
             return function
@@ -207,10 +218,11 @@ class Registry:
         for name in method.parameters:
             if name not in known:
                 raise UnknownName(
-                    f"parameter of {self.kind} {method.name!r}",
+                    "parameter",
                     name,
                     known,
                     f"Options are keyword-only. See the docstring of {self._package}.",
+                    of=f"{self.kind} {method.name!r}",
                 )
         asked = [group for group in self._apart if not set(group).isdisjoint(method.parameters)]
         if len(asked) > 1:
@@ -226,7 +238,9 @@ class Registry:
         try:
             return self._methods[name]
         except KeyError:
-            raise UnknownName(self.kind, name, sorted(self._methods), "See `shallower methods`.") from None
+            meant = next((method.name for method in self if method.is_published_as(name)), "")
+            known = sorted(self._methods)
+            raise UnknownName(self.kind, name, known, "See `shallower methods`.", meant=meant) from None
 
     def __iter__(self) -> Iterator[Method]:
         self._load()
@@ -247,6 +261,10 @@ class Registry:
         except BaseException:
             self._loaded = False  # else the next look-up would say that the method does not exist
             raise
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def _load_from(point: EntryPoint) -> None:

@@ -52,10 +52,18 @@ def read_yaml(path: Path, what: str, otherwise: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no {what} at {path}; {otherwise}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as a {what}: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{path} cannot be read as a {what}: {fault_in_yaml(error)}.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a {what}, which has keys and values.")
     return data
+
+
+def fault_in_yaml(error: Exception) -> str:
+    """Why a YAML file cannot be read: line, column and problem, without the excerpt that PyYAML draws a caret under."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split()).rstrip(".")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def is_number(value: Any) -> bool:

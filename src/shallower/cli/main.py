@@ -1,7 +1,7 @@
 """The entry point: which verbs there are, and what becomes of whatever goes wrong.
 
 Exit codes: 0 done · 1 not the user's fault (a defect, a failed verification) · 2 the user's mistake, or a full disk ·
-130 interrupted (Ctrl-C) · 143 terminated.
+130 interrupted (Ctrl-C) · 141 the reader of the output, such as `head`, had seen enough · 143 terminated.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def run(arguments: Sequence[str]) -> int:
         return leave.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + int(getattr(signal, "SIGPIPE", 13))
     except BaseException as error:
         if isinstance(error, (SystemExit, GeneratorExit)):
             raise
@@ -193,10 +193,22 @@ def explain(error: BaseException, *, debug: bool = False, savers: Sequence[str] 
 def _usage(error: BaseException) -> str:
     """What click says of a wrong command line, as a sentence with what to type next."""
     message = error.format_message().replace("Value error, ", "").strip().rstrip(".")  # type: ignore[attr-defined]
+    if bound := _BOUND.match(message):
+        message = _bounded(bound, error)
     message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", message)  # some pairs of typer and click both ask
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "shallower"
     return f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else '.'} See '{command} --help'."
+
+
+_BOUND = re.compile(r"^Invalid value for '(--[\w-]+)': Input should be (greater|less) than or equal to (\S+)$")
+
+
+def _bounded(found: re.Match[str], error: BaseException) -> str:
+    """A number out of bounds, with the value that was given, which pydantic's words lack."""
+    flag, side, bound = found.groups()
+    given = [fault["input"] for fault in getattr(error.__cause__, "errors", list)()]
+    return f"{' '.join([flag, *map(str, given)])}: give {bound} or {'more' if side == 'greater' else 'less'}"
 
 
 def _where(error: OSError) -> str:

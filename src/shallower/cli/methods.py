@@ -38,6 +38,7 @@ def methods(
     if name is None:
         return Answer(_as_data(everything), lambda console: _list(console, everything))
     found = [method for method in everything if method.name == name]
+    found = found or [method for method in everything if method.is_published_as(name)]
     if not found:
         raise UnknownName("method", name, sorted({method.name for method in everything}))
     return Answer(_as_data(found), lambda console: _describe(console, found))

@@ -160,11 +160,11 @@ def prune(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return pruned_answer(pruned.report, out)
+    return pruned_answer(pruned.report, out, pruned.of_blocks)
 
 
-def pruned_answer(data: ReportData, folder: Path) -> Answer:
-    """What was removed, what it cost, where it is and how to load it."""
+def pruned_answer(data: ReportData, folder: Path, of_blocks: int | None = None) -> Answer:
+    """What was removed, what it cost, where it is and how to load it. of_blocks: parameters of the dense blocks."""
     page, form = folder / "report.html", FORMS[data.form]
     told = (
         "plan",
@@ -189,7 +189,9 @@ def pruned_answer(data: ReportData, folder: Path) -> Answer:
         if data.recovery:
             console.print(recovery_table(data.recovery, data.dense.perplexity))
         dense = data.dense.parameters
-        print_removed(console, data.plan.remove, data.plan.model, Gone(dense - data.pruned.parameters, dense))
+        print_removed(
+            console, data.plan.remove, data.plan.model, Gone(dense - data.pruned.parameters, dense, of_blocks)
+        )
         for note in data.notes:
             say(console, f"Note: {note}")
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)

@@ -119,9 +119,10 @@ def build_calibration(
     rows: list[tuple[int, list[int]]] = []
     records: list[SourceRecord] = []
     as_asked = False
+    named = "sequences=" if "sequences" in parsed.options else "--sequences "
     for number, (term, source, share) in enumerate(zip(parsed.terms, sources, shares, strict=True)):
         ledger = _Ledger(share / options.sequences)
-        made = _term_rows(term, source, tokenizer, replace(options, sequences=share), ledger, seen)
+        made = _term_rows(term, source, tokenizer, replace(options, sequences=share), ledger, seen, named)
         rows += [(number, row) for row in made]
         records += ledger.records(dedup=options.dedup > 0, min_quality=options.min_quality > 0)
         as_asked = as_asked or ledger.as_asked
@@ -183,6 +184,7 @@ def _term_rows(
     options: BuildOptions,
     ledger: _Ledger,
     seen: Duplicates | None,
+    named: str,
 ) -> list[list[int]]:
     documents: Iterable[Document] = ledger.recorded(source.read())
     # the whole text decides the part, so that sets with another max_chars split alike
@@ -205,7 +207,7 @@ def _term_rows(
         # what the model says costs more than what tokenising at once saves
         tokenised = _tokenised(excerpts, tokenizer, 1 if source.endless else _TOKENISED_AT_ONCE)
         rows = _rows(tokenised, tokenizer, options, ledger, step)
-    _require_enough(rows, term.source, options, ledger)
+    _require_enough(rows, term.source, options, ledger, named)
     return rows
 
 
@@ -394,29 +396,27 @@ def _with_ids(excerpts: list[_Excerpt], tokenizer: PreTrainedTokenizerBase) -> I
     yield from ((excerpt, ids) for excerpt, ids in zip(excerpts, encoded, strict=True) if ids)
 
 
-def _require_enough(rows: list[list[int]], source: str, options: BuildOptions, ledger: _Ledger) -> None:
+def _require_enough(rows: list[list[int]], source: str, options: BuildOptions, ledger: _Ledger, named: str) -> None:
+    """named: how the number of sequences was asked for, as it is written again."""
     whole = sum(len(row) == options.length for row in rows) if options.pack else len(rows)
     if whole == options.sequences:
         return
+    fewer = f"{named}{whole}, " if whole else ""
     what = f"the {options.part} part of {source}" if options.part != "all" else source
     if ledger.dropped.total:
         what += f", without {ledger.dropped.total} documents that dedup and min_quality leave out,"
     if not options.pack:
         raise TooLittleText(
-            f"{what} holds {len(rows)} documents, but sequences={options.sequences} was asked for without packing: "
-            f"use {_fewer(whole)}pack=true or more text.",
+            f"{what} holds {len(rows):,} documents, but {options.sequences:,} sequences were asked for without "
+            f"packing: use {fewer}pack=true or more text.",
             whole / options.sequences,
         )
     have = sum(map(len, rows))
     raise TooLittleText(
-        f"{what} holds {have:,} tokens, but {options.sequences} sequences of {options.length} need "
-        f"{options.sequences * options.length:,}: use {_fewer(whole)}a shorter length, or more text.",
+        f"{what} holds {have:,} tokens, but {options.sequences:,} sequences of {options.length} need "
+        f"{options.sequences * options.length:,}: use {fewer}a shorter length, or more text.",
         whole / options.sequences,
     )
-
-
-def _fewer(whole: int) -> str:
-    return f"sequences={whole}, " if whole else ""
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from shallower.errors import CorpusError, UnknownName, UserError
 from shallower.registry import Option
+from shallower.strict_json import fault_in_yaml
 
 Part = Literal["all", "train", "held-out"]
 
@@ -78,7 +79,7 @@ def parse_specification(text: str, known: Iterable[str]) -> Specification:
         name, value = name.strip().replace("-", "_"), value.strip()
         if not equals or not value:
             missing = CorpusError(f"option {name!r} of {source} has no value: write {name}=… .")
-            faults.append(missing if name in allowed else UnknownName(f"option of {source}", name, allowed))
+            faults.append(missing if name in allowed else UnknownName("option", name, allowed, of=source))
         elif name in given:
             faults.append(
                 CorpusError(f"option {name!r} of {source} is given twice ({given[name]} and {value}); give it once.")
@@ -155,7 +156,7 @@ def _text(value: object) -> str:
 
 def _option_faults(where: str, name: str, value: str, allowed: Mapping[str, Option | None]) -> list[UserError]:
     if name not in allowed:
-        return [UnknownName(f"option of {where}", name, allowed)]
+        return [UnknownName("option", name, allowed, of=where)]
     option = allowed[name]
     if option is not None:
         try:
@@ -250,8 +251,7 @@ def _read_yaml(
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise CorpusError(f"{path} cannot be read as YAML: {reason}.") from None
+        raise CorpusError(f"{path} cannot be read as YAML: {fault_in_yaml(error)}.") from None
     if not isinstance(content, dict):
         raise CorpusError(f"{path} holds no specification: write `sources:` with a list, and options below it.")
     faults: list[UserError] = []
@@ -262,7 +262,7 @@ def _read_yaml(
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in allowed:
-            faults.append(UnknownName(f"key of {path}", name, ["sources", *allowed]))
+            faults.append(UnknownName("key", name, ["sources", *allowed], of=str(path)))
         elif not isinstance(value, (bool, int, float, str)):
             faults.append(CorpusError(f"{name!r} of {path} holds {value!r}, which is neither a number nor a word."))
         else:

@@ -9,7 +9,13 @@ from torch import Tensor
 from shallower.registry import metric
 
 
-@metric("angular", source="arXiv:2403.17887", positions="last", spans=True)
+@metric(
+    "angular",
+    source="arXiv:2403.17887",
+    published=("angular distance", "Gromov", "The Unreasonable Ineffectiveness of the Deeper Layers"),
+    positions="last",
+    spans=True,
+)
 def angular(dot: Tensor, before_l2: Tensor, after_l2: Tensor) -> Tensor:
     """Angle between the stream before and after, as a fraction of a half turn; at each sequence's last token.
 

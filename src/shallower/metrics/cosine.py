@@ -7,7 +7,7 @@ from torch import Tensor
 from shallower.registry import metric
 
 
-@metric("cosine", source="arXiv:2403.03853, arXiv:2407.16286")
+@metric("cosine", source="arXiv:2403.03853, arXiv:2407.16286", published=("block influence", "BI", "ShortGPT"))
 def cosine(dot: Tensor, before_l2: Tensor, after_l2: Tensor) -> Tensor:
     """Block influence: one minus the cosine of the stream before and after.
 

@@ -103,7 +103,8 @@ class Repair:
             first = station.missing[0] if station.missing else "the block"
             raise ModelError(
                 f"{self.student.family} has no matrix in front of {first} whose output is the stream's change (it is "
-                "the embedding, a norm, or several experts): use emulated-update or low-rank, which need none."
+                "the embedding, a norm, or several experts): use emulated-update or low-rank, which need none"
+                + (", or keep the first block (--protect first:1)." if station.writes is None else ".")
             )
         return writer
 

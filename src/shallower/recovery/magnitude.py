@@ -11,7 +11,12 @@ from shallower.registry import AtLeast, recovery
 from shallower.surgery.fold import fold_map, fold_scale
 
 
-@recovery("magnitude", source="arXiv:2507.18212, arXiv:2505.24680", folds={"per": "channel"})
+@recovery(
+    "magnitude",
+    source="arXiv:2507.18212, arXiv:2505.24680",
+    published=("Prune&Comp", "LinearPatch"),
+    folds={"per": "channel"},
+)
 def magnitude(
     repair: Repair,
     *,

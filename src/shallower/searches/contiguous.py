@@ -10,7 +10,13 @@ from shallower.registry import search
 from shallower.units import Span, Unit
 
 
-@search("contiguous", source="arXiv:2403.17887", metric="angular", kinds=("block",))
+@search(
+    "contiguous",
+    source="arXiv:2403.17887",
+    published=("Gromov", "The Unreasonable Ineffectiveness of the Deeper Layers"),
+    metric="angular",
+    kinds=("block",),
+)
 def contiguous(units: Sequence[Unit], budget: Budget, spans: Mapping[Span, float]) -> Iterator[frozenset[Unit]]:
     """Remove the span that changes the stream least, among the shortest that meet the budget.
 

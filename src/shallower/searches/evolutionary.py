@@ -13,7 +13,7 @@ from shallower.searches import Losses, best
 from shallower.units import Unit
 
 
-@search("evolutionary", source="arXiv:2410.14649", starts="random")
+@search("evolutionary", source="arXiv:2410.14649", published=("EvoPress",), starts="random")
 def evolutionary(
     units: Sequence[Unit],
     budget: Budget,

@@ -10,7 +10,7 @@ from shallower.searches import Losses, best
 from shallower.units import Unit
 
 
-@search("greedy", source="arXiv:2402.09025, arXiv:2406.10594")
+@search("greedy", source="arXiv:2402.09025, arXiv:2406.10594", published=("SLEB", "BlockPruner"))
 def greedy(units: Sequence[Unit], budget: Budget, losses: Losses) -> Iterator[frozenset[Unit]]:
     """Remove the unit whose absence costs least, then measure the rest again (SLEB, BlockPruner).
 

@@ -99,7 +99,7 @@ def _exports(anatomy: Anatomy) -> dict[str, str]:
             break
     words = skip_words(anatomy.model)
     obeyed = " and ".join({"attn": "attentions", "mlp": "MLPs"}[kind] for kind in words)
-    found["native"] = f"lone {obeyed}" if words else "nothing: this transformers has no class that leaves sublayers out"
+    found["native"] = f"lone {obeyed}" if words else "none, as no class of this transformers leaves sublayers out"
     if isinstance(lone, str):
         return {**found, "packaged": lone, "padded": lone}
     try:

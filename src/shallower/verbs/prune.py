@@ -72,12 +72,15 @@ DISTANCE = "angular"
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A finished job. folder: the checkpoint, None when it was not saved."""
+    """A finished job. folder: the checkpoint, None when it was not saved. of_blocks: the parameters that the dense
+    model's blocks held.
+    """
 
     model: PreTrainedModel = field(repr=False)
     plan: PruningPlan
     report: ReportData = field(repr=False)
     folder: Path | None
+    of_blocks: int
 
 
 def prune(
@@ -284,7 +287,7 @@ def prune(
                 verify_ids=read.judging.input_ids[:1, :64],
             )
     resume.clear()
-    return Pruned(smaller.model, given, data, folder)
+    return Pruned(smaller.model, given, data, folder, subject.weights.blocks.parameters)
 
 
 def _require_consistent(remove: object, plan: object, repair: str, recover: str, form: str) -> None:

@@ -105,8 +105,9 @@ class Subject:
         """Raises CorpusError when the model came without one."""
         if self.loaded.tokenizer is None:
             raise CorpusError(
-                f"{self.loaded.name} has no tokenizer, so it cannot read text; pass tokenizer=… or a CalibrationSet "
-                "of ids."
+                f"{self.loaded.name} has no tokenizer, so it cannot read text: put the tokenizer's files "
+                "(tokenizer.json, tokenizer_config.json) into its folder; in Python, pass tokenizer=… or a "
+                "CalibrationSet of ids."
             )
         return self.loaded.tokenizer
 
