@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.reporting.data import RecoveryStage, ReportData
-from shallower.units import Kind, Span, Unit
+from shallower.units import Kind, Span, Unit, listed
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
 
@@ -194,10 +194,10 @@ def duration(seconds: float) -> str:
 
 
 def in_words(units: Iterable[Unit], kind: Kind) -> str:
-    """The units of one kind: each run as a half-open span of block indices, and what stands alone by its name."""
-    return ", ".join(
-        str(span) if len(span) > 1 or kind == "block" else f"{kind}.{span.start}" for span in runs(units, kind)
-    )
+    """The units of one kind, each run of blocks as a half-open span of their indices; sublayers as they are typed."""
+    if kind != "block":
+        return listed(unit for unit in units if unit.kind == kind).replace(",", ", ")
+    return ", ".join(map(str, runs(units, kind)))
 
 
 def _removed(data: ReportData) -> str:
