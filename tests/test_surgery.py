@@ -641,6 +641,9 @@ def test_force_replaces_nothing_but_checkpoints(
     monkeypatch.setattr(pruned.config, "_name_or_path", str(source))
     with pytest.raises(OutputError, match="is the model itself"):
         save(pruned, source, plan=None, force=True)
+    with pytest.raises(OutputError, match=r"smaller is inside the model's own folder \(.*source\); choose a place"):
+        save(pruned, source / "smaller", plan=None)
+    monkeypatch.setattr(pruned.config, "_name_or_path", "")
     checkpoint = save(pruned, source / "checkpoint-5", plan=None)  # where a training keeps it
     monkeypatch.setattr(pruned.config, "_name_or_path", str(checkpoint))
     with pytest.raises(OutputError, match=r"source holds the model \(.*checkpoint-5\); choose another folder"):

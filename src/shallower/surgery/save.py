@@ -188,13 +188,18 @@ def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
 
 def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
     """Raise OutputError when `folder` is one of the `sources`, folders or files of the models that are read, or holds
-    one, as a training's folder holds its checkpoints.
+    one, as a training's folder holds its checkpoints, or is to be inside of one, whose files would then be of two.
     """
     target = os.path.abspath(files.expanded(folder))
     for source in sources:
-        if not source or not os.path.exists(source) or not os.path.exists(target):
+        if not source or not os.path.exists(source):
             continue
         model = Path(source).resolve()
+        above = [place for place in Path(target).resolve().parents if place.exists()]
+        if model.is_dir() and any(os.path.samefile(model, place) for place in above):
+            raise OutputError(f"{target} is inside the model's own folder ({model}); choose a place outside of it.")
+        if not os.path.exists(target):
+            continue
         # not by name: a disk may not tell upper from lower case
         if any(os.path.samefile(target, place) for place in (model, *model.parents)):
             is_or_holds = "is the model itself" if os.path.samefile(target, model) else f"holds the model ({model})"
