@@ -59,6 +59,11 @@ def load_model(
     config = stock.load_config(folder, name, trust_remote_code=trust_remote_code, model_class=shallow)
     if shallow is None:
         require_decoder(config, name, trust_remote_code=trust_remote_code)
+        if not trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            progress.note(
+                f"the code that {name} comes with was not run: it is read as transformers' own {config.model_type}. "
+                "Where that differs, read the code, and pass --trust-remote-code if you trust it."
+            )
     if commit is not None:
         folder = hub.fetch_weights(name, commit)
     weight_files(folder)
@@ -105,7 +110,10 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> tuple[PreT
     folder, name, _ = _folder(locate(model), trust_remote_code=trust_remote_code)
     tokenizer = stock.load_tokenizer(folder, name, trust_remote_code=trust_remote_code)
     if tokenizer is None:
-        raise ModelError(f"{name} has no tokenizer, so text cannot become its tokens: name another model.")
+        raise ModelError(
+            f"{name} has no tokenizer, so text cannot become its tokens: put the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json) into its folder, or name another model."
+        )
     return tokenizer, name
 
 
