@@ -734,6 +734,19 @@ def test_adapters_go_on_every_linear_map_of_the_blocks_and_nowhere_else() -> Non
     assert {name.split(".")[2] for name in projections(student, 3)} == {"3", "4"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmoe"])
+def test_adapters_go_on_one_kind_of_sublayer(family: str) -> None:
+    student = cut(dissect(tiny_model(family)), parse_units("block.2"))
+    attn, mlp = projections(student, 0, "attn"), projections(student, 0, "mlp") if family != "olmoe" else []
+    assert attn
+    assert sorted([*attn, *mlp]) == sorted(projections(student))
+    assert all("attn" in name for name in attn)
+    assert not any("attn" in name for name in mlp)
+    if family == "olmoe":
+        with pytest.raises(ModelError, match=r"no linear maps .* \(maps=mlp\)"):
+            projections(student, 0, "mlp")
+
+
 def test_four_bits_train_on_a_processor_and_merge_into_what_they_stand_for(recwarn: pytest.WarningsRecorder) -> None:
     pytest.importorskip("bitsandbytes")
     model = tiny_model("llama")

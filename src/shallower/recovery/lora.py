@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shallower.errors import UserError, require_package
 from shallower.registry import AtLeast, recovery
-from shallower.training.adapters import adapt, merge, projections, require_adaptable
+from shallower.training.adapters import Maps, adapt, merge, projections, require_adaptable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
@@ -29,15 +29,17 @@ def lora(
     alpha: float = 16.0,
     dropout: float = 0.05,
     first: Annotated[int, AtLeast(0)] = 0,
+    maps: Maps = "all",
 ) -> PreTrainedModel:
     """Low-rank adapters (LoRA) on the linear maps of the blocks, trained and merged: no new parameters.
 
     Routers, and experts that are one tensor, get none.
 
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them.
+    maps: which ones get them: all, or those of the attention (`attn`) or the MLP sublayers (`mlp`).
     """
     own_parameters(student)
-    adapt(student, projections(student, first), rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
+    adapt(student, projections(student, first, maps), rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
     student = heal(student, task)
     merge(student)
     return finish(student, {})

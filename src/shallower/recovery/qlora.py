@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shallower.errors import UserError, require_package
 from shallower.registry import AtLeast, recovery
-from shallower.training.adapters import adapt, merge, projections, quantise, require_quantisable
+from shallower.training.adapters import Maps, adapt, merge, projections, quantise, require_quantisable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
@@ -30,16 +30,18 @@ def qlora(
     alpha: float = 16.0,
     dropout: float = 0.05,
     first: Annotated[int, AtLeast(0)] = 0,
+    maps: Maps = "all",
 ) -> PreTrainedModel:
     """Low-rank adapters trained on weights of four bits (NF4), then merged into what these stand for.
 
     It takes 0.56 bytes a weight more memory than lora: these are a copy, and the dense model stays beside it in full.
 
     rank, alpha, dropout: of the adapters. first: number of the student's first block that gets them; those before keep
-    their precision.
+    their precision. maps: which linear maps get them: all, or those of the attention (`attn`) or the MLP sublayers
+    (`mlp`), as in arXiv:2403.17887.
     """
     own_parameters(student)
-    names = projections(student, first)
+    names = projections(student, first, maps)
     plain = quantise(student, names)
     adapt(student, names, rank=rank, alpha=alpha, dropout=dropout, seed=task.seed)
     student = heal(student, task)

@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,29 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shallower import progress
-from shallower.anatomy.dissect import find_blocks
+from shallower.anatomy.dissect import dissect, find_blocks
 from shallower.errors import ModelError, UserError
 from shallower.training.heal import block_of
 
 _ROUTER = re.compile("Router|Gat(e|ing)$")  # and not what ends in GatedMLP, or the like
 
 
-def projections(student: PreTrainedModel, first: int = 0) -> list[str]:
-    """Names of the linear maps in the student's blocks from `first` on that get adapters. Routers do not, as most give
+Maps = Literal["all", "attn", "mlp"]
+
+
+def projections(student: PreTrainedModel, first: int = 0, maps: Maps = "all") -> list[str]:
+    """Names of the linear maps in the student's blocks from `first` on that get adapters, or of those of its attention
+    or MLP sublayers. Routers do not, as most give
     more than a product, nor a Mamba's last map, whose weights are read past one, nor experts in one tensor.
 
     Raises ModelError when there are none.
     """
-    wanted = _behind(student, first)
+    wanted = _wanted(student, first, maps)
     if any(
         ".experts." in name and parameter.ndim == 3 and wanted(name) for name, parameter in student.named_parameters()
     ):
         progress.note("experts that are one tensor have no adapters, and stay as they are: full trains them")
-    return _plain_maps(student, first)
+    return _plain_maps(student, first, maps)
 
 
 def require_adaptable(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
@@ -44,13 +48,13 @@ def require_adaptable(student: PreTrainedModel, options: Mapping[str, Any]) -> N
     faults += [f"dropout={dropout} is not from 0 to below 1"] if not 0 <= dropout < 1 else []
     if faults:
         raise UserError(f"{'; '.join(faults)}: correct it with --set.")
-    _plain_maps(student, options["first"])
+    _plain_maps(student, options["first"], options["maps"])
 
 
 def require_quantisable(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Raise ModelError, beside what adapters need, for linear maps that cannot be quantised."""
     require_adaptable(student, options)
-    for name in _plain_maps(student, options["first"]):
+    for name in _plain_maps(student, options["first"], options["maps"]):
         _require_linear(student, name)
 
 
@@ -61,24 +65,30 @@ def _require_linear(student: PreTrainedModel, name: str) -> nn.Linear:
     return module
 
 
-def _behind(student: PreTrainedModel, first: int) -> Callable[[str], bool]:
-    """Whether what has a name is in a block from `first` on."""
+def _wanted(student: PreTrainedModel, first: int, maps: Maps) -> Callable[[str], bool]:
+    """Whether what has a name is in a block from `first` on, and in a sublayer that is asked for."""
     place = block_of(student)
+    inside: tuple[str, ...] = ("",)
+    if maps != "all":
+        anatomy = dissect(student)
+        sublayers = [(f"{anatomy.path}.{block.index}", block.part(maps)) for block in anatomy.blocks]
+        inside = tuple(f"{path}.{name}." for path, part in sublayers if part is not None for name in part.names)
 
     def wanted(name: str) -> bool:
         index = place(name)
-        return index is not None and index >= first
+        return index is not None and index >= first and f"{name}.".startswith(inside)
 
     return wanted
 
 
-def _plain_maps(student: PreTrainedModel, first: int) -> list[str]:
-    wanted = _behind(student, first)
+def _plain_maps(student: PreTrainedModel, first: int, maps: Maps) -> list[str]:
+    wanted = _wanted(student, first, maps)
     linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     found = [name for name in linear if wanted(name) and _is_plain(student, name)]
     if not found:
         raise ModelError(
-            f"{type(student).__name__} has no linear maps in its blocks from {first} on to put adapters on."
+            f"{type(student).__name__} has no linear maps in its blocks from {first} on to put adapters on "
+            f"(maps={maps})."
         )
     return found
 
