@@ -52,11 +52,11 @@ class Recipe:
         Raises UnknownName for a size or a name that the recipe has not.
         """
         if size not in self.sizes:
-            raise UnknownName(f"size of {self.title!r}", size, self.sizes)
+            raise UnknownName("size", size, self.sizes, of=repr(self.title))
         values = self.sizes[size]
         for name in given:
             if name not in values:
-                raise UnknownName(f"value of {self.title!r}", name, values)
+                raise UnknownName("value", name, values, of=repr(self.title))
         values = {**values, **given, "out": os.fspath(out), "here": str(self.here)}
         return [
             shlex.join(_NAME.sub(lambda match: values[match[1]], word) for word in shlex.split(step))
