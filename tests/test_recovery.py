@@ -1167,14 +1167,6 @@ def test_maps_at_cuts_are_saved_packaged(files: Path, dtype: str) -> None:
     assert "trust_remote_code" in (files / "again" / "report.html").read_text()
 
 
-def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[str] = []
-    measure = recoveries.text_perplexity
-
-    def noted(*args: Any, label: str, **given: Any) -> Perplexity:
-        measured.append(label)
-        return measure(*args, label=label, **given)
-    monkeypatch.setattr(recoveries, "text_perplexity", noted)
 @pytest.mark.parametrize(
     ("units", "recover_by", "settings", "kept"),
     [
@@ -1198,6 +1190,8 @@ def test_a_search_keeps_what_could_not_be_repaired(
     assert (Unit.parse(kept or "attn.0") in done.plan.removed) is not bool(kept)
     assert any(kept in note and "as --protect first:1 does" in note for note in notes) is bool(kept)
     assert done.plan.made_by.options["protect"] == ("first:1" if kept else "")
+
+
 def first_light(folder: Path) -> Path:
     """A model of whose first block the weights are so small that by their magnitude it goes first."""
     model = tiny_model("llama")
@@ -1205,22 +1199,37 @@ def first_light(folder: Path) -> Path:
         parameter.data *= 0.01
     save(model, folder, plan=None, tokenizer=tiny_tokenizer())
     return folder
+
+
 def test_what_no_recovery_can_repair_is_told_before_the_search(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tiny_model("gemma2"), files / "normed", plan=None, tokenizer=tiny_tokenizer())  # behind a norm, everywhere
     monkeypatch.setattr("shallower.verbs.prune.search_plan", pytest.fail)
     for remove, folder in (("2", "normed"), ("attn.0", "dense")):
         with pytest.raises(ModelError, match=r"use emulated-update or low-rank"):
             prune(files / folder, remove, recover="refit", speed=False, **asked(files))
+
+
 def test_a_refusal_after_the_search_names_what_was_chosen(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise ModelError("No.")
+
     monkeypatch.setattr("shallower.verbs.prune.require_place", refused)
     given = asked(files, out=files / "out", recover="low-rank", speed=False)
     with pytest.raises(ModelError, match=r"^No\. The search had chosen block\.2-4: --remove block\.2-4 takes that"):
         prune(files / "dense", "3", search="last", **given)
     with pytest.raises(ModelError, match=r"^No\.$"):
         prune(files / "dense", "block.2", **given)
-def test_prune_recovers_in_one_command(files: Path) -> None:
+
+
+def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    measure = recoveries.text_perplexity
+
+    def noted(*args: Any, label: str, **given: Any) -> Perplexity:
+        measured.append(label)
+        return measure(*args, label=label, **given)
+
+    monkeypatch.setattr(recoveries, "text_perplexity", noted)
     pruned = prune(
         files / "dense",
         "block.2-3",
