@@ -1079,13 +1079,18 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
         calibration = replace(plan.made_by.calibration, **recorded)
         made_by = replace(plan.made_by, calibration=calibration, objective=objective)
         with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
-            return asked_of_prune(dense, replace(plan, made_by=made_by), None, None, None)
+            return asked_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None)
 
     for change, why in (
         ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),
         ({"spec": "gone.jsonl?part=train"}, "gone.jsonl, is not read (no text at 'gone.jsonl'"),
         ({"spec": "ids of mine"}, "ids of mine, is not read ("),
         ({"objective": "task"}, "text.jsonl, is not read (it holds questions, which are no text to measure on)"),
+        (
+            {"spec": "self?sequences=6"},
+            "self, is not read (the model wrote it, and nothing of it is held out to measure on)",
+        ),
+        ({"spec": f"{files / 'python'}?part=train"}, "python, is not read (no text at"),
     ):
         told: list[str] = []
         asked = asked_for(**change)
@@ -1180,7 +1185,7 @@ def test_maps_at_cuts_are_saved_packaged(files: Path, dtype: str) -> None:
 def test_a_search_keeps_what_could_not_be_repaired(
     files: Path, units: str, recover_by: str, settings: dict[str, str], kept: str
 ) -> None:
-    """Of random weights `last` takes the deepest units, and all but one are to go: one may be what cannot."""
+    """The first block's weights are the smallest, so that it would go first."""
     notes = list[str]()
     wanted = {"remove": "50%:blocks", "units": units, "search": "one-shot", "metric": "magnitude"}
     with progress.listening(lambda *_: nullcontext(lambda *_: None), notes.append):

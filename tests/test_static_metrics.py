@@ -384,9 +384,7 @@ def test_gradients_are_added_up_one_at_a_time(llama: PreTrainedModel) -> None:
     assert most <= 2
 
 
-def test_sums_that_do_not_fit_beside_a_model_are_on_the_processor(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_that_do_not_fit_beside_a_model_are_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [nn.Parameter(torch.empty(10, device="meta")), nn.Parameter(torch.empty(10, device="meta"))]
     for free, place in ((200, "cpu"), (220, "meta")):
         monkeypatch.setattr(workers, "free_memory", lambda device, free=free: free)

@@ -29,7 +29,7 @@ from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
-from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify_saved
+from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify, verify_saved
 from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.surgery.stations import layers_of
 from shallower.surgery.verify import load_stock
@@ -780,14 +780,18 @@ def test_a_checkpoint_that_does_not_fit_beside_the_model_is_compared_on_the_proc
         return loaded, info
 
     said: list[str] = []
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(
+        verify, "_logits_beside", lambda loaded, _, ids, run=verify._logits_beside: run(loaded, gpu, ids)
+    )
     try:
         with progress.listening(lambda text, total: nullcontext(lambda n=1: None), said.append):
             assert verify_saved(folder, pruned, IDS, load=load_too_large) < 1e-5
     finally:
         pruned.set_attn_implementation("sdpa")
-    assert asked == [pruned.device, "cpu"]
+    assert asked == [gpu, "cpu"]
     assert found[0].config._attn_implementation == "eager"  # what runs on GPUs alone cannot go with it
-    assert said == ["cpu has no room for the checkpoint beside the model, so it is compared on the processor."]
+    assert said == ["cuda has no room for the checkpoint beside the model, so it is compared on the processor."]
 
 
 def test_padded_decoding_without_the_last_state() -> None:

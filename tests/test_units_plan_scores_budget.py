@@ -241,7 +241,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         assert set(os.listdir(tmp_path)) == meanwhile
         kill()
         assert set(os.listdir(tmp_path)) == meanwhile
-        again = [f"{out} is again what it was before a process was killed that replaced it."]
+        again = [f"{out} is again what it was before a replacement of it that did not end."]
         assert _settled(out) == (again if where == "between" else [])
         assert {name for name in os.listdir(tmp_path) if not name.startswith(".out.d.")} == there
     assert (out / "file").read_text() == ("new" if where == "behind" else "old")
@@ -275,6 +275,53 @@ def test_what_was_replaced_outlives_two_renames_that_fail(tmp_path: Path, monkey
     assert not out.exists()
     assert len(_settled(out)) == 1
     assert (out / "file").read_text() == "old"
+
+
+def test_of_two_that_replace_one_folder_the_one_that_comes_late_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = _replaced(tmp_path / "out"), os.rename
+    there = set(os.listdir(tmp_path))
+
+    def another_is_first(source: Path, to: Path) -> None:
+        rename(source, to)
+        if source == out:
+            out.mkdir()
+            (out / "file").write_text("another's")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", another_is_first)
+        with pytest.raises(OSError, match="not empty"), files.replacing_folder(out):
+            pass
+    assert set(os.listdir(tmp_path)) == there
+    assert (out / "file").read_text() == "another's"
+
+
+def test_ctrl_c_while_the_old_folder_is_deleted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, remove = _replaced(tmp_path / "out"), files.remove
+    there = set(os.listdir(tmp_path))
+    asked: list[Path] = []
+
+    def interrupted(path: Path) -> None:
+        asked.append(path)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(files, "remove", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.replacing_folder(out) as made:
+        (made / "file").write_text("new")
+    assert set(os.listdir(tmp_path)) == there
+    assert (out / "file").read_text() == "new"
+
+
+def test_a_name_that_is_too_long_is_told_of_before_the_work(tmp_path: Path) -> None:
+    for length in (240, 241):
+        told = pytest.raises(OutputError, match="File name too long") if length > 240 else nullcontext()
+        with told:
+            files.require_writable(tmp_path / ("x" * length), "the folder")
+    files.require_writable(tmp_path / "y" / "deeper", "the folder")
+    assert os.listdir(tmp_path) == []
 
 
 def test_of_a_file_that_was_being_written_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 def nearest_parent(path: str | os.PathLike[str]) -> Path:
     """The innermost of the path's parents that is there."""
-    return next(parent for parent in Path(os.path.abspath(expanded(path))).parents if os.path.lexists(parent))
+    whole = Path(os.path.abspath(expanded(path)))
+    return next((parent for parent in whole.parents if os.path.lexists(parent)), whole)
 
 
 def require_writable(path: str | os.PathLike[str], told: str) -> None:
@@ -50,7 +51,7 @@ def require_writable(path: str | os.PathLike[str], told: str) -> None:
     if not parent.is_dir():
         raise OutputError(f"{told} cannot be written: {parent} is not a folder; choose another place.")
     try:  # permissions do not tell of every folder that takes nothing, such as /proc
-        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".shallower-"))
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{expanded(path).name}.", suffix=_SUFFIX))  # as `_workplace`
     except OSError as error:
         why = f"in {parent} nothing can be made ({error.strerror or error})"
         raise OutputError(f"{told} cannot be written: {why}; choose another place or change its permissions.") from None
@@ -176,7 +177,7 @@ def _unsettled(place: Path) -> bool:
 
 
 def _put_back(old: Path, target: Path) -> None:
-    was = "was before a process was killed that replaced it"
+    was = "was before a replacement of it that did not end"
     try:
         if not os.path.lexists(target):
             os.rename(old, target)
@@ -191,12 +192,21 @@ def _leave(place: Path, lock: int) -> None:
     """Remove a workplace, but not the only copy of what its target was. The lock goes last, so that whatever is left by
     a kill is still known; closed, as NFS keeps open files.
     """
-    if not _unsettled(place):
-        remove(place / _OLD)
-        remove(place / _NEW)
-    os.close(lock)
-    if not any(os.path.lexists(place / name) for name in (_OLD, _NEW)):
-        shutil.rmtree(place, ignore_errors=True)
+    try:
+        if not _unsettled(place):
+            _clear(place)
+    except BaseException:  # Ctrl-C
+        _clear(place)
+        raise
+    finally:
+        os.close(lock)
+        if not any(os.path.lexists(place / name) for name in (_OLD, _NEW)):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _clear(place: Path) -> None:
+    for name in (_OLD, _NEW):
+        remove(place / name)
 
 
 def remove(path: Path) -> None:
@@ -240,4 +250,6 @@ def _move(place: Path, target: Path) -> None:
     except BaseException:  # a signal may come behind a rename, too
         if _unsettled(place) and not os.path.lexists(target):
             os.rename(place / _OLD, target)
+        elif _unsettled(place):
+            remove(place / _OLD)  # another process has replaced it meanwhile
         raise

@@ -21,10 +21,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def require_float64(device: str) -> None:
-    """Raise UserError for a device without float64, in which all is summed (Apple's GPUs)."""
+def require_float64(device: str, instead: str = "use --device cpu") -> None:
+    """Raise UserError for a device without float64, in which all is summed (Apple's GPUs). instead: what to do."""
     if device.partition(":")[0] == "mps":
-        raise UserError(f"device {device!r} has no float64, in which losses and fits are summed: use --device cpu.")
+        raise UserError(f"device {device!r} has no float64, in which losses and fits are summed: {instead}.")
 
 
 def parse_device(name: str) -> torch.device:

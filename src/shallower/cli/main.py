@@ -153,7 +153,9 @@ def _as_a_word_of_its_own(word: str) -> str:
 
 def _savers(command: Any, arguments: Sequence[str]) -> list[str]:
     """What would save memory, of the options of the verb that ran. command: of all verbs."""
-    verb = command.commands.get(next((word for word in arguments if not word.startswith("-")), None))
+    verb, words = command, iter(word for word in arguments if not word.startswith("-"))
+    while commands := getattr(verb, "commands", None):  # of `corpus`, too
+        verb = commands.get(next(words, None))
     there = {name for option in getattr(verb, "params", ()) for name in option.opts}
     return [saver for name, saver in _SAVERS.items() if name in there]
 

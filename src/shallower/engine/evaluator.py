@@ -29,6 +29,7 @@ from shallower.engine.routes import ACTIONS, PASSED_OVER, Route
 from shallower.engine.scoring import Scorer, along_with, needs_dense
 from shallower.engine.states import DenseAnswers, States
 from shallower.engine.trace import Trace, stacked, trace
+from shallower.errors import out_of_memory
 from shallower.registry import Method
 
 Order = Literal["depth-first", "layer-major"]
@@ -273,8 +274,10 @@ class Evaluator:
             try:
                 copies = entry.repeat(size, *[1] * (entry.ndim - 1))
                 seconds = min(self._seconds(number, size, copies) for _ in range(3)) / size
-            except torch.OutOfMemoryError:
-                break
+            except Exception as error:
+                if out_of_memory(error):
+                    break
+                raise
             if seconds * WORTHWHILE > best:
                 break
             best, self._group = seconds, size

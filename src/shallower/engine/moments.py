@@ -8,7 +8,7 @@ from torch import Tensor
 from shallower.engine.workers import place_for
 from shallower.errors import CorpusError
 
-COPIES = 3  # of the matrix of products, at most, while a system of equations is solved
+COPIES = 4  # of the matrix of products, at most, while a system of equations is solved
 COPIES_OF_NORM = 6  # the same for the solution of least norm
 
 

@@ -48,7 +48,7 @@ def connect(asked: int | str, device: torch.device) -> Session:
     """Start Ray on this machine for a number of workers, or join the cluster at an address (`auto:4`: with at most 4).
 
     A Ray that this process is connected to already is used as it is. Raises UserError when no cluster answers, it has
-    no processor or GPU to offer, or one GPU was chosen by its number.
+    no processor or GPU to offer, or a GPU other than the first was chosen by its number.
     """
     if device.type == "cuda" and device.index:
         raise UserError(

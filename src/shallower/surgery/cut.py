@@ -98,7 +98,7 @@ def require_together(model: PreTrainedModel) -> None:
     if is_spread(model):
         raise ModelError(
             "the model is spread over devices by accelerate, and its modules cannot be taken apart: load it on one "
-            "device. As it is, it can be scored and searched."
+            "device. As it is, it can be scored and searched, if all of its weights are in memory."
         )
 
 

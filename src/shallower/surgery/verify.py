@@ -146,7 +146,7 @@ def _logits_beside(loaded: PreTrainedModel, device: torch.device, ids: Tensor) -
         loaded.to(device)
         return full_logits(loaded, ids), cached_logits(loaded, ids)
     except Exception as error:
-        if not out_of_memory(error):
+        if device.type == "cpu" or not out_of_memory(error):
             raise
     # Only now, as an exception that is handled holds what its frames hold. A part may have been moved already.
     loaded.to("cpu")

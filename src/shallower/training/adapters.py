@@ -88,7 +88,7 @@ def _plain_maps(student: PreTrainedModel, first: int, maps: Maps) -> list[str]:
     if not found:
         raise ModelError(
             f"{type(student).__name__} has no linear maps in its blocks from {first} on to put adapters on "
-            f"(maps={maps})."
+            f"(maps={maps}; experts in one tensor take none): choose others by --set first and maps, or full."
         )
     return found
 

@@ -28,7 +28,7 @@ from shallower.verbs.supply import supply
 if TYPE_CHECKING:
     from shallower.verbs.questions import Questions
 
-# What score, search and prune read unless they are told otherwise
+# What score, search and prune without a plan read unless they are told otherwise
 _AS_SEARCHED = {"length": "128", "seed": "0", "part": "train"}
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from shallower import progress
-from shallower.corpus import without_options
-from shallower.plan import PruningPlan
+from shallower.corpus import asks_model, without_options
+from shallower.engine import reads_choices
+from shallower.errors import UserError
+from shallower.plan import PruningPlan, without_folders
+from shallower.registry import objective as objectives
 from shallower.verbs.contamination import read_again
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject
 from shallower.verbs.supply import supply
+from shallower.verbs.texts import held_out
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,20 @@ class PlanText:
 
 
 def text_of_plan(subject: Subject, plan: PruningPlan) -> PlanText:
-    """The plan's own text where it can be had, without how much of it was read: what is measured is then what the plan
-    was chosen by, and a repair fits what it was chosen for.
+    """The plan's own text where it can be had and some of it is held out, without how much of it was read: what is
+    measured is then what the plan was chosen by, and a repair fits what it was chosen for.
     """
     recorded = plan.made_by.calibration
     if recorded is None:
         return PlanText()
-    again, reason = None, "it holds questions, which are no text to measure on"
-    if plan.made_by.objective != "task":
+    source = recorded.spec.rpartition("?")[0] or recorded.spec
+    is_default, source = source == DEFAULT_CALIBRATION, without_folders(source)
+    other = "name other text with --calibration."
+    again, reason = None, _no_text_to_measure_on(recorded.spec, plan.made_by.objective)
+    if not reason:
         again, reason = read_again(subject, recorded, supply(subject.model, subject.loaded.tokenizer))
-    source, other = recorded.title.partition("?")[0], "name other text with --calibration."
-    is_default = source == DEFAULT_CALIBRATION
+        if again is not None and not held_out(recorded.spec):
+            again, reason = None, "nothing of it is held out to measure on"
     if again is None:
         if is_default:
             return PlanText()
@@ -43,3 +51,13 @@ def text_of_plan(subject: Subject, plan: PruningPlan) -> PlanText:
         return PlanText(notes=(note,))
     notes = () if is_default else (f"The calibration text is the plan's own, {source}: {other}",)
     return PlanText(without_options(recorded.spec, ("sequences", "length")), (again.sequences, again.length), notes)
+
+
+def _no_text_to_measure_on(spec: str, objective: str | None) -> str:
+    """Why what a plan was made with is not worth reading again, or nothing."""
+    with suppress(UserError):  # an objective of a package that is not here; a set that was made in memory
+        if objective is not None and reads_choices(objectives.get(objective)):
+            return "it holds questions, which are no text to measure on"
+        if asks_model(spec):
+            return "the model wrote it, and nothing of it is held out to measure on"
+    return ""

@@ -174,7 +174,7 @@ def prune(
         if out is not None:
             require_space_for(out, subject, parameters_left(subject, request))
     with clock("calibration text"):
-        text = asked_of_prune(subject, given, calibration, sequences, length)
+        text = asked_of_prune(subject, given, calibration, objective, sequences, length)
         read = texts_of_prune(
             subject,
             text,

@@ -36,13 +36,16 @@ def asked_of_prune(
     subject: Subject,
     plan: PruningPlan | None,
     calibration: str | Path | CalibrationSet | None,
+    objective: str,
     sequences: int | None,
     length: int | None,
 ) -> Asked:
     """What was named; with a plan and no text the plan's own, and as much of it as the plan was made with, where it can
     be had.
     """
-    own = PlanText() if plan is None or calibration is not None else text_of_plan(subject, plan)
+    own = PlanText()
+    if plan is not None and calibration is None and not reads_choices(objectives.get(objective)):
+        own = text_of_plan(subject, plan)
     named = own.spec if calibration is None else calibration
     usual = own.size or SIZE
     return Asked(named, usual[0] if sequences is None else sequences, usual[1] if length is None else length, own.notes)

@@ -141,10 +141,12 @@ def recover(
     require_unquantized(dense.model)
     student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
     _require_first_repair(student, steps)
-    if out is not None:
+    if out is not None and leads():
         require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
-    own = text_of_plan(dense, given) if calibration is None else PlanText()
-    calibration = own.spec if calibration is None else calibration
+    own = PlanText()
+    if calibration is None and (in_closed_form(steps) or instructions is None or not contents):
+        own = text_of_plan(dense, given)
+        calibration = own.spec
     text = None
     if in_closed_form(steps):
         count = SEQUENCES if sequences is None else sequences

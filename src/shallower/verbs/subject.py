@@ -155,7 +155,7 @@ def open_subject(
         return model if tokenizer is None else replace(model, loaded=replace(model.loaded, tokenizer=tokenizer))
     if isinstance(model, PreTrainedModel):
         name = Path(model.config.name_or_path).name if model.config.name_or_path else type(model).__name__
-        require_float64(str(model.device))
+        require_float64(str(model.device), "move the model first (model.to('cpu'))")
         loaded = LoadedModel(model.eval(), tokenizer, name, None, None)
     else:
         loaded = load_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
