@@ -727,7 +727,7 @@ def test_a_search_passes_options_on_to_the_metric_it_ranks_by(
         search(llama, 2, search="one-shot", metric=name, scores=other, **asked)
     pruned = prune(llama, 2, search="one-shot", metric=name, recover="emulated-update", speed=False, **asked)
     assert (pruned.plan.remove, pruned.plan.made_by.options[key]) == (plan.remove, value)
-    with pytest.raises(UnknownName, match=f"search 'one-shot', metric 'cosine' or objective 'nll' '{key}'"):
+    with pytest.raises(UnknownName, match=f"option '{key}' of search 'one-shot', metric 'cosine' or objective 'nll'"):
         search(llama, 2, search="one-shot", **asked)
 
 
