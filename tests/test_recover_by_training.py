@@ -567,7 +567,7 @@ def test_all_of_a_text_is_trained_on_where_it_is_shorter_than_usual(files: Path)
     most = int(re.match(r"training reads ([\d,]+) sequences of 128 tokens", told)[1].replace(",", ""))
     assert 1 < most < TRAIN_SEQUENCES
     recover(files / "pruned", "full", teacher=files / "dense", **{**given, "train_sequences": most})
-    with pytest.raises(UserError, match="set with --train-sequences"):
+    with pytest.raises(UserError, match="use --train-sequences"):
         recover(files / "pruned", "full", teacher=files / "dense", **{**given, "train_sequences": most + 4})
 
 
@@ -583,7 +583,7 @@ def test_what_only_trains_needs_no_text_of_a_repair(files: Path) -> None:
     given = asked(files, train_sequences=None, settings={**SMALL, "epochs": "0.01"})
     done = recover(files / "pruned", "full", teacher=files / "dense", **given)
     assert done.made_by.calibration is None
-    with pytest.raises(UserError, match=r"holds .* tokens, but 1000000 sequences"):
+    with pytest.raises(UserError, match=r"holds .* tokens, but 1,000,000 sequences"):
         recover(files / "pruned", "refit,full", teacher=files / "dense", sequences=10**6, **given)
 
 
@@ -618,7 +618,7 @@ def test_what_another_training_left_stays_where_nothing_is_trained(tmp_path: Pat
             "--sequences is for recoveries in closed form, .*, and all that are named train: .* by --train-sequences",
         ),
         ({"methods": "full", "memory": "1GB"}, UserError, "--memory is for recoveries in closed"),
-        ({"methods": "refit,full", "train_sequences": 10**6}, UserError, "set with --train-sequences"),
+        ({"methods": "refit,full", "train_sequences": 10**6}, UserError, "use --train-sequences"),
         ({"methods": "full", "dtype": "bfloat16"}, UserError, "compute=float32 needs the model in float32"),
         ({"methods": "full", "settings": {**SMALL, "lr": "-1"}}, UserError, "lr=-1.0 is not above 0"),
     ],

@@ -1447,7 +1447,9 @@ def test_options_reach_the_repair_that_judges() -> None:
     assert plans[2].made_by.options.items() >= {"rank": 1, "measured": "cut"}.items()
     walk = {"steps": "2", "rank": "1"}
     assert search(model, 1, search="annealing", calibration=text, repair="low-rank", settings=walk)
-    with pytest.raises(UnknownName, match=r"search 'greedy', objective 'nll' or repair 'low-rank' .*rank"):
+    with pytest.raises(
+        UnknownName, match=r"option 'rnk' of search 'greedy', objective 'nll' or repair 'low-rank'; .*rank"
+    ):
         search(model, 1, calibration=text, repair="low-rank", settings={"rnk": "1"})
 
 

@@ -565,7 +565,7 @@ def test_a_taken_place(pruned: PreTrainedModel, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])  # of the lock, of what is replaced, of what replaces it
+@pytest.mark.parametrize("nth", [1, 2])
 def test_a_signal_behind_a_rename_leaves_a_whole_checkpoint(
     pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
@@ -576,15 +576,16 @@ def test_a_signal_behind_a_rename_leaves_a_whole_checkpoint(
 
     def interrupted(source: Any, target: Any) -> None:
         rename(source, target)
-        renamed.append(str(target))
-        if len(renamed) == nth:
-            raise KeyboardInterrupt
+        if folder in (source, target):  # not the locks of all that is written
+            renamed.append(str(target))
+            if len(renamed) == nth:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(pruned, folder, plan=None, force=True)
     assert os.listdir(tmp_path) == ["out"]
-    assert (folder / "mark").exists() is (nth < 3)
+    assert (folder / "mark").exists() is (nth == 1)
     assert verify_saved(folder, pruned, IDS) < 1e-5
 
 

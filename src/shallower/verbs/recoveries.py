@@ -223,7 +223,7 @@ def training_text(
         try:
             text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
         except TooLittleText as error:
-            raise TooLittleText(f"{error} For training, sequences are set with --train-sequences.") from None
+            raise TooLittleText(str(error).replace("--sequences", "--train-sequences")) from None
     left_out = next(iter(held_out(calibration).values()), None)
     if left_out is None:
         return Training(text, None, notes=notes)
