@@ -461,7 +461,9 @@ def test_options_that_do_not_exist(path: str) -> None:
     arguments: dict[str, Any] = {"objective": "task", "calibration": path, "tokenizer": tiny_tokenizer()}
     with pytest.raises(UnknownName, match=r"option 'off' of search 'greedy' or objective 'task'; did you mean 'of'"):
         search(tiny_model("llama"), 1, settings={"off": "accuracy"}, **arguments)
-    with pytest.raises(UnknownName, match=r"option 'normalize' of metric 'loss' or objective 'task'; did you mean 'normalise'"):
+    with pytest.raises(
+        UnknownName, match=r"option 'normalize' of metric 'loss' or objective 'task'; did you mean 'normalise'"
+    ):
         score(tiny_model("llama"), "loss", settings={"normalize": "bytes"}, **arguments)
     with pytest.raises(UserError, match="option of='margins' does not fit: it takes margin or accuracy"):
         search(tiny_model("llama"), 1, settings={"of": "margins"}, **arguments)

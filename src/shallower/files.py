@@ -193,8 +193,7 @@ def _leave(place: Path, lock: int) -> None:
     a kill is still known; closed, as NFS keeps open files.
     """
     try:
-        if not _unsettled(place):
-            _clear(place)
+        _clear(place)
     except BaseException:  # Ctrl-C
         _clear(place)
         raise
@@ -205,8 +204,9 @@ def _leave(place: Path, lock: int) -> None:
 
 
 def _clear(place: Path) -> None:
-    for name in (_OLD, _NEW):
-        remove(place / name)
+    if not _unsettled(place):
+        for name in (_OLD, _NEW):
+            remove(place / name)
 
 
 def remove(path: Path) -> None:
