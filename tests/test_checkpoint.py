@@ -377,13 +377,14 @@ def test_half_precision_has_to_be_worth_it(monkeypatch: pytest.MonkeyPatch, half
 
 def test_processes_launched_together_compute_in_one_format(start_together: Any) -> None:
     code = """
-import os, torch
+import atexit, os, torch.distributed
+atexit.register(lambda: print(torch.distributed.is_initialized()))  # the first to be registered is the last to be run
 from shallower.checkpoint import dtype
 dtype._measured = lambda device, threads: torch.bfloat16 if os.environ["RANK"] == "1" else torch.float32
 print([str(dtype.choose_dtype(torch.device("cpu"))) for _ in range(2)])
 """
     for status, said, errors in start_together("-c", code):
-        assert (status, said) == (0, "['torch.float32', 'torch.float32']\n"), errors
+        assert (status, said) == (0, "['torch.float32', 'torch.float32']\nFalse\n"), errors
 
 
 # --- the Hub, which no test can reach
