@@ -6,6 +6,8 @@ in full, and on the held-out texts. This is the evidence in docs/decisions.md ('
     python benchmarks/exhaustive.py --calibration c4.jsonl --held-out wikitext2.test.txt --held-out books.jsonl
         --remove 6 --runs 2
 
+With `--plan` these sets are measured and no others.
+
 Three of 30 blocks are 3,276 sets and take half an hour on two cores, six in at most two runs 1,288 sets and 13 minutes.
 """
 
@@ -25,7 +27,7 @@ from searches import windows
 
 from shallower.corpus import build_calibration
 from shallower.engine import Ablator, Racing
-from shallower.units import Unit
+from shallower.units import Unit, listed, parse_units
 from shallower.verbs.subject import open_subject
 
 
@@ -42,7 +44,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--held-out", action="append", required=True)
-    parser.add_argument("--remove", type=int, required=True, help="blocks")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--remove", type=int, help="blocks")
+    which.add_argument("--plan", action="append", type=parse_units, help="instead of all sets this one; repeatable")
     parser.add_argument("--runs", type=int, help="of neighbouring blocks, at most; all sets by default")
     parser.add_argument("--objective", default="kl")
     parser.add_argument("--best", type=int, default=8, help="sets that are measured in full")
@@ -54,7 +58,7 @@ def main() -> None:
     shape = {"sequences": asked.sequences, "length": asked.length, "seed": 0}
     text = build_calibration(asked.calibration, subject.tokenizer, **shape, part="train")
     held_out = [Ablator(subject.anatomy, windows(subject, source, asked.windows)) for source in asked.held_out]
-    candidates = list(sets(len(subject.anatomy.blocks), asked.remove, asked.runs))
+    candidates = list(map(frozenset, asked.plan or sets(len(subject.anatomy.blocks), asked.remove, asked.runs)))
     start = time.perf_counter()
     with closing(Ablator(subject.anatomy, text, asked.objective, racing=Racing())) as ablator:
         raced = ablator.losses(candidates, keep=asked.best)
@@ -70,9 +74,9 @@ def main() -> None:
     print("|---|---:|---:|")
     elsewhere = [measured.losses(best) for measured in held_out]
     for place in sorted(range(len(best)), key=losses.__getitem__):
-        blocks = ", ".join(str(unit.index) for unit in sorted(best[place]))
+        removed = listed(best[place]).replace(",", ", ")
         told = " / ".join(f"{math.exp(found[place]):.1f}" for found in elsewhere)
-        print(f"| {blocks} | {losses[place]:.4f} | {told} |")
+        print(f"| {removed} | {losses[place]:.4f} | {told} |")
 
 
 if __name__ == "__main__":

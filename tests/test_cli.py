@@ -900,6 +900,16 @@ def test_what_saves_memory_is_what_the_verb_has(
     assert f"out of memory; {advice}" in sentence(cli(module, place, *asked))
 
 
+def test_a_verb_of_a_verb_says_what_saves_memory(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args: Any, **how: Any) -> None:
+        raise MemoryError
+
+    (tmp_path / "text.txt").write_text("words")
+    monkeypatch.setattr(importlib.import_module("shallower.verbs.corpus"), "build", no_room)
+    told = sentence(cli("corpus", "show", str(tmp_path / "text.txt"), "--model", "demo"))
+    assert "out of memory; give a smaller --length" in told
+
+
 def test_a_defect_keeps_its_traceback(cli: Cli, plan: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(path: Path) -> PruningPlan:
         raise ZeroDivisionError("by zero\nand more")

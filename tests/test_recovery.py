@@ -59,7 +59,7 @@ from shallower.units import Unit, parse_units
 from shallower.verbs import recoveries, repaired
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
-from shallower.verbs.prune_texts import Asked, asked_of_prune
+from shallower.verbs.prune_texts import Wanted, wanted_of_prune
 from shallower.verbs.recover import recover
 from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, split
@@ -1075,11 +1075,11 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
     dense = open_subject(files / "dense", dtype="float32")
     plan = search(dense, "attn.2", calibration=f"{files / 'text.jsonl'}?sequences=6&length=40")
 
-    def asked_for(objective: str = "nll", **recorded: str) -> Asked:
+    def asked_for(objective: str = "nll", **recorded: str) -> Wanted:
         calibration = replace(plan.made_by.calibration, **recorded)
         made_by = replace(plan.made_by, calibration=calibration, objective=objective)
         with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
-            return asked_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None)
+            return wanted_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None)
 
     for change, why in (
         ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),

@@ -182,10 +182,8 @@ def explain(error: BaseException, *, debug: bool = False, savers: Sequence[str] 
         what = f"measurements cannot be kept in the cache ({error})"
         return f"{what}; free some room, or set SHALLOWER_CACHE to a folder that can be written.", 2
     if out_of_memory(error):
-        what = (
-            f"give {', '.join(savers[:-1])} or {savers[-1]}" if len(savers) > 1 else "take a smaller model or less text"
-        )
-        return f"out of memory; {what}.", 2
+        *others, last = savers or ("a smaller model", "less text")
+        return f"out of memory; give {', '.join(others)}{' or ' if others else ''}{last}.", 2
     what = f"this is a defect in shallower {__version__}, not your mistake: {type(error).__name__}: {_brief(error)}"
     if debug:
         return f"{what}. Please report it with the traceback above.", 1

@@ -35,7 +35,7 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.before_after import Clock, before_after
-from shallower.verbs.prune_texts import asked_of_prune, shared_with_held_out, texts_of_prune
+from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune, wanted_of_prune
 from shallower.verbs.questions import read_questions
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
@@ -169,12 +169,13 @@ def prune(
             assert remove is not None
             request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
             if request.budget is not None:
-                protect = keep_repairable(subject.anatomy, request.units, steps, protect)
-                request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
+                kept, protect = protect, keep_repairable(subject.anatomy, request.units, steps, protect)
+                if protect != kept:
+                    request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
         if out is not None:
             require_space_for(out, subject, parameters_left(subject, request))
     with clock("calibration text"):
-        text = asked_of_prune(subject, given, calibration, objective, sequences, length)
+        text = wanted_of_prune(subject, given, calibration, objective, sequences, length)
         read = texts_of_prune(
             subject,
             text,

@@ -23,7 +23,7 @@ SIZE = (32, 128)  # sequences and tokens of each, where nobody says how much is 
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Wanted:
     """What is to be read of which text. notes: what is to be told of that."""
 
     calibration: str | Path | CalibrationSet | None
@@ -32,14 +32,14 @@ class Asked:
     notes: tuple[str, ...] = ()
 
 
-def asked_of_prune(
+def wanted_of_prune(
     subject: Subject,
     plan: PruningPlan | None,
     calibration: str | Path | CalibrationSet | None,
     objective: str,
     sequences: int | None,
     length: int | None,
-) -> Asked:
+) -> Wanted:
     """What was named; with a plan and no text the plan's own, and as much of it as the plan was made with, where it can
     be had.
     """
@@ -48,7 +48,9 @@ def asked_of_prune(
         own = text_of_plan(subject, plan)
     named = own.spec if calibration is None else calibration
     usual = own.size or SIZE
-    return Asked(named, usual[0] if sequences is None else sequences, usual[1] if length is None else length, own.notes)
+    return Wanted(
+        named, usual[0] if sequences is None else sequences, usual[1] if length is None else length, own.notes
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class Texts:
 
 def texts_of_prune(
     subject: Subject,
-    asked: Asked,
+    wanted: Wanted,
     steps: Stages,
     objective: str,
     contents: Mapping[str, str],
@@ -81,7 +83,7 @@ def texts_of_prune(
     seed: int,
 ) -> Texts:
     """All texts, as `prune` says; `contents` are held out where there are any, else what calibration left out."""
-    calibration, sequences, length = asked.calibration, asked.sequences, asked.length
+    calibration, sequences, length = wanted.calibration, wanted.sequences, wanted.length
     searched: CalibrationSet | Parts
     if repair:
         searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
@@ -100,7 +102,7 @@ def texts_of_prune(
         except TooLittleText as error:
             least = f"A repair in prune reads {most} sequences of {longest} tokens"
             raise TooLittleText(
-                " ".join([f"{error} {least}; 'shallower recover' can do with less.", *asked.notes])
+                " ".join([f"{error} {least}; 'shallower recover' can do with less.", *wanted.notes])
             ) from None
     training = training_text(
         subject,
