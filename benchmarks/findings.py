@@ -172,9 +172,9 @@ def measure(given: argparse.Namespace) -> Measured:
     setting = (
         f"{subject.identity.name} ({str(subject.model.dtype).removeprefix('torch.')}), {subject.identity.blocks} "
         f"blocks. Metrics read {calibration.sequences} sequences of {calibration.length} tokens of C4, or "
-        f"{own.questions} questions of the validation part of {OWN}. Perplexity is that of {evaluation.sequences} "
-        f"sequences of {evaluation.length} tokens of the WikiText-2 test text. {given.limit} questions a task, none "
-        f"longer than {given.question_tokens} tokens, without examples; the answer is the choice with the highest "
+        f"{own.questions} questions of the validation split of {OWN}. Perplexity is measured on {evaluation.sequences} "
+        f"sequences of {evaluation.length} tokens of the WikiText-2 test text. Each task has {given.limit} questions, "
+        f"none longer than {given.question_tokens} tokens, without examples; the answer is the choice with the highest "
         "log-likelihood."
     )
     return Measured(subject, curves, nll, tuple(tasks), spans, setting)
@@ -217,8 +217,8 @@ def _nested(order: Sequence[Unit]) -> tuple[Removed, ...]:
 def page(found: Measured, command: str) -> str:
     parts = [
         f"# Do the papers' findings hold on {found.subject.identity.name}?",
-        f"Made by `{command}`; numbers and wording are computed, nothing was written by hand. "
-        "Findings 1 and 2 are those of arXiv:2407.16286, 4 is of 2403.17887; for 3 see [recovery.md](recovery.md).\n\n"
+        f"Made by `{command}`; all numbers and words are computed, none were written by hand. Findings 1 and 2 are "
+        "from arXiv:2407.16286, 4 is from 2403.17887; for 3 see [recovery.md](recovery.md).\n\n"
         f"{found.setting}",
         *_dense(found),
         *_first(found),
@@ -248,15 +248,15 @@ def _dense(found: Measured) -> Iterator[str]:
     if lost:
         yield (
             f"On {_listed(lost)} these questions cannot tell the dense model from guessing (less than 2 standard "
-            "errors above chance), so it shows nothing that accuracy there holds when units go."
+            "errors above chance). That accuracy there holds when units are removed therefore shows nothing."
         )
 
 
 def _first(found: Measured) -> Iterator[str]:
     yield "## 1. Does attention go more easily than MLPs and blocks?"
     yield (
-        "How many units of each kind can go before perplexity has doubled, when they go in the order of each metric; "
-        "in brackets their share of the parameters in blocks:"
+        "How many units of each kind can be removed before perplexity has doubled, in the order of each metric; "
+        "in brackets, their share of the parameters in blocks:"
     )
     names = [curve.ranking for curve in found.of("attn")]
     cells = {(curve.ranking, curve.kind): curve for curve in found.curves}
@@ -274,17 +274,17 @@ def _first(found: Measured) -> Iterator[str]:
     wins = {other: sum(counts[name, "attn"] > counts[name, other] for name in names) for other in ("mlp", "block")}
     light, heavy = (found.parameters(frozenset([Unit(0, kind)])) for kind in ("attn", "mlp"))
     yield (
-        f"More attention sublayers than MLP sublayers can go by {wins['mlp']} of {len(names)} orders, and "
-        f"more of them than blocks by {wins['block']}. Units are no measure of size: an attention "
+        f"By {wins['mlp']} of {len(names)} orders, more attention sublayers than MLP sublayers can be removed; by "
+        f"{wins['block']}, more attention sublayers than blocks. But units differ in size: an attention "
         f"sublayer holds {light / heavy:.2f} times the parameters of an MLP sublayer."
     )
-    yield "![Perplexity while units go](findings/perplexity.svg)"
+    yield "![Perplexity as units are removed](findings/perplexity.svg)"
     yield (
-        "A colour is an order of removal; the dashed line is twice the dense model's perplexity. The axis is "
+        "Each colour is an order of removal; the dashed line is twice the dense model's perplexity. The axis is "
         "logarithmic."
     )
     third = round(len(cells[ON_TEXT, "attn"].sets[-1]) * 2 / 3)
-    yield f"Accuracy with a third of a kind ({third}) removed, and perplexity:"
+    yield f"Accuracy and perplexity with a third of the units of a kind ({third}) removed:"
     rows = []
     for kind, name in itertools.product(KINDS, [name for name in names if name in ANSWERED]):
         removed = cells[name, kind].sets[third]
@@ -296,8 +296,8 @@ def _first(found: Measured) -> Iterator[str]:
         ("removed", *tasks, "perplexity"), [("nothing", *dense, f"{found.perplexity(frozenset()):,.1f}"), *rows]
     )
     yield (
-        "The most units that can go, of the numbers asked, with accuracy never more than a standard error below the "
-        "dense model's up to there:"
+        "The most units that can be removed, among the numbers tested, while accuracy up to that point is never more "
+        "than a standard error below the dense model's:"
     )
     yield _table(
         ("removed", *tasks),
@@ -307,17 +307,18 @@ def _first(found: Measured) -> Iterator[str]:
             if curve.asked
         ],
     )
-    yield "![Accuracy while units go](findings/accuracy.svg)"
-    yield "The grey band is the dense model's accuracy with its standard error, the dashed line is chance."
+    yield "![Accuracy as units are removed](findings/accuracy.svg)"
+    yield "The grey band is the dense model's accuracy with its standard error; the dashed line is chance."
 
 
 def _second(found: Measured) -> Iterator[str]:
     yield "## 2. Does a metric gain on the task it was computed on, and lose on others?"
     yield (
         f"Blocks or sublayers are removed in the order of Shapley values, computed either on the answers of {OWN} (its "
-        "validation part) or on text. By how many nats the right answer is further ahead of the best wrong one with "
-        "the first order than with the second, ± the standard error over questions (above 0: the task's own order is "
-        "better); and perplexity with the first order, divided by that with the second."
+        "validation split) or on text. The task columns show by how many nats the right answer is further ahead of the "
+        "best wrong one with the first order than with the second, ± the standard error over questions (above 0: the "
+        "task's own order is better). The last column is perplexity with the first order, divided by that with the "
+        "second."
     )
     rows = []
     gained: dict[str, list[int]] = {task.name: [0, 0, 0] for task in found.tasks}
@@ -334,7 +335,7 @@ def _second(found: Measured) -> Iterator[str]:
     yield _table(("removed", *(task.name for task in found.tasks), "perplexity"), rows)
     yield "\n".join(
         f"- {name}{' (its own)' if name == OWN else ''}: better by more than two standard errors at {better} of "
-        f"{worse + same + better} points, worse at {worse}, not to be told apart at {same}."
+        f"{worse + same + better} points, worse at {worse}, indistinguishable at {same}."
         for name, (worse, same, better) in gained.items()
     )
 
@@ -357,8 +358,8 @@ def _fourth(found: Measured) -> Iterator[str]:
                 f"{found.perplexity(removed):,.1f}",
             )
         )
-    yield "The span of each length that is least by angular distance (all positions), and perplexity without it:"
-    yield _table(("blocks", "span", "distance / π", "its centre, 0 to 1", "perplexity"), rows)
+    yield "For each length, the span with the least angular distance (all positions), and perplexity without it:"
+    yield _table(("blocks", "span", "distance / π", "centre, 0 to 1", "perplexity"), rows)
     yield f"{deep} of {len(rows)} have their centre in the deeper half of the model."
     told = []
     for task in found.tasks:
@@ -368,9 +369,9 @@ def _fourth(found: Measured) -> Iterator[str]:
     told.append(_steepest("the loss (the logarithm of perplexity)", spans.asked, logs, 0.0))
     yield "\n".join(f"- {sentence}" for sentence in told)
     yield (
-        "How to read the lines above: if a single step between two points holds nearly all of a fall, the drop is "
-        f"sharp; if the fall is smooth, each of the {len(spans.asked) - 1} steps holds about as large a share of it as "
-        "of the blocks."
+        "How to read the lines above: if a single step between two points accounts for nearly all of a fall, the drop "
+        f"is sharp; if the fall is smooth, each of the {len(spans.asked) - 1} steps accounts for about as large a "
+        "share of it as of the blocks."
     )
 
 
@@ -383,8 +384,8 @@ def _steepest(what: str, numbers: Sequence[int], rises: Sequence[float], error: 
     place = int(np.argmax(steps))
     share = (numbers[place + 1] - numbers[place]) / numbers[-1]
     return (
-        f"{what}: {steps[place] / whole:.0%} of what is lost with {numbers[-1]} blocks removed is lost from "
-        f"{numbers[place]} to {numbers[place + 1]}, which is {share:.0%} of these blocks."
+        f"{what}: {steps[place] / whole:.0%} of what is lost with {numbers[-1]} blocks removed is lost between "
+        f"{numbers[place]} and {numbers[place + 1]} blocks, which is {share:.0%} of the blocks removed."
     ).replace("%", " %")
 
 
