@@ -20,8 +20,8 @@ INTRODUCTION = """\
 
 <!-- Made by tools/make_cli_reference.py; do not edit. -->
 
-Exit codes: 0 done, 1 not your fault (a defect, or a written model that does not reproduce), 2 your mistake or a full
-disk, 130 interrupted, 143 terminated, 129 hung up, 141 where what reads the output (`| head`) had seen enough.
+Exit codes: 0 done, 1 not your fault (a bug, or a written model that fails verification), 2 your mistake or a full
+disk, 130 interrupted, 143 terminated, 129 hung up, 141 if the reader of the output (`| head`) stopped reading.
 An error is one sentence on stderr; nothing is left half-written.
 """
 

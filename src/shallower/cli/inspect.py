@@ -25,7 +25,7 @@ def inspect(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Show what each block and sublayer of a model weighs."""
+    """Show how large each block and sublayer of a model is."""
     from shallower.reporting.tables import inspection_table
     from shallower.verbs.inspect import inspect as run
 

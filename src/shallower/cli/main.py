@@ -92,7 +92,7 @@ def shallower(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Make a language model shallower: find the blocks it can do without, cut them out, and prove what it cost.
+    """Make a language model shallower: find the blocks it can do without, cut them out, and show what it cost.
 
     Try 'shallower demo', or 'shallower prune MODEL --remove 25% --out FOLDER'.
     """

@@ -28,8 +28,8 @@ ScoredBy = Annotated[
     Option(
         "--metric",
         metavar="NAMES",
-        help=f"What to measure: {_shipped('metrics')}, several (cosine,taylor) or all: every metric computed on the "
-        "dense model, plus loss; name shapley to get it.",
+        help=f"What to measure: {_shipped('metrics')}, several of them (cosine,taylor), or all: every metric computed "
+        "on the dense model, plus loss, but not shapley.",
     ),
 ]
 Model = Annotated[
@@ -45,15 +45,15 @@ Metric = Annotated[
     Option(
         "--metric",
         metavar="NAME",
-        help=f"Rank by this, in searches that rank: {_shipped('metrics')}. Default: as in the search's paper.",
+        help=f"Metric to rank by, in searches that rank: {_shipped('metrics')}. Default: as in the search's paper.",
     ),
 ]
 _REMOVE = Option(
     "--remove",
     metavar="AMOUNT",
-    help="How many units (6), a share of the parameters in blocks (25%), of another quantity (33%:kv_bytes; also "
-    "blocks, of which a sublayer is half of one, bytes and flops), several of these (20%,33%:kv_bytes), or which units "
-    "(block.13-18,attn.22).",
+    help="How much to remove: a number of units (6), a share of the parameters in blocks (25%) or of another quantity "
+    "(33%:kv_bytes; also bytes, flops and blocks, where a sublayer is half a block), several of these "
+    "(20%,33%:kv_bytes), or the units themselves (block.13-18,attn.22).",
 )
 Remove = Annotated[str, _REMOVE]
 RemoveOrPlan = Annotated[str | None, _REMOVE]
@@ -62,13 +62,13 @@ Search = Annotated[
     Option(
         "--search",
         metavar="NAME",
-        help=f"How to choose: {_shipped('searches')}, or one after another, each on what the one before found "
-        "(greedy,swap).",
+        help=f"How to choose: {_shipped('searches')}, or several in turn, each starting from what the previous one "
+        "found (greedy,swap).",
     ),
 ]
 Objective = Annotated[
     str,
-    Option("--objective", metavar="NAME", help=f"What to keep low: {_shipped('objectives')}."),
+    Option("--objective", metavar="NAME", help=f"What to minimise: {_shipped('objectives')}."),
 ]
 Kinds = Annotated[
     Units, Option("--units", metavar="KIND", help="Which parts: block, attn, mlp, sublayer (attn and mlp) or all.")
@@ -77,17 +77,17 @@ Ordinary = Annotated[
     bool,
     Option(
         "--ordinary",
-        help="With --units sublayer or all: only plans that fit an ordinary checkpoint, made of whole blocks and of an "
-        "MLP with the attention after it; each counts as one unit. Default: any plan.",
+        help="With --units sublayer or all: search only plans that give an ordinary checkpoint. These remove whole "
+        "blocks, and MLPs together with the attention after them; each counts as one unit. Default: any plan.",
     ),
 ]
 Protect = Annotated[
     str,
-    Option("--protect", metavar="BLOCKS", help="Blocks that stay: first:4,last:2 or block.4-9. Default: none."),
+    Option("--protect", metavar="BLOCKS", help="Blocks to keep: first:4,last:2 or block.4-9. Default: none."),
 ]
 _TEXT = (
     "a .txt, .jsonl or .parquet file, a folder, hf:owner/name, python:docs, a domain such as wiki, a mixture "
-    "(a.jsonl*0.7+b.jsonl*0.3), a .yaml specification, a set of 'shallower corpus build', or self (the model's own)"
+    "(a.jsonl*0.7+b.jsonl*0.3), a .yaml specification, a set from 'shallower corpus build', or self (the model's own)"
 )
 Calibration = Annotated[
     str | None,
@@ -102,8 +102,8 @@ PruneText = Annotated[
     Option(
         "--calibration",
         metavar="TEXT",
-        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python, and "
-        "with --plan the text that the plan was made with, if that is still what it was.",
+        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python; "
+        "with --plan, the text that the plan was made with, if it has not changed.",
     ),
 ]
 RepairText = Annotated[
@@ -111,8 +111,8 @@ RepairText = Annotated[
     Option(
         "--calibration",
         metavar="TEXT",
-        help=f"Text to repair and to train on: {_TEXT}. Default: the text that "
-        "the plan was made with, if that is still what it was, else python.",
+        help=f"Text to repair and train on: {_TEXT}. Default: the text that "
+        "the plan was made with, if it has not changed, else python.",
     ),
 ]
 Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
@@ -126,15 +126,15 @@ Settings = Annotated[
     Option(
         "--set",
         metavar="NAME=VALUE",
-        help="An option of a method that is named; repeatable. 'shallower methods NAME' lists them. Default: none.",
+        help="Set an option of a chosen method; repeatable. 'shallower methods NAME' lists them. Default: none.",
     ),
 ]
 Exact = Annotated[
     bool,
     Option(
         "--exact",
-        help="Measure every candidate on all of the text. Default: races, which drop those that a part of it shows to "
-        "be worse: each race may choose one more than 0.2 % worse than the best, with a probability of 5 %.",
+        help="Measure every candidate on all of the text. Default: races, which drop those that are clearly worse "
+        "after part of it; each race may choose one more than 0.2 % worse than the best, with a probability of 5 %.",
     ),
 ]
 ScoresFile = Annotated[
@@ -142,7 +142,8 @@ ScoresFile = Annotated[
     Option(
         "--scores",
         metavar="FILE",
-        help="Rank by this file of 'shallower score --out'; --metric picks one of several. Default: score now.",
+        help="Rank by the scores in this file, from 'shallower score --out'; --metric picks one of several metrics. "
+        "Default: score now.",
     ),
 ]
 Recover = Annotated[
@@ -150,7 +151,7 @@ Recover = Annotated[
     Option(
         "--recover",
         metavar="NAME",
-        help=f"Repair the cut model, one after another: {RECOVERIES}. Default: no repair.",
+        help=f"Repair the cut model with one recovery or several in turn: {RECOVERIES}. Default: no repair.",
     ),
 ]
 TrainSequences = Annotated[
@@ -179,8 +180,8 @@ Distill = Annotated[
         metavar="SHARE",
         min=0.0,
         max=1.0,
-        help="Recoveries that train (full, lora, qlora) learn the dense model's probabilities: their share of the "
-        "loss; the same as --set distill=SHARE. Default: 0, the text alone.",
+        help="In recoveries that train (full, lora, qlora), distil from the dense model: the share of its "
+        "probabilities in the loss; the same as --set distill=SHARE. Default: 0, the text alone.",
     ),
 ]
 RepairBy = Annotated[
@@ -188,9 +189,9 @@ RepairBy = Annotated[
     Option(
         "--repair",
         metavar="NAME",
-        help="Judge every candidate after this recovery (linear-fold), by its loss on the text to measure on; the "
-        "recovery is fitted on other text, of at least 128 sequences of 256 tokens. No races are run. "
-        "Default: as it was cut.",
+        help="Judge every candidate after this recovery (linear-fold), by its loss on the calibration text. The "
+        "recovery is fitted on other text, at least 128 sequences of 256 tokens. Runs no races. "
+        "Default: judge it as cut.",
     ),
 ]
 Texts = Annotated[
@@ -198,7 +199,7 @@ Texts = Annotated[
     Option(
         "--text",
         metavar="TEXT",
-        help="Held-out text for perplexity; repeatable. Default: documents of the calibration text that it left out.",
+        help="Held-out text for perplexity; repeatable. Default: held-out documents of the calibration text.",
     ),
 ]
 Window = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]
@@ -208,7 +209,7 @@ Memory = Annotated[
     Option(
         "--memory",
         metavar="BYTES",
-        help="What may be kept besides the model: 4GB, 500MB, 4GiB. Default: a quarter of the free memory.",
+        help="Memory for what is kept besides the model: 4GB, 500MB, 4GiB. Default: a quarter of the free memory.",
     ),
 ]
 Workers = Annotated[
@@ -216,12 +217,12 @@ Workers = Annotated[
     Option(
         "--workers",
         metavar="WHO",
-        help="Measure with Ray: a number of workers on this machine, auto (the cluster that RAY_ADDRESS names, or that "
-        "runs here: a worker, with the model, for each of its processors or GPUs), auto:4 (at most 4 of them) or "
-        "host:port. Default: threads of this process.",
+        help="Measure with Ray: a number of workers on this machine, auto (the cluster that RAY_ADDRESS names or that "
+        "runs here, with one worker and one copy of the model for each of its processors or GPUs), auto:4 (at most 4 "
+        "of these workers) or host:port. Default: threads of this process.",
     ),
 ]
-Device = Annotated[str, Option("--device", metavar="DEVICE", help="auto (the best there is), cpu, cuda or cuda:1.")]
+Device = Annotated[str, Option("--device", metavar="DEVICE", help="auto (the best available), cpu, cuda or cuda:1.")]
 Dtype = Annotated[
     str,
     Option("--dtype", metavar="TYPE", help="auto (what the device multiplies fastest), float32, bfloat16 or float16."),

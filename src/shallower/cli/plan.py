@@ -21,7 +21,7 @@ app = Typer(help="Show a plan file, or keep its first removals.", rich_markup_mo
 @app.command("show")
 @verb
 def show(plan: options.PlanFile) -> Answer:
-    """Show what a plan removes, in which order, and what made it."""
+    """Show what a plan removes, in which order, and how it was chosen."""
     found = PruningPlan.load(plan)
     return Answer(found.to_json(), lambda console: show_plan(console, found))
 

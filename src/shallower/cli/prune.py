@@ -44,7 +44,7 @@ def prune(
             metavar="N",
             min=1,
             help="Calibration sequences, or questions. A repair reads at least 128. Default: "
-            f"{DEFAULT_SIZE[0]}, and of a plan's text as many as the plan was made with.",
+            f"{DEFAULT_SIZE[0]}; of a plan's text, as many as the plan was made with.",
         ),
     ] = None,
     length: Annotated[
@@ -54,7 +54,7 @@ def prune(
             metavar="N",
             min=2,
             help="Tokens in each sequence. A repair uses sequences of at least 256 tokens, or of the model's context "
-            f"if that is shorter. Default: {DEFAULT_SIZE[1]}, and of a plan's text as many as the plan was made with.",
+            f"if that is shorter. Default: {DEFAULT_SIZE[1]}; of a plan's text, as many as the plan was made with.",
         ),
     ] = None,
     settings: options.Settings = None,
@@ -67,7 +67,7 @@ def prune(
     text: options.Texts = None,
     window: options.Window = 1024,
     windows: Annotated[
-        int, Option("--windows", metavar="N", min=1, help="Windows evaluated of each text, from its start.")
+        int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
     ] = 12,
     speed: Annotated[bool, Option("--speed/--no-speed", help="Time prefill and decoding before and after.")] = True,
     form: Annotated[
@@ -76,8 +76,8 @@ def prune(
             "--form",
             metavar="FORM",
             help="How to store a model whose removed sublayers do not pair up to whole blocks: packaged (they are "
-            "gone, and the folder carries code that leaves them out), padded (stock software loads it, at no gain), or "
-            "auto (in transformers' own way where it has one, else packaged).",
+            "gone, and the folder carries code that leaves them out), padded (stock software loads it, but it is no "
+            "smaller and no faster), or auto (transformers' own way if it has one, else packaged).",
         ),
     ] = "auto",
     stock: Annotated[bool, Option("--stock", help="The same as --form padded. Default: the smaller model.")] = False,

@@ -26,7 +26,7 @@ def recover(
     ],
     methods: Annotated[
         str,
-        Option("--with", metavar="NAME", help=f"How, one after another (refit,full): {options.RECOVERIES}."),
+        Option("--with", metavar="NAME", help=f"One recovery or several in turn (refit,full): {options.RECOVERIES}."),
     ],
     teacher: Annotated[
         str | None,
@@ -42,7 +42,7 @@ def recover(
     ] = None,
     out: Annotated[
         Path | None,
-        Option("--out", metavar="FOLDER", help="Write the repaired checkpoint here. Default: only show what it gives."),
+        Option("--out", metavar="FOLDER", help="Write the repaired checkpoint here. Default: only show the result."),
     ] = None,
     calibration: options.RepairText = None,
     sequences: Annotated[
@@ -62,7 +62,7 @@ def recover(
     text: options.Texts = None,
     window: options.Window = 1024,
     windows: Annotated[
-        int, Option("--windows", metavar="N", min=1, help="Windows evaluated of each text, from its start.")
+        int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
     ] = 12,
     force: options.Force = False,
     seed: options.Seed = 0,
@@ -71,11 +71,11 @@ def recover(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
-    """Repair a cut model, and show what each step gives.
+    """Repair a cut model, and show what each step gains.
 
     Held-out perplexity is measured before and after each recovery. Recoveries work in closed form (refit, linear-fold,
-    …), in minutes, or by training (full, lora, …), as long as --set minutes=30 says. A training that was killed goes on
-    when the same command is given again.
+    …), in minutes, or by training (full, lora, …), as long as --set minutes=30 says. To resume a training that was
+    killed, run the same command again.
     """
     chosen = options.with_distill(options.parse_settings(settings), distill, methods)
     from shallower.verbs.recover import recover as run

@@ -17,7 +17,7 @@ def report(
         Path, Argument(metavar="FOLDER", help="A pruned checkpoint, as 'shallower prune --out' writes it.")
     ],
 ) -> Answer:
-    """Show what a removal cost, and write its page again."""
+    """Show what a removal cost, and rebuild its page."""
     from shallower.verbs.report import report as run
 
     data, _ = run(folder)

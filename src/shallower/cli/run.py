@@ -32,7 +32,7 @@ def run(
         Option(
             "--out",
             metavar="FOLDER",
-            help="Everything goes here; a run that was interrupted goes on. Default: RECIPE-SIZE.",
+            help="Write everything here; resumes an interrupted run. Default: RECIPE-SIZE.",
         ),
     ] = None,
     size: Annotated[str, Option("--size", metavar="NAME", help="demo, or paper: the settings of the paper.")] = "demo",
@@ -43,14 +43,14 @@ def run(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Print the command lines, and run none. Default: run them.")
+        bool, Option("--dry-run", help="Print the commands and run none of them. Default: run them.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Repeat what a paper did, on a small model or at its size.
+    """Repeat a paper's steps, on a small model or at the paper's size.
 
-    A recipe is a list of commands of this program. Those that are done are not run again.
+    A recipe is a list of commands of this program. Commands that have finished are not run again.
     """
     chosen = read_recipe(recipe)
     folder = Path(f"{Path(recipe).stem}-{size}") if out is None else out

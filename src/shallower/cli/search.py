@@ -34,8 +34,8 @@ def search(
         Option(
             "--for",
             metavar="TEXT",
-            help="With --calibration auto: the text, or .jsonl of questions, that the smaller model is for. The text "
-            "that ranks units most as this does is taken.",
+            help="With --calibration auto: a sample of what the smaller model is for, a text or a .jsonl of questions. "
+            "The calibration text that ranks units most like it is used.",
         ),
     ] = None,
     sequences: options.Sequences = DEFAULT_SIZE[0],
@@ -56,10 +56,10 @@ def search(
 ) -> Answer:
     """Choose what to remove, and show what each removal costs. Cuts nothing.
 
-    The answer of --json is the plan, and what the search cost: spent.tokens were read (calibration tokens times
-    candidate sets), spent.exhaustive is what its races would have read, besides what was known before, without
-    dropping anyone, and spent.recalled measurements were remembered from before. made_by.options says how many races
-    dropped candidates, and what each was allowed to get wrong (races, error_a_race, tie_of_a_race).
+    --json prints the plan and what the search cost: spent.tokens (tokens read: calibration tokens times candidate
+    sets), spent.exhaustive (tokens that its races would have read without dropping any candidate, apart from what was
+    known before) and spent.recalled (measurements known from before). made_by.options says how many races dropped
+    candidates, and what each was allowed to get wrong (races, error_a_race, tie_of_a_race).
     """
     require_free(out, force=force)
     chosen = options.parse_settings(settings)

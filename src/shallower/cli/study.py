@@ -24,12 +24,12 @@ def study(
         Option(
             "--out",
             metavar="FOLDER",
-            help="Results and page go here; a study that was interrupted goes on. Default: STUDY without .yaml.",
+            help="Write results and page here; resumes an interrupted study. Default: STUDY without .yaml.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
-        Option("--dry-run", help="Say what it would cost by a few timed sets; search nothing. Default: run it."),
+        Option("--dry-run", help="Estimate the cost from a few timed sets; search nothing. Default: run it."),
     ] = False,
     memory: options.Memory = None,
     workers: options.Workers = None,
@@ -55,9 +55,9 @@ def study(
             ratio = f", {cost.alone / cost.seconds:.1f} times less than cell by cell" if cost.seconds else ""
             say(
                 console,
-                f"{cost.cells:,} cells, {cost.done:,} of them done{failing}. What is left asks for {cost.candidates:,} "
-                f"candidate sets: about {_spoken(cost.seconds)} if no race ends early{ratio}. Held-out texts come on "
-                "top.",
+                f"{cost.cells:,} cells, {cost.done:,} of them done{failing}. The rest needs {cost.candidates:,} "
+                f"candidate sets: about {_spoken(cost.seconds)} if no race ends early{ratio}. Held-out texts are "
+                "extra.",
             )
 
         return Answer(vars(cost), tell)
