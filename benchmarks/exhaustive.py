@@ -74,7 +74,7 @@ def main() -> None:
     print("|---|---:|---:|")
     elsewhere = [measured.losses(best) for measured in held_out]
     for place in sorted(range(len(best)), key=losses.__getitem__):
-        removed = listed(best[place]).replace(",", ", ")
+        removed = listed(best[place], ", ")
         told = " / ".join(f"{math.exp(found[place]):.1f}" for found in elsewhere)
         print(f"| {removed} | {losses[place]:.4f} | {told} |")
 

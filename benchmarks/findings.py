@@ -43,7 +43,7 @@ from shallower.cli.progress import working
 from shallower.corpus import CalibrationSet, build_calibration, build_choices
 from shallower.corpus.choices import ChoiceSet
 from shallower.reporting.figures import styled
-from shallower.units import KINDS, Span, Unit
+from shallower.units import KINDS, Span, Unit, listed
 from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, make_ablator, open_subject
 
@@ -352,7 +352,7 @@ def _fourth(found: Measured) -> Iterator[str]:
         rows.append(
             (
                 str(length),
-                f"[{start}, {start + length})",
+                listed(removed),
                 f"{found.spans[Span(start, start + length)]:.3f}",
                 f"{centre:.2f}",
                 f"{found.perplexity(removed):,.1f}",

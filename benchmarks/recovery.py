@@ -31,7 +31,7 @@ from shallower.plan import PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.surgery import cut
-from shallower.units import KINDS, Kind, Span, Unit, parse_units
+from shallower.units import KINDS, Kind, Span, Unit, listed, parse_units
 from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.subject import Subject, open_subject
@@ -103,14 +103,14 @@ def choose(subject: Subject, text: CalibrationSet, count: int, kind: Kind, recip
     repaired = judge.losses(candidates)
     what = f"{blocks} {kind}" if alone else f"{len(candidates)} spans of {count} blocks"
     print(f"# {what}: loss as cut, and behind {recipe}", flush=True)
-    for first, before, after in zip(starts, plain, repaired, strict=True):
-        print(f"#   {first if alone else f'[{first}, {first + count})'}  {before:.4f}  {after:.4f}", flush=True)
+    for removed, before, after in zip(candidates, plain, repaired, strict=True):
+        print(f"#   {listed(removed)}  {before:.4f}  {after:.4f}", flush=True)
     print(f"# {judge.spent.tokens:,} tokens read, {time.perf_counter() - start:.0f} s", flush=True)
     plans = []
     for how, losses in (("chosen as cut", plain), ("chosen behind the repair", repaired)):
         ranked = sorted(range(len(candidates)), key=losses.__getitem__)
         chosen = frozenset[Unit]().union(*(candidates[index] for index in ranked[: count if alone else 1]))
-        plans.append((how, ",".join(map(str, sorted(chosen)))))
+        plans.append((how, listed(chosen)))
     return plans
 
 

@@ -23,7 +23,7 @@ from shallower.reporting.tables import (
     perplexity_table,
     scores_table,
 )
-from shallower.reporting.wording import count, duration, headline, number, runs, score, size
+from shallower.reporting.wording import count, duration, headline, number, score, size
 from shallower.scores import Score, Scores
 from shallower.units import Span, Unit, parse_units
 
@@ -196,7 +196,6 @@ def test_numbers_in_words():
     assert [number(x) for x in (None, math.inf, 26.24, -3.0, 12345.6)] == ["–", "∞", "26.2", "−3.00", "12,346"]
     assert [score(x) for x in (0.0, 3.1874, -0.01234, 1e-7)] == ["0.000", "3.187", "−0.01234", "1.000e−07"]
     assert [duration(s) for s in (1.94, 212.4, 7260)] == ["1.9 s", "3 min 32 s", "2 h 01 min"]
-    assert runs(parse_units("block.1,block.2,block.4,attn.9"), "block") == (Span(1, 3), Span(4, 5))
 
 
 # the page
@@ -235,7 +234,7 @@ def test_sections_stand_in_order():
     page = render(report())
     order = re.findall(r'<section id="(\w+)"', page)
     assert order == ["comparison", "removed", "load", "figures", "provenance", "notes"]
-    for told in ("sha256:" + "ab" * 32, "sha256:" + "cd" * 32, "beam = 4", "3 min 32 s", "half-open", "[4,6)"):
+    for told in ("sha256:" + "ab" * 32, "sha256:" + "cd" * 32, "beam = 4", "3 min 32 s", "2 blocks", "block.4-5"):
         assert told in page
     assert "from_pretrained(&#x27;out/model-24&#x27;)" in page
 
@@ -317,8 +316,8 @@ def test_extreme_losses_can_be_drawn(factor):
 
 def test_a_contiguous_removal_is_outlined():
     data = report()
-    assert "removed: [4,6)" in (span_heatmap(data.spans, data.plan.removed) or "")
-    assert "removed: [" not in (span_heatmap(data.spans, frozenset(parse_units("block.3,block.5"))) or "")
+    assert "removed: block.4-5" in (span_heatmap(data.spans, data.plan.removed) or "")
+    assert "removed: " not in (span_heatmap(data.spans, frozenset(parse_units("block.3,block.5"))) or "")
 
 
 # the terminal
@@ -345,6 +344,7 @@ def test_tables_fit_80_columns():
     told = shown(perplexity_table(rows))
     assert "+43.8 (2.67×)" in told
     assert "[red]pruned" in told
+    assert re.search(r"^ *3 +block\.0-2 ", shown(scores_table(data.spans)), re.MULTILINE)
     assert "−2 (−20.0 %)" in shown(before_after_table(data))
 
 
@@ -388,4 +388,5 @@ def test_inspection_table_groups_equal_blocks():
     assert "after removal" in told
     assert "−20.0 %" in told
     assert "Removed: 1 block, 1 attention sublayer (block.1, attn.2)." in " ".join(told.split())
+    assert "3 blocks (block.0-2)" in shown(inspection_table(Weights(units, blocks, whole), parse_units("block.0-2")))
     assert "after removal" not in shown(inspection_table(Weights(units, blocks, whole)))

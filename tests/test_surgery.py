@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify, verify_saved
+from shallower.surgery.card import model_card
 from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.surgery.stations import layers_of
 from shallower.surgery.verify import load_stock
@@ -471,6 +473,12 @@ def test_everything_is_in_the_folder(pruned: PreTrainedModel, plan: PruningPlan,
     assert AutoTokenizer.from_pretrained(folder).chat_template
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
+def test_the_card_names_units_as_they_are_typed(pruned: PreTrainedModel, plan: PruningPlan) -> None:
+    removed = parse_units("attn.4,block.2,block.1")
+    chosen = replace(plan, remove=removed, order=tuple((unit, None) for unit in removed))
+    assert "Removed, counted from 0: `block.1-2`, `attn.4`." in model_card(pruned, chosen, None)
 
 
 def test_the_card_tells_of_weights_that_were_rounded(plan: PruningPlan, tmp_path: Path) -> None:

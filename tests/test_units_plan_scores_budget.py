@@ -30,7 +30,7 @@ from shallower.scores import Score, Scores
 from shallower.studies.grid import read_study
 from shallower.surgery import save
 from shallower.testing.families import tiny_model
-from shallower.units import KINDS, Span, Unit, listed, parse_units, require_distinct
+from shallower.units import KINDS, Span, Unit, listed, parse_units, require_distinct, runs
 from shallower.verbs.subject import require_place_for
 
 MODEL = ModelIdentity("tiny", "main", "sha256:" + "a" * 64, 30)
@@ -65,6 +65,16 @@ losses = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 def test_lists_are_read_as_they_are_written() -> None:
     text = "block.1,block.3-5,attn.7-8,mlp.2"
     assert listed(reversed(parse_units(text))) == text
+    assert listed(parse_units("attn.9,block.4,block.1,block.2"), ", ") == "block.1-2, block.4, attn.9"
+
+
+@given(removals)
+def test_every_removal_can_be_typed_as_it_is_told(removed: list[Unit]) -> None:
+    assert sorted(parse_units(listed(removed))) == sorted(parse_units(listed(removed, ", "))) == sorted(removed)
+
+
+def test_runs_are_the_spans_of_one_kind() -> None:
+    assert runs(parse_units("block.1,block.2,block.4,attn.9"), "block") == (Span(1, 3), Span(4, 5))
 
 
 @given(units)

@@ -1,4 +1,4 @@
-"""Removable parts of a model: units (`block.7`, `attn.7`, `mlp.7`) and half-open spans of blocks."""
+"""Removable parts of a model: units (`block.7`, `attn.7`, `mlp.7`) and spans of blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from shallower.errors import BudgetError
 
@@ -70,7 +70,7 @@ class Unit:
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Blocks `start, …, stop - 1`: half-open, as Python ranges are."""
+    """Blocks `start, …, stop - 1`, as in Python's ranges. As text in files: `[13,19)`."""
 
     start: int
     stop: int
@@ -114,15 +114,25 @@ def parse_units(text: str) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def listed(units: Iterable[Unit]) -> str:
-    """The units as `parse_units` reads them, each run of one kind as a range: `block.13-18,attn.22`."""
-    runs: list[list[Unit]] = []
-    for unit in sorted(units, key=lambda unit: (KINDS.index(unit.kind), unit.index)):
-        if runs and (runs[-1][-1].kind, runs[-1][-1].index + 1) == (unit.kind, unit.index):
-            runs[-1].append(unit)
+def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:
+    """The indices of the units of one kind, in as few spans as possible."""
+    spans: list[Span] = []
+    for index in sorted(unit.index for unit in units if unit.kind == kind):
+        if spans and spans[-1].stop == index:
+            spans[-1] = Span(spans[-1].start, index + 1)
         else:
-            runs.append([unit])
-    return ",".join(f"{run[0]}-{run[-1].index}" if len(run) > 1 else str(run[0]) for run in runs)
+            spans.append(Span(index, index + 1))
+    return tuple(spans)
+
+
+def listed(units: Iterable[Unit], separator: str = ",") -> str:
+    """The units as `parse_units` reads them, each run of one kind as a range: `block.13-18,attn.22`."""
+    chosen = tuple(units)
+    return separator.join(
+        f"{kind}.{run.start}" + (f"-{run.stop - 1}" if len(run) > 1 else "")
+        for kind in get_args(Kind)
+        for run in runs(chosen, kind)
+    )
 
 
 def plain(units: Iterable[Unit]) -> list[Unit]:

@@ -15,7 +15,7 @@ from shallower.errors import OutputError
 from shallower.files import require_writable
 from shallower.plan import ModelIdentity
 from shallower.strict_json import spelled
-from shallower.units import KINDS, Unit
+from shallower.units import KINDS, Unit, listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,17 +101,16 @@ class Gone:
 
 def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentity, gone: Gone | None = None) -> None:
     """Print which blocks and sublayers go. gone: None where no model was loaded."""
-    from shallower.reporting.wording import KIND_NAMES, in_words, percent, plural
+    from shallower.reporting.wording import KIND_NAMES, percent, plural
 
-    parts, spans = [], False
+    parts = []
     for kind in KINDS:
-        amount = sum(unit.kind == kind for unit in removed)
-        if amount:
-            told = plural(amount, KIND_NAMES[kind]) if kind != "block" else f"{amount} of {plural(model.blocks, kind)}"
-            parts.append(f"{told}: {in_words(removed, kind)}")
-            spans |= "[" in parts[-1]
-    counted = f" (from 0{', stop not included' if spans else ''})" if parts else ""
-    console.print(f"Removes {'; '.join(parts) or 'nothing'}{counted}.")
+        units = [unit for unit in removed if unit.kind == kind]
+        if units:
+            amount = plural(len(units), KIND_NAMES[kind])
+            told = f"{len(units)} of {plural(model.blocks, kind)}" if kind == "block" else amount
+            parts.append(f"{told}: {listed(units, ', ')}")
+    console.print(f"Removes {'; '.join(parts) or 'nothing'}{' (from 0)' if parts else ''}.")
     if gone is not None:
         share = percent(gone.parameters, gone.of_model)
         told = ", embeddings counted" if gone.of_blocks is None else ""

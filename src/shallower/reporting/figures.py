@@ -24,9 +24,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryStage
-from shallower.reporting.wording import KIND_NAMES, runs, score
+from shallower.reporting.wording import KIND_NAMES, score
 from shallower.scores import Score, Scores
-from shallower.units import KINDS, Kind, Unit
+from shallower.units import KINDS, Kind, Unit, listed, runs
 
 # Okabe-Ito, but for the grey
 _REMOVED = "#D55E00"
@@ -95,7 +95,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
         if gone:
             handles.append(Patch(facecolor=_REMOVED, edgecolor="#F7D7C2", linewidth=2.5, label="removed"))
         _legend(panels[0], handles)
-        told = ", ".join(map(str, sorted(gone))) or "none of these"
+        told = listed(gone, ", ") or "none of these"
         return svg(
             figure,
             importance(scores),
@@ -146,9 +146,9 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
         )
         dots = max(5.0, min(20.0, 800 / blocks))
         plane.scatter(starts, [row + 1 for row in lengths], s=dots, color="white", edgecolor="black", linewidth=0.6)
-        plane.set_ylabel("span length n (blocks)")
+        plane.set_ylabel("span length (blocks)")
         plane.yaxis.set_major_locator(MaxNLocator(10, integer=True))
-        _block_axis(plane, blocks, "start block l (0-based); the span is [l, l + n)", _LABELLED_STARTS)
+        _block_axis(plane, blocks, "first block of the span (0-based)", _LABELLED_STARTS)
         bar = figure.colorbar(image, ax=plane, location="top", shrink=0.5, aspect=34, pad=0.02)
         ends = "least of its length", "rescaled for each length", f"{100 * _BRIGHTEST:.0f} % quantile or more"
         bar.set_ticks([0, 0.5, 1], labels=ends)
@@ -165,7 +165,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
             plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=3.4))
             plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor=_REMOVED, linewidth=1.8))
             profile.axhline(length, color=_REMOVED, linewidth=1.2)
-            label = f"removed: {chosen[0]}"
+            label = f"removed: {listed(removed)}"
             handles.append(Patch(fill=False, edgecolor=_REMOVED, linewidth=1.8, label=label))
         plane.legend(handles=handles, loc="upper right")  # the triangle above the diagonal is empty
         told = f"Least of length {lengths[0] + 1} starts at block {starts[0]}; of length {highest}, at {starts[-1]}."

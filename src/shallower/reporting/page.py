@@ -17,14 +17,13 @@ from shallower.reporting.wording import (
     comparison,
     duration,
     headline,
-    in_words,
     number,
     plural,
     recovery_rows,
     score,
 )
 from shallower.scores import Scores
-from shallower.units import KINDS, Unit
+from shallower.units import KINDS, Unit, listed
 
 
 def render(data: ReportData) -> str:
@@ -62,20 +61,13 @@ def _removed(data: ReportData) -> str:
     removed, blocks = data.plan.removed, data.plan.model.blocks
     sublayers = any(unit.kind != "block" for unit in removed)
     cells = "".join(_cell(index, removed, sublayers) for index in range(blocks))
-    listed = []
+    rows = []
     for kind in KINDS:
-        units = [str(unit) for unit in sorted(removed) if unit.kind == kind]
+        units = [unit for unit in removed if unit.kind == kind]
         if units:
-            spans = in_words(removed, kind)
-            listed.append(
-                (plural(len(units), KIND_NAMES[kind]), ", ".join(units), "" if spans == ", ".join(units) else spans)
-            )
+            rows.append((plural(len(units), KIND_NAMES[kind]), listed(units, ", ")))
     told = f"Blocks are counted from 0, so the last of the dense model's {blocks} is block {blocks - 1}."
-    spanned = any(spans for *_, spans in listed)
-    if spanned:
-        told += " Spans are half-open: [13,19) means blocks 13 to 18."
-    head = ("", "Units", "As spans") if spanned else ("", "Units")
-    table = html_table(head, [row[: len(head)] for row in listed], "Removed units", style="facts")
+    table = html_table(("", "Units"), rows, "Removed units", style="facts")
     return f'<ol class="map" aria-label="Blocks of the dense model">{cells}</ol>\n{table}<p class="quiet">{told}</p>\n'
 
 

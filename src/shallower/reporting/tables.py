@@ -28,7 +28,7 @@ from shallower.reporting.wording import (
     size,
 )
 from shallower.scores import Score, Scores, ScoreSheet
-from shallower.units import KINDS, Span, Unit
+from shallower.units import KINDS, Span, Unit, listed
 
 if TYPE_CHECKING:
     from shallower.anatomy.weigh import UnitWeight, Weights
@@ -135,10 +135,9 @@ def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
             )
         ]
         add_row(table, "difference", *changes)
-        units = sorted(removed)
-        amounts = {kind: sum(unit.kind == kind for unit in units) for kind in KINDS}
+        amounts = {kind: sum(unit.kind == kind for unit in removed) for kind in KINDS}
         told = ", ".join(plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount)
-        table.caption = Text(f"Removed: {told} ({', '.join(map(str, units))}). {_COUNTED}", style="dim")
+        table.caption = Text(f"Removed: {told} ({listed(removed, ', ')}). {_COUNTED}", style="dim")
     return table
 
 
@@ -216,11 +215,11 @@ def _span_table(scores: Scores) -> Table:
         if isinstance(row.of, Span) and (len(row.of) not in best or row.value < best[len(row.of)][1].value):
             best[len(row.of)] = (row.of, row)
     longest = max((abs(row.value) for _, row in best.values() if math.isfinite(row.value)), default=0.0)
-    table = new_table("Length", "Least span", scores.metric, "± error", caption="Spans are half-open, blocks from 0.")
+    table = new_table("Length", "Least span", scores.metric, "± error", caption=_COUNTED)
     table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
     for length, (span, row) in sorted(best.items()):
-        told = f"[{span.start}, {span.stop})"
-        add_row(table, str(length), told, score(row.value), score(row.error), _bar(row.value, longest))
+        told = score(row.value), score(row.error), _bar(row.value, longest)
+        add_row(table, str(length), listed(span.units), *told)
     return table
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shallower.reporting.data import RecoveryStage, ReportData
-from shallower.units import Kind, Span, Unit, listed
+from shallower.units import Kind
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
 
@@ -100,17 +100,6 @@ def recovery_rows(
     return head, rows
 
 
-def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:
-    """The units of one kind as half-open spans of block indices, as few as possible."""
-    spans: list[Span] = []
-    for index in sorted(unit.index for unit in units if unit.kind == kind):
-        if spans and spans[-1].stop == index:
-            spans[-1] = Span(spans[-1].start, index + 1)
-        else:
-            spans.append(Span(index, index + 1))
-    return tuple(spans)
-
-
 def distinct_names(names: Sequence[str], given: Sequence[str]) -> list[str]:
     """Short names; where two are the same, with as much of the path before them as tells them apart."""
     labels = list(names)
@@ -191,13 +180,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def in_words(units: Iterable[Unit], kind: Kind) -> str:
-    """The units of one kind, each run of blocks as a half-open span of their indices; sublayers as they are typed."""
-    if kind != "block":
-        return listed(unit for unit in units if unit.kind == kind).replace(",", ", ")
-    return ", ".join(map(str, runs(units, kind)))
 
 
 def _removed(data: ReportData) -> str:

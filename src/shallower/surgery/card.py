@@ -12,6 +12,7 @@ from shallower.checkpoint.dtype import dtype_name
 from shallower.forms import FORMS, Form
 from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan, options_in_words
+from shallower.units import listed
 from shallower.version import __version__
 
 
@@ -71,7 +72,7 @@ def _what(model: PreTrainedModel, plan: PruningPlan | None, form: Form, recoveri
     left = f"{told} are left of {plan.model.blocks} blocks"
     if blocks == plan.model.blocks:
         left = f"All {blocks} blocks and {parameters:,} parameters are left"
-    removed = ", ".join(f"`{unit}`" for unit in plan.remove)
+    removed = f"`{listed(plan.remove, '`, `')}`"
     changed = "The weights that are left were not changed by the removal."
     if recoveries:
         changed = f"What is left was then changed by {', '.join(recoveries)}, as told under Recovery."

@@ -29,6 +29,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from shallower.errors import ModelError
+from shallower.units import Unit, listed
 
 _PER_BLOCK = re.compile(r"(^|_)(layers?|blocks?)(_|$)|_types$|_pattern$|_modes$")
 _SIZES_PER_BLOCK = {
@@ -220,10 +221,10 @@ def _period(about: str) -> Callable[[_Cut, str], None]:
 
 
 def _refuse_period(cut: _Cut, name: str) -> None:
-    removed = sorted(set(range(cut.blocks)) - set(cut.attn))
+    removed = listed(Unit(index, "block") for index in set(range(cut.blocks)) - set(cut.attn))
     raise ModelError(
         f"{cut.dense.model_type} says with {name}={getattr(cut.dense, name)} which blocks are of which kind, and no "
-        f"value says it for the blocks that are left without {', '.join(map(str, removed))}: remove whole periods."
+        f"value says it for the blocks that are left without {removed}: remove whole periods."
     )
 
 

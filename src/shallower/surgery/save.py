@@ -35,6 +35,7 @@ from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
 from shallower.surgery.patch import patches
 from shallower.surgery.verify import Loader, load_stock, verify_saved
+from shallower.units import listed
 
 _BESIDES_WEIGHTS = 64 * 2**20
 """Room for tokenizer, report and directory entries."""
@@ -151,7 +152,7 @@ def require_ordinary(model: PreTrainedModel) -> None:
     """Raise ModelError when sublayers are missing that no ordinary checkpoint can leave out, or maps stand at cuts."""
     require_no_maps(model)
     if isinstance(model, LeavesOut):
-        missing = ", ".join(map(str, leftovers(model))) or "some sublayers"
+        missing = listed(leftovers(model), ", ") or "some sublayers"
         raise ModelError(
             f"no ordinary checkpoint can leave out {missing}: this family's blocks always have both sublayers. Remove "
             "whole blocks, or sublayers that pair up (mlp.3 with attn.4), or save it packaged or padded (--stock)."

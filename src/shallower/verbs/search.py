@@ -21,7 +21,7 @@ from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
 from shallower.searches import Losses
 from shallower.surgery import cut, is_spread, leftovers, require_together
-from shallower.units import Unit, plain
+from shallower.units import Unit, listed, plain
 from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.ranking import Stage, rank, ranked
 from shallower.verbs.repaired import Parts, RepairedLosses, judging_text
@@ -270,7 +270,7 @@ def _require_finite(measured: Sequence[float], order: Sequence[Unit], objective:
         )
     if not math.isfinite(measured[-1]):
         raise ModelError(
-            f"without {', '.join(map(str, sorted(order)))}, the best that was found, the model gives no finite "
+            f"without {listed(order, ', ')}, the best that was found, the model gives no finite "
             f"{objective}: remove less, --protect blocks such as first:2, or try --dtype float32."
         )
 
@@ -293,7 +293,7 @@ def _require_cuttable(subject: Subject, chosen: Sequence[Unit]) -> None:
         cut(subject.anatomy, chosen)
     except ModelError as error:
         raise ModelError(
-            f"the best that was found, without {', '.join(map(str, sorted(chosen)))}, cannot be cut: {error} Remove "
+            f"the best that was found, without {listed(chosen, ', ')}, cannot be cut: {error} Remove "
             "less, --protect blocks, or choose other --units; what was measured is remembered."
         ) from error
 
@@ -302,8 +302,8 @@ def _require_ordinary(subject: Subject, chosen: Sequence[Unit]) -> None:
     """Raise ModelError when the family's config cannot describe what is left, though its sublayers pair up."""
     if over := leftovers(cut(subject.anatomy, chosen)):
         raise ModelError(
-            f"without {', '.join(map(str, sorted(chosen)))} a config of this {subject.anatomy.family} model cannot "
-            f"describe what is left as ordinary blocks ({', '.join(map(str, over))} would be missing); use --units "
+            f"without {listed(chosen, ', ')} a config of this {subject.anatomy.family} model cannot "
+            f"describe what is left as ordinary blocks ({listed(over, ', ')} would be missing); use --units "
             "block."
         )
 
