@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from shallower.cli.main import app
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import Continuation, Generation
 from shallower.evaluation.perplexity import Perplexity
-from shallower.evaluation.tasks import Metric, TaskResult
+from shallower.evaluation.tasks import TaskMetric, TaskResult
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage, ReportData, Side
 from shallower.scores import Score, Scores, ScoreSheet
@@ -118,7 +119,7 @@ def test_the_page_on_files_has_every_key(root: Path) -> None:
     scores = Scores(model, "cosine", (), made_by)
     both = ScoreSheet((scores, dataclasses.replace(scores, metric="loss")))
     text = {"text": Perplexity(1.0, None, 2, 1, 4, (2.0,), (2,))}
-    task = TaskResult("t", "1", 0, 1, "test", "folder", (Metric("acc", 1.0, None, True, (1.0,)),))
+    task = TaskResult("t", "1", 0, 1, "test", "folder", (TaskMetric("acc", 1.0, None, True, (1.0,)),))
     written = Generation(1.0, 1.0, 0.0, 1.0, 0.0, (Continuation("a", "b", 1, False, False),))
     evaluations = (Evaluation(name, 2, 9, text, (task,), written, removed=1) for name in "ab")
     evaluation = Comparison(tuple(evaluations)).to_json()
@@ -165,6 +166,27 @@ def check_imports(root: Path, *arguments: str) -> subprocess.CompletedProcess[st
         text=True,
         check=False,
     )
+
+
+def test_no_two_types_have_one_name(root: Path) -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted((root / "src").rglob("*.py")):
+        for name in types_of(path):
+            places.setdefault(name, []).append(str(path.relative_to(root / "src")))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def types_of(path: Path) -> Iterator[str]:
+    """Classes of a module, and the names that it gives to types."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            if isinstance(target, ast.Name) and re.search("^_?[A-Z].*[a-z]", target.id):
+                yield target.id
 
 
 def test_imports_go_one_way(root: Path) -> None:

@@ -21,10 +21,10 @@ from shallower.verbs.score import score
 
 UNITS = [Unit(index, "block") for index in range(8)]
 Removed = frozenset[Unit]
-Losses = Callable[[Sequence[Removed]], list[float]]
+LossesOf = Callable[[Sequence[Removed]], list[float]]
 
 
-def game(units: Sequence[Unit], seed: int = 0) -> Losses:
+def game(units: Sequence[Unit], seed: int = 0) -> LossesOf:
     """Any number at all for each set: nothing is additive, so that S matters."""
     draw = np.random.default_rng(seed)
     table: dict[Removed, float] = {}
@@ -34,7 +34,7 @@ def game(units: Sequence[Unit], seed: int = 0) -> Losses:
     return lambda candidates: [table[candidate] for candidate in candidates]
 
 
-def by_every_order(units: Sequence[Unit], losses: Losses, together: int) -> dict[Unit, float]:
+def by_every_order(units: Sequence[Unit], losses: LossesOf, together: int) -> dict[Unit, float]:
     """The definition: every order of `together` of the units, and what each one's removal added."""
     values: dict[Unit, list[float]] = {unit: [] for unit in units}
     for order in itertools.permutations(units, together):
@@ -86,7 +86,7 @@ def test_sampling_is_unbiased_and_its_errors_are_honest(together):
     assert 0.8 < np.sqrt(np.mean(np.square(scaled))) < 1.2
 
 
-def exact_of_eight(losses: Losses) -> list[float]:
+def exact_of_eight(losses: LossesOf) -> list[float]:
     return list(enumerated(UNITS, losses, 8).values())
 
 

@@ -1137,7 +1137,7 @@ def test_what_was_kept_after_the_last_state_is_known_again(tmp_path: Path, monke
         each = iter(values)
         return lambda model: next(each)
 
-    save, step = state.Store.save, loop._Loop._step
+    save, step = state.StateStore.save, loop._Loop._step
     given: dict[str, Any] = {"folder": tmp_path, "save_minutes": 0.0, "evaluations": 20, "patience": 2}
 
     def killed(self: Any, share: float) -> str:
@@ -1146,7 +1146,9 @@ def test_what_was_kept_after_the_last_state_is_known_again(tmp_path: Path, monke
         return step(self, share)
 
     with monkeypatch.context() as patch:  # a state behind the first step only, and the best weights behind the third
-        patch.setattr(state.Store, "save", lambda self, found, *rest: save(self, found, *rest) if found.step < 2 else 0)
+        patch.setattr(
+            state.StateStore, "save", lambda self, found, *rest: save(self, found, *rest) if found.step < 2 else 0
+        )
         patch.setattr(loop._Loop, "_step", killed)
         with pytest.raises(KeyboardInterrupt):
             run("full", tiny_model("llama"), held_out=held_out(10.0, 9.0, 8.0, 5.0, 6.0), **given)
@@ -1162,14 +1164,16 @@ def test_what_was_kept_after_the_last_state_is_known_again(tmp_path: Path, monke
 
 def test_the_weights_given_are_those_recorded_as_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a kill came behind the last measurement, the best, and the resumed last step differs from it."""
-    save, measured = state.Store.save, itertools.count(0, -1)
+    save, measured = state.StateStore.save, itertools.count(0, -1)
     given: dict[str, Any] = {"folder": tmp_path, "save_minutes": 0.0, "evaluations": 20}
 
     def killed(self: Any, stopped: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(state.Store, "save", lambda self, found, *rest: save(self, found, *rest) if found.step < 2 else 0)
+        patch.setattr(
+            state.StateStore, "save", lambda self, found, *rest: save(self, found, *rest) if found.step < 2 else 0
+        )
         patch.setattr(loop._Loop, "_end", killed)
         with pytest.raises(KeyboardInterrupt):
             run("full", tiny_model("llama"), held_out=lambda model: float(next(measured)), **given)
@@ -1184,7 +1188,7 @@ def test_the_weights_given_are_those_recorded_as_kept(tmp_path: Path, monkeypatc
 def test_what_another_process_deleted_first_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = [tmp_path / ".state-00000001.7", tmp_path / ".good.safetensors.7"]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(gone))
-    state.Store(tmp_path, {})
+    state.StateStore(tmp_path, {})
 
 
 def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class Sublayer:
     """A module that reads the residual stream, and the form in which it gives it back.
 
     names: attribute names of the modules inside the block (OPT's MLP is two linear maps in a row, Granite's is two
@@ -47,30 +47,30 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer. `attn` or `mlp` is None when the block has no such part."""
+    """One decoder layer. `attn` or `mlp` is None when the block has no such sublayer."""
 
     index: int
     module: nn.Module
     arity: int | None
-    attn: Part | None
-    mlp: Part | None
+    attn: Sublayer | None
+    mlp: Sublayer | None
 
-    def part(self, kind: Kind) -> Part | None:
+    def sublayer(self, kind: Kind) -> Sublayer | None:
         return {"attn": self.attn, "mlp": self.mlp}.get(kind)
 
     def modules_of(self, kind: Kind) -> tuple[nn.Module, ...]:
-        """The modules that `kind` consists of: the whole block, or the parts of a sublayer."""
+        """The modules that `kind` consists of: the whole block, or those of a sublayer."""
         if kind == "block":
             return (self.module,)
-        part = self.part(kind)
-        return () if part is None else tuple(self.module.get_submodule(name) for name in part.names)
+        sublayer = self.sublayer(kind)
+        return () if sublayer is None else tuple(self.module.get_submodule(name) for name in sublayer.names)
 
     @contextmanager
     def without(self, kind: Kind) -> Iterator[None]:
         """Inside the `with`, the block runs as if its attention or MLP added nothing to the stream."""
-        part = self.part(kind)
-        assert part is not None, f"{kind}.{self.index} does not exist"
-        originals = {name: self.module._modules[name] for name in part.names}
+        sublayer = self.sublayer(kind)
+        assert sublayer is not None, f"{kind}.{self.index} does not exist"
+        originals = {name: self.module._modules[name] for name in sublayer.names}
         try:
             for name, substitute in substitutes(self, kind).items():
                 self.module._modules[name] = substitute
@@ -81,15 +81,15 @@ class Block:
 
 def substitutes(block: Block, kind: Kind) -> dict[str, nn.Module]:
     """Modules to put in place of a sublayer's, by child name, so that the block runs without it."""
-    part = block.part(kind)
-    assert part is not None
+    sublayer = block.sublayer(kind)
+    assert sublayer is not None
     modules: dict[str, nn.Module] = {}
-    for name, arity in zip(part.names, part.arities, strict=True):
+    for name, arity in zip(sublayer.names, sublayer.arities, strict=True):
         original = block.module.get_submodule(name)
-        if isinstance(original, nn.Linear) and name != part.names[-1]:
+        if isinstance(original, nn.Linear) and name != sublayer.names[-1]:
             modules[name] = nn.Identity()  # feeds the next linear map, which is the one that gives nothing back
         else:
-            modules[name] = Absent(_arguments(original), arity, part.adds_residual)
+            modules[name] = Absent(_arguments(original), arity, sublayer.adds_residual)
     return modules
 
 
@@ -125,7 +125,7 @@ class Anatomy:
         units = []
         for block in self.blocks:
             units.append(Unit(block.index, "block"))
-            units += [Unit(block.index, kind) for kind in ("attn", "mlp") if block.part(kind) is not None]
+            units += [Unit(block.index, kind) for kind in ("attn", "mlp") if block.sublayer(kind) is not None]
         return tuple(units)
 
     def require(self, units: Iterable[Unit]) -> None:
@@ -199,7 +199,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         for handle in handles:
             handle.remove()
 
-    def part(block: nn.Module, names: tuple[str, ...]) -> Part | None:
+    def sublayer(block: nn.Module, names: tuple[str, ...]) -> Sublayer | None:
         called = tuple(name for name in names if block.get_submodule(name) in returned)
         if not called or entangled & {block.get_submodule(name) for name in called}:
             return None
@@ -208,7 +208,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             return None  # beside the MLP a map narrows the stream to what only the block knows (Gemma 4)
         last = block.get_submodule(called[-1])
         arities = tuple(returned[block.get_submodule(name)] for name in called)
-        return Part(called, arities, "residual" in _arguments(last))
+        return Sublayer(called, arities, "residual" in _arguments(last))
 
     blocks = []
     for index, (block, (attention, mlp)) in enumerate(zip(modules, named, strict=True)):
@@ -216,7 +216,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             raise ModelError(
                 f"block {index} of {type(model).__name__} ({path}.{index}) was not run by the model's forward."
             )
-        blocks.append(Block(index, block, returned[block], part(block, attention), part(block, mlp)))
+        blocks.append(Block(index, block, returned[block], sublayer(block, attention), sublayer(block, mlp)))
     return Anatomy(model, path, tuple(blocks))
 
 

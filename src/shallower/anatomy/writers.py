@@ -164,12 +164,12 @@ def _noise(like: Tensor, stream: Tensor) -> Tensor:
 
 def _writer(block: Block, kind: Kind, run: Callable[[], Tensor], stream: Tensor) -> Writer | None:
     """The last map of the sublayer that `run` shows to write to the stream; `stream` is what it returns undisturbed."""
-    part = block.part(kind)
-    if part is None:
+    sublayer = block.sublayer(kind)
+    if sublayer is None:
         return None
     paths = [
         f"{name}.{inner}".rstrip(".")
-        for name in part.names
+        for name in sublayer.names
         for inner, module in block.module.get_submodule(name).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]

@@ -31,7 +31,7 @@ class Description(ProgressColumn):
         return Text(shortened(task.description, self.most), no_wrap=True)
 
 
-class Amount(ProgressColumn):
+class Done(ProgressColumn):
     """How much is done: nothing as long as there is nothing to tell."""
 
     def render(self, task: Task) -> Text:
@@ -56,7 +56,7 @@ class Times(ProgressColumn):
 def bars() -> Iterator[tuple[Listener, Reader]]:
     """A bar for each task at work; a task that took a while leaves a line when it is done."""
     console = Console(stderr=True, highlight=False)
-    columns = (SpinnerColumn(), Description(console.width), BarColumn(bar_width=_BAR), Amount(), Times())
+    columns = (SpinnerColumn(), Description(console.width), BarColumn(bar_width=_BAR), Done(), Times())
     depth = 0
     with Progress(*columns, console=console, transient=True) as display:
 

@@ -23,7 +23,7 @@ app = Typer(help="Build and show calibration sets, and clean text.", rich_markup
 
 _SHOWN_TEXTS = 3
 
-Model = Annotated[
+TokenizerModel = Annotated[
     str, Option("--model", metavar="MODEL", help="Whose tokenizer makes the tokens: as MODEL of 'shallower score'.")
 ]
 
@@ -35,7 +35,7 @@ def build(
         str,
         Argument(metavar="SPEC", help="Text, a mixture (a.jsonl*0.7+b.jsonl*0.3?dedup=0.8), or a .yaml specification."),
     ],
-    model: Model,
+    model: TokenizerModel,
     out: Annotated[
         Path | None,
         Option("--out", metavar="FOLDER", help="Write the set here, for --calibration. Default: only show it."),

@@ -116,7 +116,7 @@ def evaluate(
             help="What the models were calibrated on, to warn of overlaps. Default: what their plan says.",
         ),
     ] = None,
-    window: options.Window = WINDOW,
+    window: options.WindowLength = WINDOW,
     stride: Annotated[
         int | None,
         Option(

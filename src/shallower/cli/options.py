@@ -13,7 +13,6 @@ from shallower.errors import UserError
 from shallower.units import Unit
 
 Units = Literal["block", "attn", "mlp", "sublayer", "all"]
-Positions = Literal["auto", "all", "last"]
 
 
 def _shipped(package: str) -> str:
@@ -202,7 +201,7 @@ Texts = Annotated[
         help="Held-out text for perplexity; repeatable. Default: held-out documents of the calibration text.",
     ),
 ]
-Window = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]
+WindowLength = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]
 Seed = Annotated[int, Option("--seed", metavar="N", min=0, help="Decides every random choice.")]
 Memory = Annotated[
     str | None,
@@ -212,7 +211,7 @@ Memory = Annotated[
         help="Memory for what is kept besides the model: 4GB, 500MB, 4GiB. Default: a quarter of the free memory.",
     ),
 ]
-Workers = Annotated[
+MeasuredBy = Annotated[
     str | None,
     Option(
         "--workers",

@@ -65,7 +65,7 @@ def prune(
     instructions: options.Instructions = None,
     distill: options.Distill = None,
     text: options.Texts = None,
-    window: options.Window = 1024,
+    window: options.WindowLength = 1024,
     windows: Annotated[
         int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
     ] = 12,
@@ -84,7 +84,7 @@ def prune(
     force: options.Force = False,
     seed: options.Seed = 0,
     memory: options.Memory = None,
-    workers: options.Workers = None,
+    workers: options.MeasuredBy = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,

@@ -60,7 +60,7 @@ def recover(
     distill: options.Distill = None,
     settings: options.Settings = None,
     text: options.Texts = None,
-    window: options.Window = 1024,
+    window: options.WindowLength = 1024,
     windows: Annotated[
         int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
     ] = 12,

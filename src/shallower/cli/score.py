@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
@@ -26,7 +26,7 @@ def score(
         Option("--spans/--no-spans", help="Also score every span of blocks. Default: where the metric's paper does."),
     ] = None,
     positions: Annotated[
-        options.Positions,
+        Literal["auto", "all", "last"],
         Option("--positions", metavar="WHICH", help="Average over all tokens, the last, or auto: as in the paper."),
     ] = "auto",
     objective: options.Objective = "nll",
@@ -40,7 +40,7 @@ def score(
     force: options.Force = False,
     seed: options.Seed = 0,
     memory: options.Memory = None,
-    workers: options.Workers = None,
+    workers: options.MeasuredBy = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,

@@ -49,7 +49,7 @@ def search(
     force: options.Force = False,
     seed: options.Seed = 0,
     memory: options.Memory = None,
-    workers: options.Workers = None,
+    workers: options.MeasuredBy = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,

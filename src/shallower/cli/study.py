@@ -32,7 +32,7 @@ def study(
         Option("--dry-run", help="Estimate the cost from a few timed sets; search nothing. Default: run it."),
     ] = False,
     memory: options.Memory = None,
-    workers: options.Workers = None,
+    workers: options.MeasuredBy = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,

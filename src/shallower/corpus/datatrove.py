@@ -75,7 +75,7 @@ Place = tuple[int, int]  # a task, and the number of a document in its share
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """What any executor of datatrove can run. logs: where it has to leave its marks."""
 
     name: str
@@ -138,7 +138,7 @@ class Work:
                     return held
         raise OutputError(f"{self.folder} holds other files than those of such work; name an empty or a new folder.")
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[PipelineStage, ...]:
         """The work in order; a stage can start when the one before is done."""
         folder = {name: str(self.folder / name) for name in ("signatures", "pairs", "verified", "clusters", "chosen")}
         count, rows = bands(self.dedup)
@@ -161,12 +161,13 @@ class Work:
                 1,
             ),
             "kept": (
-                [_Share(self.source), MinhashDedupFilter(folder["chosen"]), _Rows(self.folder / "kept")],
+                [_Share(self.source), MinhashDedupFilter(folder["chosen"]), _Kept(self.folder / "kept")],
                 self.tasks,
             ),
         }
         return tuple(
-            Stage(name, pipeline, tasks, self.folder / "logs" / name) for name, (pipeline, tasks) in pipelines.items()
+            PipelineStage(name, pipeline, tasks, self.folder / "logs" / name)
+            for name, (pipeline, tasks) in pipelines.items()
         )
 
     def run(self, workers: int = 1) -> None:
@@ -414,7 +415,7 @@ class _Choose:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Kept:
     """Writes what stays of a share."""
 
     out: Path

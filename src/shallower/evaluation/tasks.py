@@ -46,7 +46,7 @@ class TaskSettings:
 
 
 @dataclass(frozen=True)
-class Metric:
+class TaskMetric:
     """One number of a task. name: as lm-eval says it, with the filter where there are several. error: standard error.
 
     items: the value of each item, in order; empty where the metric is no mean over items.
@@ -78,7 +78,7 @@ class TaskResult:
     count: int
     split: str
     route: str
-    metrics: tuple[Metric, ...]
+    metrics: tuple[TaskMetric, ...]
     group: bool = False
     within: str | None = None
     samples: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -351,7 +351,7 @@ def _depth(name: str, parents: Mapping[str, str]) -> int:
 
 def _metrics(
     found: Mapping[str, Any], name: str, numbers: Mapping[str, Any], leaves: Sequence[str]
-) -> Iterator[Metric]:
+) -> Iterator[TaskMetric]:
     keys = [key for key in numbers if "," in key and "_stderr," not in key]
     filters = {key.partition(",")[2] for key in keys}
     higher = found["higher_is_better"].get(name, {})
@@ -364,7 +364,7 @@ def _metrics(
             sample.get(metric) for leaf in leaves for sample in found["samples"][leaf] if sample["filter"] == filtered
         ]
         numeric = all(isinstance(item, (int, float, np.number)) for item in items)
-        yield Metric(
+        yield TaskMetric(
             metric if len(filters) == 1 else key,
             float(value),
             float(error) if isinstance(error, (int, float)) else None,

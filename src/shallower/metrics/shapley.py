@@ -16,7 +16,7 @@ from shallower.registry import metric
 from shallower.units import Unit
 
 Removed = frozenset[Unit]
-Losses = Callable[[Sequence[Removed]], list[float]]
+LossesOf = Callable[[Sequence[Removed]], list[float]]
 
 ORDERS_AT_ONCE = 4  # asked for together: the more, the more the prefix tree shares; between questions it may end
 FEWEST_ORDERS = 8  # below this two halves say little of each other
@@ -25,7 +25,7 @@ FEWEST_ORDERS = 8  # below this two halves say little of each other
 @metric("shapley", source="arXiv:2407.16286")
 def shapley(
     units: Sequence[Unit],
-    losses: Losses,
+    losses: LossesOf,
     rng: Random,
     *,
     samples: int = 22,
@@ -60,7 +60,7 @@ def shapley(
     return {unit: _mean_and_error(column) for unit, column in zip(units, values.T, strict=True)}
 
 
-def enumerated(units: Sequence[Unit], losses: Losses, together: int) -> dict[Unit, float]:
+def enumerated(units: Sequence[Unit], losses: LossesOf, together: int) -> dict[Unit, float]:
     """The exact values, from every set of up to `together` units."""
     sets = [frozenset(chosen) for size in range(together + 1) for chosen in itertools.combinations(units, size)]
     loss = dict(zip(sets, losses(sets), strict=True))
@@ -73,7 +73,7 @@ def enumerated(units: Sequence[Unit], losses: Losses, together: int) -> dict[Uni
 
 
 def sampled(
-    units: Sequence[Unit], losses: Losses, rng: Random, samples: int, together: int, stable: float
+    units: Sequence[Unit], losses: LossesOf, rng: Random, samples: int, together: int, stable: float
 ) -> NDArray[np.float64]:
     """One value of each unit for each order: float64 [orders, units], rows independent and each unbiased."""
     place = {unit: number for number, unit in enumerate(units)}

@@ -33,7 +33,7 @@ _NAME = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PaperRecipe:
     """See the module.
 
     steps: command lines with names in braces. here: the recipe's folder. sizes: values of these names, by size.
@@ -69,7 +69,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(__file__).parent.glob(f"*{SUFFIX}"))}
 
 
-def read_recipe(name: str) -> Recipe:
+def read_recipe(name: str) -> PaperRecipe:
     """A recipe that comes with this package, or a file. Raises UserError that lists all faults at once."""
     path = shipped().get(name, Path(name))
     if path.suffix != SUFFIX and not path.exists():
@@ -82,7 +82,7 @@ def read_recipe(name: str) -> Recipe:
         str(size): {str(key): str(value) for key, value in values.items()} for size, values in data["sizes"].items()
     }
     about = str(data["about"]).strip()
-    return Recipe(data["title"], str(data["source"]), about, tuple(data["steps"]), path.parent, sizes)
+    return PaperRecipe(data["title"], str(data["source"]), about, tuple(data["steps"]), path.parent, sizes)
 
 
 def _faults(where: str, data: Mapping[str, Any]) -> list[str]:

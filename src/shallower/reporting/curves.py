@@ -22,7 +22,7 @@ _MARKERS = "osD^vPX*"
 _DOTS = 200  # of a PNG, an inch
 
 
-class Point(Protocol):
+class CurvePoint(Protocol):
     """One prefix of the plan."""
 
     @property
@@ -35,7 +35,7 @@ class Point(Protocol):
     def tasks(self) -> tuple[TaskResult, ...]: ...
 
 
-def curve_files(points: Sequence[Point], model: str, kinds: Collection[Kind]) -> dict[str, str | bytes]:
+def curve_files(points: Sequence[CurvePoint], model: str, kinds: Collection[Kind]) -> dict[str, str | bytes]:
     """`curve.svg` and `curve.png`; nothing when there is nothing to draw. kinds: of the units that the plan removes."""
     with styled():
         figure = ratio_figure(points, model, kinds)
@@ -50,7 +50,7 @@ def curve_files(points: Sequence[Point], model: str, kinds: Collection[Kind]) ->
         }
 
 
-def ratio_figure(points: Sequence[Point], model: str, kinds: Collection[Kind]) -> Figure | None:
+def ratio_figure(points: Sequence[CurvePoint], model: str, kinds: Collection[Kind]) -> Figure | None:
     """Accuracy above, with its standard error, and perplexity on a logarithmic axis below, where they were measured."""
     tasks = [result.task for result in points[0].tasks if result.within is None]
     texts = list(points[0].perplexity)
@@ -74,7 +74,7 @@ def ratio_figure(points: Sequence[Point], model: str, kinds: Collection[Kind]) -
     return figure
 
 
-def _draw_tasks(axes: Axes, places: Sequence[int], points: Sequence[Point], tasks: Sequence[str]) -> None:
+def _draw_tasks(axes: Axes, places: Sequence[int], points: Sequence[CurvePoint], tasks: Sequence[str]) -> None:
     for number, task in enumerate(tasks):
         values, errors = [], []
         for point in points:
@@ -88,7 +88,7 @@ def _draw_tasks(axes: Axes, places: Sequence[int], points: Sequence[Point], task
     axes.set_ylabel("accuracy, or the task's own score")
 
 
-def _draw_texts(axes: Axes, places: Sequence[int], points: Sequence[Point], texts: Sequence[str]) -> None:
+def _draw_texts(axes: Axes, places: Sequence[int], points: Sequence[CurvePoint], texts: Sequence[str]) -> None:
     for number, text in enumerate(texts):
         values = [point.perplexity[text].perplexity for point in points]
         finite = [value if math.isfinite(value) else math.nan for value in values]

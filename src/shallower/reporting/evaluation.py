@@ -12,7 +12,7 @@ from rich.text import Text
 
 from shallower.evaluation.generation import Generation
 from shallower.evaluation.pairs import Difference
-from shallower.evaluation.tasks import Metric, TaskResult
+from shallower.evaluation.tasks import TaskMetric, TaskResult
 from shallower.reporting.tables import CHANCE, add_row, new_table
 from shallower.reporting.wording import percent, signed
 
@@ -62,7 +62,7 @@ def _cell(column: TaskColumn, task: str, name: str) -> str:
     )
 
 
-def _value(metric: Metric) -> str:
+def _value(metric: TaskMetric) -> str:
     return f"{metric.value:.3f}" + (f" ±{metric.error:.3f}" if metric.error is not None else "")
 
 

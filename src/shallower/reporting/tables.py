@@ -240,7 +240,7 @@ def _weigh(table: Table, name: str, weight: UnitWeight, style: str = "") -> None
     add_row(table, name, *cells, style=style)
 
 
-class _Table(Table):
+class _WideTable(Table):
     """A table whose caption is as wide as the terminal, not as the table."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -256,7 +256,7 @@ class _Table(Table):
 def new_table(first: str, *others: str, caption: str) -> Table:
     """A table with a name in each row, and numbers behind it."""
     told = Text(caption, style="dim") if caption else None
-    table = _Table(box=SIMPLE_HEAD, caption=told, pad_edge=False)
+    table = _WideTable(box=SIMPLE_HEAD, caption=told, pad_edge=False)
     table.add_column(Text(first), overflow="fold")
     for name in others:
         table.add_column(Text(name), justify="right", overflow="fold")

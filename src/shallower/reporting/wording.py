@@ -13,13 +13,13 @@ from shallower.units import Kind
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
 
-Form = Callable[[Any], str]  # how a number is written
+Formatter = Callable[[Any], str]  # how a number is written
 
 _TEXTS_IN_HEADLINE = 2
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One line of the before/after table."""
 
     label: str
@@ -44,18 +44,18 @@ def headline(data: ReportData) -> str:
     return f"{_removed(data)}{repaired}" + (f": {told}." if told else ".")
 
 
-def comparison(data: ReportData) -> tuple[Row, ...]:
+def comparison(data: ReportData) -> tuple[ComparisonRow, ...]:
     """The before/after table. What neither model was measured for has no row."""
     dense, pruned = data.dense, data.pruned
-    rows = [Row("Blocks", str(dense.blocks), str(pruned.blocks), _less(dense.blocks, pruned.blocks, str))]
+    rows = [ComparisonRow("Blocks", str(dense.blocks), str(pruned.blocks), _less(dense.blocks, pruned.blocks, str))]
     for kind in ("attn", "mlp"):
         cut = sum(unit.kind == kind for unit in data.plan.remove)
         if cut:
             name = KIND_NAMES[kind]
-            rows.append(Row(f"{name[0].upper()}{name[1:]}s removed", "0", str(cut), ""))
+            rows.append(ComparisonRow(f"{name[0].upper()}{name[1:]}s removed", "0", str(cut), ""))
     counted = f" in {data.dtype}" if data.dtype else ""
     rows += [
-        Row(label, form(before), form(after), _less(before, after, form))
+        ComparisonRow(label, form(before), form(after), _less(before, after, form))
         for label, form, before, after in (
             ("Parameters", count, dense.parameters, pruned.parameters),
             (f"Weights{counted}", size, dense.bytes, pruned.bytes),
@@ -67,19 +67,19 @@ def comparison(data: ReportData) -> tuple[Row, ...]:
         before, after = dense.perplexity.get(name), pruned.perplexity.get(name)
         tokens = {f"{side.perplexity_tokens[name]:,}" for side in (dense, pruned) if name in side.perplexity_tokens}
         label = f"Perplexity on {name}" + (f" ({' or '.join(sorted(tokens))} tokens)" if tokens else "")
-        rows.append(Row(label, number(before), number(after), _more(before, after)))
+        rows.append(ComparisonRow(label, number(before), number(after), _more(before, after)))
     for label, before, after in (
         ("Prefill, tokens/s", dense.prefill_tokens_per_s, pruned.prefill_tokens_per_s),
         ("Decoding, tokens/s", dense.decode_tokens_per_s, pruned.decode_tokens_per_s),
     ):
         if before is not None or after is not None:
             change = _speed_change(before, after) if before and after else ""
-            rows.append(Row(label, number(before), number(after), change))
+            rows.append(ComparisonRow(label, number(before), number(after), change))
     for name in dict.fromkeys([*dense.tasks, *pruned.tasks]):
         before, after = dense.tasks.get(name), pruned.tasks.get(name)
         change = "" if before is None or after is None else signed(after - before, "{:.3f}".format)
         shown = ["–" if value is None else f"{value:.3f}" for value in (before, after)]
-        rows.append(Row(name, shown[0], shown[1], change))
+        rows.append(ComparisonRow(name, shown[0], shown[1], change))
     return tuple(rows)
 
 
@@ -164,7 +164,7 @@ def percent(part: float, whole: float, *, digits: int = 1) -> str:
     return f"{100 * part / whole if whole else 0:.{digits}f} %"
 
 
-def signed(value: float, form: Form = number) -> str:
+def signed(value: float, form: Formatter = number) -> str:
     """With + or a true minus sign."""
     return ("+" if value >= 0 else "−") + form(abs(value))
 
@@ -212,7 +212,7 @@ def _perplexities(data: ReportData) -> str:
     return f"perplexity on {len(pairs)} texts {ratios[0]:.2f}× to {ratios[-1]:.2f}× that of the dense model"
 
 
-def _less(before: float, after: float, form: Form = count) -> str:
+def _less(before: float, after: float, form: Formatter = count) -> str:
     if before == after:
         return "unchanged"
     difference = signed(after - before, form)

@@ -180,8 +180,8 @@ def assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thoroug
         missing: dict[str, nn.Module] = {}
         for unit in layer.leftover:
             if padded:
-                part = anatomy.blocks[home].part(unit.kind)
-                names = (*part.names, *served.get(unit, ())) if thorough and part is not None else outputs[unit]
+                sublayer = anatomy.blocks[home].sublayer(unit.kind)
+                names = (*sublayer.names, *served.get(unit, ())) if thorough and sublayer is not None else outputs[unit]
                 silence(block, names)
                 continue
             for name, module in substitutes(anatomy.blocks[home], unit.kind).items():
@@ -223,15 +223,15 @@ def _become_shallow(
         entry: dict[str, dict[str, Any]] = {}
         for half, kind, source in (("attention", "attn", layer.attn), ("ffn", "mlp", layer.mlp)):
             block = anatomy.blocks[layer.home if source is None else source]
-            part = block.part(kind)  # type: ignore[arg-type]
+            sublayer = block.sublayer(kind)  # type: ignore[arg-type]
             entry[half] = {"no_op": source is None}
-            if part is None:
+            if sublayer is None:
                 entry[half]["modules"] = {}  # else readers take Llama's, which this family may not have
                 continue
             if source is not None and kind == "mlp":
                 continue
             stand_ins = substitutes(block, kind)  # type: ignore[arg-type]
-            arities = dict(zip(part.names, part.arities, strict=True))
+            arities = dict(zip(sublayer.names, sublayer.arities, strict=True))
             entry[half]["modules"] = {n: arities[n] for n, module in stand_ins.items() if isinstance(module, Absent)}
             if source is None:
                 passing = [name for name, module in stand_ins.items() if not isinstance(module, Absent)]
@@ -312,8 +312,8 @@ def _renumber(
     slot = 0
     for place, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
         _set(block, indices, place)
-        part = None if layer.attn is None else anatomy.blocks[layer.attn].attn
-        for name in () if part is None else part.names:
+        sublayer = None if layer.attn is None else anatomy.blocks[layer.attn].attn
+        for name in () if sublayer is None else sublayer.names:
             _set(block.get_submodule(name), indices, slot)
         slot += padded or layer.attn is not None
 

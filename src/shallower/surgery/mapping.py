@@ -190,7 +190,7 @@ def _find(model: PreTrainedModel, unit: Unit) -> tuple[int, str, Absent]:
 @contextmanager
 def _alone(block: Block, stand_in: Absent, other: Kind) -> Iterator[None]:
     """Inside the `with`, the block's other half adds nothing, whether it is there or a map stands for it."""
-    if block.part(other) is not None:
+    if block.sublayer(other) is not None:
         with block.without(other):
             yield
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shallower.anatomy.dissect import Anatomy, Block, Part, probe_ids, unpack
+from shallower.anatomy.dissect import Anatomy, Block, Sublayer, probe_ids, unpack
 from shallower.units import Unit
 
 
@@ -99,9 +99,9 @@ def serving(anatomy: Anatomy) -> dict[Unit, tuple[str, ...]]:
     found: dict[Unit, tuple[str, ...]] = {}
     for block, calls in zip(anatomy.blocks, _watch(anatomy), strict=True):
         for kind in ("attn", "mlp"):
-            part = block.part(kind)
-            if part is not None and not part.adds_residual:
-                found[Unit(block.index, kind)] = _servants(block, part, calls)
+            sublayer = block.sublayer(kind)
+            if sublayer is not None and not sublayer.adds_residual:
+                found[Unit(block.index, kind)] = _servants(block, sublayer, calls)
     return found
 
 
@@ -153,10 +153,10 @@ def _after_attention(block: Block, calls: list[_Call]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _servants(block: Block, part: Part, calls: list[_Call]) -> tuple[str, ...]:
-    """Norms whose only reader is the part, and those whose only source it is."""
-    own = [call for call in calls if call.name in part.names]
-    others = [call for call in calls if call.name not in part.names]
+def _servants(block: Block, sublayer: Sublayer, calls: list[_Call]) -> tuple[str, ...]:
+    """Norms whose only reader is the sublayer, and those whose only source it is."""
+    own = [call for call in calls if call.name in sublayer.names]
+    others = [call for call in calls if call.name not in sublayer.names]
     names = []
     for call in others:
         norm = block.module.get_submodule(call.name)
@@ -166,7 +166,7 @@ def _servants(block: Block, part: Part, calls: list[_Call]) -> tuple[str, ...]:
             other.name for other in calls if other is not call and _address(other.given) == _address(call.output)
         ]
         reads = {_address(one.output) for one in own}
-        if (readers and set(readers) <= set(part.names)) or _address(call.given) in reads:
+        if (readers and set(readers) <= set(sublayer.names)) or _address(call.given) in reads:
             names.append(call.name)
     return tuple(names)
 

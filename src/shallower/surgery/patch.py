@@ -34,13 +34,13 @@ def attach(anatomy: Anatomy, index: int, where: Where, patch: Patch, halves: Hal
             raise ModelError(
                 f"{anatomy.family} has no point between attention and MLP where a map could stand (block {index})."
             )
-        part = anatomy.blocks[index].attn
-        assert part is not None
-        name = part.names[-1]
+        sublayer = anatomy.blocks[index].attn
+        assert sublayer is not None
+        name = sublayer.names[-1]
         attention = block.get_submodule(name)
         _subclass(attention, _AttentionPatched)
         _hold(attention, "middle", patch)
-        vars(attention).update(_factor=halves.attn.factor, _adds_residual=part.adds_residual)
+        vars(attention).update(_factor=halves.attn.factor, _adds_residual=sublayer.adds_residual)
         _subclass(block, _BlockPatched)
         block._patched_attention = name  # type: ignore[assignment]
         return

@@ -24,8 +24,8 @@ def output_projections(anatomy: Anatomy, units: Collection[Unit]) -> dict[Unit, 
 
     for unit in units:
         block = anatomy.blocks[unit.index]
-        part = block.part(unit.kind)
-        for name in () if part is None else part.names:
+        sublayer = block.sublayer(unit.kind)
+        for name in () if sublayer is None else sublayer.names:
             for path, module in block.module.get_submodule(name).named_modules(prefix=name):
                 if module._parameters:
                     watch(unit, path, module)

@@ -68,7 +68,7 @@ def _steps(place: int, layer: Layer, dense: Anatomy, halves: Sequence[Halves]) -
     if not halves[home].sequential:
         if attn is None and mlp is None:
             return []
-        gone = tuple(unit.kind for unit in layer.leftover if block.part(unit.kind) is not None)
+        gone = tuple(unit.kind for unit in layer.leftover if block.sublayer(unit.kind) is not None)
         kind: Kind = "mlp" if mlp is not None and block.mlp is not None else "attn"
         before = Point(home, gone) if gone else Point(home + 1)
         leftover = tuple(unit for unit in layer.leftover if unit.kind in gone)

@@ -71,8 +71,10 @@ def _wanted(student: PreTrainedModel, first: int, maps: Maps) -> Callable[[str],
     inside: tuple[str, ...] = ("",)
     if maps != "all":
         anatomy = dissect(student)
-        sublayers = [(f"{anatomy.path}.{block.index}", block.part(maps)) for block in anatomy.blocks]
-        inside = tuple(f"{path}.{name}." for path, part in sublayers if part is not None for name in part.names)
+        sublayers = [(block.index, block.sublayer(maps)) for block in anatomy.blocks]
+        inside = tuple(
+            f"{anatomy.path}.{index}.{name}." for index, found in sublayers if found is not None for name in found.names
+        )
 
     def wanted(name: str) -> bool:
         index = place(name)

@@ -36,7 +36,7 @@ from shallower.training.divergence import LossTrend
 from shallower.training.feed import SEEDS, Feed, Portion
 from shallower.training.head_loss import Guide
 from shallower.training.recipe import HeldOut, Recipe, Task
-from shallower.training.state import State, Store, begun_options
+from shallower.training.state import State, StateStore, begun_options
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what the optimizer keeps of a parameter
@@ -115,7 +115,7 @@ class _Loop:
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)
         settings = task.settings() | {"student": fingerprint(student)}
-        self.store = Store(task.folder, settings)
+        self.store = StateStore(task.folder, settings)
         whole = _Whole(objective, student)
         names = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
         if not names:

@@ -61,7 +61,7 @@ class _Ended(State):
     stopped: str = ""
 
 
-class Store:
+class StateStore:
     """The folder of a training, or memory where there is none."""
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ TASK = "task"  # the objective for a target that is questions
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateText:
     """A source and how it ranks units: Spearman's correlation with the ranking by the target."""
 
     source: str
@@ -36,7 +36,7 @@ class Candidate:
 class Advice:
     """Candidates, the best first, and why, in one sentence. text: the best one's calibration set."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[CandidateText, ...]
     text: CalibrationSet
     why: str
 
@@ -106,7 +106,7 @@ def advise(
         step()
         found = []
         for source, text in built.items():
-            found.append(Candidate(source, _correlation(wanted, ranking(text, objective))))
+            found.append(CandidateText(source, _correlation(wanted, ranking(text, objective))))
             step()
     found.sort(key=lambda item: -math.inf if math.isnan(item.correlation) else item.correlation, reverse=True)
     if math.isnan(found[0].correlation):

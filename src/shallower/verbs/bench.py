@@ -15,7 +15,7 @@ from shallower.errors import UserError
 from shallower.reporting.wording import distinct_names, percent, plural
 from shallower.timing import Speed, Spread, compare_speed, devices_of, memory_source, require_counts, require_fits
 from shallower.units import Unit
-from shallower.verbs.subject import Model, Subject, open_subject, path_of, several
+from shallower.verbs.subject import ModelLike, Subject, open_subject, path_of, several
 from shallower.version import __version__
 
 FORMAT = "shallower.bench/1"
@@ -91,7 +91,7 @@ class Bench:
 
 
 def bench(
-    models: Model | Sequence[Model] | Mapping[str, PreTrainedModel | Subject],
+    models: ModelLike | Sequence[ModelLike] | Mapping[str, PreTrainedModel | Subject],
     *,
     prompt: int | Sequence[int] = 128,
     generate: int = 32,

@@ -20,12 +20,12 @@ from shallower.reporting.wording import distinct_names
 from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.questions import model_tasks, open_answered, read_questions
-from shallower.verbs.subject import Model, Subject, open_subject, path_of, require_there, several
+from shallower.verbs.subject import ModelLike, Subject, open_subject, path_of, require_there, several
 from shallower.verbs.texts import text_perplexity, tokens_read, windows_cut
 
 
 def evaluate(
-    models: Model | Sequence[Model],
+    models: ModelLike | Sequence[ModelLike],
     texts: str | Path | Sequence[str | Path] = (),
     *,
     tasks: str | Sequence[str] = (),
@@ -132,7 +132,7 @@ def _writings_cut(subject: Subject) -> list[str]:
     return [f"{subject.identity.name} has no more room than for {least} tokens behind a prompt, instead of {TOKENS}."]
 
 
-def _plan_of(model: Model) -> PruningPlan | None:
+def _plan_of(model: ModelLike) -> PruningPlan | None:
     """The plan inside a checkpoint's folder."""
     if isinstance(model, (str, Path)) and (file := expanded(model) / "plan.json").is_file():
         return PruningPlan.load(file)

@@ -74,8 +74,7 @@ def inspect(
     parts: dict[str, tuple[str, ...]] = {}
     for block in subject.anatomy.blocks:
         for kind in ("attn", "mlp"):
-            part = block.part(kind)
-            names = [] if part is None else [type(block.module.get_submodule(name)).__name__ for name in part.names]
+            names = [type(module).__name__ for module in block.modules_of(kind)]
             parts[kind] = tuple(dict.fromkeys([*parts.get(kind, ()), *names]))
     anatomy = subject.anatomy
     exports = _exports(anatomy)

@@ -15,7 +15,7 @@ from shallower.verbs.contamination import shared_runs
 from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import Training, repair_size, texts_read, training_text
 from shallower.verbs.recovery_steps import Stages, in_closed_form
-from shallower.verbs.repaired import Parts, judging_text
+from shallower.verbs.repaired import SplitText, judging_text
 from shallower.verbs.subject import Subject, calibrate
 from shallower.verbs.texts import held_out
 
@@ -54,13 +54,13 @@ def wanted_of_prune(
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
+class JobTexts:
     """What a job reads. searched: what the search gets; whole: all of that; judging: the part of it that candidates are
     judged on. fitted: what repairs in closed form are fitted on; training: what trainings read, None without any.
     held_out: texts by name that perplexity is measured on.
     """
 
-    searched: CalibrationSet | Parts
+    searched: CalibrationSet | SplitText
     whole: CalibrationSet
     judging: CalibrationSet
     fitted: CalibrationSet
@@ -81,10 +81,10 @@ def texts_of_prune(
     window: int,
     max_windows: int | None,
     seed: int,
-) -> Texts:
+) -> JobTexts:
     """All texts, as `prune` says; `contents` are held out where there are any, else what calibration left out."""
     calibration, sequences, length = wanted.calibration, wanted.sequences, wanted.length
-    searched: CalibrationSet | Parts
+    searched: CalibrationSet | SplitText
     if repair:
         searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)
         whole, judging = parts.whole, parts.judged
@@ -116,10 +116,10 @@ def texts_of_prune(
         max_windows=max_windows,
         seed=seed,
     )
-    return Texts(searched, whole, judging, fitted, training, contents)
+    return JobTexts(searched, whole, judging, fitted, training, contents)
 
 
-def shared_with_held_out(subject: Subject, read: Texts, steps: Stages, tokens: int | None) -> Iterator[str]:
+def shared_with_held_out(subject: Subject, read: JobTexts, steps: Stages, tokens: int | None) -> Iterator[str]:
     """What is to be told of held-out text that was read before. tokens: how much of each text is measured."""
     repaired, trained = texts_read(steps, read.fitted, read.training)
     before = {"the calibration text": read.whole, "the text of the repair": repaired, "the training text": trained}

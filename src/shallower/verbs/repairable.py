@@ -48,7 +48,7 @@ def _writer_in_front(dense: Anatomy, unit: Unit, halves: Sequence[Halves]) -> Wr
     if unit.kind == "mlp" and own.sequential:
         return own.attn
     other: Kind = "attn" if unit.kind == "mlp" else "mlp"
-    if unit.kind != "block" and not own.sequential and block.part(other) is not None:
+    if unit.kind != "block" and not own.sequential and block.sublayer(other) is not None:
         return own.writer(other)
     if unit.index == 0:
         return None

@@ -41,7 +41,7 @@ JUDGED = 4  # of a ready-made set one sequence in so many judges, the others are
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class SplitText:
     """A calibration text in two parts without a sequence in common: repairs are fitted on one, candidates are judged on
     the other.
     """
@@ -51,7 +51,7 @@ class Parts:
     judged: CalibrationSet
 
 
-def split(whole: CalibrationSet, judges: int | None = None) -> Parts:
+def split(whole: CalibrationSet, judges: int | None = None) -> SplitText:
     """Let `judges` sequences, from all over the text, judge, by default one in `JUDGED`.
 
     Raises CorpusError when the text has fewer than `JUDGED` sequences.
@@ -64,12 +64,12 @@ def split(whole: CalibrationSet, judges: int | None = None) -> Parts:
     count = -(-there // JUDGED) if judges is None else judges
     judging = {number * there // count for number in range(count)}
     rest = [row for row in range(there) if row not in judging]
-    return Parts(whole, whole.subset(rest), whole.subset(sorted(judging)))
+    return SplitText(whole, whole.subset(rest), whole.subset(sorted(judging)))
 
 
 def judging_text(
     subject: Subject, calibration: str | Path | CalibrationSet | None, *, sequences: int, length: int, seed: int
-) -> Parts:
+) -> SplitText:
     """Text of the size that a repair needs, and, to judge, other text of as many tokens as `sequences` of `length` are.
 
     A ready-made set, or one whose specification says how many sequences it has, is split as it is.
@@ -107,7 +107,7 @@ class RepairedLosses:
     def __init__(
         self,
         subject: Subject,
-        text: Parts,
+        text: SplitText,
         steps: Stages,
         *,
         memory: int | None = None,

@@ -21,6 +21,7 @@ from shallower.engine import (
     stream_scores,
     weight_scores,
 )
+from shallower.engine.stream import Positions
 from shallower.errors import UnknownName, UserError
 from shallower.plan import MadeBy
 from shallower.registry import Method, share_options
@@ -32,7 +33,6 @@ from shallower.units import Unit
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 from shallower.version import __version__
 
-Positions = Literal["auto", "all", "last"]
 ALL = "all"
 SEQUENCES, LENGTH = 32, 128
 ADAPTIVE = frozenset({"units", "losses", "differences", "rng"})
@@ -45,7 +45,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase | None = None,
     units: str = "block",
     spans: bool | None = None,
-    positions: Positions = "auto",
+    positions: Positions | Literal["auto"] = "auto",
     objective: str = "nll",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = SEQUENCES,
@@ -98,7 +98,7 @@ def score_many(
     tokenizer: PreTrainedTokenizerBase | None = None,
     units: str = "block",
     spans: bool | None = None,
-    positions: Positions = "auto",
+    positions: Positions | Literal["auto"] = "auto",
     objective: str = "nll",
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int = SEQUENCES,
@@ -127,8 +127,8 @@ def score_many(
     shared = share_options(what, [*methods, *judges], settings or {})
     judged = shared.pop() if judges else {}
     given = dict(zip([method.name for method in methods], shared, strict=True))
-    if positions not in get_args(Positions):
-        raise UnknownName("choice of positions", positions, get_args(Positions))
+    if positions not in (choices := ("auto", *get_args(Positions))):
+        raise UnknownName("choice of positions", positions, choices)
     memory, workers = parse_memory(memory), parse_workers(workers)
     stream = [method for method in methods if reads_stream(method)]
     if spans and not stream:
@@ -252,7 +252,11 @@ def measured_scores(
 
 
 def stream_statistic(
-    method: Method, options: Mapping[str, Any], *, spans: bool | None = None, positions: Positions = "auto"
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    spans: bool | None = None,
+    positions: Positions | Literal["auto"] = "auto",
 ) -> StreamStatistic:
     """A stream metric with its paper's positions and spans, unless told otherwise."""
     chosen = method.traits.get("positions", "all") if positions == "auto" else positions

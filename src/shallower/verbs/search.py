@@ -24,7 +24,7 @@ from shallower.surgery import cut, is_spread, leftovers, require_together
 from shallower.units import Unit, listed, plain
 from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.ranking import Stage, rank, ranked
-from shallower.verbs.repaired import Parts, RepairedLosses, judging_text
+from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
@@ -44,7 +44,7 @@ def search(
     units: str = "block",
     ordinary: bool = False,
     protect: str = "",
-    calibration: str | Path | CalibrationSet | Parts | None = None,
+    calibration: str | Path | CalibrationSet | SplitText | None = None,
     target: str | Path | None = None,
     sequences: int = 32,
     length: int = 128,
@@ -109,13 +109,13 @@ def search(
         workers=workers,
         shape={"sequences": sequences, "length": length, "seed": seed},
     )
-    whole, text = (read.whole, read.judged) if isinstance(read, Parts) else (read, read)
+    whole, text = (read.whole, read.judged) if isinstance(read, SplitText) else (read, read)
     ranking: Scores | None = None
     with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
         before = copy(measuring.spent)
         judge: Ablator | RepairedLosses = measuring
         if repair:
-            assert isinstance(read, Parts)
+            assert isinstance(read, SplitText)
             judge = RepairedLosses(subject, read, repairs, memory=memory, memo=measuring.memo)
             progress.note(
                 f"A candidate is repaired on {read.fitted.tokens:,} tokens, read once a fit, and judged on "
@@ -176,7 +176,7 @@ def search(
 
 def _text(
     subject: Subject,
-    calibration: str | Path | CalibrationSet | Parts | None,
+    calibration: str | Path | CalibrationSet | SplitText | None,
     target: str | Path | None,
     chosen: Chosen,
     objective: str,
@@ -185,9 +185,9 @@ def _text(
     memory: int | None,
     workers: int | str | None,
     shape: Mapping[str, Any],
-) -> CalibrationSet | Parts:
+) -> CalibrationSet | SplitText:
     """What candidates are measured on; behind a repair, what they are repaired and judged on."""
-    if isinstance(calibration, Parts):
+    if isinstance(calibration, SplitText):
         if not chosen.repairs:
             raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
         return calibration

@@ -54,7 +54,7 @@ CELLS = "cells.jsonl"
 _QUESTION_TOKENS = 256
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
-Outcome = Result | Failure
+CellOutcome = Result | Failure
 TextAxes = tuple[str, str, str, int, int, int]  # of a cell: the model, and all that decides its calibration set
 
 
@@ -99,7 +99,7 @@ def study(
     opened = partial(open_subject, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for model in given.models[1:]:  # not after the first was measured; it is loaded again then, and one at a time
         require_sound(opened(model), given)
-    found: list[Outcome] = []
+    found: list[CellOutcome] = []
     with progress.task(f"study of {len(given.cells)} cells", len(given.cells)) as step:
         for model in given.models:
             found += _measure(opened(model), model, given, ledger, memory, workers, step)
@@ -120,7 +120,7 @@ def _measure(
     memory: int | str | None,
     workers: int | str | None,
     step: progress.Step,
-) -> list[Outcome]:
+) -> list[CellOutcome]:
     """The cells of one model. All that holds it ends with the call, so that the next one has its memory."""
     require_sound(subject, given)
     texts = judging_texts(subject, given)
@@ -144,8 +144,8 @@ class Runner:
     workers: int | str | None = None
     texts: Mapping[str, CalibrationSet] = field(default_factory=dict)
 
-    def run(self, axes: TextAxes, cells: Sequence[Cell], step: progress.Step) -> list[Outcome]:
-        outcomes: list[Outcome] = []
+    def run(self, axes: TextAxes, cells: Sequence[Cell], step: progress.Step) -> list[CellOutcome]:
+        outcomes: list[CellOutcome] = []
         told: set[str] = set()
         for objective in sorted(self.study.objectives, key=companions_first):
             own = [cell for cell in cells if cell.objective == objective]
@@ -177,7 +177,7 @@ class Runner:
                     f"{where}: what is measured on it flatters these plans."
                 )
 
-    def _measured(self, cells: Sequence[Cell], text: CalibrationSet | CorpusError) -> list[Outcome]:
+    def _measured(self, cells: Sequence[Cell], text: CalibrationSet | CorpusError) -> list[CellOutcome]:
         """What came of the cells; those that are not on disk are searched one by one, and judged together."""
         if isinstance(text, CorpusError):
             return [Failure(cell, str(text)) for cell in cells]
@@ -233,11 +233,11 @@ class Runner:
         workers = parse_workers(self.workers)
         return nullcontext() if workers is None else closing(connect(workers, self.subject.model.device))
 
-    def _searched(self, cells: Sequence[Cell], text: CalibrationSet) -> dict[Cell, Outcome]:
+    def _searched(self, cells: Sequence[Cell], text: CalibrationSet) -> dict[Cell, CellOutcome]:
         """Plans of cells that differ in search and ratio only: they share one ablator, and scores to rank by."""
         if not cells:
             return {}
-        found: dict[Cell, Outcome] = {}
+        found: dict[Cell, CellOutcome] = {}
         scores: dict[str, Scores | None] = {}
         try:
             ablator = self._ablator(cells[0], text)
@@ -388,7 +388,7 @@ def require_sound(subject: Subject, given: Study) -> None:
             resolve(subject, remove, name, units=given.units, protect=given.protect)
 
 
-def _tell(outcomes: Sequence[Outcome]) -> None:
+def _tell(outcomes: Sequence[CellOutcome]) -> None:
     """A line a calibration set and objective, with the loss that each search reached at each ratio, and one for each
     cell that could not be measured.
     """

@@ -112,17 +112,17 @@ class Subject:
         return self.loaded.tokenizer
 
 
-Model: TypeAlias = str | Path | PreTrainedModel | Subject  # what `open_subject` takes
+ModelLike: TypeAlias = str | Path | PreTrainedModel | Subject  # what `open_subject` takes
 
 
-def several(given: Model | Iterable[Model]) -> list[Model]:
+def several(given: ModelLike | Iterable[ModelLike]) -> list[ModelLike]:
     """What was given as a list, also a model, or the name of a model or text, that was given alone: a str is made of
     str, too, its letters.
     """
     return [given] if isinstance(given, (str, Path, PreTrainedModel, Subject)) else list(given)
 
 
-def path_of(model: Model) -> str:
+def path_of(model: ModelLike) -> str:
     """Where a model is, as it was given; empty for one in memory."""
     return str(model) if isinstance(model, (str, Path)) else ""
 
@@ -133,7 +133,7 @@ def several_names(given: str | Path | Iterable[str | Path]) -> list[str]:
 
 
 def open_subject(
-    model: Model,
+    model: ModelLike,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: str = "auto",
@@ -164,7 +164,7 @@ def open_subject(
     return Subject(loaded, dissect(loaded.model))
 
 
-def require_there(models: Iterable[Model]) -> None:
+def require_there(models: Iterable[ModelLike]) -> None:
     """Raise ModelError for a name or path that is no model, before any is loaded; whether a name is on the Hub is only
     found out then.
     """
