@@ -27,7 +27,7 @@ from shallower.units import Unit
 from shallower.verbs.subject import open_subject
 
 AT = (0, 1, 2, 4, 6, 8)
-# The first seven are [12, 19), to which greedy adds 4 and 5 (docs/decisions.md), and not 11, which writes the massive
+# First come block.12-18, to which greedy adds 4 and 5 (docs/decisions.md), and not 11, which writes the massive
 # activation of the first token. It stays, as benchmarks/results/ratios.md was measured with it.
 BLOCKS = "16,17,18,13,14,15,12,11"
 

@@ -43,7 +43,7 @@ def test_every_set_is_counted_once(script: Callable[[str], ModuleType]) -> None:
     assert len(set(everything)) == len(everything) == math.comb(7, 3)
     assert {min(units).index for units in everything} >= {1}
     assert {max(units).index for units in everything} >= {7}
-    assert len(list(exhaustive.sets(9, 3, 1))) == 5  # [1, 4) to [5, 8)
+    assert len(list(exhaustive.sets(9, 3, 1))) == 5  # block.1-3 to block.5-7
     assert len(list(exhaustive.sets(9, 3, 2))) == math.comb(7, 3) - math.comb(5, 3)  # but those of three lone blocks
     assert list(exhaustive.sets(9, 3, 3)) == everything
 
