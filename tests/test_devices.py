@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 import shallower
 from shallower import progress
-from shallower.anatomy import dissect
+from shallower.anatomy import dissect, streamed
+from shallower.anatomy.dissect import find_blocks
+from shallower.anatomy.streamed import stream_from_processor
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, StreamStatistic, WeightStatistic, stream_scores, weight_scores
 from shallower.engine.likelihood import Asked, Likelihoods
@@ -176,3 +178,38 @@ def test_a_model_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "device", torch.device("mps:0"))
     with pytest.raises(UserError, match=r"device 'mps:0' has no float64.*: move the model first"):
         open_subject(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, tied", "cohere", "gpt2", "gemma3"])
+def test_streamed_blocks_are_on_the_device_while_they_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = []
+    for _ in range(2):
+        model = tiny_model(family.partition(",")[0])
+        if "tied" in family:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        both.append(model)
+    model, resident = both
+    wanted = Ablator(dissect(resident), TEXT, "kl", threads=1).losses(CANDIDATES)
+    inside = list(find_blocks(model)[1].parameters())
+    ran: list[tuple[torch.device, ...]] = []
+    own = torch.nn.functional.linear
+    with Devices() as devices:
+
+        def placed(data: Tensor, requires_grad: bool) -> torch.nn.Parameter:
+            parameter = torch.nn.Parameter(data, requires_grad)
+            devices.places[parameter] = data.device
+            return parameter
+
+        monkeypatch.setattr(streamed, "Parameter", placed)
+        stream_from_processor(model, FIRST)
+        assert model.device == FIRST
+        assert {weight.device.type for weight in inside} == {"cpu"}
+        monkeypatch.setattr(
+            torch.nn.functional, "linear", lambda x, w, b=None: ran.append((x.device, w.device)) or own(x, w, b)
+        )
+        found = Ablator(dissect(model), TEXT, "kl", memory=1 << 28).losses(CANDIDATES)
+        assert {weight.device.type for weight in find_blocks(model)[1].parameters()} == {"cpu"}
+    assert all(one is other for one, other in zip(inside, find_blocks(model)[1].parameters(), strict=True))
+    if family != "gpt2":  # has no linear maps, but convolutions
+        assert set(ran) == {(FIRST, FIRST)}
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)

@@ -174,7 +174,8 @@ def refusing(name: str, part: str) -> Iterator[None]:
         text = str(error)
         if out_of_memory(error):
             raise ModelTooLarge(
-                f"{part} {name} do not fit into memory; choose another --device or a smaller --dtype."
+                f"{part} {name} do not fit into memory; choose another --device, a smaller --dtype, or in score and "
+                "search --stream-blocks."
             ) from error
         if "trust_remote_code" in text:
             raise ModelError(

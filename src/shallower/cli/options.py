@@ -230,6 +230,14 @@ RemoteCode = Annotated[
     bool,
     Option("--trust-remote-code", help="Run code that comes with the model; read it first. Default: refuse."),
 ]
+StreamBlocks = Annotated[
+    bool,
+    Option(
+        "--stream-blocks",
+        help="For a model larger than the device: leave its blocks on the processor (mapped from their files where "
+        "--dtype is as stored), and bring each to the device only while it runs. Default: load all of it.",
+    ),
+]
 Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]
 
 

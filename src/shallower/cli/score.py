@@ -44,6 +44,7 @@ def score(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
+    stream_blocks: options.StreamBlocks = False,
 ) -> Answer:
     """Score each block or sublayer by one metric or several.
 
@@ -73,6 +74,7 @@ def score(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        stream_blocks=stream_blocks,
     )
     if out is not None:
         sheet.save(out)
@@ -91,6 +93,7 @@ def score(
         step += f" --metric {sheet.metrics[0]}" if several else ""
         step += "" if objective == "nll" else f" --objective {objective}"
         step += typed_again(calibration, (sequences, length), seed, dtype, trust_remote_code=trust_remote_code)
+        step += " --stream-blocks" * stream_blocks
         print_written(console, out, "the scores", step)
 
     told = sheet.to_json()

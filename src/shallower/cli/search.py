@@ -53,6 +53,7 @@ def search(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.RemoteCode = False,
+    stream_blocks: options.StreamBlocks = False,
 ) -> Answer:
     """Choose what to remove, and show what each removal costs. Cuts nothing.
 
@@ -86,7 +87,9 @@ def search(
     )
     parse_memory(memory)
     parse_workers(workers)
-    subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    subject = open_subject(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, stream_blocks=stream_blocks
+    )
     plan = run(
         subject,
         remove,
@@ -122,6 +125,7 @@ def search(
         show_plan(console, plan, gone=gone)
         step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
         step += typed_again(text, size, seed, dtype, trust_remote_code=trust_remote_code)
+        step += " --device cpu" * stream_blocks  # where it is loaded whole
         print_written(console, out, "the plan", step)
 
     return Answer({**plan.to_json(), "spent": plan.spent}, show)

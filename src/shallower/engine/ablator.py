@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
+from shallower.anatomy.streamed import is_streamed
 from shallower.checkpoint.determinants import determinants, determined
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
@@ -30,7 +31,7 @@ from shallower.engine.scoring import reads_choices
 from shallower.engine.states import States
 from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import prove
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Threads, Workers, free_beside, thread_count
+from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Sweeps, Threads, Workers, free_beside, thread_count
 from shallower.errors import CorpusError, UserError
 from shallower.registry import objective as objectives
 from shallower.units import Unit
@@ -128,7 +129,7 @@ class Ablator:
             memory=memory // 2 // threads,
             order=order,
         )
-        self._workers: Workers = Threads(evaluator, threads) if workers is None else workers(evaluator)
+        self._workers = _crew(evaluator, threads) if workers is None else workers(evaluator)
         each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
         known = determined(anatomy.model) and all(told(method) for method, _ in each)
         if memo is not None and not known:
@@ -322,6 +323,10 @@ def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDA
         question = calibration.answers.question.numpy()
         return mixed, np.concatenate([np.flatnonzero(question == group) for group in order])
     return mixed, np.array(order, dtype=np.int64)
+
+
+def _crew(evaluator: Evaluator, threads: int) -> Workers:
+    return Sweeps(evaluator) if is_streamed(evaluator.anatomy.model) else Threads(evaluator, threads)
 
 
 def _finite(loss: float) -> float:

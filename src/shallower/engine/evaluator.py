@@ -4,6 +4,9 @@ Layer-major takes every candidate through a block before the next block, so that
 through it together: a small batch neither fills an accelerator nor pays for what Python does around a block.
 Depth-first holds one state a level, for when memory is short. Both start from what `States` kept, and both give the
 same numbers to the precision of the compute type.
+
+Of a model whose blocks are streamed, layer-major takes all batches through a block before the next, so that its weights
+are loaded once a sweep.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -21,7 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shallower.anatomy.dissect import Anatomy
+from shallower import progress
+from shallower.anatomy.dissect import Anatomy, Block
+from shallower.anatomy.streamed import held
 from shallower.checkpoint.stock import copied
 from shallower.corpus.calibration import Batch
 from shallower.engine.head import find_head
@@ -102,6 +108,7 @@ class Evaluator:
         self._share(DenseAnswers() if dense_answers is None else dense_answers)
         self._head = find_head(anatomy)
         self._traces: dict[tuple[int, int], Trace] = {}
+        self._visited: Collection[int] = ()
         self.order = order
         self._group = 0
         self._block_tokens = 0
@@ -137,26 +144,83 @@ class Evaluator:
 
     def measure(self, job: Job, tick: Callable[[], None] = lambda: None) -> Measured:
         """Measure the job's routes on its batch; `tick` is called after each."""
-        whole = "." * len(self.anatomy.blocks)
+        whole = self._whole
         with torch.no_grad(), self.states.visit(job.number, (*job.routes, whole)):
+            self._visit([job.number])
             replay = self._trace(job.number)
-            self._block_tokens = 0
             dense = None
             if needs_dense(self.objective):
                 [(_, dense)] = self._walk(job.number, replay, "", replay.entry, [whole])
                 self.states.keep(job.number, whole, dense)
-            scorer = self._scorer(job.number, dense)
-            sums = {}
-            if self.order == "depth-first" or (self.order is None and self._at_once(replay) < FEWEST_AT_ONCE):
+            if self.order == "depth-first" or (self.order is None and self._at_once(job.number) < FEWEST_AT_ONCE):
                 walk = self._walk(job.number, replay, "", replay.entry, list(job.routes))
             else:
-                walk = self._layers(job.number, replay, job.routes)
-            for group in _batched(walk, scorer.together):
-                for (route, _), values in zip(group, scorer([hidden for _, hidden in group]), strict=True):
-                    sums[route] = values.numpy()
-                    tick()
-            tokens = replay.batch.input_ids.numel() * len(sums)
-            return Measured(job, sums, tokens, self._block_tokens)
+                walk = self._layers(job)
+            sums = self._scored(job, walk, dense, tick)
+            return Measured(job, sums, self._tokens(job), self._block_tokens)
+
+    def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Portions of the jobs, each of which fits half of the memory as a whole; jobs with many routes in parts."""
+        portion: list[Job] = []
+        filled = 0.0
+        for job in jobs:
+            most = self._at_once(job.number)
+            size = max(1, most - 1)  # besides the dense model
+            for start in range(0, len(job.routes), size):
+                part = Job(job.number, job.routes[start : start + size])
+                share = (1 + len(part.routes)) / max(1, most)
+                if portion and filled + share > 1:
+                    yield portion
+                    portion, filled = [], 0.0
+                portion.append(part)
+                filled += share
+        if portion:
+            yield portion
+
+    def sweep(self, jobs: Sequence[Job], tick: Callable[[], None] = lambda: None) -> Iterator[Measured]:
+        """Measure jobs of several batches in one walk over the blocks. `tick` is called after each route."""
+        whole = self._whole
+        with torch.no_grad(), ExitStack() as visits:
+            for job in jobs:
+                visits.enter_context(self.states.visit(job.number, (*job.routes, whole)))
+            self._visit({job.number for job in jobs})
+            asked = {(job.number, route) for job in jobs for route in job.routes}
+            if needs_dense(self.objective):
+                asked |= {(job.number, whole) for job in jobs}
+            with progress.task("taking all of them through the blocks", len(self.anatomy.blocks)) as step:
+                ends = dict(self._sweep(sorted(asked), step))
+            for job in jobs:
+                dense = None
+                if needs_dense(self.objective):
+                    dense = ends[job.number, whole]
+                    self.states.keep(job.number, whole, dense)
+                walk = ((route, ends[job.number, route]) for route in job.routes)
+                sums = self._scored(job, walk, dense, tick)
+                blocks, self._block_tokens = self._block_tokens, 0  # the first job tells what all have cost
+                yield Measured(job, sums, self._tokens(job), blocks)
+
+    @property
+    def _whole(self) -> Route:
+        return "." * len(self.anatomy.blocks)
+
+    def _visit(self, numbers: Collection[int]) -> None:
+        self._visited = numbers
+        self._block_tokens = 0
+
+    def _tokens(self, job: Job) -> int:
+        return self.batches[job.number].input_ids.numel() * len(job.routes)
+
+    def _scored(
+        self, job: Job, walk: Iterator[tuple[Route, Tensor]], dense: Tensor | None, tick: Callable[[], None]
+    ) -> dict[Route, NDArray[np.float64]]:
+        """What `Measured` holds of each route, whose stream behind the last block comes from `walk`."""
+        scorer = self._scorer(job.number, dense)
+        sums = {}
+        for group in _batched(walk, scorer.together):
+            for (route, _), values in zip(group, scorer([hidden for _, hidden in group]), strict=True):
+                sums[route] = values.numpy()
+                tick()
+        return sums
 
     def _scorer(self, number: int, dense: Tensor | None) -> Scoring:
         return Scorer(
@@ -174,7 +238,7 @@ class Evaluator:
     def _trace(self, number: int, times: int = 1) -> Trace:
         """The batch's trace, or that of `times` copies of the batch. Traces cost no block, but some memory each."""
         if (number, times) not in self._traces:
-            for other in [key for key in self._traces if key[0] != number]:
+            for other in [key for key in self._traces if key[0] != number and key[0] not in self._visited]:
                 del self._traces[other]
             batch = self.batches[number]
             if times > 1:
@@ -206,49 +270,68 @@ class Evaluator:
         for members in branches.values():
             yield from self._walk(number, replay, prefix, hidden, members)
 
-    def _layers(self, number: int, replay: Trace, routes: Sequence[Route]) -> Iterator[tuple[Route, Tensor]]:
+    def _layers(self, job: Job) -> Iterator[tuple[Route, Tensor]]:
         """Layer-major, as many routes at a time as half of the memory holds states for, before and after a block."""
-        ordered = sorted(routes)  # neighbours share most
-        size = max(1, self._at_once(replay))
+        ordered = sorted(job.routes)  # neighbours share most
+        size = max(1, self._at_once(job.number))
         for start in range(0, len(ordered), size):
-            yield from self._sweep(number, replay, ordered[start : start + size])
+            for (_, route), hidden in self._sweep([(job.number, route) for route in ordered[start : start + size]]):
+                yield route, hidden
 
-    def _at_once(self, replay: Trace) -> int:
+    def _at_once(self, number: int) -> int:
         """Candidates whose streams fit half of the memory, before and after a block."""
-        return self.memory // 4 // replay.entry.nbytes
+        entry = next(iter(self._traces.values()), None) or self._trace(number)
+        token = entry.entry.nbytes // entry.batch.input_ids.numel()
+        return self.memory // 4 // (token * self.batches[number].input_ids.numel())
 
-    def _sweep(self, number: int, replay: Trace, routes: Sequence[Route]) -> Iterator[tuple[Route, Tensor]]:
+    def _sweep(
+        self, asked: Sequence[tuple[int, Route]], step: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[tuple[int, Route], Tensor]]:
+        """asked: batches and routes. Yields each with its stream behind the last block; `step` is called after each
+        block.
+        """
         depths = len(self.anatomy.blocks)
-        waiting: dict[str, Tensor] = {}  # streams by the prefix that made them
-        needed: list[set[str]] = [set() for _ in range(depths + 1)]
-        for route in routes:
-            start, state = self.states.deepest(number, route) or (0, replay.entry)
-            waiting[route[:start]] = state
+        waiting: dict[tuple[int, str], Tensor] = {}  # streams by the batch and the prefix that made them
+        needed: list[set[tuple[int, str]]] = [set() for _ in range(depths + 1)]
+        for number, route in asked:
+            start, state = self.states.deepest(number, route) or (0, self._trace(number).entry)
+            waiting[number, route[:start]] = state
             for depth in range(start + 1, depths + 1):
-                needed[depth].add(route[:depth])
+                needed[depth].add((number, route[:depth]))
         for depth in range(1, depths + 1):
-            by_action: dict[str, list[str]] = defaultdict(list)
-            for prefix in sorted(needed[depth] - waiting.keys()):
+            by_action: dict[tuple[int, str], list[str]] = defaultdict(list)
+            for number, prefix in sorted(needed[depth] - waiting.keys()):
                 if prefix[-1] == PASSED_OVER:
-                    waiting[prefix] = waiting[prefix[:-1]]
+                    waiting[number, prefix] = waiting[number, prefix[:-1]]
                 else:
-                    by_action[prefix[-1]].append(prefix)
-            for action, prefixes in by_action.items():
-                for group in self._grouped(number, prefixes):
-                    states = self._together(number, depth - 1, [waiting[prefix[:-1]] for prefix in group], action)
-                    for prefix, state in zip(group, states, strict=True):
-                        waiting[prefix] = state
-                        self._keep(number, prefix, state)
-            for prefix in [prefix for prefix in waiting if len(prefix) == depth - 1]:
-                del waiting[prefix]
-        for route in routes:
-            yield route, waiting[route]
+                    by_action[number, prefix[-1]].append(prefix)
+            if by_action:
+                with held(self.anatomy.blocks[depth - 1].module):
+                    for (number, action), prefixes in by_action.items():
+                        self._pass(number, depth - 1, prefixes, action, waiting)
+            for place in [place for place in waiting if len(place[1]) == depth - 1]:
+                del waiting[place]
+            step()
+        for place in asked:
+            yield place, waiting[place]
+
+    def _pass(
+        self, number: int, index: int, prefixes: list[str], action: str, waiting: dict[tuple[int, str], Tensor]
+    ) -> None:
+        """Take the streams that `prefixes` end in through a block, from `waiting` into it."""
+        for group in self._grouped(number, prefixes):
+            states = self._together(number, index, [waiting[number, prefix[:-1]] for prefix in group], action)
+            for prefix, state in zip(group, states, strict=True):
+                waiting[number, prefix] = state
+                self._keep(number, prefix, state)
 
     def _grouped(self, number: int, prefixes: list[str]) -> Iterator[list[str]]:
         """Split into groups of the best size, the rest into smaller ones, each half as large."""
         entry = self._trace(number).entry
         if entry.device.type == "cpu":  # batches of questions differ in size
             size = max(1, TOKENS_TOGETHER // (entry.shape[0] * entry.shape[1]))
+        elif len(self._visited) > 1:
+            size = 1  # each group size takes a trace of each batch
         else:
             size = self._group or self._measure_group(number)
         start = 0
@@ -273,7 +356,8 @@ class Evaluator:
                 break
             try:
                 copies = entry.repeat(size, *[1] * (entry.ndim - 1))
-                seconds = min(self._seconds(number, size, copies) for _ in range(3)) / size
+                with held(self._middle.module):
+                    seconds = min(self._seconds(number, size, copies) for _ in range(3)) / size
             except Exception as error:
                 if out_of_memory(error):
                     break
@@ -285,9 +369,13 @@ class Evaluator:
             del self._traces[tried]
         return self._group
 
+    @property
+    def _middle(self) -> Block:
+        return self.anatomy.blocks[len(self.anatomy.blocks) // 2]
+
     def _seconds(self, number: int, size: int, copies: Tensor) -> float:
         start = time.perf_counter()
-        self._trace(number, size).run(len(self.anatomy.blocks) // 2, copies).flatten()[0].item()
+        self._trace(number, size).run(self._middle.index, copies).flatten()[0].item()
         return time.perf_counter() - start
 
     def _keep(self, number: int, prefix: str, hidden: Tensor) -> None:

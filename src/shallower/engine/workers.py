@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from shallower.anatomy.dissect import Anatomy
+from shallower.anatomy.streamed import is_streamed
 from shallower.engine.evaluator import Evaluator, Job, Measured, shares
 
 SHARE_OF_FREE_MEMORY = 0.25  # for what the engine keeps besides the model, unless told
@@ -97,10 +98,28 @@ class Threads:
         self._first.forget()
 
 
+class Sweeps:
+    """One evaluator that takes all batches through a block before the next: for a model whose blocks are streamed."""
+
+    count = 1
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
+        for portion in self._evaluator.sweeps(jobs):
+            yield from self._evaluator.sweep(portion, tick)
+
+    def close(self) -> None:
+        self._evaluator.forget()
+
+
 def thread_count(anatomy: Anatomy) -> int:
-    """How many threads are best: one a core on a processor, one for an accelerator or a model that is spread out."""
+    """How many threads are best: one a core on a processor, one for an accelerator, and for a model that is spread out
+    or streamed.
+    """
     model = anatomy.model
-    if model.device.type != "cpu" or getattr(model, "hf_device_map", None):
+    if model.device.type != "cpu" or getattr(model, "hf_device_map", None) or is_streamed(model):
         return 1
     return max(1, min(torch.get_num_threads(), MOST_THREADS))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, substitutes
+from shallower.anatomy.streamed import is_streamed
 from shallower.checkpoint.stock import copied
 from shallower.errors import BudgetError, ModelError, out_of_memory
 from shallower.packaged import FORMAT, Absent, LeavesOut, entries, shallow_class
@@ -89,12 +90,19 @@ def require_whole(model: PreTrainedModel) -> None:
 
 
 def is_spread(model: PreTrainedModel) -> bool:
-    """Whether accelerate moves what the modules are given, as their weights are on several devices or in files."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
+    """Whether accelerate moves what the modules are given, as their weights are on several devices or in files, or
+    blocks are streamed.
+    """
+    return is_streamed(model) or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def require_together(model: PreTrainedModel) -> None:
-    """Raise ModelError when the model is spread over devices."""
+    """Raise ModelError when the model is spread over devices, or its blocks are streamed."""
+    if is_streamed(model):
+        raise ModelError(
+            "the model's blocks are streamed, and a streamed model can be scored and searched, but not cut: leave "
+            "--stream-blocks out (and choose --device cpu where the model does not fit on another)."
+        )
     if is_spread(model):
         raise ModelError(
             "the model is spread over devices by accelerate, and its modules cannot be taken apart: load it on one "

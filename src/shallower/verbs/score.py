@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shallower.anatomy.streamed import is_streamed
 from shallower.corpus import CalibrationSet
 from shallower.engine import (
     Ablator,
@@ -57,6 +58,7 @@ def score(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    stream_blocks: bool = False,
 ) -> Scores:
     """Score the units of a model by one metric; higher means keep.
 
@@ -65,6 +67,8 @@ def score(
     settings: options of the metric, and of the objective, as text. objective: what an adaptive metric asks.
     memory: bytes that an adaptive metric may keep besides the model (`4GB`; default: a quarter of what is free).
     workers: how many Ray workers measure it, or the address of a Ray cluster (default: threads of this process).
+    stream_blocks: leave the blocks of a model that is loaded on the processor, and bring each to the device only while
+    it runs: for models that are larger than the device.
 
     Raises UnknownName for an unknown metric or option, ModelError and CorpusError for a model or text that cannot be
     used.
@@ -87,6 +91,7 @@ def score(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        stream_blocks=stream_blocks,
     ).scores
     return only
 
@@ -111,6 +116,7 @@ def score_many(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    stream_blocks: bool = False,
 ) -> ScoreSheet:
     """Score the units of a model by several metrics, which share their passes over the text.
 
@@ -143,10 +149,23 @@ def score_many(
             positions=positions != "auto",
             judging=objective != "nll" or memory is not None or workers is not None,
         )
-    subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    subject = open_subject(
+        model,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        stream_blocks=stream_blocks,
+    )
     wanted = units_of(subject, units)
+    backward = [method.name for method in methods if needs_backward(method)]
+    if backward and is_streamed(subject.model):
+        raise UserError(
+            f"metric {', '.join(backward)} needs gradients of all weights, and streamed blocks keep none: leave "
+            "--stream-blocks out, or use another metric, such as cosine."
+        )
     text = None
-    if adaptive or stream or any(needs_backward(method) for method in methods):
+    if adaptive or stream or backward:
         asked = objective if adaptive else "nll"
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=asked)
     rows: dict[str, tuple[Score, ...]] = {}

@@ -58,6 +58,7 @@ def search(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    stream_blocks: bool = False,
 ) -> PruningPlan:
     """Choose the units to remove, and measure the objective after each removal.
 
@@ -79,7 +80,9 @@ def search(
     has, a quarter judges.
     target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
-    many Ray workers measure, or the address of a Ray cluster (default: threads of this process).
+    many Ray workers measure, or the address of a Ray cluster (default: threads of this process). stream_blocks: leave
+    the blocks of a model that is loaded on the processor, and bring each to the device only while it runs: for models
+    that are larger than the device. Their plan is applied without it.
     ablator: one of this model, calibration and objective that earlier searches used; it keeps its streams and workers,
     and stays open. It knows whether races are run, so `exact`, `memory` and `workers` are not looked at. With a repair
     its calibration is the part that judges, and it lets its streams and workers go.
@@ -94,7 +97,14 @@ def search(
     require_target(calibration, target)
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages, repairs = chosen.stages, chosen.repairs
-    subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    subject = open_subject(
+        model,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        stream_blocks=stream_blocks,
+    )
     if repair or ordinary:
         require_together(subject.model)  # candidates are cut
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy, dissect
+from shallower.anatomy.streamed import is_streamed, stream_from_processor
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import code_of_model, determinants, determined
-from shallower.checkpoint.dtype import dtype_name, require_float64
+from shallower.checkpoint.dtype import DTYPES, dtype_name, parse_device, parse_dtype, require_float64
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
@@ -139,13 +140,15 @@ def open_subject(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    stream_blocks: bool = False,
 ) -> Subject:
     """Load MODEL if it is a name or path, and find its anatomy. A Subject comes back as it is, but for a `tokenizer`.
 
     A model that is given itself, also as a Subject, is put into evaluation mode, and stays so: call `model.train()`
     again to go on training it.
 
-    tokenizer: in place of the one that the model came with.
+    tokenizer: in place of the one that the model came with. stream_blocks: leave the blocks of a model that is
+    loaded on the processor, and bring each to the device only while it runs.
 
     Raises ModelError when the model cannot be found, read, or taken apart, and UserError when the device that one in
     memory is on has no float64 (Apple's GPUs).
@@ -158,10 +161,29 @@ def open_subject(
         require_float64(str(model.device), "move the model first (model.to('cpu'))")
         loaded = LoadedModel(model.eval(), tokenizer, name, None, None)
     else:
-        loaded = load_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = _loaded(str(model), device, dtype, trust_remote_code=trust_remote_code, stream=stream_blocks)
         loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
     code_of_model(loaded.model)  # read while the files are those that were imported
     return Subject(loaded, dissect(loaded.model))
+
+
+def _loaded(model: str, device: str, dtype: str, *, trust_remote_code: bool, stream: bool) -> LoadedModel:
+    if not stream:
+        return load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    place = parse_device(device)
+    number_format = dtype_name(parse_dtype(dtype, place))
+    loaded = load_model(model, dtype=number_format, device="cpu", trust_remote_code=trust_remote_code)
+    assert loaded.path is not None
+    if (stored := stored_dtype(loaded.path)) != number_format:
+        instead = (
+            f" With --dtype {stored} its blocks are read from their files as they run." if stored in DTYPES else ""
+        )
+        progress.note(
+            f"{loaded.name} is stored in {stored or 'an unknown format'} and loaded in {number_format}, so all of it "
+            f"takes memory on the processor.{instead}"
+        )
+    stream_from_processor(loaded.model, place)
+    return loaded
 
 
 def require_there(models: Iterable[ModelLike]) -> None:
@@ -354,11 +376,16 @@ def make_ablator(
     number of Ray workers on this machine, or the address of a Ray cluster; by default threads of this process measure.
 
     Raises UserError when either cannot be read, or Ray is not installed, and ModelError when workers are asked for and
-    the model is spread over devices.
+    the model is spread over devices or streamed.
     """
     limit, asked = parse_memory(memory), parse_workers(workers)
     crew = None
     if asked is not None:
+        if is_streamed(subject.model):
+            raise ModelError(
+                f"the model's blocks are streamed, and each worker (--workers {asked}) would load it whole: drop "
+                "--workers or --stream-blocks."
+            )
         if is_spread(subject.model):
             raise ModelError(
                 f"the model is spread over devices by accelerate, and each worker (--workers {asked}) would need it "
