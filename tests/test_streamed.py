@@ -20,7 +20,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, StreamStatistic, stream_scores
 from shallower.errors import ModelError, UserError
 from shallower.registry import metric as metrics
-from shallower.testing.families import BLOCKS, CORE, DEPTH_BOUND, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+from shallower.testing.families import BLOCKS, CORE, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 from shallower.units import Unit
 from shallower.verbs.subject import make_ablator, open_subject
 
@@ -53,12 +53,12 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     return counts
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *DEPTH_BOUND])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_blocks_give_what_resident_ones_give(family: str) -> None:
     resident, streamed = dissect(tiny_model(family)), dissect(_streamed(family))
     candidates = [frozenset(), *({unit} for unit in resident.units), set(resident.of_kind("block")[1:3])]
     [wanted, found] = [
-        Ablator(anatomy, TEXT, "kl", threads=1, memory=1 << 28).sums(candidates) for anatomy in (resident, streamed)
+        Ablator(anatomy, TEXT, threads=1, memory=1 << 28).sums(candidates) for anatomy in (resident, streamed)
     ]
     assert np.array_equal(found, wanted)  # bit for bit: the arithmetic is in the same order
 
