@@ -254,6 +254,52 @@ def test_emulated_update_is_the_mean_update() -> None:
         assert torch.allclose(student[2].mlp.down_proj.bias.double(), (left - given).mean(0), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("first", "options"), [("emulated-update", {}), ("low-rank", {"rank": 4}), ("refit", {"bias": True})]
+)
+def test_what_a_repair_has_brought_on_average_is_not_added_again(first: str, options: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    text = text_of(model)
+    repair = repair_of(model, frozenset(parse_units("block.2,block.4")), text)
+    recovery.get(first).function(repair, **options)
+    once = logits(repair.student.model, text)
+    recovery.get("emulated-update").function(repair)
+    twice = logits(repair.student.model, text)
+    if first == "emulated-update":  # behind the first cut the dense model's own update, where the stream was another
+        deepest = repair.cuts[-1]
+        reading = next(repair.twins().read(deepest))
+        lacking = (token_weights(reading, 0.0, True)[:, None] * (reading.target - reading.stream)).sum(0)
+        assert float(lacking.abs().max()) < 1e-2
+    else:
+        assert torch.allclose(twice, once, atol=1e-3)
+    recovery.get("emulated-update").function(repair)
+    assert torch.allclose(logits(repair.student.model, text), twice, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("emulated-update", {"measured": "cut"}), ("low-rank", {"aim": "cut"}), ("linear-fold", {"aim": "cut"})],
+)
+def test_what_units_make_of_a_repaired_stream_is_not_added_to_it(
+    method: str, settings: dict[str, str], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [(name, value)] = settings.items()
+    said = f"{name}={value} needs the cut model that nothing was repaired of"
+    with pytest.raises(UserError, match=f"{said}, and in 'magnitude,{method}' magnitude comes before: let {method}"):
+        parse_recoveries(f"magnitude,{method}", settings)
+    with pytest.raises(UserError, match=f"{said}, and in 'magnitude,{method}'"):
+        search(files / "dense", 1, repair=f"magnitude,{method}", settings=settings)
+    recover(files / "pruned", method, teacher=files / "dense", settings=settings, **asked(files))
+    recover(files / "pruned", "refit", teacher=files / "dense", out=files / "once", **asked(files))
+
+    def computed(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(sys.modules["shallower.verbs.recover"], "perplexities", computed)
+    with pytest.raises(UserError, match=f"{said}, and weights of once are others than in dense: .*--plan plan"):
+        recover(files / "once", method, teacher=files / "dense", settings=settings, **asked(files))
+
+
 @contextmanager
 def swapped(block: nn.Module, stream: Tensor) -> Iterator[None]:
     """Inside the `with`, the block is given another stream."""
@@ -972,6 +1018,7 @@ def test_a_packaged_checkpoint_is_recovered_as_the_plan_it_was_cut_by(files: Pat
     assert open_subject(files / "packaged").anatomy.family == "llama"  # as error messages name it
     assert len(plan.removed) == 2
     found = recover(files / "packaged", "refit", teacher=files / "dense", out=files / "out", **asked(files))
+    recover(files / "packaged", "low-rank", teacher=files / "dense", settings={"aim": "cut"}, **asked(files))  # plain
     again = recover(files / "dense", "refit", plan=plan, **asked(files))
     text = sample_text(again.model, sequences=2)
     assert torch.allclose(logits(found.model, text), logits(again.model, text), atol=1e-4)
@@ -1440,11 +1487,11 @@ def test_options_reach_the_repair_that_judges() -> None:
     model = tiny_model("llama")
     text = sample_text(model, sequences=8)
     plans = [
-        search(model, "block.2", calibration=text, repair="low-rank,emulated-update", settings=settings)
-        for settings in ({}, {"rank": "1"}, {"rank": "1", "measured": "cut"})
+        search(model, "block.2,block.4", calibration=text, repair="emulated-update,linear-fold", settings=settings)
+        for settings in ({}, {"ridge": "1"}, {"ridge": "1", "measured": "cut"})
     ]
     assert len({plan.order[-1][1] for plan in plans}) == 3
-    assert plans[2].made_by.options.items() >= {"rank": 1, "measured": "cut"}.items()
+    assert plans[2].made_by.options.items() >= {"ridge": 1, "measured": "cut"}.items()
     walk = {"steps": "2", "rank": "1"}
     assert search(model, 1, search="annealing", calibration=text, repair="low-rank", settings=walk)
     with pytest.raises(

@@ -14,8 +14,10 @@ options of the recipe, too: see `full.py`. Without that it asks for what a `Task
 PreTrainedModel already cut, in memory), `anatomy` (of the dense model), `removed` (frozenset of units), `calibration`
 (a CalibrationSet), `held_out` (a function from a model to its perplexity on text that nothing is fitted on, or None),
 `folder` (where it may keep what it resumes from, or None) and `seed`. It changes the student in place and returns it.
-Where it needs all weights in every process, the trait `whole` holds the options with which it does, {} for any; where
-it needs the plain cut, so that no recovery can come before it, the trait `plain` does.
+Where it needs all weights in every process, the trait `whole` holds the options with which it does, {} for any.
+
+Of both kinds: where one needs the plain cut, so that no recovery can come before it, the trait `plain` holds the
+options with which it does.
 
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.

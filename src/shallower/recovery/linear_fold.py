@@ -12,7 +12,14 @@ from shallower.registry import AtLeast, recovery
 from shallower.surgery.fold import fold_map
 
 
-@recovery("linear-fold", source="arXiv:2505.02819", published=("ReplaceMe",), inputs=hidden_size, folds={})
+@recovery(
+    "linear-fold",
+    source="arXiv:2505.02819",
+    published=("ReplaceMe",),
+    inputs=hidden_size,
+    folds={},
+    plain={"aim": "cut"},
+)
 def linear_fold(
     repair: Repair,
     *,

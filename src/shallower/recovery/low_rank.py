@@ -11,7 +11,7 @@ from shallower.recovery import Repair, hidden_size
 from shallower.registry import Above, AtLeast, recovery
 
 
-@recovery("low-rank", source="arXiv:2407.16286", maps=True, inputs=hidden_size)
+@recovery("low-rank", source="arXiv:2407.16286", maps=True, inputs=hidden_size, plain={"aim": "cut"})
 def low_rank(
     repair: Repair,
     *,

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 
 from shallower.errors import UserError
 from shallower.registry import AtLeast, recovery
-from shallower.surgery import cut
+from shallower.surgery.plain import is_plain
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.loop import settled, train
-from shallower.training.objective import equal
 from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task, trainable
 
@@ -41,7 +40,7 @@ def low_rank_trained(
     for a student that nothing was repaired of; kl: the dense model's probabilities; nll: the text. The maps add
     parameters that a stock checkpoint has no place for: it is saved packaged.
     """
-    if by == "mse" and not _is_plain(student, task):
+    if by == "mse" and not is_plain(student, task.anatomy, task.removed):
         raise UserError(
             "by=mse teaches all that the missing units did, and this model was repaired before: use by=kl, or let "
             "low-rank-trained come first."
@@ -56,10 +55,3 @@ def low_rank_trained(
         share = 1.0 if by == "kl" else 0.0
         student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, distill=share)))
     return finish(student, {})
-
-
-def _is_plain(student: PreTrainedModel, task: Task) -> bool:
-    """Whether the student is the cut model that nothing was done to."""
-    plain = dict(cut(task.anatomy, task.removed).named_parameters())
-    own = dict(student.named_parameters())
-    return own.keys() == plain.keys() and all(equal(own[name], parameter) for name, parameter in plain.items())

@@ -28,7 +28,7 @@ def _inputs(repair: Repair, options: Mapping[str, Any]) -> int:
     return max((writer.weight.shape[1] for _, writer in fitted), default=0)
 
 
-@recovery("refit", inputs=_inputs, folds={"reach": "cuts"})
+@recovery("refit", inputs=_inputs, folds={"reach": "cuts"}, plain={"aim": "cut"})
 def refit(
     repair: Repair,
     *,

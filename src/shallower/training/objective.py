@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from shallower.anatomy.dissect import Anatomy, find_blocks
 from shallower.engine.head import Head
+from shallower.surgery.plain import equal
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide, head_losses
 from shallower.training.teacher import half, head_input
@@ -72,14 +73,6 @@ class TextObjective(nn.Module):
         finally:
             for block in blocks:
                 del block.forward
-
-
-def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two parameters are the same, in one storage or read from checkpoints of their own."""
-    if one.data_ptr() == other.data_ptr():
-        return True
-    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-    return alike and torch.equal(one, other)
 
 
 def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:

@@ -26,6 +26,7 @@ from shallower.resources import parse_memory
 from shallower.strict_json import spelled
 from shallower.surgery import cut, require_unquantized
 from shallower.surgery.adopt import adopt
+from shallower.surgery.plain import is_plain
 from shallower.surgery.save import form_of
 from shallower.units import Unit
 from shallower.verbs.contamination import shared_runs
@@ -52,6 +53,7 @@ from shallower.verbs.recovery_steps import (
     require_closed_form,
     require_launch,
     require_training,
+    that_need_plain,
 )
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, require_space_for
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, tokens_read
@@ -141,6 +143,7 @@ def recover(
     require_unquantized(dense.model)
     student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
     _require_first_repair(student, steps)
+    _require_plain(student, dense, given, steps)
     if out is not None and leads():
         require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
     own = PlanText()
@@ -288,6 +291,16 @@ def _require_first_repair(student: Subject, steps: Stages) -> None:
             f"{student.loaded.name} has maps in the place of what is missing, as an earlier recovery left them: it can "
             f"be trained further (--with full), but not repaired again by {repairs[0]}. Repair the plain cut: give the "
             f"dense model with the plan (--plan {PLAN})."
+        )
+
+
+def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: Stages) -> None:
+    """Raise UserError where a recovery that needs the plain cut is given a model that was repaired or trained."""
+    if (what := that_need_plain(steps)) and not is_plain(student.model, dense.anatomy, plan.removed):
+        raise UserError(
+            f"{what} needs the cut model that nothing was repaired of, and weights of {student.loaded.name} are others "
+            f"than in {dense.loaded.name}: choose another way for {steps[0][0].name} (--set), or begin with the plain "
+            f"cut: give the dense model with the plan (--plan {PLAN})."
         )
 
 

@@ -41,14 +41,29 @@ def parse_recoveries(
     for method, given in steps:
         if method.trained:
             check_recipe(given)
-    for method, given in steps[1:]:
-        if what := _asked(method, given, "plain"):
-            raise UserError(
-                f"{what} needs the cut model that nothing was repaired of, and in {names!r} {methods[0].name} comes "
-                f"before: let {method.name} come first, or choose another way for it (--set)."
-            )
+    require_order(steps)
     _require_read(steps, {*settings} - {*elsewhere})
     return steps
+
+
+def require_order(steps: Stages) -> None:
+    """Raise UserError where a recovery that needs the plain cut comes behind another."""
+    for method, given in steps[1:]:
+        if what := _asked(method, given, "plain"):
+            names = ",".join(step.name for step, _ in steps)
+            raise UserError(
+                f"{what} needs the cut model that nothing was repaired of, and in {names!r} {steps[0][0].name} comes "
+                f"before: let {method.name} come first, or choose another way for it (--set)."
+            )
+
+
+def that_need_plain(steps: Stages) -> str:
+    """What the first of the recoveries needs the cut model for that nothing was repaired of; empty where it does not.
+
+    Behind the first none can (`require_order`).
+    """
+    method, given = steps[0]
+    return _asked(method, given, "plain")
 
 
 def _require_read(steps: Stages, settings: Collection[str]) -> None:

@@ -36,7 +36,7 @@ from shallower.verbs.recoveries import repair_size
 from shallower.verbs.recovery_steps import Stages
 from shallower.verbs.subject import Subject, calibrate
 
-REPAIRED_AS = 3  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
+REPAIRED_AS = 4  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
 JUDGED = 4  # of a ready-made set one sequence in so many judges, the others are what repairs are fitted on
 
 

@@ -16,7 +16,7 @@ from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, refuse_ranking, that_rank
-from shallower.verbs.recovery_steps import Stages, named_recoveries
+from shallower.verbs.recovery_steps import Stages, named_recoveries, require_order
 from shallower.verbs.repaired import require_closed
 
 PAIRING = ("sublayer", "all")
@@ -110,7 +110,7 @@ def settable(names: str, objective: str, metric: str | None = None) -> set[str]:
 def chosen_methods(names: str, objective: str, repair: str, settings: Mapping[str, str], metric: str | None) -> Chosen:
     """Look the methods up, and share the settings among them.
 
-    Raises as `search_stages`, and UserError for a recovery that is trained.
+    Raises as `search_stages`, and UserError for a recovery that is trained, or for an order of them that cannot be.
     """
     methods, repairs = searches_named(names), named_recoveries(repair) if repair else []
     require_closed(repairs)
@@ -120,9 +120,11 @@ def chosen_methods(names: str, objective: str, repair: str, settings: Mapping[st
     asked = [*methods, *repairs, objectives.get(objective), *([] if ranking is None else [ranking])]
     shared = share_options(f"{', '.join(others)} or {last}", asked, settings)
     own, rest = shared[: len(methods)], shared[len(methods) :]
+    steps = list(zip(repairs, rest[: len(repairs)], strict=True))
+    require_order(steps)
     return Chosen(
         list(zip(methods, own, strict=True)),
-        list(zip(repairs, rest[: len(repairs)], strict=True)),
+        steps,
         rest[len(repairs)],
         {} if ranking is None else rest[-1],
     )
