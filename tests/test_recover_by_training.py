@@ -721,6 +721,35 @@ def test_a_first_block_that_the_search_would_remove_is_refused_before_it(
         prune(files / "dense", recover=methods, **cuts, **asked(files, settings={**SMALL, **settings}))
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "low-rank-trained"])
+@pytest.mark.parametrize("remove", ["2", "block.2-3"])
+def test_a_disk_too_small_for_what_a_training_keeps_is_told_of_before_the_search(
+    method: str, remove: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, late = list[int](), list[int]()
+    given = asked(files, settings={**SMALL, "epochs": "0.1"}, max_windows=1)
+    given |= {"sequences": 4, "recover": f"refit,{method}", "search": "last", "speed": False}
+    with monkeypatch.context() as patched:
+        patched.setattr("shallower.verbs.recoveries.require_room", lambda _, trained: early.append(trained))
+        patched.setattr(loop, "require_room", lambda _, trained, unwritten: late.append(trained))
+        prune(files / "dense", remove, **given)
+    before_search, before_repair = early
+    assert before_repair == late[0]
+    if remove == "2" and method != "low-rank-trained":  # a search may remove more than it is asked for, by a block
+        assert late[0] * 3 // 4 <= before_search < late[0]
+    else:
+        assert before_search == late[0]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    for module in ("prune.search_plan", "prune._stream_metrics", "recoveries.Repair.samples"):
+        monkeypatch.setattr(f"shallower.verbs.{module}", pytest.fail)
+    said = r"needs 0\.\d\d GB for the state of the training and 0\.00 GB are free on that disk"
+    with pytest.raises(OutputError, match=said):
+        prune(files / "dense", remove, **given)
+    if remove != "2":
+        with pytest.raises(OutputError, match=said):
+            recover(files / "pruned", f"refit,{method}", teacher=files / "dense", **asked(files))
+
+
 def test_a_text_too_short_for_one_of_several_repairs_is_refused_before_the_first(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1261,15 +1261,18 @@ def test_what_no_recovery_can_repair_is_told_before_the_search(files: Path, monk
             prune(files / folder, remove, recover="refit", speed=False, **asked(files))
 
 
-def test_a_refusal_after_the_search_names_what_was_chosen(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ModelError, OutputError])
+def test_a_refusal_after_the_search_names_what_was_chosen(
+    error: type[UserError], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: object, **__: object) -> None:
-        raise ModelError("No.")
+        raise error("No.")
 
     monkeypatch.setattr("shallower.verbs.prune.require_place", refused)
     given = asked(files, out=files / "out", recover="low-rank", speed=False)
-    with pytest.raises(ModelError, match=r"^No\. The search had chosen block\.2-4: --remove block\.2-4 takes that"):
+    with pytest.raises(error, match=r"^No\. The search had chosen block\.2-4: --remove block\.2-4 takes that"):
         prune(files / "dense", "3", search="last", **given)
-    with pytest.raises(ModelError, match=r"^No\.$"):
+    with pytest.raises(error, match=r"^No\.$"):
         prune(files / "dense", "block.2", **given)
 
 

@@ -139,6 +139,13 @@ class Anatomy:
                 "that can be told apart."
             )
 
+    def names_of(self, unit: Unit) -> tuple[str, ...]:
+        """Names of the modules that a unit consists of, as the model names them."""
+        block = f"{self.path}.{unit.index}"
+        sublayer = self.blocks[unit.index].sublayer(unit.kind)
+        inside = () if sublayer is None else tuple(f"{block}.{name}" for name in sublayer.names)
+        return (block,) if unit.kind == "block" else inside
+
     def of_kind(self, *kinds: Kind) -> tuple[Unit, ...]:
         return tuple(unit for unit in self.units if unit.kind in kinds)
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shallower.errors import UserError, require_package
 from shallower.registry import AtLeast, recovery
-from shallower.training.adapters import Maps, adapt, merge, projections, require_adaptable
+from shallower.training.adapters import Maps, adapt, adapter_parameters, merge, projections, require_adaptable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
@@ -20,7 +20,7 @@ def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
 
 
 @recovery("lora", source="arXiv:2402.02834", trained=True)
-@trainable(Recipe(weight_decay=0.0), ready=_ready)
+@trainable(Recipe(weight_decay=0.0), ready=_ready, added=adapter_parameters)
 def lora(
     student: PreTrainedModel,
     task: Task,

@@ -23,10 +23,15 @@ def _unread(options: Mapping[str, Any]) -> dict[str, str]:
     return dict.fromkeys(names.get(options["by"], rest), f"with by={options['by']}")
 
 
+def _one_map(student: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, int]:
+    """Of how many there will be, more is not known without the cuts."""
+    return {"": (2 * options["rank"] + 1) * student.config.get_text_config().hidden_size}
+
+
 @recovery(
     "low-rank-trained", source="arXiv:2407.16286", trained=True, maps=True, whole={"by": "mse"}, plain={"by": "mse"}
 )
-@trainable(Recipe(lr=1e-3, weight_decay=0.0), without=("distill",), unread=_unread)
+@trainable(Recipe(lr=1e-3, weight_decay=0.0), without=("distill",), unread=_unread, added=_one_map)
 def low_rank_trained(
     student: PreTrainedModel,
     task: Task,

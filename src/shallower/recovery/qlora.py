@@ -9,7 +9,15 @@ from transformers import PreTrainedModel
 
 from shallower.errors import UserError, require_package
 from shallower.registry import AtLeast, recovery
-from shallower.training.adapters import Maps, adapt, merge, projections, quantise, require_quantisable
+from shallower.training.adapters import (
+    Maps,
+    adapt,
+    adapter_parameters,
+    merge,
+    projections,
+    quantise,
+    require_quantisable,
+)
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
@@ -21,7 +29,7 @@ def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
 
 
 @recovery("qlora", source="arXiv:2305.14314, arXiv:2403.17887", trained=True, whole={})
-@trainable(Recipe(weight_decay=0.0), ready=_ready)
+@trainable(Recipe(weight_decay=0.0), ready=_ready, added=adapter_parameters)
 def qlora(
     student: PreTrainedModel,
     task: Task,

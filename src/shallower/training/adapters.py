@@ -51,6 +51,12 @@ def require_adaptable(student: PreTrainedModel, options: Mapping[str, Any]) -> N
     _plain_maps(student, options["first"], options["maps"])
 
 
+def adapter_parameters(student: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, int]:
+    """How many parameters the adapters of each linear map have, by the map's name."""
+    names = _plain_maps(student, options["first"], options["maps"])
+    return {name: options["rank"] * sum(student.get_submodule(name).get_parameter("weight").shape) for name in names}
+
+
 def require_quantisable(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Raise ModelError, beside what adapters need, for linear maps that cannot be quantised."""
     require_adaptable(student, options)
@@ -71,10 +77,7 @@ def _wanted(student: PreTrainedModel, first: int, maps: Maps) -> Callable[[str],
     inside: tuple[str, ...] = ("",)
     if maps != "all":
         anatomy = dissect(student)
-        sublayers = [(block.index, block.sublayer(maps)) for block in anatomy.blocks]
-        inside = tuple(
-            f"{anatomy.path}.{index}.{name}." for index, found in sublayers if found is not None for name in found.names
-        )
+        inside = tuple(f"{name}." for unit in anatomy.of_kind(maps) for name in anatomy.names_of(unit))
 
     def wanted(name: str) -> bool:
         index = place(name)

@@ -36,7 +36,7 @@ from shallower.training.divergence import LossTrend
 from shallower.training.feed import SEEDS, Feed, Portion
 from shallower.training.head_loss import Guide
 from shallower.training.recipe import HeldOut, Recipe, Task
-from shallower.training.state import State, StateStore, begun_options
+from shallower.training.state import State, StateStore, begun_options, require_room
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what the optimizer keeps of a parameter
@@ -123,8 +123,9 @@ class _Loop:
         trained = [whole.get_parameter(name) for name in names]
         # norms and biases do not; those of experts have two dimensions
         decaying = [p.ndim > 1 and not name.endswith("bias") for name, p in zip(names, trained, strict=True)]
-        unwritten = 0 if teacher is None else teacher.unwritten
-        self.store.require_room(sum(parameter.numel() for parameter in trained), unwritten)
+        if task.folder is not None:
+            unwritten = 0 if teacher is None else teacher.unwritten
+            require_room(task.folder, sum(parameter.numel() for parameter in trained), unwritten)
         optimizer = torch.optim.AdamW(
             [
                 {

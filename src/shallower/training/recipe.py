@@ -187,6 +187,11 @@ def _none(student: PreTrainedModel, options: Mapping[str, Any]) -> Trained:
     return lambda name: False
 
 
+def _nothing(student: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, int]:
+    """For a method that adds no parameters."""
+    return {}
+
+
 def trainable(
     defaults: Recipe,
     *,
@@ -194,6 +199,7 @@ def trainable(
     unread: Callable[[Mapping[str, Any]], dict[str, str]] = unread_without_teacher,
     ready: Callable[[PreTrainedModel, Mapping[str, Any]], None] = _any,
     trained: Callable[[PreTrainedModel, Mapping[str, Any]], Trained] = _none,
+    added: Callable[[PreTrainedModel, Mapping[str, Any]], Mapping[str, int]] = _nothing,
 ) -> Callable[[Callable[..., PreTrainedModel]], Callable[..., PreTrainedModel]]:
     """Turn `method(student, task, *, own options)` into a recovery that takes the recipe's options, too.
 
@@ -201,7 +207,9 @@ def trainable(
     given a student and all options, raises where the method cannot train that so. The recovery's attribute `ready`, a
     function (student, text, options that are set), raises this and what the recipe cannot do, before anything is done.
     unread: given all options, names those that nothing reads, and why; the recovery's attribute `unread`. trained:
-    given the same as `ready`, which of the student's own parameters it trains.
+    given the same as `ready`, which of the student's own parameters it trains. added: given that, too, how many
+    parameters it adds to train them, at least, by the names of the modules that they are added to. Of both, the
+    recovery's attribute `counted`, a function (student, options that are set), gives the numbers by name.
     """
 
     def decorate(function: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
@@ -235,6 +243,12 @@ def trainable(
                 require_float32(student, trained(student, every))
             require_trainable(student, text, recipe)
 
+        def counted(student: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, int]:
+            every = {**values, **options}
+            is_trained = trained(student, every)
+            own = {name: one.numel() for name, one in student.named_parameters() if is_trained(name)}
+            return {**own, **added(student, every)}
+
         given = settable_parameters(function)
         own = {name: item.default for name, item in given.items()}
         supplied = list(inspect.signature(method, follow_wrapped=False).parameters.values())[:-1]
@@ -249,6 +263,7 @@ def trainable(
         method.__annotations__ = described
         method.unread = unread  # type: ignore[attr-defined]
         method.ready = check  # type: ignore[attr-defined]
+        method.counted = counted  # type: ignore[attr-defined]
         method.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{inspect.getdoc(Recipe)}"
         return method
 

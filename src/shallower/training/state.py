@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shallower.errors import OutputError, UserError
-from shallower.files import remove, replacing
+from shallower.files import nearest_parent, remove, replacing
 from shallower.strict_json import record_faults, write_json
 
 WEIGHTS, OPTIMIZER, STATE, GOOD = "weights.safetensors", "optimizer.safetensors", "state.json", "good.safetensors"
@@ -74,23 +74,6 @@ class StateStore:
                 folder.mkdir(parents=True, exist_ok=True)
                 for left in (*folder.glob(".state-*"), *folder.glob(f".{GOOD}.*")):  # of a process that was killed
                     remove(left)
-
-    def require_room(self, trained: int, unwritten: int = 0) -> None:
-        """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk.
-
-        unwritten: bytes that the teacher's cache will take there, too.
-        """
-        if self.folder is None:
-            return
-        needed = 4 * trained * (2 * 3 + 1) + unwritten
-        replaced = (*self.folder.glob("state-*/*.safetensors"), *self.folder.glob(GOOD))
-        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in replaced)
-        if free < needed:
-            what = "the state of the training" + (" and the teacher's cache" if unwritten else "")
-            raise OutputError(
-                f"{self.folder} needs {needed / 1e9:.2f} GB for {what} and {free / 1e9:.2f} GB are free on that disk; "
-                "make room or choose another place."
-            )
 
     def save(self, state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Write a state, and delete those before it. Raises OutputError when the disk is full or not writable."""
@@ -189,6 +172,23 @@ class StateStore:
     def _states(self) -> list[Path]:
         found = [] if self.folder is None else self.folder.glob("state-*")
         return sorted(path for path in found if path.is_dir())
+
+
+def require_room(folder: Path, trained: int, unwritten: int = 0) -> None:
+    """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk at
+    `folder`, which may be missing; those of a training that is there, or in a folder in it, are replaced.
+
+    unwritten: bytes that the teacher's cache will take there, too.
+    """
+    needed = 4 * trained * (2 * 3 + 1) + unwritten
+    replaced = (*folder.rglob("state-*/*.safetensors"), *folder.rglob(GOOD))
+    free = shutil.disk_usage(nearest_parent(folder / GOOD)).free + sum(path.stat().st_size for path in replaced)
+    if free < needed:
+        what = "the state of the training" + (" and the teacher's cache" if unwritten else "")
+        raise OutputError(
+            f"{folder} needs {needed / 1e9:.2f} GB for {what} and {free / 1e9:.2f} GB are free on that disk; "
+            "make room or choose another place."
+        )
 
 
 def begun_options(folder: Path | None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from shallower.verbs.recoveries import (
     require_place,
     require_ready,
     run_recoveries,
+    trained_parameters,
     with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
@@ -152,7 +153,7 @@ def prune(
     require_form(form)
     if out is not None:
         require_place_for(out, model, force=force)
-    clock = Clock()
+    clock, resume = Clock(), Resume(out)
     contents = read_texts(texts)
     asked = read_questions((), tasks, (), settings=TaskSettings(task_items), task_data=task_data) if tasks else None
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
@@ -189,7 +190,7 @@ def prune(
             max_windows=max_windows,
             seed=seed,
         )
-        _require_ready(subject, request, steps, read.fitted, read.training)
+        _require_ready(subject, request, steps, read.fitted, read.training, resume)
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, _kinds(request), read.whole, seed)
     with clock("search"):
@@ -219,7 +220,6 @@ def prune(
     before_repair = [*smaller.model.parameters()]
     stages: tuple[RecoveryStage, ...] = ()
     said: tuple[str, ...] = ()
-    resume = Resume(out)
     if steps:
         with nullcontext() if request.budget is None else naming(given.remove), clock("recovery"):
             if out is not None:
@@ -319,9 +319,10 @@ def _require_ready(
     steps: Stages,
     text: CalibrationSet,
     training: Training | None,
+    resume: Resume,
 ) -> None:
-    """`require_ready` before the search: of the cut model where it is known by then what goes; else of the dense one,
-    and of the blocks that can stay.
+    """`require_ready`, and room for the trainings, before the search: of the cut model where it is known by then what
+    goes; else of the dense one, and of the blocks that can stay.
     """
     if not steps:
         return
@@ -332,6 +333,29 @@ def _require_ready(
         require_first(steps, len(dense.blocks) - max(limit.fewest for limit in request.budget.limits))
     student = dissect(cut(dense, removed)) if removed else dense
     require_ready(student, dense, removed, steps, text, training)
+    _require_room(student, request, steps, resume)
+
+
+def _require_room(student: Anatomy, request: Request, steps: Stages, resume: Resume) -> None:
+    """Raise OutputError, before the search, unless there is room for what each training keeps of the cut model; of at
+    least so many parameters, where the student is the dense model and it is for the search to say what goes.
+    """
+    # blocks are numbered anew, so that each that goes in front of `first` takes one behind it out of the training
+    whole = [(method, {**options, "first": 0}) for method, options in steps]
+    both = zip(trained_parameters(steps, student.model), trained_parameters(whole, student.model), strict=True)
+    for trained, every in both:
+        gone = 0.0 if request.budget is None else request.budget.heaviest(_of_units(student, request.units, every))
+        resume.require_room(max(0, sum(trained.values()) - round(gone)))
+
+
+def _of_units(anatomy: Anatomy, units: Collection[Unit], trained: Mapping[str, int]) -> dict[Unit, float]:
+    """How many of the trained parameters are in each unit. trained: their number by name."""
+
+    def held(unit: Unit) -> float:
+        inside = tuple(f"{name}." for part in plain((unit,)) for name in anatomy.names_of(part))
+        return float(sum(count for name, count in trained.items() if f"{name}.".startswith(inside)))
+
+    return {unit: held(unit) for unit in units}
 
 
 def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject, Export]:

@@ -41,7 +41,7 @@ from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, spli
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
-from shallower.training.state import ENDED
+from shallower.training.state import ENDED, require_room
 from shallower.units import Unit
 from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use, that_fold
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
@@ -94,6 +94,10 @@ class Resume:
         """Folders with a state that this command did not name."""
         return [path.parent for path in self._root.glob("*/state-*") if path.parent not in self._made]
 
+    def require_room(self, trained: int) -> None:
+        """Raise OutputError unless the disk has room for what a training of so many parameters keeps."""
+        require_room(self._root, trained)
+
     def tidy(self) -> None:
         """Remove the folders in which nothing is kept."""
         for folder in (*self._made, self._root):
@@ -136,6 +140,15 @@ def require_ready(
         if inputs := method.traits.get("inputs"):
             widest = inputs(Repair(student, dense, removed, text), options_in_use(method, options))
             require_tokens(text.tokens, widest, least=f"the widest map of {method.name}")
+
+
+def trained_parameters(steps: Stages, student: PreTrainedModel) -> Iterator[Mapping[str, int]]:
+    """How many parameters each of the recoveries that train will train of a student, at least, by the names of the
+    parameters, or of the modules that they are added to.
+    """
+    for method, options in steps:
+        if hasattr(method.function, "counted"):  # a method from elsewhere may not say
+            yield method.function.counted(student, options)
 
 
 def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
@@ -277,6 +290,8 @@ def run_recoveries(
     called before the first and behind each. repaired: the student is no plain cut any more.
     """
     require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
+    for trained in trained_parameters(steps, student.model):
+        resume.require_room(sum(trained.values()))
     stages = [RecoveryStage("repaired" if repaired else "cut", values(measure(student)))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]

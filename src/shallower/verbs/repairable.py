@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from shallower import progress
 from shallower.anatomy import Anatomy
 from shallower.anatomy.writers import Halves, Writer, find_writers
-from shallower.errors import CorpusError, ModelError
+from shallower.errors import CorpusError, ModelError, OutputError
 from shallower.units import Kind, Unit, listed, plain
 from shallower.verbs.recovery_steps import Stages, that_fold
 
@@ -60,7 +60,7 @@ def naming(chosen: Sequence[Unit]) -> Iterator[None]:
     """Say in an error what a search had chosen, so that it need not be searched again."""
     try:
         yield
-    except (CorpusError, ModelError) as error:
+    except (CorpusError, ModelError, OutputError) as error:
         units = listed(chosen)
         raise type(error)(
             f"{error} The search had chosen {units}: --remove {units} takes that without another search, and what was "
