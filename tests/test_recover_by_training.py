@@ -256,6 +256,10 @@ def test_of_two_trainings_the_first_is_not_done_again(files: Path, monkeypatch: 
         ("low-rank-trained", {"by": "mse", "hidden": "0.5"}, "nothing reads hidden with by=mse"),
         ("low-rank-trained", {"by": "mse", "recompute": "true"}, "nothing reads recompute with by=mse"),
         ("low-rank-trained", {"by": "nll", "temperature": "2"}, "nothing reads temperature with by=nll"),
+        ("lora", {"patience": "2", "evaluations": "0"}, "nothing reads patience with evaluations=0"),
+        ("low-rank-trained", {"by": "mse", "patience": "2", "evaluations": "0"}, "nothing reads patience with eval"),
+        ("refit", {"sublayers": "attn"}, "nothing reads sublayers with reach=cuts: leave it out, or change that"),
+        ("refit,full", {"sublayers": "mlp"}, "nothing reads sublayers with reach=cuts"),
     ],
 )
 def test_a_setting_that_nothing_reads_is_refused(methods: str, settings: dict[str, str], said: str) -> None:
@@ -267,6 +271,29 @@ def test_a_setting_that_one_of_several_reads_or_that_is_the_default_is_not_refus
     parse_recoveries("low-rank-trained,full", {"temperature": "2"})
     parse_recoveries("full", {"temperature": "2", "distill": "0.5"})
     parse_recoveries("low-rank-trained", {"by": "mse", "temperature": "1"})
+    parse_recoveries("refit", {"sublayers": "attn", "reach": "rest"})
+    parse_recoveries("full", {"patience": "2"})
+
+
+def test_a_setting_that_the_repair_of_a_search_does_not_read_is_refused(files: Path) -> None:
+    with pytest.raises(UserError, match="nothing reads sublayers with reach=cuts"):
+        search(files / "dense", 1, repair="refit", settings={"sublayers": "attn"})
+
+
+def test_where_nothing_is_held_out_a_note_says_so_and_nothing_can_stop_by_it(files: Path) -> None:
+    given = asked(files, settings={**SMALL, "epochs": "0.2"})
+    ready = sample_text(tiny_model("llama"), sequences=16, padded=False)
+    for text, name in ((f"{files / 'text.jsonl'}?part=all", r"text\.jsonl\?part=all"), (ready, "the calibration set")):
+        sequences = {} if text is ready else {"train_sequences": 16}
+        few = {**given, "calibration": text, "train_sequences": None, **sequences}
+        found = recover(files / "pruned", "full", teacher=files / "dense", **few)
+        said = f"^all of {name} may be trained on, as nothing of it is held out .* weights are those that the training"
+        assert any(re.match(said, note) for note in found.notes)
+        few["settings"] = {**SMALL, "patience": "1"}
+        with pytest.raises(UserError, match=r"patience=1 stops full when .* and nothing is held out: leave it out"):
+            recover(files / "pruned", "full", teacher=files / "dense", **few)
+    few = recover(files / "pruned", "full", teacher=files / "dense", **given)
+    assert not any("held out to measure by" in note for note in few.notes)
 
 
 def test_an_option_that_search_and_recovery_have_is_for_both() -> None:
@@ -473,6 +500,23 @@ def test_conversations_are_trained_on_and_measured_by(files: Path) -> None:
     assert re.search(r"whether what is evaluated was trained on is not known \(.*report.json.*cannot be read", note)
 
 
+def test_calibration_text_that_conversations_leave_unread_is_refused(files: Path) -> None:
+    (files / "fresh.txt").write_text("Nobody has seen one of these dogs before. " * 40)
+
+    def healed(conversations: int, methods: str = "full", **given: Any) -> Any:
+        rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(conversations)]
+        (files / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        few = asked(files, train_sequences=conversations, length=96, settings={**SMALL, "epochs": "0.2"}, **given)
+        few |= {"instructions": files / "chat.jsonl", "texts": [str(files / "fresh.txt")]}
+        return recover(files / "pruned", methods, teacher=files / "dense", **few)
+
+    with pytest.raises(UserError, match=r"nothing reads the calibration text none\.jsonl: conversations"):
+        healed(80, calibration="none.jsonl")
+    healed(80, calibration=None)
+    healed(79)  # too few to keep some: the weights are chosen by what calibration left out
+    healed(80, "refit,full")
+
+
 def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:
     words = {3: "A long story. " * 40, 60: "Another. " * 90}
     rows = [{"instruction": f"Say {n}.", "output": words.get(n, f"It is {n}.")} for n in range(70)]
@@ -637,6 +681,8 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
         prune(files / "dense", "attn.2", recover="refit", form="padded")
     with pytest.raises(UserError, match="--train-sequences is for recoveries that train"):
         prune(files / "dense", "attn.2", train_sequences=9)
+    with pytest.raises(UserError, match="--memory is for recoveries in closed form"):
+        prune(files / "dense", plan=files / "plan.json", recover="full", memory="1MB")
     with pytest.raises(UserError, match="the settings ridge would change nothing"):
         prune(files / "dense", plan=files / "plan.json", settings={"ridge": "0.1"})
 

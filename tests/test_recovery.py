@@ -1013,6 +1013,32 @@ def test_a_repair_of_what_was_repaired_tells_of_both(files: Path) -> None:
         recover(files / "twice", "refit", teacher=files / "dense", **asked(files))
 
 
+@pytest.mark.parametrize("method", ["refit", "magnitude", "low-rank", "full", "lora", "low-rank-trained"])
+def test_a_model_in_memory_stays_as_it_was(method: str, files: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(files / "pruned", dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, grads = model.config.to_dict(), [parameter.requires_grad for parameter in model.parameters()]
+    given = asked(files)
+    if recovery.get(method).trained:
+        given |= {"train_sequences": 16, "settings": {"batch": "128", "at_once": "128", "lr": "0.003"}}
+        del given["sequences"]
+    for subject in (model, open_subject(model)):
+        found = recover(subject, method, teacher=files / "dense", plan=files / "plan.json", **given)
+        assert [stage.method for stage in found.stages] == ["cut", method]
+        text = sample_text(model, sequences=2)
+        assert not torch.equal(logits(found.model, text), logits(model, text))
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert model.config.to_dict() == config
+        assert [parameter.requires_grad for parameter in model.parameters()] == grads
+        assert not any(patches(model))
+    given = asked(files)
+    if not any(patches(found.model)):  # of which a second repair could be made
+        again = recover(found.model, "refit", teacher=files / "dense", plan=files / "plan.json", **given)
+        assert [stage.method for stage in again.stages] == ["repaired", "refit"]
+
+
 def test_a_packaged_checkpoint_is_recovered_as_the_plan_it_was_cut_by(files: Path) -> None:
     plan = prune(files / "dense", "attn.1-2", out=files / "packaged", speed=False, **asked(files)).plan
     assert open_subject(files / "packaged").anatomy.family == "llama"  # as error messages name it

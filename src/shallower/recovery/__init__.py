@@ -17,7 +17,8 @@ PreTrainedModel already cut, in memory), `anatomy` (of the dense model), `remove
 Where it needs all weights in every process, the trait `whole` holds the options with which it does, {} for any.
 
 Of both kinds: where one needs the plain cut, so that no recovery can come before it, the trait `plain` holds the
-options with which it does.
+options with which it does. The trait `unread`, a function (all options), names those that nothing reads with the values
+of the others, and why; what is trained has it from its recipe.
 
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.

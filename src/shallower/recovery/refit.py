@@ -28,7 +28,11 @@ def _inputs(repair: Repair, options: Mapping[str, Any]) -> int:
     return max((writer.weight.shape[1] for _, writer in fitted), default=0)
 
 
-@recovery("refit", inputs=_inputs, folds={"reach": "cuts"}, plain={"aim": "cut"})
+def _unread(options: Mapping[str, Any]) -> dict[str, str]:
+    return {"sublayers": "with reach=cuts"} if options["reach"] == "cuts" else {}
+
+
+@recovery("refit", inputs=_inputs, folds={"reach": "cuts"}, plain={"aim": "cut"}, unread=_unread)
 def refit(
     repair: Repair,
     *,
@@ -46,8 +50,8 @@ def refit(
     what it writes. One matrix after another, each on the stream that the ones before it left.
     ridge: penalty on the matrix's change, in units of the mean variance of what it is fed with. reach: only the matrix
     in front of each cut (`cuts`), or every `down_proj` and `o_proj` from the first cut to the end (`rest`). sublayers:
-    which ones, besides those in front of a cut. bias: fit a bias, too, where the family has or can have one.
-    aim, sinks, relative: as for low-rank.
+    which ones of the rest, besides those in front of a cut. bias: fit a bias, too, where the family has or can have
+    one. aim, sinks, relative: as for low-rank.
     """
     if reach == "cuts" or not any(repair.writer(station) for station in repair.stations):
         repair.require_writers()

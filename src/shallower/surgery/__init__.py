@@ -1,7 +1,7 @@
 """Cut units out of a model in memory, repair it, and write what is left as a checkpoint."""
 
 from shallower.surgery.config import cut_config
-from shallower.surgery.cut import cut, is_spread, leftovers, require_together, require_whole, skipping
+from shallower.surgery.cut import cut, is_spread, leftovers, require_together, require_whole, sharing, skipping
 from shallower.surgery.pairing import Layer, re_pair
 from shallower.surgery.save import (
     Export,
@@ -32,6 +32,7 @@ __all__ = [
     "require_unquantized",
     "require_whole",
     "save",
+    "sharing",
     "skipping",
     "verify_saved",
 ]

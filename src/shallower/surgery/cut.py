@@ -80,6 +80,15 @@ def cut(anatomy: Anatomy, units: Collection[Unit], *, padded: bool = False) -> P
     raise problem
 
 
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with modules and a config of its own and the tensors of this one: for recoveries, which replace what they
+    change.
+
+    Raises ModelError when the modules are spread over devices, or cannot be copied.
+    """
+    return _copy(model, copy.deepcopy)
+
+
 def require_whole(model: PreTrainedModel) -> None:
     """Raise ModelError when sublayers are missing already."""
     if isinstance(model, LeavesOut):

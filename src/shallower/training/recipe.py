@@ -43,7 +43,7 @@ class Recipe:
     distill: share of the loss that is the divergence from the dense model's probabilities, 0 to 1; the rest is the
     next-token loss. temperature: of both models' probabilities. hidden: weight of 1 - cosine of both models' last
     hidden states. teacher_cache: disk for what the dense model says, as in 2GB, so that several epochs pay for it once;
-    only the most probable words of each token are kept. Empty: it is computed each time.
+    only the most probable tokens at each place are kept. Empty: it is computed each time.
     evaluations: how often held-out perplexity is measured; what was best is kept. patience: stop when that many of them
     in a row brought nothing better; 0 for never.
     save_minutes: how often the state is written, where there is a folder to resume from.
@@ -108,6 +108,11 @@ def check_recipe(options: Mapping[str, Any]) -> None:
 def unread_without_teacher(options: Mapping[str, Any]) -> dict[str, str]:
     """Of a method's options those that nothing reads with the values of the others, and why."""
     return {} if options["distill"] else dict.fromkeys(("temperature", "teacher_cache"), "without distill")
+
+
+def unread_unmeasured(options: Mapping[str, Any]) -> dict[str, str]:
+    """The same of what only measurements on the way read."""
+    return {} if options["evaluations"] else {"patience": "with evaluations=0"}
 
 
 Trained = Callable[[str], bool]
@@ -261,7 +266,7 @@ def trainable(
         ]
         method.__signature__ = inspect.Signature([*supplied, *settable])  # type: ignore[attr-defined]
         method.__annotations__ = described
-        method.unread = unread  # type: ignore[attr-defined]
+        method.unread = lambda options: {**unread_unmeasured(options), **unread(options)}  # type: ignore[attr-defined]
         method.ready = check  # type: ignore[attr-defined]
         method.counted = counted  # type: ignore[attr-defined]
         method.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{inspect.getdoc(Recipe)}"

@@ -54,6 +54,7 @@ from shallower.verbs.recovery_steps import (
     Stages,
     named_recoveries,
     parse_recoveries,
+    require_closed_form,
     require_first,
     require_launch,
     require_training,
@@ -145,6 +146,8 @@ def prune(
     steps, settings = _recoveries(recover, settings or {}, search, objective, repair, metric, planned=plan is not None)
     require_launch(steps)
     require_training(steps, train_sequences, instructions)
+    if plan is not None and steps:
+        require_closed_form(steps, None, memory)
     if remove is not None:
         require_possible(
             remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers

@@ -56,7 +56,7 @@ from shallower.verbs.recovery_steps import (
     that_need_plain,
 )
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, require_space_for
-from shallower.verbs.texts import held_out, nothing_held_out, read_texts, tokens_read
+from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
 
 FORMAT = "shallower.recovery/1"
 PLAN = "plan.json"
@@ -117,7 +117,8 @@ def recover(
     """Repair a cut model with its dense teacher, and measure held-out text before and after each step.
 
     model: a pruned checkpoint, whose plan.json says what is missing; or, without a `teacher`, the dense model, which is
-    cut by `plan` first. methods: names of recoveries, one or several in order (`refit,full`). settings: their options
+    cut by `plan` first. One that is given itself stays as it was; the repaired one shares with it what no recovery
+    changed. methods: names of recoveries, one or several in order (`refit,full`). settings: their options
     as text. calibration: without it the plan's own text is read, where it is still what it was. texts: held-out text;
     without any, the documents that calibration left out. out: folder to write; without it nothing is written.
     train_sequences: what recoveries that train read of the calibration text (default: 4,096, or all of a shorter text),
@@ -137,6 +138,7 @@ def recover(
     if out is not None:
         require_place_for(out, model, teacher, force=force)
     contents = read_texts(texts)
+    named = calibration if contents else None  # else what it holds out is shown
     given = _plan(model, teacher, plan)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     dense = open_subject(model if teacher is None else teacher, tokenizer, **options)
@@ -175,6 +177,11 @@ def recover(
     if text is None:
         assert training is not None
         text = training.text
+        if named is not None and not training.of_calibration:
+            raise UserError(
+                f"nothing reads the calibration text {text_title(named)}: conversations (--instructions) are trained "
+                "on and measured by, and --text is shown. Leave out --calibration, or --text."
+            )
     resume = Resume(out)
     before = told_before(student.loaded.path) if teacher is not None else None
     before_repair = [*student.model.parameters()]
@@ -194,7 +201,7 @@ def recover(
         measure=lambda repaired: perplexities(repaired, contents, window, max_windows),
         seed=seed,
         memory=memory,
-        repaired=before is not None,
+        repaired=before is not None or _is_changed(student, dense, given),
     )
     notes = (*shared, *own.notes, *nothing_held_out(contents, calibration), *said)
     wait()  # until all have read what the trainings left
@@ -267,6 +274,8 @@ def _student(
                 f"{error} It is loaded whole beside its teacher. For a plain cut give the dense model and the plan "
                 f"instead (--plan {PLAN}): then both share their weights."
             ) from error
+        if not isinstance(model, (str, Path)):
+            student = student.shared()
         _require_kin(student, dense)
         plan.require_for(dense.identity)
         folder, stored = student.loaded.path, student.stored_dtype
@@ -302,6 +311,18 @@ def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: S
             f"than in {dense.loaded.name}: choose another way for {steps[0][0].name} (--set), or begin with the plain "
             f"cut: give the dense model with the plan (--plan {PLAN})."
         )
+
+
+def _is_changed(student: Subject, dense: Subject, plan: PruningPlan) -> bool:
+    """Whether a model that was given in memory, of which nothing is told, was repaired or trained, as far as can be
+    seen: a padded one may be of a family that cannot be cut so.
+    """
+    if student.loaded.path is not None:
+        return False
+    try:
+        return not is_plain(student.model, dense.anatomy, plan.removed)
+    except ModelError:
+        return False
 
 
 def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTrainedModel] | None:

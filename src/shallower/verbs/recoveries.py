@@ -25,7 +25,7 @@ from shallower.checkpoint.determinants import determinants, determined
 from shallower.corpus import CalibrationSet
 from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
-from shallower.errors import ModelError, TooLittleText
+from shallower.errors import ModelError, TooLittleText, UserError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.files import expanded
 from shallower.launched import world_size
@@ -45,7 +45,7 @@ from shallower.training.state import ENDED, require_room
 from shallower.units import Unit
 from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use, that_fold
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
-from shallower.verbs.texts import fitting, held_out, text_perplexity
+from shallower.verbs.texts import fitting, held_out, text_perplexity, text_title
 from shallower.version import __version__
 
 SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
@@ -57,12 +57,14 @@ class Training:
     """What recoveries that train read. held_out: perplexity on text that nothing is trained on, by which the best
     weights are kept; None where there is no such text. measured: what tells this measure from others.
     notes: what of the text is not read, and which of the shown texts the weights are chosen by.
+    of_calibration: whether the calibration text was read for it.
     """
 
     text: CalibrationSet
     held_out: HeldOut | None
     measured: tuple[object, ...] = ()
     notes: tuple[str, ...] = ()
+    of_calibration: bool = True
 
 
 class Resume:
@@ -220,7 +222,9 @@ def training_text(
         notes = tuple(_left_out(conversations, length, sequences))
         text, held = split(conversations)
         if held is not None:
-            return Training(text, lambda model: answer_perplexity(model, held), (held.digest,), notes)
+            return Training(
+                text, lambda model: answer_perplexity(model, held), (held.digest,), notes, of_calibration=False
+            )
         kept = (
             "do best on the documents that calibration left out" if held_out(calibration) else "the training ends with"
         )
@@ -239,6 +243,12 @@ def training_text(
             raise TooLittleText(str(error).replace("--sequences", "--train-sequences")) from None
     left_out = next(iter(held_out(calibration).values()), None)
     if left_out is None:
+        _require_no_patience(steps)
+        if instructions is None:
+            notes += (
+                f"all of {text_title(calibration)} may be trained on, as nothing of it is held out to measure by: the "
+                "weights are those that the training ends with.",
+            )
         return Training(text, None, notes=notes)
     tokenizer = dense.tokenizer
     ids = torch.tensor(tokenizer(left_out, add_special_tokens=False, verbose=False)["input_ids"])
@@ -255,6 +265,17 @@ def training_text(
     )
     digest = hashlib.sha256(left_out.encode()).hexdigest()
     return Training(text, measure, (digest, fitting(dense, window), max_windows), notes)
+
+
+def _require_no_patience(steps: Stages) -> None:
+    """Raise UserError where a training is to stop by measurements that there are none of."""
+    for method, options in steps:
+        if method.trained and (patience := options.get("patience")):
+            raise UserError(
+                f"patience={patience} stops {method.name} when perplexity on held-out text gets no better, and nothing "
+                "is held out: leave it out, or train on text of which documents are left (a .jsonl file of ten "
+                "documents or more, without part=)."
+            )
 
 
 def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Iterator[str]:

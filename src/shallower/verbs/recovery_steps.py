@@ -42,7 +42,7 @@ def parse_recoveries(
         if method.trained:
             check_recipe(given)
     require_order(steps)
-    _require_read(steps, {*settings} - {*elsewhere})
+    require_read(steps, {*settings} - {*elsewhere})
     return steps
 
 
@@ -66,23 +66,22 @@ def that_need_plain(steps: Stages) -> str:
     return _asked(method, given, "plain")
 
 
-def _require_read(steps: Stages, settings: Collection[str]) -> None:
+def require_read(steps: Stages, settings: Collection[str]) -> None:
     """Raise UserError for a setting, other than the default, that none of the recoveries reads with its other ones."""
     for name in sorted(settings):
         whys = [_unread(method, given, name) for method, given in steps if name in given]
         if whys and all(whys):
             raise UserError(
-                f"nothing reads {name} {whys[0]}: leave it out, or let something read it (--distill 0.9, or by=kl of "
-                "low-rank-trained)."
+                f"nothing reads {name} {whys[0]}: leave it out, or change that (--set, as in by=kl; --distill 0.9)."
             )
 
 
 def _unread(method: Method, given: Mapping[str, Any], name: str) -> str:
     """Why a method does not read an option that was given; empty where it does, or it is the default."""
-    if not hasattr(method.function, "unread") or given[name] == method.options[name].default:
+    unread = method.traits.get("unread") or getattr(method.function, "unread", None)
+    if unread is None or given[name] == method.options[name].default:
         return ""
-    unread: dict[str, str] = method.function.unread(options_in_use(method, given))
-    return unread.get(name, "")
+    return str(unread(options_in_use(method, given)).get(name, ""))
 
 
 def _asked(method: Method, given: Mapping[str, Any], trait: str) -> str:

@@ -16,7 +16,7 @@ from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, refuse_ranking, that_rank
-from shallower.verbs.recovery_steps import Stages, named_recoveries, require_order
+from shallower.verbs.recovery_steps import Stages, named_recoveries, require_order, require_read
 from shallower.verbs.repaired import require_closed
 
 PAIRING = ("sublayer", "all")
@@ -110,7 +110,8 @@ def settable(names: str, objective: str, metric: str | None = None) -> set[str]:
 def chosen_methods(names: str, objective: str, repair: str, settings: Mapping[str, str], metric: str | None) -> Chosen:
     """Look the methods up, and share the settings among them.
 
-    Raises as `search_stages`, and UserError for a recovery that is trained, or for an order of them that cannot be.
+    Raises as `search_stages`, and UserError for a recovery that is trained, for an order of them that cannot be, or an
+    option that none of them reads.
     """
     methods, repairs = searches_named(names), named_recoveries(repair) if repair else []
     require_closed(repairs)
@@ -122,6 +123,7 @@ def chosen_methods(names: str, objective: str, repair: str, settings: Mapping[st
     own, rest = shared[: len(methods)], shared[len(methods) :]
     steps = list(zip(repairs, rest[: len(repairs)], strict=True))
     require_order(steps)
+    require_read(steps, {*settings}.difference(*(method.options for method in asked if method not in repairs)))
     return Chosen(
         list(zip(methods, own, strict=True)),
         steps,

@@ -35,7 +35,7 @@ from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
-from shallower.surgery import is_spread, require_apart, require_free, require_space
+from shallower.surgery import is_spread, require_apart, require_free, require_space, sharing
 from shallower.surgery.ordinary_pairs import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
 from shallower.verbs.supply import supply
@@ -71,6 +71,11 @@ class Subject:
     def holding(self, model: PreTrainedModel) -> Subject:
         """A model that was made of this one, with its tokenizer and name."""
         return Subject(replace(self.loaded, model=model, path=None), dissect(model))
+
+    def shared(self) -> Subject:
+        """The same with a model that may be changed and shares the tensors of this one until then."""
+        model = sharing(self.model)
+        return Subject(replace(self.loaded, model=model), dissect(model))
 
     @property
     def identity(self) -> ModelIdentity:

@@ -47,8 +47,13 @@ def nothing_held_out(contents: Mapping[str, str], calibration: str | Path | Cali
     """A note where there is no text that perplexity could be shown on."""
     if contents:
         return ()
+    return (f"no perplexity: nothing of {text_title(calibration)} is held out; name other text with --text.",)
+
+
+def text_title(calibration: str | Path | CalibrationSet | None) -> str:
+    """What to call calibration text in a sentence."""
     read = "the calibration set" if isinstance(calibration, CalibrationSet) else str(calibration or DEFAULT_CALIBRATION)
-    return (f"no perplexity: nothing of {without_folders(read)} is held out; name other text with --text.",)
+    return without_folders(read)
 
 
 def text_name(spec: str) -> str:
