@@ -23,8 +23,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
+from windows import evenly
 
 from shallower import progress
 from shallower.corpus import CalibrationSet
@@ -43,9 +43,7 @@ def held_out(subject: Subject, spec: str, window: int, count: int) -> Callable[[
     """Perplexity on `count` windows, spread evenly over the text; 0 for all of it."""
     text = read_evaluation_text(spec)
     ids = torch.tensor(subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    every = max(1, len(ids) // window // count) if count else 1
-    parts: list[Tensor] = [part for part in ids.split(window)[::every] if len(part) == window]
-    chosen = torch.cat(parts[: count or None])
+    chosen = evenly(ids, count, window)
     return lambda model: perplexity(model, subject.tokenizer, chosen, window=window).perplexity
 
 

@@ -14,14 +14,18 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from scipy.stats import spearmanr
 from transformers import PreTrainedModel
+from windows import evenly
 
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet, build_calibration
@@ -29,10 +33,10 @@ from shallower.engine import Ablator
 from shallower.evaluation import perplexity, read_evaluation_text
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
-from shallower.registry import recovery
+from shallower.registry import Method, recovery
 from shallower.surgery import cut
 from shallower.units import KINDS, Kind, Span, Unit, listed, parse_units
-from shallower.verbs.recovery_steps import parse_recoveries
+from shallower.verbs.recovery_steps import Stages, require_order
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.subject import Subject, open_subject
 
@@ -53,13 +57,15 @@ class Row:
     seconds: float
 
 
-def evenly(ids: torch.Tensor, windows: int | None, window: int) -> torch.Tensor:
-    """All of the text, or so many windows of it."""
-    whole = len(ids) // window
-    if windows is None or windows >= whole:
-        return ids
-    starts = [index * whole // windows * window for index in range(windows)]
-    return torch.cat([ids[start : start + window] for start in starts])
+def steps_of(recipe: str) -> Stages:
+    """The recoveries of `refit:ridge=0.1+low-rank` with their options."""
+    steps = list[tuple[Method, Mapping[str, Any]]]()
+    for part in filter(None, recipe.split("+")):
+        name, _, settings = part.partition(":")
+        method = recovery.get(name)
+        steps.append((method, method.parse_options(dict(item.split("=", 1) for item in settings.split(",") if item))))
+    require_order(steps)
+    return steps
 
 
 def removed_by(plan: str) -> frozenset[Unit]:
@@ -74,12 +80,9 @@ def run(
     size = sum(parameter.numel() for parameter in student.parameters())
     tokens = 0
     start = time.perf_counter()
-    for part in filter(None, recipe.split("+")):
-        name, _, settings = part.partition(":")
-        method = recovery.get(name)
-        options = dict(item.split("=", 1) for item in settings.split(",") if item)
+    for method, options in steps_of(recipe):
         repair = Repair(dissect(student), subject.anatomy, removed, text, seed)
-        method.function(repair, **method.parse_options(options))
+        method.function(repair, **options)
         tokens += repair.tokens
     seconds = time.perf_counter() - start
     return student, sum(parameter.numel() for parameter in student.parameters()) - size, tokens, seconds
@@ -90,7 +93,7 @@ def choose(subject: Subject, text: CalibrationSet, count: int, kind: Kind, recip
 
     Of blocks the best span of `count`, of sublayers the `count` that are best when each goes alone.
     """
-    judge = RepairedLosses(subject, split(text), parse_recoveries(recipe, {}))
+    judge = RepairedLosses(subject, split(text), steps_of(recipe))
     blocks = len(subject.anatomy.blocks)
     alone = kind != "block"
     starts = range(blocks) if alone else range(1, blocks - count)
@@ -105,6 +108,7 @@ def choose(subject: Subject, text: CalibrationSet, count: int, kind: Kind, recip
     print(f"# {what}: loss as cut, and behind {recipe}", flush=True)
     for removed, before, after in zip(candidates, plain, repaired, strict=True):
         print(f"#   {listed(removed)}  {before:.4f}  {after:.4f}", flush=True)
+    print(f"# rank correlation (Spearman) of the two: {spearmanr(plain, repaired).statistic:.3f}", flush=True)
     print(f"# {judge.spent.tokens:,} tokens read, {time.perf_counter() - start:.0f} s", flush=True)
     plans = []
     for how, losses in (("chosen as cut", plain), ("chosen behind the repair", repaired)):
@@ -162,7 +166,7 @@ def main() -> None:
     if asked.choose:
         recipe = (asked.recovery or ["refit"])[0]
         asked.plan = []
-        for how, plan in choose(subject, text, asked.choose, asked.units, recipe.partition(":")[0]):
+        for how, plan in choose(subject, text, asked.choose, asked.units, recipe):
             print(f"# {how}: {plan}")
             asked.plan.append(plan)
     for plan in asked.plan or PLANS:

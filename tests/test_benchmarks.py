@@ -15,7 +15,9 @@ import torch
 
 from shallower.testing.conformance import sample_text, with_identity_block
 from shallower.testing.families import tiny_model, tiny_tokenizer
-from shallower.units import Unit
+from shallower.units import Unit, parse_units
+from shallower.verbs.recovery_steps import parse_recoveries
+from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.score import score
 from shallower.verbs.subject import open_subject
 
@@ -35,6 +37,31 @@ def test_searches_that_look_at_nothing_are_compared_too(script: Callable[[str], 
         assert row in searches.ROWS
         found = searches.run(row, open_subject(model), text, [], 0)
         assert [len(removed) for removed in found.removed] == [1, 2, 2]
+
+
+def test_what_is_chosen_behind_a_repair_is_judged_behind_its_options(
+    script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recovery = script("recovery")
+    subject = open_subject(tiny_model("llama"))
+    text = sample_text(subject.model, padded=False)
+    recovery.choose(subject, text, 2, "block", "linear-fold:ridge=1000000+magnitude")
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    judge = RepairedLosses(subject, split(text), parse_recoveries("linear-fold,magnitude", {"ridge": "1e6"}))
+    spans = [frozenset(parse_units(line[1])) for line in told if line[1].startswith("block.")]
+    losses = judge.losses(spans)
+    plain = [float(line[2]) for line in told if line[1].startswith("block.")]
+    assert [float(line[3]) for line in told if line[1].startswith("block.")] == pytest.approx(losses, abs=1e-4)
+    [correlation] = [float(line[-1]) for line in told if "(Spearman)" in line]
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (plain, losses)]
+    assert correlation == pytest.approx(float(torch.corrcoef(torch.stack(ranks))[0, 1]), abs=1e-3)
+
+
+def test_windows_are_spread_evenly_over_a_text(script: Callable[[str], ModuleType]) -> None:
+    evenly, ids = script("windows").evenly, torch.arange(105)
+    assert evenly(ids, 3, 10)[::10].tolist() == [0, 30, 60]
+    assert evenly(ids, 4, 10)[::10].tolist() == [0, 20, 50, 70]  # and not the first four of every second one
+    assert all(len(evenly(ids, count, 10)) == 105 for count in (None, 0, 10, 99))
 
 
 def test_every_set_is_counted_once(script: Callable[[str], ModuleType]) -> None:
