@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import wraps
 
 import numpy as np
@@ -41,7 +41,7 @@ from shallower.engine.trace import Trace
 from shallower.errors import BudgetError, CorpusError, ModelError
 from shallower.registry import search as searches
 from shallower.surgery import cut
-from shallower.testing.conformance import sample_text
+from shallower.testing.conformance import sample_choices, sample_text
 from shallower.testing.families import FAMILIES, tiny_model
 from shallower.units import Unit, parse_units
 from shallower.verbs.score import score
@@ -943,6 +943,30 @@ def test_what_a_memo_knows_is_not_counted_as_saved(tmp_path):
     assert again.losses(candidates, keep=1) == found
     assert (again.spent.tokens, again.spent.races) == (0, 1)
     assert again.spent.exhaustive == first.spent.exhaustive - first.spent.tokens
+
+
+def test_exhaustive_is_what_is_read_where_nothing_races():
+    subject = open_subject(tiny_model("llama"))
+    text = CalibrationSet("x", torch.randint(3, 120, (64, 64), generator=torch.Generator().manual_seed(1)), None, ())
+    given = {"objective": "kl", "calibration": text}
+    exact = search(subject, 2, exact=True, **given).spent
+    with closing(Ablator(subject.anatomy, text, "kl", racing=Racing())) as shared:
+        raced = search(subject, 2, ablator=shared, **given).spent
+        after = search(subject, 2, search="one-shot", metric="loss", ablator=shared, **given).spent
+    assert exact["tokens"] == exact["exhaustive"] == raced["exhaustive"] > raced["tokens"]
+    assert after["tokens"] == after["exhaustive"] > 0  # the rest of what was dropped in races before
+
+
+@pytest.mark.parametrize("racing", [None, Racing()])
+def test_padding_is_not_counted(racing):
+    model = tiny_model("llama")
+    candidates = [frozenset({unit}) for unit in dissect(model).of_kind("block")]
+    for text, objective in ((sample_text(model, sequences=9), "kl"), (sample_choices(model), "task")):
+        ablator = Ablator(dissect(model), text, objective, racing=racing)
+        ablator.losses(candidates, keep=1)
+        assert text.tokens < text.input_ids.numel()
+        assert ablator.spent.exhaustive == len(candidates) * text.tokens
+        assert ablator.spent.tokens == ablator.spent.exhaustive  # there are too few to drop anyone by
 
 
 def test_a_plan_says_what_its_races_were_allowed_to_get_wrong():

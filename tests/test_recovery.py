@@ -1562,6 +1562,7 @@ def test_candidates_are_judged_on_other_text_than_repairs_need(
     assert plan.made_by.calibration is not None
     assert plan.made_by.calibration.tokens == judge.fitted.tokens + judge.judged.tokens
     assert plan.spent["tokens"] == 6 * judge.fitted.tokens + 7 * judge.judged.tokens
+    assert plan.spent["exhaustive"] == plan.spent["tokens"]
     few = {**asked, "sequences": 10**5}
     with pytest.raises(CorpusError, match=r"fitted on 100000 sequences of 16 tokens and judged on 50000 others"):
         search(tiny_model("llama"), 1, calibration=tmp_path / "text.txt", **few)

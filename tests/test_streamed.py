@@ -82,7 +82,7 @@ def test_a_sweep_brings_each_block_once(brought: Counter[int]) -> None:
     brought.clear()
     ablator.losses([frozenset({unit}) for unit in anatomy.units])
     assert [brought[id(block.module)] for block in anatomy.blocks] == [1] * BLOCKS
-    assert ablator.spent.tokens == IDS.numel() * len(anatomy.units)
+    assert ablator.spent.tokens == TEXT.tokens * len(anatomy.units)
     brought.clear()
     ablator.losses([frozenset({Unit(0, "block"), Unit(BLOCKS - 1, "block")})])  # begins behind block 4, which is kept
     assert [brought[id(block.module)] for block in anatomy.blocks] == [0] * BLOCKS

@@ -76,10 +76,9 @@ class PruningPlan:
     order: the units of `remove` in removal order with the objective after each, or where candidates were judged behind
     a repair the loss after that; None where it was not measured.
     dense: the objective of the dense model, None where it was not measured.
-    spent: what a search just cost, else None. `tokens` were read (calibration tokens times candidate sets), where races
-    took part in place of the `exhaustive` ones that they would have read, besides what was known, without dropping
-    anyone; `recalled` measurements were kept from before. No part of the plan or its file: the same search again costs
-    less.
+    spent: what a search just cost, else None. `tokens` were read (calibration tokens times candidate sets), in place of
+    the `exhaustive` ones that it would have read if races had dropped nobody (as many where none was run); `recalled`
+    measurements were kept from before. No part of the plan or its file: the same search again costs less.
     """
 
     model: ModelIdentity

@@ -73,6 +73,11 @@ class Batch:
     attention_mask: Tensor | None
     answers: Answers | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Real tokens: padding is not counted."""
+        return _real_tokens(self.input_ids, self.attention_mask)
+
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
@@ -133,7 +138,7 @@ class CalibrationSet:
     @cached_property
     def tokens(self) -> int:
         """Real tokens: padding is not counted."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return _real_tokens(self.input_ids, self.attention_mask)
 
     @cached_property
     def digest(self) -> str:
@@ -208,6 +213,10 @@ class CalibrationSet:
     @classmethod
     def _made(cls: type[Set], spec: str, tensors: Mapping[str, Tensor], sources: tuple[SourceRecord, ...]) -> Set:
         return cls(spec, tensors["input_ids"], tensors.get("attention_mask"), sources)
+
+
+def _real_tokens(ids: Tensor, mask: Tensor | None) -> int:
+    return ids.numel() if mask is None else int(mask.sum())
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int, width: int | None = None) -> tuple[Tensor, Tensor]:

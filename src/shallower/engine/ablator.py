@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,10 +47,10 @@ MEASURED_AS = 5  # to be raised when the engine measures otherwise than before: 
 class Spent:
     """What evaluation has cost so far.
 
-    tokens: calibration tokens × candidates measured. block_tokens: tokens run through one block. recalled: measurements
-    of one candidate on one batch that were asked for and that the memo had kept from before. exhaustive: tokens that
-    races would have read, besides what was known, without dropping anyone. races: those that dropped someone before the
-    end of the text, so that they may have erred.
+    tokens: calibration tokens × candidates measured, without padding. block_tokens: tokens run through one block, with
+    padding. recalled: measurements of one candidate on one batch that were asked for and that the memo had kept from
+    before. exhaustive: what `tokens` would be if races had dropped nobody: never less, and the same where none was run.
+    races: those that dropped someone before the end of the text, so that they may have erred.
     """
 
     tokens: int = 0
@@ -152,7 +153,14 @@ class Ablator:
             ]
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._contexts[0]) if memo else {}
         self._kept_before = set(self._measured)  # less what was asked for since
-        self._raced: set[Route] = set()
+        self._asked: set[Route] = set()  # in `spent.exhaustive` with all that was unknown of them
+
+    def account(self) -> Spent:
+        """What was spent so far, to be given to `Spent.since` later. Of candidates that are asked for again from here
+        on, `exhaustive` counts what is unknown now.
+        """
+        self._asked.clear()
+        return copy(self.spent)
 
     def close(self) -> None:
         """Let workers in other processes go, and all that is kept in memory but results: what was measured can still
@@ -216,6 +224,7 @@ class Ablator:
         routes = [self.route(candidate) for candidate in candidates]
         distinct = list(dict.fromkeys(routes))
         description = "measuring the model" if len(distinct) == 1 else f"measuring {len(distinct)} candidates"
+        self.spent.exhaustive += self._unread(distinct)
         with progress.task(description, len(distinct) * len(self._batches)) as step:
             self._measure(distinct, range(len(self._batches)), step)
         joined = {route: self._in_order(self._joined(route, len(self._batches))) for route in distinct}
@@ -251,10 +260,12 @@ class Ablator:
         return [losses.get(route, math.inf) for route in routes]
 
     def _unread(self, routes: Sequence[Route]) -> int:
-        """Tokens that it would take to measure candidates in full; those of earlier races would have been by then."""
-        new = [route for route in routes if route not in self._raced]
-        self._raced.update(new)
-        sizes = [batch.input_ids.numel() for batch in self._batches]
+        """Tokens that it takes to measure candidates in full. Those that were asked for before would be known by now,
+        had no race dropped them.
+        """
+        new = [route for route in routes if route not in self._asked]
+        self._asked.update(new)
+        sizes = [batch.tokens for batch in self._batches]
         return sum(size for route in new for number, size in enumerate(sizes) if (route, number) not in self._measured)
 
     @property

@@ -59,7 +59,8 @@ class Measured:
     """What a job found: for each route the objective, and those that come along with it (`along_with`), summed over
     each item of the batch, float64 [objectives, items].
 
-    block_tokens: tokens run through one block. tokens: calibration tokens times routes.
+    block_tokens: tokens run through one block. tokens: calibration tokens times routes, without
+    padding.
     """
 
     job: Job
@@ -208,7 +209,7 @@ class Evaluator:
         self._block_tokens = 0
 
     def _tokens(self, job: Job) -> int:
-        return self.batches[job.number].input_ids.numel() * len(job.routes)
+        return self.batches[job.number].tokens * len(job.routes)
 
     def _scored(
         self, job: Job, walk: Iterator[tuple[Route, Tensor]], dense: Tensor | None, tick: Callable[[], None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def search(
     whole, text = (read.whole, read.judged) if isinstance(read, SplitText) else (read, read)
     ranking: Scores | None = None
     with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
-        before = copy(measuring.spent)
+        before = measuring.account()
         judge: Ablator | RepairedLosses = measuring
         if repair:
             assert isinstance(read, SplitText)
@@ -161,6 +160,7 @@ def search(
         spent = measuring.spent.since(before)
         if isinstance(judge, RepairedLosses):
             spent.tokens += judge.spent.tokens
+            spent.exhaustive += judge.spent.tokens  # it runs no races
             spent.recalled += judge.spent.recalled
         progress.note(_cost(spent, repaired=bool(repair)))
     options = {
@@ -290,8 +290,8 @@ def _cost(spent: Spent, *, repaired: bool) -> str:
     sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times {times})"
     if spent.recalled:
         sentence += f"; {spent.recalled:,} measurements were remembered from before"
-    if spent.races and spent.exhaustive:
-        sentence += f"; its races would have read {spent.exhaustive:,} if no candidate had been dropped early"
+    if spent.exhaustive > spent.tokens:
+        sentence += f"; if its races had dropped no candidate early, it would have read {spent.exhaustive:,}"
     return sentence + "."
 
 
