@@ -31,6 +31,7 @@ from shallower.checkpoint.determinants import determinants, determined
 from shallower.checkpoint.load import load_model
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, evaluator, prove, scoring
+from shallower.engine import ablator as ablators
 from shallower.engine.evaluator import Evaluator, Job
 from shallower.engine.head import Head
 from shallower.engine.memo import Memo
@@ -967,6 +968,22 @@ def test_padding_is_not_counted(racing):
         assert text.tokens < text.input_ids.numel()
         assert ablator.spent.exhaustive == len(candidates) * text.tokens
         assert ablator.spent.tokens == ablator.spent.exhaustive  # there are too few to drop anyone by
+
+
+def test_races_end_early_where_a_set_fits_one_batch(monkeypatch):
+    """On an accelerator, which has large batches."""
+    monkeypatch.delitem(ablators.TOKENS_A_BATCH, "cpu")
+    anatomy = dissect(tiny_model("llama"))
+    text = CalibrationSet("x", torch.randint(3, 120, (64, 64), generator=torch.Generator().manual_seed(1)), None, ())
+    assert text.tokens < ablators.TOKENS_A_BATCH_ELSEWHERE
+    candidates = [frozenset({unit}) for unit in anatomy.of_kind("block")]
+    exact = Ablator(anatomy, text, "kl")
+    raced = Ablator(anatomy, text, "kl", racing=Racing())
+    assert np.argmin(raced.losses(candidates, keep=1)) == np.argmin(exact.losses(candidates, keep=1))
+    assert raced.spent.tokens < raced.spent.exhaustive == exact.spent.tokens
+    few = Ablator(anatomy, text.subset(range(9)), "kl", racing=Racing())
+    batches = [[len(batch.input_ids) for batch in ablator._batches] for ablator in (exact, raced, few)]
+    assert batches == [[64], [8] * 8, [4, 4, 1]]  # no fewer than a race reads before it may drop anyone
 
 
 def test_a_plan_says_what_its_races_were_allowed_to_get_wrong():

@@ -26,7 +26,7 @@ from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
 from shallower.engine.memo import Memo, context_key
 from shallower.engine.method_code import code_of, told
-from shallower.engine.race import Racing, looks, survivors
+from shallower.engine.race import FEWEST_SEQUENCES, Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
 from shallower.engine.states import States
@@ -39,6 +39,7 @@ from shallower.units import Unit
 
 TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
+BATCHES_A_RACE = 8  # at least, if these are not shorter than a race's first look: a look comes after a whole batch
 ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted
 MEASURED_AS = 5  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
 
@@ -112,9 +113,7 @@ class Ablator:
             calibration.require_next()
         self.racing = racing
         self.spent = Spent()
-        device = anatomy.model.device
-        tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
-        sequences = max(1, tokens // calibration.length)
+        sequences = _sequences_a_batch(calibration, anatomy.model.device.type, races=racing is not None)
         mixed, self._order = _mixed(calibration, self._questions is not None)
         self._batches = list(mixed.batches(sequences))
         prove(anatomy, self._batches[0])
@@ -317,6 +316,16 @@ class Ablator:
             )
         for place, context in enumerate(self._contexts):
             memo.write(context, [(route, done.job.number, sums[place]) for route, sums in done.sums.items()])
+
+
+def _sequences_a_batch(calibration: CalibrationSet, device: str, *, races: bool) -> int:
+    """As many as make good use of the device, and of those that fill it with a whole set fewer, or no race could end
+    early.
+    """
+    sequences = max(1, TOKENS_A_BATCH.get(device, TOKENS_A_BATCH_ELSEWHERE) // calibration.length)
+    if races and device not in TOKENS_A_BATCH:
+        return min(sequences, max(FEWEST_SEQUENCES, calibration.sequences // BATCHES_A_RACE))
+    return sequences
 
 
 def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDArray[np.int64]]:
