@@ -97,14 +97,25 @@ def test_selection_prints_one_object_a_task(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tiny_model("llama", blocks=9).save_pretrained(tmp_path / "model")
+    tiny_model("llama", blocks=10).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     lines = (json.dumps({"text": " ".join(str(n * n) for n in range(i, i + 60))}) for i in range(200))
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     asked = ["selection", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.jsonl"), "--json"]
-    monkeypatch.setattr(sys, "argv", [*asked, "--tokens", "128", "--task", "growth", "--task", "one-shot"])
+    tasks = ["growth", "one-shot", "greedy-blocks-exact", "greedy-sublayers-exact", "evolutionary-exact"]
+    chosen = [word for task in tasks for word in ("--task", task)]
+    monkeypatch.setattr(sys, "argv", [*asked, "--tokens", "128", "--dtype", "float32", *chosen])
     script("selection").main()
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["task"] for line in told] == ["growth", "one-shot"]
-    assert all(line["threads"] > 0 for line in told)
-    assert [row["tokens"] for row in told[0]["rows"]] == [512, 1024, 2048, 4096]
+    growth, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["task"] for line in (growth, *rows)] == tasks
+    assert all(line["threads"] > 0 for line in (growth, *rows))
+    assert [row["tokens"] for row in growth["rows"]] == [512, 1024, 2048, 4096]
+    for row in rows:
+        sizes = {"ours_s", "reference_s", "speedup", "tokens_ours", "tokens_reference"}
+        assert row.keys() == {"task", "threads", "same_plan", "loss_gap"} | sizes
+        assert row["speedup"] == row["reference_s"] / row["ours_s"]
+        assert row["same_plan"]
+        assert row["loss_gap"] == pytest.approx(0, abs=1e-6)
+        assert 0 < row["tokens_ours"] <= row["tokens_reference"]
+    read = [row["tokens_reference"] // 128 for row in rows]  # candidates that the published algorithms measure
+    assert read == [10, sum(range(3, 11)), sum(range(6, 21)), 1 + 12 * 16]

@@ -38,7 +38,7 @@ from shallower.engine.memo import Memo
 from shallower.engine.method_code import code_of
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import DenseAnswers, States
-from shallower.engine.trace import Trace
+from shallower.engine.trace import Trace, trace
 from shallower.errors import BudgetError, CorpusError, ModelError
 from shallower.registry import search as searches
 from shallower.surgery import cut
@@ -302,13 +302,6 @@ def test_a_model_that_overflows_is_not_called_unsupported(dtype, advice):
         prove(dissect(model))
 
 
-def _search_until_killed(path):
-    anatomy = dissect(tiny_model("llama"))
-    text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
-    ablator = Ablator(anatomy, text, memo=Memo(path))
-    ablator.losses([frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)])
-
-
 def test_groups_on_a_processor_are_of_their_batch(monkeypatch):
     anatomy = dissect(tiny_model("llama"))
     text = CalibrationSet("x", torch.randint(3, 120, (9, 128)), None, ())
@@ -330,6 +323,61 @@ def test_groups_on_a_processor_are_of_their_batch(monkeypatch):
         assert sequences[5] == expected
 
 
+class _SlowMemo(Memo):
+    """Leaves time for a kill."""
+
+    def write(self, context, measured):
+        super().write(context, measured)
+        time.sleep(0.2)
+
+
+def _killed(memo):
+    """An ablator, and what it is asked for by a process that is killed, and by one that resumes."""
+    anatomy = dissect(tiny_model("llama"))
+    text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
+    candidates = [frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)]
+    return Ablator(anatomy, text, memo=memo, order="depth-first"), candidates
+
+
+def _search_until_killed(path):
+    ablator, candidates = _killed(_SlowMemo(path))
+    ablator.losses(candidates)
+
+
+def test_as_many_states_go_together_as_an_accelerator_makes_good_use_of(monkeypatch):
+    """The largest group before one that is not 1.25 times as fast a state, that fills memory, or that has no room."""
+    anatomy = dissect(tiny_model("llama"))
+    [batch] = sample_text(anatomy.model, sequences=3, length=16).batches(3)
+    nll, run = registry.objective.get("nll"), Evaluator._seconds
+
+    def group(a_state, memory=1 << 30):
+        """a_state: seconds by size, or what running so many raises."""
+        tried = []
+
+        def seconds(own, number, size, copies):
+            tried.append(size)
+            assert run(own, number, size, copies) > 0
+            if isinstance(a_state[size], Exception):
+                raise a_state[size]
+            return a_state[size] * size * (9 if tried.count(size) == 1 < size else 1)  # slow the first time
+
+        monkeypatch.setattr(Evaluator, "_seconds", seconds)
+        own = Evaluator(anatomy, [batch], nll, {}, states=States(0), memory=memory)
+        found = own._measure_group(0)
+        assert own._group == found  # measured once
+        assert max(times for _, times in own._traces) <= found
+        return found, max(tried)
+
+    stream = trace(anatomy, batch).entry.nbytes
+    assert group({1: 8, 2: 4, 4: 2, 8: 1, 16: 0.5}) == (16, 16)
+    assert group({1: 8, 2: 4, 4: 3, 8: 2.9}) == (4, 8)
+    assert group({1: 8, 2: 7}) == (1, 2)
+    assert group({1: 8, 2: 4, 4: 2, 8: 1}, memory=8 * 4 * stream) == (8, 8)
+    assert group({1: 8, 2: 4, 4: torch.OutOfMemoryError()}) == (2, 4)
+    with pytest.raises(ValueError, match="broken"):
+        group({1: 8, 2: ValueError("broken")})
+
+
 def test_memo_survives_a_kill(tmp_path):
     path = tmp_path / "memo.sqlite"
     process = multiprocessing.get_context("spawn").Process(target=_search_until_killed, args=(path,))
@@ -340,13 +388,12 @@ def test_memo_survives_a_kill(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     kept = _rows(path)
-    assert kept > 0
-    anatomy = dissect(tiny_model("llama"))
-    text = CalibrationSet("x", torch.randint(3, 120, (64, 128), generator=torch.Generator().manual_seed(1)), None, ())
-    candidates = [frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)]
-    resumed = Ablator(anatomy, text, memo=Memo(path))
-    assert resumed.losses(candidates) == pytest.approx(Ablator(anatomy, text).losses(candidates), abs=1e-6)
+    resumed, candidates = _killed(Memo(path))
+    uninterrupted, _ = _killed(None)
+    assert resumed.losses(candidates) == uninterrupted.losses(candidates)  # bit for bit, as this order always is
     assert resumed.spent.recalled == kept
+    assert 0 < kept < _rows(path)
+    assert 0 < resumed.spent.tokens < uninterrupted.spent.tokens
 
 
 def _rows(path) -> int:
@@ -1116,16 +1163,17 @@ def test_dense_answers_leave_each_evaluator_room_for_one_batch():
     assert [kept.of(number) is not None for number in range(4)] == [True, True, False, False]
 
 
-def test_exhaustive_search_is_the_oracle_on_a_small_model():
+@pytest.mark.parametrize("kinds", [("block",), ("attn", "mlp")])
+def test_exhaustive_search_is_the_oracle_on_a_small_model(kinds):
     model = tiny_model("llama")
     anatomy = dissect(model)
     text = sample_text(model, sequences=4)
-    blocks = anatomy.of_kind("block")
+    units = [unit for kind in kinds for unit in anatomy.of_kind(kind)]
     really_cut = {
-        frozenset(pair): stock_loss(cut(anatomy, frozenset(pair)), text) for pair in itertools.combinations(blocks, 2)
+        frozenset(pair): stock_loss(cut(anatomy, frozenset(pair)), text) for pair in itertools.combinations(units, 2)
     }
     least = min(really_cut.values())
-    budget = Budget((Limit("units", 2.0, 6.0, dict.fromkeys(blocks, 1.0)),))
+    budget = Budget((Limit("units", 2.0, float(len(units)), dict.fromkeys(units, 1.0)),))
     found = {}
     for names in ("exhaustive", "greedy", "greedy,swap", "beam", "evolutionary"):
         ablator = Ablator(anatomy, text)
@@ -1133,12 +1181,11 @@ def test_exhaustive_search_is_the_oracle_on_a_small_model():
         if methods[0].traits.get("starts"):
             methods.insert(0, searches.get(methods[0].traits["starts"]))
         found[names] = really_cut[
-            run_search([(method, {}) for method in methods], blocks, budget, ablator.losses, None, 0)[-1]
+            run_search([(method, {}) for method in methods], units, budget, ablator.losses, None, 0)[-1]
         ]
-    assert found["exhaustive"] == pytest.approx(least, abs=2e-5)
-    assert found["greedy"] >= found["greedy,swap"] - 2e-5
-    assert all(loss >= least for loss in found.values())
-    assert found["beam"] == pytest.approx(least, abs=2e-5)  # 4 of 6 blocks in hand
+    best = {name for name, loss in found.items() if loss == pytest.approx(least, abs=2e-5)}
+    # the first sublayer that greedy takes is in no best pair; an exchange mends that
+    assert best == found.keys() - (set() if kinds == ("block",) else {"greedy"})
 
 
 def test_a_search_counts_what_its_metric_measured_and_measures_nothing_twice():
