@@ -23,6 +23,7 @@ from shallower.surgery import cut, is_spread, leftovers, require_together
 from shallower.units import Unit, listed, plain
 from shallower.verbs.advise import advise, is_auto
 from shallower.verbs.ranking import Stage, rank, ranked
+from shallower.verbs.recovery_steps import Stages
 from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
@@ -95,7 +96,7 @@ def search(
     )
     require_target(calibration, target)
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
-    stages, repairs = chosen.stages, chosen.repairs
+    stages = chosen.stages
     subject = open_subject(
         model,
         tokenizer,
@@ -122,14 +123,7 @@ def search(
     ranking: Scores | None = None
     with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
         before = measuring.account()
-        judge: Ablator | RepairedLosses = measuring
-        if repair:
-            assert isinstance(read, SplitText)
-            judge = RepairedLosses(subject, read, repairs, memory=memory, memo=measuring.memo)
-            progress.note(
-                f"A candidate is repaired on {read.fitted.tokens:,} tokens, read once a fit, and judged on "
-                f"{text.tokens:,} others."
-            )
+        judge = _judge(subject, read, chosen.repairs, measuring, memory)
         if request.budget is None:
             order = list(request.units)
         else:
@@ -152,16 +146,10 @@ def search(
             if repair:
                 measuring.close()  # what it keeps in memory would stand beside what repairs keep
             order = _order(subject, request, search, stages, judge.losses, ranking, seed, ordinary=ordinary)
-        measured = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
-        if isinstance(judge, RepairedLosses):
-            judge.require_possible(order)
+        measured = _measured(judge, order)
         if request.budget is not None:
             _require_finite(measured, order, objective)
-        spent = measuring.spent.since(before)
-        if isinstance(judge, RepairedLosses):
-            spent.tokens += judge.spent.tokens
-            spent.exhaustive += judge.spent.tokens  # it runs no races
-            spent.recalled += judge.spent.recalled
+        spent = _spent(measuring, before, judge)
         progress.note(_cost(spent, repaired=bool(repair)))
     options = {
         **chosen.options,
@@ -219,6 +207,41 @@ def _text(
     if chosen.repairs:
         return judging_text(subject, calibration, **shape)
     return calibrate(subject, calibration, objective=objective, **shape)
+
+
+def _judge(
+    subject: Subject, read: CalibrationSet | SplitText, repairs: Stages, measuring: Ablator, memory: int | None
+) -> Ablator | RepairedLosses:
+    """Who tells what a candidate costs: `measuring`, or behind a repair one who repairs it first."""
+    if not isinstance(read, SplitText):
+        return measuring
+    judge = RepairedLosses(subject, read, repairs, memory=memory, memo=measuring.memo)
+    progress.note(
+        f"A candidate is repaired on {read.fitted.tokens:,} tokens, read once a fit, and judged on "
+        f"{read.judged.tokens:,} others."
+    )
+    return judge
+
+
+def _measured(judge: Ablator | RepairedLosses, order: Sequence[Unit]) -> list[float]:
+    """What the dense model loses, and the model after each removal.
+
+    Raises ModelError when what is left in the end cannot be cut or repaired.
+    """
+    losses = judge.losses([frozenset(order[:count]) for count in range(len(order) + 1)])
+    if isinstance(judge, RepairedLosses):
+        judge.require_possible(order)
+    return losses
+
+
+def _spent(measuring: Ablator, before: Spent, judge: Ablator | RepairedLosses) -> Spent:
+    """What was spent since `before`, with what repairs and their judge read."""
+    spent = measuring.spent.since(before)
+    if isinstance(judge, RepairedLosses):
+        spent.tokens += judge.spent.tokens
+        spent.exhaustive += judge.spent.tokens  # it runs no races
+        spent.recalled += judge.spent.recalled
+    return spent
 
 
 def _order(
