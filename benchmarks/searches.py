@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from recovery import evenly
+from windows import evenly
 
 from shallower.corpus import CalibrationSet, build_calibration
 from shallower.engine import Ablator, Racing

@@ -1013,6 +1013,14 @@ def test_a_repair_of_what_was_repaired_tells_of_both(files: Path) -> None:
         recover(files / "twice", "refit", teacher=files / "dense", **asked(files))
 
 
+def test_a_plain_cut_in_another_number_format_is_a_plain_cut(files: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(files / "pruned", dtype=torch.float32)
+    given = {"teacher": files / "dense", "plan": files / "plan.json", **asked(files), "dtype": "bfloat16"}
+    assert [stage.method for stage in recover(model, "refit", **given).stages] == ["cut", "refit"]
+    with pytest.raises(UserError, match=r"aim=cut runs units of dense \(bfloat16\) .* \(float32\): load both in one"):
+        recover(model, "refit", **given, settings={"aim": "cut"})
+
+
 @pytest.mark.parametrize("method", ["refit", "magnitude", "low-rank", "full", "lora", "low-rank-trained"])
 def test_a_model_in_memory_stays_as_it_was(method: str, files: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(files / "pruned", dtype=torch.float32)

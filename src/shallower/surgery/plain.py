@@ -14,12 +14,19 @@ from shallower.units import Unit
 
 
 def is_plain(student: PreTrainedModel, dense: Anatomy, removed: Collection[Unit]) -> bool:
-    """Whether the student's parameters are those that are left of the dense model's.
+    """Whether the student's parameters are those that are left of the dense model's, also where one of the two was
+    rounded, or is on another device.
 
     Raises ModelError when the units cannot be cut out.
     """
     own, plain = dict(student.named_parameters()), dict(cut(dense, removed).named_parameters())
-    return own.keys() == plain.keys() and all(equal(own[name], parameter) for name, parameter in plain.items())
+    return own.keys() == plain.keys() and all(_alike(own[name], parameter) for name, parameter in plain.items())
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two parameters are the same in the narrower of their number formats."""
+    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return equal(one.to(other.device, narrow), other.to(narrow))
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -176,7 +176,8 @@ class StateStore:
 
 def require_room(folder: Path, trained: int, unwritten: int = 0) -> None:
     """Raise OutputError unless two states of `trained` float32 parameters, and the good weights, fit the disk at
-    `folder`, which may be missing; those of a training that is there, or in a folder in it, are replaced.
+    `folder`, which may be missing. Those of a training that is there count as room, as they are replaced, and so do
+    those in folders in it, one of which may be resumed: before it is known which, this can only ask for too little.
 
     unwritten: bytes that the teacher's cache will take there, too.
     """

@@ -78,7 +78,7 @@ def _in_format(output: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class CachedTeacher:
-    """A teacher whose most probable words are kept in a folder, one safetensors file for each sequence of the text."""
+    """A teacher whose most probable tokens are kept in a folder, one safetensors file for each sequence of the text."""
 
     def __init__(self, teacher: Teacher, folder: Path, words: int, temperature: float, unwritten: int) -> None:
         """unwritten: bytes that the folder does not hold yet."""
@@ -94,7 +94,7 @@ class CachedTeacher:
         self.teacher.place(device)
 
     def guide(self, portion: Portion) -> Guide:
-        """The same, restricted to the most probable words."""
+        """The same, restricted to the most probable tokens."""
         paths = [self.folder / f"{row:08}.safetensors" for row in portion.rows]
         if not all(path.is_file() for path in paths):
             self._ask(portion, paths)

@@ -304,8 +304,16 @@ def _require_first_repair(student: Subject, steps: Stages) -> None:
 
 
 def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: Stages) -> None:
-    """Raise UserError where a recovery that needs the plain cut is given a model that was repaired or trained."""
-    if (what := that_need_plain(steps)) and not is_plain(student.model, dense.anatomy, plan.removed):
+    """Raise UserError where a recovery that needs the plain cut is given a model that was repaired or trained, or is in
+    another number format than the dense one, whose units it runs on the cut model's stream.
+    """
+    what = that_need_plain(steps)
+    if what and student.dtype != dense.dtype:
+        raise UserError(
+            f"{what} runs units of {dense.loaded.name} ({dense.dtype}) on the stream of {student.loaded.name} "
+            f"({student.dtype}): load both in one number format."
+        )
+    if what and not is_plain(student.model, dense.anatomy, plan.removed):
         raise UserError(
             f"{what} needs the cut model that nothing was repaired of, and weights of {student.loaded.name} are others "
             f"than in {dense.loaded.name}: choose another way for {steps[0][0].name} (--set), or begin with the plain "

@@ -71,9 +71,8 @@ def require_read(steps: Stages, settings: Collection[str]) -> None:
     for name in sorted(settings):
         whys = [_unread(method, given, name) for method, given in steps if name in given]
         if whys and all(whys):
-            raise UserError(
-                f"nothing reads {name} {whys[0]}: leave it out, or change that (--set, as in by=kl; --distill 0.9)."
-            )
+            instead = "add --distill 0.9" if whys[0] == "without distill" else "change that (--set)"
+            raise UserError(f"nothing reads {name} {whys[0]}: leave it out, or {instead}.")
 
 
 def _unread(method: Method, given: Mapping[str, Any], name: str) -> str:
