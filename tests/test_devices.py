@@ -22,7 +22,7 @@ from shallower.anatomy import dissect, streamed
 from shallower.anatomy.dissect import find_blocks
 from shallower.anatomy.streamed import stream_from_processor
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, StreamStatistic, WeightStatistic, stream_scores, weight_scores
+from shallower.engine import Ablator, StreamStatistic, WeightStatistic, ablator, stream_scores, weight_scores
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import ModelError, UserError
 from shallower.registry import metric as metrics
@@ -189,6 +189,7 @@ def test_streamed_blocks_are_on_the_device_while_they_run(family: str, monkeypat
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         both.append(model)
     model, resident = both
+    monkeypatch.setattr(ablator, "TOKENS_A_BATCH_ELSEWHERE", 32)  # two batches
     wanted = Ablator(dissect(resident), TEXT, "kl", threads=1).losses(CANDIDATES)
     inside = list(find_blocks(model)[1].parameters())
     ran: list[tuple[torch.device, ...]] = []

@@ -111,29 +111,32 @@ def test_races_and_metrics_of_a_streamed_model() -> None:
 
 
 @pytest.mark.parametrize("family", CORE)
-def test_a_checkpoint_is_searched_streamed(family: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_searched_streamed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model(family).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    [plan, wanted] = [
-        shallower.search(
-            tmp_path / "model", 2, calibration=TEXT, units="all", dtype="float32", device="cpu", stream_blocks=streamed
-        )
-        for streamed in (True, False)
-    ]
+    given = {"calibration": TEXT, "units": "all", "dtype": "float32", "device": "cpu"}
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "streamed"))
+    plan = shallower.search(tmp_path / "model", 2, stream_blocks=True, **given)  # type: ignore[arg-type]
+    assert not plan.spent["recalled"]
+    assert plan.spent["tokens"] == plan.spent["exhaustive"]  # nothing races
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "resident"))
+    wanted = shallower.search(tmp_path / "model", 2, exact=True, **given)  # type: ignore[arg-type]
+    assert not wanted.spent["recalled"]
     assert (plan.order, plan.dense, plan.model) == (wanted.order, wanted.dense, wanted.model)
-    assert plan.spent["tokens"]
-    assert wanted.spent["recalled"]  # what is measured streamed is remembered for both
+    again = shallower.search(tmp_path / "model", 2, stream_blocks=True, **given)  # type: ignore[arg-type]
+    assert again.spent["recalled"]  # what is measured is remembered for both
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the system tells no mappings")
 def test_weights_stay_mapped_from_their_files(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
     subject = open_subject(tmp_path / "model", dtype="float32", device="cpu", stream_blocks=True)
     assert is_streamed(subject.model)
-    before = subject.anatomy.blocks[2].module.mlp.up_proj.weight  # type: ignore[union-attr]
-    with torch.no_grad():
-        subject.model(IDS[:1])
-    assert subject.anatomy.blocks[2].module.mlp.up_proj.weight is before  # type: ignore[union-attr]
+    Ablator(subject.anatomy, TEXT).losses([frozenset()])
+    mapped = [line.split("-", 1) for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    ranges = [(int(start, 16), int(rest.split()[0], 16)) for start, rest in mapped]
+    weights = [weight for block in subject.anatomy.blocks for weight in block.module.parameters()]
+    assert all(any(start <= weight.data_ptr() < stop for start, stop in ranges) for weight in weights)
 
 
 def test_a_number_format_that_is_not_the_stored_one_is_told(tmp_path: Path) -> None:
@@ -151,9 +154,17 @@ def test_what_streamed_blocks_cannot_do_is_refused() -> None:
     model = _streamed("llama")
     with pytest.raises(UserError, match=r"metric taylor needs gradients .*: leave --stream-blocks out"):
         shallower.score(model, "taylor", calibration=TEXT)
-    with pytest.raises(ModelError, match=r"streamed model can be scored and searched, but not cut"):
-        shallower.search(model, 1, calibration=TEXT, repair="linear-fold")
+    for option, given in (("--repair", {"repair": "linear-fold"}), ("--ordinary", {"ordinary": True, "units": "all"})):
+        refused = rf"{option} cuts .* which streamed blocks do not allow: drop {option} or --stream-blocks"
+        with pytest.raises(UserError, match=refused):
+            shallower.search(model, 1, calibration=TEXT, **given)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=refused):  # before the model is looked for
+            shallower.search("nowhere", 1, calibration=TEXT, stream_blocks=True, **given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"metric taylor, gate-gradient needs gradients"):
+        shallower.verbs.score.score_many("nowhere", "taylor,gate-gradient", calibration=TEXT, stream_blocks=True)
+    with pytest.raises(UserError, match=r"this one is in memory: give its name or path"):
+        shallower.score(tiny_model("llama"), calibration=TEXT, stream_blocks=True)
     with pytest.raises(ModelError, match=r"streamed model can be scored and searched, but not cut"):
         shallower.prune(model, 1, calibration=TEXT, tokenizer=tiny_tokenizer())
-    with pytest.raises(ModelError, match=r"each worker \(--workers 2\) would load it whole: drop --workers"):
+    with pytest.raises(UserError, match=r"--workers loads the whole model in each worker.*: drop --workers or"):
         make_ablator(open_subject(model), TEXT, "nll", workers=2)

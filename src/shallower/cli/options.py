@@ -235,7 +235,8 @@ StreamBlocks = Annotated[
     Option(
         "--stream-blocks",
         help="For a model larger than the device: leave its blocks on the processor (mapped from their files where "
-        "--dtype is as stored), and bring each to the device only while it runs. Default: load all of it.",
+        "--dtype is as stored), and bring each to the device only while it runs: once for all candidates, which do not "
+        "race then. Default: load all of it.",
     ),
 ]
 Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]

@@ -40,7 +40,7 @@ from shallower.units import Unit
 TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
 BATCHES_A_RACE = 8  # at least, if these are not shorter than a race's first look: a look comes after a whole batch
-ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted
+ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted (of streamed blocks, a sweep)
 MEASURED_AS = 5  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
 
 

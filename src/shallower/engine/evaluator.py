@@ -43,6 +43,9 @@ FEWEST_AT_ONCE = 8  # candidates, for layer-major to be worthwhile
 GROUPS = (1, 2, 4, 8, 16)  # states that go through a block together
 HEAD_IN_BLOCKS = 7  # what the head costs, measured on a small model; larger models have a cheaper one
 TOKENS_TOGETHER = 1024  # on a processor: 26 µs a token and block with 256 tokens, 23.7 with 512, 21.5 with 1,024
+BESIDES_ROUTES = (
+    5  # of a batch in a sweep: the dense model, and traces of one, two and four copies, with one state each
+)
 WORTHWHILE = 1.25  # a larger group has to be this many times faster
 
 
@@ -161,15 +164,17 @@ class Evaluator:
             return Measured(job, sums, self._tokens(job), self._block_tokens)
 
     def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Portions of the jobs, each of which fits half of the memory as a whole; jobs with many routes in parts."""
+        """Portions of the jobs, each of which fits half of the memory as a whole, with the traces that it needs; jobs
+        with many routes in parts.
+        """
         portion: list[Job] = []
         filled = 0.0
         for job in jobs:
             most = self._at_once(job.number)
-            size = max(1, most - 1)  # besides the dense model
+            size = max(1, most - BESIDES_ROUTES)
             for start in range(0, len(job.routes), size):
                 part = Job(job.number, job.routes[start : start + size])
-                share = (1 + len(part.routes)) / max(1, most)
+                share = (BESIDES_ROUTES + len(part.routes)) / max(1, most)
                 if portion and filled + share > 1:
                     yield portion
                     portion, filled = [], 0.0
@@ -245,7 +250,8 @@ class Evaluator:
             if times > 1:
                 mask = batch.attention_mask
                 batch = Batch(batch.input_ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
-            self._traces[number, times] = trace(self.anatomy, batch)
+            with torch.no_grad():
+                self._traces[number, times] = trace(self.anatomy, batch)
         return self._traces[number, times]
 
     def _walk(

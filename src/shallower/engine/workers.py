@@ -99,7 +99,10 @@ class Threads:
 
 
 class Sweeps:
-    """One evaluator that takes all batches through a block before the next: for a model whose blocks are streamed."""
+    """One evaluator that takes all batches through a block before the next: for a model whose blocks are streamed.
+
+    Nothing is known of any route before all have passed the last block, so a sweep that is interrupted is lost.
+    """
 
     count = 1
 

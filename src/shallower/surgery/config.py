@@ -29,7 +29,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from shallower.errors import ModelError
-from shallower.units import Unit, listed
+from shallower.units import Kind, Unit, listed
 
 _PER_BLOCK = re.compile(r"(^|_)(layers?|blocks?)(_|$)|_types$|_pattern$|_modes$")
 _SIZES_PER_BLOCK = {
@@ -221,7 +221,9 @@ def _period(about: str) -> Callable[[_Cut, str], None]:
 
 
 def _refuse_period(cut: _Cut, name: str) -> None:
-    removed = listed(Unit(index, "block") for index in set(range(cut.blocks)) - set(cut.attn))
+    attn, mlp = (set(range(cut.blocks)) - set(kept) for kept in (cut.attn, cut.mlp))
+    gone: dict[Kind, set[int]] = {"block": attn & mlp, "attn": attn - mlp, "mlp": mlp - attn}
+    removed = listed(Unit(index, kind) for kind, indices in gone.items() for index in indices)
     raise ModelError(
         f"{cut.dense.model_type} says with {name}={getattr(cut.dense, name)} which blocks are of which kind, and no "
         f"value says it for the blocks that are left without {removed}: remove whole periods."

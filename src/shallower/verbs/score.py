@@ -31,7 +31,7 @@ from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import Unit
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
+from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, require_streamable, units_of
 from shallower.version import __version__
 
 ALL = "all"
@@ -67,8 +67,8 @@ def score(
     settings: options of the metric, and of the objective, as text. objective: what an adaptive metric asks.
     memory: bytes that an adaptive metric may keep besides the model (`4GB`; default: a quarter of what is free).
     workers: how many Ray workers measure it, or the address of a Ray cluster (default: threads of this process).
-    stream_blocks: leave the blocks of a model that is loaded on the processor, and bring each to the device only while
-    it runs: for models that are larger than the device.
+    stream_blocks: of a model that is given by name or path, leave the blocks on the processor, and bring each to the
+    device only while it runs: for models that are larger than the device.
 
     Raises UnknownName for an unknown metric or option, ModelError and CorpusError for a model or text that cannot be
     used.
@@ -136,6 +136,10 @@ def score_many(
     if positions not in (choices := ("auto", *get_args(Positions))):
         raise UnknownName("choice of positions", positions, choices)
     memory, workers = parse_memory(memory), parse_workers(workers)
+    backward = [method.name for method in methods if needs_backward(method)]
+    if stream_blocks:
+        require_streamable(workers=workers)
+        _require_streamable(backward)
     stream = [method for method in methods if reads_stream(method)]
     if spans and not stream:
         raise UserError(
@@ -158,12 +162,8 @@ def score_many(
         stream_blocks=stream_blocks,
     )
     wanted = units_of(subject, units)
-    backward = [method.name for method in methods if needs_backward(method)]
-    if backward and is_streamed(subject.model):
-        raise UserError(
-            f"metric {', '.join(backward)} needs gradients of all weights, and streamed blocks keep none: leave "
-            "--stream-blocks out, or use another metric, such as cosine."
-        )
+    if is_streamed(subject.model):
+        _require_streamable(backward)
     text = None
     if adaptive or stream or backward:
         asked = objective if adaptive else "nll"
@@ -203,6 +203,14 @@ def score_many(
         for method in methods
     }
     return ScoreSheet(tuple(Scores(subject.identity, name, rows[name], made[name]) for name in made))
+
+
+def _require_streamable(backward: Sequence[str]) -> None:
+    if backward:
+        raise UserError(
+            f"metric {', '.join(backward)} needs gradients of all weights, and streamed blocks keep none: leave "
+            "--stream-blocks out, or use another metric, such as cosine."
+        )
 
 
 def chosen_metrics(names: str | Sequence[str]) -> list[Method]:

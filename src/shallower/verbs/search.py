@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
+from shallower.anatomy.streamed import is_streamed
 from shallower.budget import parse_protect
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, Spent
@@ -27,7 +28,7 @@ from shallower.verbs.recovery_steps import Stages
 from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
+from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, require_streamable, units_of
 from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
 
@@ -80,9 +81,9 @@ def search(
     has, a quarter judges.
     target: with calibration `auto`, the text or questions that the smaller model is for; see `advise`.
     memory: bytes that the engine may keep besides the model (`4GB`; default: a quarter of what is free). workers: how
-    many Ray workers measure, or the address of a Ray cluster (default: threads of this process). stream_blocks: leave
-    the blocks of a model that is loaded on the processor, and bring each to the device only while it runs: for models
-    that are larger than the device. Their plan is applied without it.
+    many Ray workers measure, or the address of a Ray cluster (default: threads of this process). stream_blocks: of a
+    model that is given by name or path, leave the blocks on the processor, and bring each to the device only while it
+    runs: for models that are larger than the device. Candidates do not race then, and the plan is applied without it.
     ablator: one of this model, calibration and objective that earlier searches used; it keeps its streams and workers,
     and stays open. It knows whether races are run, so `exact`, `memory` and `workers` are not looked at. With a repair
     its calibration is the part that judges, and it lets its streams and workers go.
@@ -95,6 +96,8 @@ def search(
         remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
     )
     require_target(calibration, target)
+    if stream_blocks:
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages = chosen.stages
     subject = open_subject(
@@ -105,6 +108,8 @@ def search(
         trust_remote_code=trust_remote_code,
         stream_blocks=stream_blocks,
     )
+    if is_streamed(subject.model):
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
     if repair or ordinary:
         require_together(subject.model)  # candidates are cut
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
@@ -354,7 +359,8 @@ def _ablator(
 ) -> Iterator[Ablator]:
     """The one that is given, checked, or one for the time of the `with`."""
     if given is None:
-        racing = None if exact else Racing()
+        # each look of a race would bring all blocks once more
+        racing = None if exact or is_streamed(subject.model) else Racing()
         with closing(
             make_ablator(subject, text, objective, options, racing=racing, memory=memory, workers=workers)
         ) as own:

@@ -30,7 +30,15 @@ from shallower.corpus.questions import EXAMPLE
 from shallower.engine import Ablator, Racing, reads_choices
 from shallower.engine.memo import Memo
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
-from shallower.errors import BudgetError, CorpusError, ModelError, TooLittleText, out_of_memory
+from shallower.errors import (
+    BudgetError,
+    CorpusError,
+    ModelError,
+    ModelTooLarge,
+    TooLittleText,
+    UserError,
+    out_of_memory,
+)
 from shallower.evaluation.perplexity import context_limit
 from shallower.plan import ModelIdentity
 from shallower.registry import objective as objectives
@@ -152,12 +160,14 @@ def open_subject(
     A model that is given itself, also as a Subject, is put into evaluation mode, and stays so: call `model.train()`
     again to go on training it.
 
-    tokenizer: in place of the one that the model came with. stream_blocks: leave the blocks of a model that is
-    loaded on the processor, and bring each to the device only while it runs.
+    tokenizer: in place of the one that the model came with. stream_blocks: of a model that is given by
+    name or path, leave the blocks on the processor, and bring each to the device only while it runs.
 
     Raises ModelError when the model cannot be found, read, or taken apart, and UserError when the device that one in
-    memory is on has no float64 (Apple's GPUs).
+    memory is on has no float64 (Apple's GPUs), or it is to be streamed.
     """
+    if stream_blocks and isinstance(model, (Subject, PreTrainedModel)):
+        raise UserError("blocks are streamed as a model is loaded, and this one is in memory: give its name or path.")
     if isinstance(model, Subject):
         model.model.eval()
         return model if tokenizer is None else replace(model, loaded=replace(model.loaded, tokenizer=tokenizer))
@@ -177,7 +187,13 @@ def _loaded(model: str, device: str, dtype: str, *, trust_remote_code: bool, str
         return load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     place = parse_device(device)
     number_format = dtype_name(parse_dtype(dtype, place))
-    loaded = load_model(model, dtype=number_format, device="cpu", trust_remote_code=trust_remote_code)
+    try:
+        loaded = load_model(model, dtype=number_format, device="cpu", trust_remote_code=trust_remote_code)
+    except ModelTooLarge as error:
+        raise ModelTooLarge(
+            f"{model} does not fit the processor's memory in {number_format}; in the number format that it is stored "
+            "in (--dtype) its weights stay in their files."
+        ) from error
     assert loaded.path is not None
     if (stored := stored_dtype(loaded.path)) != number_format:
         instead = (
@@ -189,6 +205,17 @@ def _loaded(model: str, device: str, dtype: str, *, trust_remote_code: bool, str
         )
     stream_from_processor(loaded.model, place)
     return loaded
+
+
+def require_streamable(*, repair: str = "", ordinary: bool = False, workers: int | str | None = None) -> None:
+    """Raise UserError for what a search with streamed blocks cannot do."""
+    for option, given, why in (
+        ("--repair", repair, "cuts each candidate"),
+        ("--ordinary", ordinary, "cuts candidates"),
+        ("--workers", workers, "loads the whole model in each worker"),
+    ):
+        if given:
+            raise UserError(f"{option} {why}, which streamed blocks do not allow: drop {option} or --stream-blocks.")
 
 
 def require_there(models: Iterable[ModelLike]) -> None:
@@ -380,17 +407,14 @@ def make_ablator(
     options: of the objective. memory: bytes that it may keep besides the model, as a number or as in `4GB`. workers: a
     number of Ray workers on this machine, or the address of a Ray cluster; by default threads of this process measure.
 
-    Raises UserError when either cannot be read, or Ray is not installed, and ModelError when workers are asked for and
-    the model is spread over devices or streamed.
+    Raises UserError when either cannot be read, Ray is not installed, or workers are asked for and the model is
+    streamed, and ModelError when it is spread over devices.
     """
     limit, asked = parse_memory(memory), parse_workers(workers)
     crew = None
     if asked is not None:
         if is_streamed(subject.model):
-            raise ModelError(
-                f"the model's blocks are streamed, and each worker (--workers {asked}) would load it whole: drop "
-                "--workers or --stream-blocks."
-            )
+            require_streamable(workers=asked)
         if is_spread(subject.model):
             raise ModelError(
                 f"the model is spread over devices by accelerate, and each worker (--workers {asked}) would need it "
