@@ -69,12 +69,14 @@ def search(
     from shallower.verbs.search import require_target
     from shallower.verbs.search import search as run
     from shallower.verbs.search_methods import require_possible
-    from shallower.verbs.subject import open_subject
+    from shallower.verbs.subject import open_subject, require_streamable
 
     require_possible(
         remove, search, objective, metric, chosen, units=units, ordinary=ordinary, repair=repair, workers=workers
     )
     require_target(calibration, target)
+    if stream_blocks:
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
     searched = {
         "--search": search != "greedy",
         "--metric": metric is not None,
