@@ -160,11 +160,11 @@ def open_subject(
     A model that is given itself, also as a Subject, is put into evaluation mode, and stays so: call `model.train()`
     again to go on training it.
 
-    tokenizer: in place of the one that the model came with. stream_blocks: of a model that is given by
-    name or path, leave the blocks on the processor, and bring each to the device only while it runs.
+    tokenizer: in place of the one that the model came with. stream_blocks: of a model that is given by name or path,
+    leave the blocks on the processor, and bring each to the device only while it runs.
 
-    Raises ModelError when the model cannot be found, read, or taken apart, and UserError when the device that one in
-    memory is on has no float64 (Apple's GPUs), or it is to be streamed.
+    Raises ModelError when the model cannot be found, read, or taken apart, and UserError when one in memory is on a
+    device without float64 (Apple's GPUs), or is to be streamed.
     """
     if stream_blocks and isinstance(model, (Subject, PreTrainedModel)):
         raise UserError("blocks are streamed as a model is loaded, and this one is in memory: give its name or path.")
