@@ -139,7 +139,7 @@ def score_many(
     backward = [method.name for method in methods if needs_backward(method)]
     if stream_blocks:
         require_streamable(workers=workers)
-        _require_streamable(backward)
+        _require_no_gradients(backward)
     stream = [method for method in methods if reads_stream(method)]
     if spans and not stream:
         raise UserError(
@@ -163,7 +163,7 @@ def score_many(
     )
     wanted = units_of(subject, units)
     if is_streamed(subject.model):
-        _require_streamable(backward)
+        _require_no_gradients(backward)
     text = None
     if adaptive or stream or backward:
         asked = objective if adaptive else "nll"
@@ -205,7 +205,8 @@ def score_many(
     return ScoreSheet(tuple(Scores(subject.identity, name, rows[name], made[name]) for name in made))
 
 
-def _require_streamable(backward: Sequence[str]) -> None:
+def _require_no_gradients(backward: Sequence[str]) -> None:
+    """Raise UserError for metrics that take gradients, of which streamed blocks keep none."""
     if backward:
         raise UserError(
             f"metric {', '.join(backward)} needs gradients of all weights, and streamed blocks keep none: leave "
