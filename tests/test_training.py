@@ -678,6 +678,53 @@ def test_recomputing_activations_changes_nothing() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_compiled_blocks_and_another_attention_learn_the_same() -> None:
+    """Of a teacher's student, too, whose first blocks are the teacher's and not run."""
+    ways = ({}, {"attention": "eager"}, {"compile": True, "attention": "eager", "recompute": True})
+    for options in ({"distill": 0.0}, {"distill": 0.5, "first": 1}):
+        plain, *others = (run("full", tiny_model("llama"), **options, **way) for way in ways)
+        for other in others:
+            assert other.config._attn_implementation == "sdpa"
+            assert not any("forward" in module.__dict__ for module in other.modules())
+            for one, same in zip(plain.parameters(), other.parameters(), strict=True):
+                torch.testing.assert_close(one, same, atol=2e-4, rtol=1e-3)
+
+
+def test_what_is_compiled_computes_only_where_gradients_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def fake(function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            ran.append(torch.is_grad_enabled())
+            return function(*args, **kwargs)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fake)
+    run("full", tiny_model("llama"), compile=True, held_out=largest, evaluations=1)
+    assert ran
+    assert all(ran)
+
+
+def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no g++"), None)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"compile=true: torch.compile cannot .*leave it out.* C\+\+ compiler"):
+        run("full", model, compile=True)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_an_attention_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UserError, match=r"attention=flash is nothing that LlamaForCausalLM .*give eager or sdpa"):
+        run("full", tiny_model("llama"), attention="flash")
+
+
 def test_bfloat16_students_stay_bfloat16_and_learn_small_steps() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     healed = run("full", model, compute="bfloat16", lr=1e-5, epochs=3.0, embeddings=True)

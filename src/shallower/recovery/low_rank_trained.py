@@ -19,7 +19,7 @@ from shallower.training.recipe import Recipe, Task, trainable
 
 def _unread(options: Mapping[str, Any]) -> dict[str, str]:
     names = {"kl": (), "nll": ("temperature", "teacher_cache")}
-    rest = ("hidden", "temperature", "teacher_cache", "recompute")
+    rest = ("hidden", "temperature", "teacher_cache", "recompute", "attention", "compile")
     return dict.fromkeys(names.get(options["by"], rest), f"with by={options['by']}")
 
 

@@ -21,6 +21,7 @@ from shallower.files import expanded
 from shallower.launched import world_size
 from shallower.registry import settable_parameters
 from shallower.resources import parse_memory
+from shallower.training.acceleration import attending
 from shallower.training.feed import Feed
 from shallower.training.teacher import words_kept
 from shallower.units import Unit
@@ -49,6 +50,8 @@ class Recipe:
     save_minutes: how often the state is written, where there is a folder to resume from.
     compute: number format of products; auto measures which is faster. Trained weights are float32 all the while.
     recompute: keep no activations of a block for the way back; slower, and needs less memory.
+    attention: how transformers computes it while training: eager, sdpa, flash_attention_2 …; empty for the model's way.
+    compile: translate the blocks by torch.compile first, which takes half a minute or more; steps then take less time.
     """
 
     lr: float = 1e-4
@@ -68,6 +71,8 @@ class Recipe:
     save_minutes: float = 5.0
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: bool = False
+    attention: str = ""
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError that names every value out of range."""
@@ -146,6 +151,10 @@ def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Re
             f"recompute=true needs a model that can compute its activations again, and {type(student).__name__} "
             "cannot: leave recompute out, and lower at_once to save memory."
         )
+    if recipe.compile and world_size() > 1:
+        raise UserError("compile=true works in one process: leave it out, or start without 'accelerate launch'.")
+    with attending(student, recipe.attention):
+        pass  # there is such an implementation
     feed = Feed(text, recipe.batch, recipe.at_once, 0, world_size())
     if (budget := parse_memory(recipe.teacher_cache or None)) is not None:
         vocabulary = student.get_input_embeddings().weight.shape[0]
