@@ -681,6 +681,10 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
         prune(files / "dense", "attn.2", recover="refit", form="padded")
     with pytest.raises(UserError, match="--train-sequences is for recoveries that train"):
         prune(files / "dense", "attn.2", train_sequences=9)
+    prune(files / "dense", "attn.2", form="padded", out=files / "padded", speed=False, dtype="float32")
+    for method in ("full", "refit"):
+        with pytest.raises(ModelError, match=r"padded is padded: attn.2 are in it with .*the plan instead \(--plan"):
+            recover(files / "padded", method, teacher=files / "dense", **asked(files, trains=method == "full"))
     with pytest.raises(UserError, match="--memory is for recoveries in closed form"):
         prune(files / "dense", plan=files / "plan.json", recover="full", memory="1MB")
     with pytest.raises(UserError, match="the settings ridge would change nothing"):

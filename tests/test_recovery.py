@@ -62,6 +62,7 @@ from shallower.verbs.prune import prune
 from shallower.verbs.prune_texts import Wanted, wanted_of_prune
 from shallower.verbs.recover import recover
 from shallower.verbs.recovery_steps import parse_recoveries
+from shallower.verbs.repairable import keep_repairable
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
@@ -1251,6 +1252,10 @@ def test_maps_at_cuts_are_saved_packaged(files: Path, dtype: str) -> None:
     again = AutoModelForCausalLM.from_pretrained(files / "again", trust_remote_code=True)
     assert away(again, pruned.model) < allowed
     assert "trust_remote_code" in (files / "again" / "report.html").read_text()
+    told = json.loads((files / "again" / "report.json").read_text())["notes"]
+    assert [note for note in told if "vLLM" in note] == [
+        line.removeprefix("- ") for line in (files / "again" / "README.md").read_text().split("\n") if "vLLM" in line
+    ]
 
 
 @pytest.mark.parametrize(
@@ -1699,3 +1704,10 @@ def test_the_demo_model_gains() -> None:
     before = loss()
     recovery.get("refit").function(repair)
     assert loss() < before - 0.1
+
+
+def test_a_search_keeps_one_half_of_a_first_block_whose_halves_run_side_by_side() -> None:
+    """Each alone leaves the other to be folded into, and a set of both leaves nothing."""
+    dense, steps = dissect(tiny_model("gpt_neox")), parse_recoveries("refit", {})
+    units = {kind: dense.of_kind(*kind) for kind in (("attn",), ("mlp",), ("attn", "mlp"))}
+    assert [keep_repairable(dense, each, steps, "") for each in units.values()] == ["", "", "first:1"]

@@ -715,14 +715,19 @@ def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", broken)
     model = tiny_model("llama")
-    with pytest.raises(UserError, match=r"compile=true: torch.compile cannot .*leave it out.* C\+\+ compiler"):
+    with pytest.raises(ModelError, match=r"compile=true: torch.compile cannot .*leave it out.* C\+\+ compiler"):
         run("full", model, compile=True)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_an_attention_that_there_is_not_is_refused() -> None:
-    with pytest.raises(UserError, match=r"attention=flash is nothing that LlamaForCausalLM .*give eager or sdpa"):
-        run("full", tiny_model("llama"), attention="flash")
+    for name in ("flash", "flex_attention"):
+        model = tiny_model("llama")
+        with pytest.raises(UserError, match=rf"attention={name} is no way in which LlamaForCausalLM can .*own is sdpa"):
+            run("full", model, attention=name)
+        assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match=r"attention=eager is no way in which FalconForCausalLM can .*own is sdpa"):
+        run("full", tiny_model("falcon"), attention="eager")
 
 
 def test_bfloat16_students_stay_bfloat16_and_learn_small_steps() -> None:

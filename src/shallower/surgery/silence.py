@@ -45,3 +45,9 @@ def silence(block: nn.Module, paths: Iterable[str]) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 zeros = torch.zeros_like(parameter)
                 module._parameters[name] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+
+
+def adds_nothing(anatomy: Anatomy, unit: Unit) -> bool:
+    """Whether a whole matrix of the sublayer is zero, as its output projection is in a padded checkpoint."""
+    modules = anatomy.blocks[unit.index].modules_of(unit.kind)
+    return any(not bool(weight.any()) for module in modules for weight in module.parameters() if weight.dim() >= 2)

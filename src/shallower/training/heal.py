@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from shallower.engine.head import find_head
 from shallower.errors import UserError
 from shallower.launched import world_size
 from shallower.resources import parse_memory
-from shallower.training.acceleration import attending, compiled
+from shallower.training.acceleration import attend, compiled
 from shallower.training.feed import Feed
 from shallower.training.loop import Guiding, number_format, settled, train
 from shallower.training.objective import TextObjective, shared_blocks
@@ -82,36 +82,17 @@ def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
         hidden=recipe.hidden,
         shared=shared,
     )
+    own = attend(student, recipe.attention)
     try:
-        with attending(student, recipe.attention), _compiled(objective, student, task, teacher, shared):
+        with compiled(student, shared) if recipe.compile else nullcontext():
             student = train(objective, student, task, teacher).student
     finally:
+        attend(student, own)
         if recipe.recompute:
             student.gradient_checkpointing_disable()
         if isinstance(teacher, CachedTeacher):
             teacher.close()
     return student
-
-
-@contextmanager
-def _compiled(
-    objective: TextObjective, student: PreTrainedModel, task: Task, teacher: Guiding | None, shared: int
-) -> Iterator[None]:
-    """Inside the `with`, the student's blocks are compiled, where the recipe says so, for steps as the training has."""
-    if not task.recipe.compile:
-        yield
-        return
-    feed = Feed(task.text, task.recipe.batch, task.recipe.at_once, task.seed)
-
-    def once() -> None:
-        portion = next(feed.portions(feed.step(0)))
-        objective.train()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            objective(portion, None if teacher is None else teacher.guide(portion))[0].backward()
-        student.zero_grad(set_to_none=True)
-
-    with compiled(student, shared, once):
-        yield
 
 
 def finish(student: PreTrainedModel, formats: Mapping[str, torch.dtype]) -> PreTrainedModel:

@@ -108,9 +108,14 @@ class _Loop:
         moves = launched and not on_cpu
         unused = DistributedDataParallelKwargs(find_unused_parameters=_may_lack_gradients(student, task))
         # what `accelerate launch` was told of mixed precision would come over the recipe's number format
-        self.accelerator = Accelerator(
-            cpu=launched and on_cpu, device_placement=moves, mixed_precision="no", kwargs_handlers=[unused]
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=launched and on_cpu, device_placement=moves, mixed_precision="no", kwargs_handlers=[unused]
+            )
+        except ValueError as error:  # its state is the process's
+            raise UserError(
+                f"accelerate was used in this process already, in another way ({error}): train in a process of its own."
+            ) from error
         self.device = self.accelerator.device if moves else student.device
         self.feed = Feed(task.text, self.recipe.batch, self.recipe.at_once, task.seed, self.accelerator.num_processes)
         self.steps = self.feed.total(self.recipe.epochs)

@@ -21,12 +21,12 @@ from shallower.files import expanded
 from shallower.launched import world_size
 from shallower.registry import settable_parameters
 from shallower.resources import parse_memory
-from shallower.training.acceleration import attending
+from shallower.training.acceleration import attend
 from shallower.training.feed import Feed
 from shallower.training.teacher import words_kept
 from shallower.units import Unit
 
-TRAINED_AS = 3  # to be raised when a training comes out otherwise than before, or its state holds something else
+TRAINED_AS = 4  # to be raised when a training comes out otherwise than before, or its state holds something else
 HeldOut = Callable[[PreTrainedModel], float]
 """Perplexity of a model on text that it is not trained on."""
 
@@ -153,8 +153,7 @@ def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Re
         )
     if recipe.compile and world_size() > 1:
         raise UserError("compile=true works in one process: leave it out, or start without 'accelerate launch'.")
-    with attending(student, recipe.attention):
-        pass  # there is such an implementation
+    attend(student, attend(student, recipe.attention))  # refused where there is none, else as it was
     feed = Feed(text, recipe.batch, recipe.at_once, 0, world_size())
     if (budget := parse_memory(recipe.teacher_cache or None)) is not None:
         vocabulary = student.get_input_embeddings().weight.shape[0]

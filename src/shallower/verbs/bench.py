@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from shallower.errors import UserError
 from shallower.reporting.wording import distinct_names, percent, plural
+from shallower.surgery.silence import adds_nothing
 from shallower.timing import Speed, Spread, compare_speed, devices_of, memory_source, require_counts, require_fits
-from shallower.units import Unit
 from shallower.verbs.subject import ModelLike, Subject, open_subject, path_of, several
 from shallower.version import __version__
 
@@ -188,7 +188,7 @@ def _notes(timed: Sequence[Timed], subjects: Sequence[Subject]) -> Iterator[str]
     for mine, subject in zip(timed[1:], subjects[1:], strict=True):
         if (mine.blocks, mine.attns, mine.mlps) != (first.blocks, first.attns, first.mlps):
             continue
-        empty = [unit for unit in subject.anatomy.of_kind("attn", "mlp") if _adds_nothing(subject, unit)]
+        empty = [unit for unit in subject.anatomy.of_kind("attn", "mlp") if adds_nothing(subject.anatomy, unit)]
         if empty:
             yield (
                 f"{mine.model}: {plural(len(empty), 'sublayer')} of {mine.attns + mine.mlps} have a matrix of zeros (a "
@@ -207,9 +207,3 @@ def _notes(timed: Sequence[Timed], subjects: Sequence[Subject]) -> Iterator[str]
                 f"{mine.model}: {percent(whole - blocks, whole)} of the FLOPs of a token are outside the blocks (the "
                 "head over the vocabulary); removing blocks does not touch them."
             )
-
-
-def _adds_nothing(subject: Subject, unit: Unit) -> bool:
-    """Whether a whole matrix of the sublayer is zero, as its output projection is in a padded checkpoint."""
-    modules = subject.anatomy.blocks[unit.index].modules_of(unit.kind)
-    return any(not bool(weight.any()) for module in modules for weight in module.parameters() if weight.dim() >= 2)

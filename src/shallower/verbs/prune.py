@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
@@ -32,7 +33,6 @@ from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_together, require_unquantized, require_whole, save
 from shallower.surgery.adopt import adopt
-from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.before_after import Clock, before_after
 from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune, wanted_of_prune
@@ -162,20 +162,9 @@ def prune(
     given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     with clock("loading"):
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        require_whole(subject.model)
-        require_together(subject.model)
-        require_unquantized(subject.model)
-        if given is not None:
-            given.require_for(subject.identity)
-            subject.anatomy.require(given.remove)
-            request = Request(given.remove, None)
-        else:
-            assert remove is not None
-            request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
-            if request.budget is not None:
-                kept, protect = protect, keep_repairable(subject.anatomy, request.units, steps, protect)
-                if protect != kept:
-                    request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
+        request, protect = _request(
+            subject, given, remove, steps, search=search, units=units, ordinary=ordinary, protect=protect
+        )
         if out is not None:
             require_space_for(out, subject, parameters_left(subject, request))
     with clock("calibration text"):
@@ -240,6 +229,11 @@ def prune(
                 memory=memory,
             )
         smaller = smaller.holding(smaller.model)
+    if out is None:
+        stored = _with_maps(exported, subject.anatomy, given.removed, form)
+    else:
+        with clock("loading again"):
+            stored = _as_stored(subject, exported, given.removed, form, smaller.model if steps else None, before_repair)
     known = stages[-1].perplexity if stages else None
     measured = before_after(
         subject, smaller, read.held_out, asked, clock, window, max_windows, speed=speed, known=known
@@ -259,11 +253,11 @@ def prune(
             *measured.of_tasks,
             *(() if steps else _left_unrepaired(given)),
             *measured.of_speed,
-            *exported.notes,
+            *stored.notes,
             *said,
         ),
         machine=_machine(),
-        form="packaged" if any(patches(smaller.model)) else exported.form.name,
+        form=stored.form.name,
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
@@ -273,14 +267,8 @@ def prune(
     folder = None
     if out is not None:
         with clock("writing and verifying"):
-            anatomy, found = _as_stored(subject, exported, given.removed, form)
-            if steps and found is not exported:
-                adopt(found.model, smaller.model, before_repair)
-            complete = with_maps_inside(found.model, anatomy, given.removed)
-            if complete is not found.model:
-                found = export(anatomy, given.removed, complete, form)
             folder = save(
-                found,
+                stored,
                 out,
                 plan=given,
                 tokenizer=subject.loaded.tokenizer,
@@ -314,6 +302,35 @@ def _require_consistent(remove: object, plan: object, repair: str, recover: str,
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
             "'accelerate launch -m shallower recover'."
         )
+
+
+def _request(
+    subject: Subject,
+    plan: PruningPlan | None,
+    remove: str | int | None,
+    steps: Stages,
+    *,
+    search: str,
+    units: str,
+    ordinary: bool,
+    protect: str,
+) -> tuple[Request, str]:
+    """What is to go of a model that can be cut, and what is protected, with what the recoveries cannot repair."""
+    require_whole(subject.model)
+    require_together(subject.model)
+    require_unquantized(subject.model)
+    if plan is not None:
+        plan.require_for(subject.identity)
+        subject.anatomy.require(plan.remove)
+        return Request(plan.remove, None), protect
+    assert remove is not None
+    request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
+    if request.budget is None:
+        return request, protect
+    kept = keep_repairable(subject.anatomy, request.units, steps, protect)
+    if kept != protect:
+        request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=kept)
+    return request, kept
 
 
 def _require_ready(
@@ -368,12 +385,29 @@ def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject
         return subject.holding(found.model), found
 
 
-def _as_stored(subject: Subject, measured: Export, removed: frozenset[Unit], form: str) -> tuple[Anatomy, Export]:
-    """The cut model in the precision that the dense checkpoint is stored in, whatever it was measured in, and the dense
-    model's anatomy in that precision.
+def _as_stored(
+    subject: Subject,
+    measured: Export,
+    removed: frozenset[Unit],
+    form: str,
+    repaired: PreTrainedModel | None,
+    before_repair: list[nn.Parameter],
+) -> Export:
+    """What is stored: the cut model in the precision that the dense checkpoint is stored in, whatever it was measured
+    in, with what recoveries made of it. repaired: None without any; before_repair: the parameters that they were given.
     """
     again = as_stored(subject, removed)
-    return (subject.anatomy, measured) if again is None else (again[0], export(again[0], removed, again[1], form))
+    anatomy = subject.anatomy if again is None else again[0]
+    found = measured if again is None else export(anatomy, removed, again[1], form)
+    if repaired is not None and found is not measured:
+        adopt(found.model, repaired, before_repair)
+    return _with_maps(found, anatomy, removed, form)
+
+
+def _with_maps(found: Export, dense: Anatomy, removed: frozenset[Unit], form: str) -> Export:
+    """What is stored of a model where maps may stand at its cuts."""
+    complete = with_maps_inside(found.model, dense, removed)
+    return found if complete is found.model else export(dense, removed, complete, form)
 
 
 def _recoveries(

@@ -28,7 +28,8 @@ from shallower.surgery import cut, require_unquantized
 from shallower.surgery.adopt import adopt
 from shallower.surgery.plain import is_plain
 from shallower.surgery.save import form_of
-from shallower.units import Unit
+from shallower.surgery.silence import adds_nothing
+from shallower.units import Unit, listed
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.plan_text import PlanText, text_of_plan
@@ -277,6 +278,7 @@ def _student(
         if not isinstance(model, (str, Path)):
             student = student.shared()
         _require_kin(student, dense)
+        _require_gone(student, dense)
         plan.require_for(dense.identity)
         folder, stored = student.loaded.path, student.stored_dtype
         if stored == student.dtype:
@@ -351,6 +353,21 @@ def _again(model: Any, **options: Any) -> Subject:
     """
     with progress.task(f"loading it again in {options['dtype']}"), progress.silent():
         return open_subject(model, **options)
+
+
+def _require_gone(student: Subject, dense: Subject) -> None:
+    """Raise ModelError for a padded checkpoint: what was removed is still in it, as sublayers with a matrix of zeros,
+    which training would bring back, and behind which nothing can be fitted.
+    """
+    empty, own = (
+        [unit for unit in side.anatomy.of_kind("attn", "mlp") if adds_nothing(side.anatomy, unit)]
+        for side in (student, dense)
+    )
+    if len(empty) > len(own):
+        raise ModelError(
+            f"{student.loaded.name} is padded: {listed(empty)} are in it with a matrix of zeros in the place of what "
+            f"was removed, which training would bring back. Give the dense model with the plan instead (--plan {PLAN})."
+        )
 
 
 def _require_kin(student: Subject, dense: Subject) -> None:

@@ -17,7 +17,8 @@ def keep_repairable(dense: Anatomy, units: Sequence[Unit], steps: Stages, protec
     """`protect` with the blocks of those of the `units` without which one of the recoveries could not repair the model,
     as nothing that it could be folded into writes to the stream in front of them. Said in a note.
 
-    Where each unit alone leaves a matrix in front of it, so does a set of them: the one in front of its first.
+    Where each unit alone leaves a matrix in front of it, so does a set of them: the one in front of its first. But for
+    the two halves of a first block that run side by side, each of which alone leaves the other one.
 
     Raises ModelError when that is all of them.
     """
@@ -26,6 +27,10 @@ def keep_repairable(dense: Anatomy, units: Sequence[Unit], steps: Stages, protec
         return protect
     halves = find_writers(dense)
     kept = [unit for unit in units if _writer_in_front(dense, plain((unit,))[0], halves) is None]
+    if not halves[0].sequential:
+        first = [unit for unit in units if unit.index == 0]
+        if {unit.kind for unit in plain(first)} >= {"attn", "mlp"}:
+            kept = [*first, *(unit for unit in kept if unit.index)]
     if not kept:
         return protect
     reason = (
