@@ -703,7 +703,7 @@ def test_a_mistake_is_one_sentence(cli: Cli, place: Path, tmp_path: Path, asked:
             lambda removed: len(removed) > 1,
             r"without block\.\d(-|, block\.)\d, the best that was found, the model gives no",
         ),
-        (lambda removed: True, r"the model itself gives no finite nll on this text.* try --dtype float32"),
+        (lambda removed: True, r"the model itself gives no finite losses on this text.* try --dtype float32"),
     ],
     ids=["without", "dense"],
 )

@@ -962,6 +962,13 @@ def test_equal_answers_prove_nothing_beside_a_candidate_that_overflows(overflow)
     assert survivors(np.full((2, 5), overflow), counts, 1, Racing(), 32).tolist() == [True, True]
 
 
+def test_sequences_that_predict_nothing_decide_no_race():
+    sums, counts = np.zeros((4, 8)), np.zeros(8, dtype=np.int64)
+    assert survivors(sums, counts, 1, Racing(), 32).all()
+    counts[:2], sums[:, :2] = 1, np.arange(4)[:, None]
+    assert survivors(sums, counts, 1, Racing(), 32).all()
+
+
 def test_racing_gives_greedys_answer_for_fewer_tokens():
     anatomy = dissect(tiny_model("llama"))
     ids = torch.randint(3, 120, (64, 64), generator=torch.Generator().manual_seed(1))

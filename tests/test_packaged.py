@@ -30,6 +30,7 @@ import shallower
 from shallower.anatomy import Anatomy, dissect
 from shallower.anatomy.weigh import weigh
 from shallower.cli import main
+from shallower.engine import Ablator
 from shallower.errors import BudgetError, ModelError, UnknownName, VerificationError
 from shallower.exporters import export, save
 from shallower.exporters.native import skip_words
@@ -37,9 +38,11 @@ from shallower.exporters.packaged import ffn_mult
 from shallower.surgery import cut, leftovers, require_ordinary, verify_saved
 from shallower.surgery import save as write
 from shallower.surgery.mapping import put_map
+from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_config, tiny_model, tiny_tokenizer
 from shallower.timing.speed import cache_bytes
 from shallower.units import Unit
+from shallower.verbs.search import search
 from test_surgery import IDS, close, decoded, dense, logits, passed_over, units
 
 MIXED = "block.1,attn.2,mlp.4"  # of six blocks; five are left, of which one has no attention and one no MLP
@@ -283,6 +286,14 @@ def test_what_decilm_cannot_say_is_generic(family: str, tmp_path: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"].startswith("shallow_")
         assert said in (folder / "README.md").read_text()
+
+
+def test_a_model_that_nothing_more_can_be_cut_out_of_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    smaller = cut(dense("llama")[0], units("attn.1"))
+    monkeypatch.setattr(Ablator, "losses", lambda *_: pytest.fail("it was measured"))
+    for asked in ({"remove": 1}, {"remove": "block.2"}, {"remove": 1, "units": "sublayer", "ordinary": True}):
+        with pytest.raises(ModelError, match="this model lacks sublayers already"):
+            search(smaller, calibration=sample_text(smaller), **asked)
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama4"])  # an attention of its own; no class without the head

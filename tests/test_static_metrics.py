@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from shallower.anatomy import dissect
 from shallower.anatomy.dissect import Anatomy
 from shallower.corpus import CalibrationSet
-from shallower.engine import StreamStatistic, WeightStatistic, gradients, stream_scores, weight_scores, workers
+from shallower.engine import Ablator, StreamStatistic, WeightStatistic, gradients, stream_scores, weight_scores, workers
 from shallower.engine.crossing import find_midpoints
 from shallower.engine.stream import _directions
 from shallower.errors import CorpusError, ModelError, UnknownName, UserError
@@ -729,6 +730,47 @@ def test_a_search_passes_options_on_to_the_metric_it_ranks_by(
     assert (pruned.plan.remove, pruned.plan.made_by.options[key]) == (plan.remove, value)
     with pytest.raises(UnknownName, match=f"option '{key}' of search 'one-shot', metric 'cosine' or objective 'nll'"):
         search(llama, 2, search="one-shot", **asked)
+
+
+def test_a_plan_tells_of_scores_that_were_measured_otherwise(llama: PreTrainedModel) -> None:
+    text, other = sample_text(llama), sample_text(llama, sequences=8)
+    assert text.digest != other.digest
+    scores = score(llama, "relative-l1", calibration=other, settings={"below": "before"}, positions="last", seed=3)
+    options = search(llama, 2, search="one-shot", scores=scores, calibration=text).made_by.options
+    assert (options["below"], options["positions"]) == ("before", "last")
+    assert re.fullmatch(rf".* \({other.digest}\), seed 3", options["scores"])
+    judged = score(llama, "loss", objective="kl", calibration=text)
+    options = search(llama, 2, search="one-shot", scores=judged, calibration=text).made_by.options
+    assert options["scores"].endswith(f"({text.digest}), seed 0, kl")
+    own = score(llama, "loss", calibration=text)
+    assert "scores" not in search(llama, 2, search="one-shot", scores=own, calibration=text).made_by.options
+
+
+def test_blocks_that_stay_are_not_taken_away_to_rank_the_others(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[frozenset[Unit]]()
+    for name in ("losses", "differences"):
+
+        def record(self: Ablator, candidates: Any, *args: Any, own: Any = getattr(Ablator, name), **given: Any) -> Any:
+            asked.extend(map(frozenset, candidates))
+            return own(self, candidates, *args, **given)
+
+        monkeypatch.setattr(Ablator, name, record)
+    for name in ("loss", "shapley"):
+        asked.clear()
+        search(llama, 2, search="one-shot", metric=name, protect="first:1", calibration=sample_text(llama))
+        assert asked
+        assert not any(Unit(0, "block") in candidate for candidate in asked)
+
+
+@pytest.mark.parametrize("name", ["loss", "shapley"])
+def test_a_model_that_overflows_is_not_scored(
+    llama: PreTrainedModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ablator, "losses", lambda self, candidates, keep=None: [math.inf] * len(candidates))
+    with pytest.raises(ModelError, match="the model itself gives no finite losses on this text"):
+        score(llama, name, calibration=sample_text(llama))
 
 
 def test_rank_correlations_are_those_of_the_textbook(llama: PreTrainedModel) -> None:

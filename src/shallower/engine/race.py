@@ -61,7 +61,8 @@ def survivors(
     alive = np.asarray(np.isfinite(sums).all(axis=1))  # an overflow is as bad as can be
     sequences = sums.shape[1]
     right_or_wrong = (counts == 1).all() and np.isin(sums[alive], (0, 1)).all()  # a few equal answers have no spread,
-    if alive.sum() <= keep or sequences < FEWEST_SEQUENCES or right_or_wrong:  # which is not certainty
+    told = int((counts > 0).sum())  # a sequence of one token predicts nothing
+    if alive.sum() <= keep or told < FEWEST_SEQUENCES or right_or_wrong:  # which is not certainty
         return alive if alive.sum() >= keep else np.ones(len(sums), dtype=bool)
     if not alive.all():
         alive[alive] = survivors(sums[alive], counts, keep, racing, whole)

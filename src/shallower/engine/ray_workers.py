@@ -251,6 +251,9 @@ class RayWorkers:
     def _start(self, place: _Place) -> None:
         actor = self._session.ray.remote(Worker).options(**self._session.placement)
         place.actor, place.ready = actor.remote(), False
+        self._prepare(place)
+
+    def _prepare(self, place: _Place) -> None:
         source = self._model if self._checkpoint is None else self._checkpoint
         place.waiting = place.actor.prepare.remote(self._setup, source)
 
@@ -302,6 +305,8 @@ class RayWorkers:
         try:
             answer = self._session.ray.get(reference)
         except exceptions.RayTaskError as error:  # what the worker itself raised
+            if not place.ready:  # it may have room for the model when the next question comes
+                self._prepare(place)
             raise error.cause from error
         except exceptions.RayError as error:  # it died, was killed for its memory, or its machine or result is gone
             self._bury(place, error)

@@ -19,7 +19,7 @@ def beam(
     """Grow the `width` best sets at once by every unit, and keep the `width` best of the results.
 
     Greedy is `width` 1. Sets that differ in size are compared only at equal numbers of removals; the first generation
-    in which a set meets the budget decides, between all of its sets that do, on all of the text.
+    in which one of the `width` best meets the budget decides, between those of them that do, on all of the text.
     """
     hand: list[frozenset[Unit]] = [frozenset()]
     while True:

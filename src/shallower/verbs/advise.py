@@ -18,6 +18,7 @@ from shallower.corpus import DOMAINS, CalibrationSet
 from shallower.errors import CorpusError, UserError
 from shallower.plan import without_folders
 from shallower.units import Unit
+from shallower.verbs.score import require_finite
 from shallower.verbs.subject import Subject, calibrate, make_ablator
 
 AUTO = "auto"
@@ -82,7 +83,9 @@ def advise(
     def ranking(text: CalibrationSet, judged: str) -> list[float]:
         own = options if judged == objective else None
         with closing(make_ablator(subject, text, judged, own, memory=memory, workers=workers)) as ablator:
-            return [value for value, _ in ablator.differences([frozenset({unit}) for unit in units])]
+            found = [value for value, _ in ablator.differences([frozenset({unit}) for unit in units])]
+            require_finite(ablator)
+            return found
 
     built: dict[str, CalibrationSet] = {}
     failed: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from shallower.registry import Method
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.scores import Scores, ScoreSheet
+from shallower.units import Unit
 from shallower.verbs.score import score_many
 from shallower.verbs.subject import Subject
 
@@ -56,10 +57,12 @@ def rank(
     memory: int | str | None = None,
     workers: int | str | None = None,
     ablator: Ablator | None = None,
+    only: Collection[Unit] | None = None,
 ) -> Scores | None:
     """Measure the scores that a ranking search reads; None for searches that only ask for losses. As in `search`.
 
-    settings: of which the metric's are read, and the objective's by a metric that asks it.
+    settings: of which the metric's are read, and the objective's by a metric that asks it. only: the units that may go,
+    as for `score_many`.
     """
     ranking = that_rank(stages)
     method = metric_of(stages, metric)
@@ -72,7 +75,7 @@ def rank(
         subject,
         [method.name],
         units=units,
-        spans=any("spans" in method.parameters for method in ranking) or None,
+        spans=any("spans" in method.parameters for method in ranking),
         objective=objective,
         calibration=text,
         settings={key: value for key, value in (settings or {}).items() if key in known} or None,
@@ -80,6 +83,7 @@ def rank(
         memory=memory,
         workers=workers,
         ablator=ablator,
+        only=only,
     ).scores
     return found
 
@@ -96,14 +100,7 @@ def ranked(
     Raises UserError for scores of another model or metric, or with other options, and where there are none of spans
     for a search that reads these.
     """
-    ranking = that_rank(stages)
-    if not ranking:
-        refuse_ranking(stages)
-    given = _given(scores, metric)
-    if metric is not None and metric != given.metric:
-        raise UserError(
-            f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
-        )
+    given = read_scores(stages, scores, metric)
     known = metrics.get(given.metric).options if options else {}
     for name, value in options.items():
         measured = given.made_by.options.get(name, known[name].default if name in known else None)
@@ -113,8 +110,23 @@ def ranked(
                 "drop the first, or score again with it."
             )
     if given.model.fingerprint != subject.identity.fingerprint:
+        theirs, mine = (f"{side.name} ({side.fingerprint[:19]}…)" for side in (given.model, subject.identity))
+        raise UserError(f"the scores are of {theirs}, not of {mine}; score this model first.")
+    return given
+
+
+def read_scores(stages: Sequence[Stage], scores: Scores | ScoreSheet | str | Path, metric: str | None) -> Scores:
+    """Scores measured before, those of `metric` where it is named, for a search that reads such.
+
+    Raises UserError where it reads none, or they are of another metric, or of no spans for a search that reads these.
+    """
+    ranking = that_rank(stages)
+    if not ranking:
+        refuse_ranking(stages)
+    given = _given(scores, metric)
+    if metric is not None and metric != given.metric:
         raise UserError(
-            f"the scores are of {given.model.name}, not of {subject.identity.name}; score this model first."
+            f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
         )
     if any("spans" in method.parameters for method in ranking) and not given.spans:
         raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")

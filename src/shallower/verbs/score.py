@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -23,7 +24,7 @@ from shallower.engine import (
     weight_scores,
 )
 from shallower.engine.stream import Positions
-from shallower.errors import UnknownName, UserError
+from shallower.errors import ModelError, UnknownName, UserError
 from shallower.plan import MadeBy
 from shallower.registry import Method, share_options
 from shallower.registry import metric as metrics
@@ -117,12 +118,14 @@ def score_many(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     stream_blocks: bool = False,
+    only: Collection[Unit] | None = None,
 ) -> ScoreSheet:
     """Score the units of a model by several metrics, which share their passes over the text.
 
     names: metrics, as a sequence or as in `cosine,taylor`; `all` is every static metric, and `loss`. An option of
     `settings` goes to every metric that has it; `spans` and `positions` to the metrics of the stream. ablator: one of
-    this model, text and objective, for adaptive metrics; it stays open. The rest is as for `score`.
+    this model, text and objective, for adaptive metrics; it stays open. only: of the units those that may go, which are
+    all that an adaptive metric takes away and scores (default: all). The rest is as for `score`.
 
     Raises what `score` raises.
     """
@@ -139,7 +142,7 @@ def score_many(
     backward = [method.name for method in methods if needs_backward(method)]
     if stream_blocks:
         require_streamable(workers=workers)
-        _require_no_gradients(backward)
+        require_no_gradients(backward)
     stream = [method for method in methods if reads_stream(method)]
     if spans and not stream:
         raise UserError(
@@ -163,11 +166,12 @@ def score_many(
     )
     wanted = units_of(subject, units)
     if is_streamed(subject.model):
-        _require_no_gradients(backward)
+        require_no_gradients(backward)
     text = None
     if adaptive or stream or backward:
         asked = objective if adaptive else "nll"
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=asked)
+    takes = [unit for unit in wanted if only is None or unit in only]
     rows: dict[str, tuple[Score, ...]] = {}
     if stream:
         assert text is not None
@@ -188,7 +192,7 @@ def score_many(
                 ablator = make_ablator(subject, text, objective, judged, memory=memory, workers=workers)
                 stack.enter_context(closing(ablator))
             for method in adaptive:
-                rows[method.name] = measured_scores(method, given[method.name], ablator, wanted, seed)
+                rows[method.name] = measured_scores(method, given[method.name], ablator, takes, seed)
                 given[method.name] = {**judged, **given[method.name]}
     made = {
         method.name: MadeBy(
@@ -205,7 +209,7 @@ def score_many(
     return ScoreSheet(tuple(Scores(subject.identity, name, rows[name], made[name]) for name in made))
 
 
-def _require_no_gradients(backward: Sequence[str]) -> None:
+def require_no_gradients(backward: Sequence[str]) -> None:
     """Raise UserError for metrics that take gradients, of which streamed blocks keep none."""
     if backward:
         raise UserError(
@@ -268,7 +272,10 @@ class Ablating(Protocol):
 def measured_scores(
     method: Method, options: Mapping[str, Any], ablator: Ablating, units: Sequence[Unit], seed: int
 ) -> tuple[Score, ...]:
-    """Scores by a metric that asks for losses of the model without units."""
+    """Scores by a metric that asks for losses of the model without units.
+
+    Raises ModelError where the model itself overflows on the text.
+    """
     supply = {
         "units": units,
         "losses": ablator.losses,
@@ -276,7 +283,17 @@ def measured_scores(
         "rng": random.Random(seed),
     }
     found = method.function(**{name: supply[name] for name in method.parameters}, **options)
+    require_finite(ablator)  # known by now
     return tuple(Score(unit, *found[unit]) for unit in units)
+
+
+def require_finite(judge: Ablating) -> None:
+    """Raise ModelError where the dense model overflows on the text, so that nothing can be compared with it."""
+    if not math.isfinite(judge.losses([frozenset()])[0]):
+        raise ModelError(
+            "the model itself gives no finite losses on this text, so nothing can be compared with it: try --dtype "
+            "float32, or another calibration text."
+        )
 
 
 def stream_statistic(

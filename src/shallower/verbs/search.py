@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy.streamed import is_streamed
-from shallower.budget import parse_protect
+from shallower.budget import Amount, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator, Racing, Spent
+from shallower.engine import Ablator, Racing, Spent, needs_backward
 from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import MadeBy, PruningPlan
+from shallower.registry import metric as metrics
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
 from shallower.searches import Losses
-from shallower.surgery import cut, is_spread, leftovers, require_together
-from shallower.units import Unit, listed, plain
+from shallower.surgery import cut, is_spread, leftovers, require_together, require_whole
+from shallower.units import Unit, listed, plain, sublayers_of
 from shallower.verbs.advise import advise, is_auto
-from shallower.verbs.ranking import Stage, rank, ranked
+from shallower.verbs.ranking import Stage, metric_of, rank, ranked, read_scores
 from shallower.verbs.recovery_steps import Stages
 from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
+from shallower.verbs.score import require_finite, require_no_gradients
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, require_streamable, units_of
 from shallower.verbs.trail import removal_order, run_search
@@ -96,10 +99,13 @@ def search(
         remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
     )
     require_target(calibration, target)
-    if stream_blocks:
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages = chosen.stages
+    if scores is not None:
+        scores = read_scores(stages, scores, metric)
+    if stream_blocks:
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
+        _require_streamable_ranking(stages, metric, remove, scores)
     subject = open_subject(
         model,
         tokenizer,
@@ -110,6 +116,7 @@ def search(
     )
     if is_streamed(subject.model):
         require_streamable(repair=repair, ordinary=ordinary, workers=workers)
+    require_whole(subject.model)  # else no plan for it could be applied
     if repair or ordinary:
         require_together(subject.model)  # candidates are cut
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
@@ -145,15 +152,17 @@ def search(
                     memory=memory,
                     workers=workers,
                     ablator=measuring,  # what a metric measured need not be measured again, and is counted
+                    only=sublayers_of(request.units) if ordinary else request.units,
                 )
             else:
                 ranking = ranked(subject, stages, metric, scores, chosen.of_metric)
+            require_finite(judge)
             if repair:
                 measuring.close()  # what it keeps in memory would stand beside what repairs keep
             order = _order(subject, request, search, stages, judge.losses, ranking, seed, ordinary=ordinary)
         measured = _measured(judge, order)
         if request.budget is not None:
-            _require_finite(measured, order, objective)
+            _require_finite(measured[-1], order, objective)
         spent = _spent(measuring, before, judge)
         progress.note(_cost(spent, repaired=bool(repair)))
     options = {
@@ -164,6 +173,8 @@ def search(
         "protect": protect,
         "dtype": subject.dtype,
         **_of_races(measuring.racing, spent, repair),
+        **_of_scores(ranking, text, objective, seed),
+        **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
     }
     name, ranked_by = (None if request.budget is None else search), (None if ranking is None else ranking.metric)
     made_by = MadeBy(name, objective, ranked_by, options, seed, whole.identity, __version__)
@@ -299,14 +310,36 @@ def require_target(calibration: object, target: object) -> None:
         )
 
 
-def _require_finite(measured: Sequence[float], order: Sequence[Unit], objective: str) -> None:
-    """Raise ModelError when the model without the chosen units, or the dense one, overflows: nothing was compared."""
-    if not math.isfinite(measured[0]):
-        raise ModelError(
-            f"the model itself gives no finite {objective} on this text, so nothing can be compared with it: try "
-            "--dtype float32, or another calibration text."
-        )
-    if not math.isfinite(measured[-1]):
+def _of_scores(ranking: Scores | None, text: CalibrationSet, objective: str, seed: int) -> dict[str, Any]:
+    """What the scores that ranked were made with, as `made_by.options` of the plan tells it: the metric's options, and
+    where they were measured by another command, its text, seed and objective.
+    """
+    if ranking is None:
+        return {}
+    made, method = ranking.made_by, metrics.get(ranking.metric)
+    own = {name: option.default for name, option in method.options.items()}
+    own["positions"] = method.traits.get("positions", "all")
+    told = {name: value for name, value in made.options.items() if value != own.get(name, value)}
+    read = None if made.calibration is None else made.calibration.digest
+    if (read, made.seed, made.objective) not in product((None, text.digest), (seed,), (None, objective)):
+        words = ["no text" if made.calibration is None else f"{made.calibration.title} ({made.calibration.digest})"]
+        words += [f"seed {made.seed}", *([] if made.objective is None else [made.objective])]
+        told["scores"] = ", ".join(words)
+    return told
+
+
+def _require_streamable_ranking(
+    stages: Sequence[Stage], metric: str | None, remove: str | int, scores: Scores | None
+) -> None:
+    """Raise UserError where a search with streamed blocks would rank by a metric that takes gradients."""
+    method = metric_of(stages, metric)
+    if scores is None and method is not None and isinstance(parse_remove(str(remove))[0], Amount):
+        require_no_gradients([method.name] if needs_backward(method) else [])
+
+
+def _require_finite(last: float, order: Sequence[Unit], objective: str) -> None:
+    """Raise ModelError when the model without the chosen units overflows: nothing was compared."""
+    if not math.isfinite(last):
         raise ModelError(
             f"without {listed(order, ', ')}, the best that was found, the model gives no finite "
             f"{objective}: remove less, --protect blocks such as first:2, or try --dtype float32."

@@ -289,6 +289,7 @@ class Runner:
             memory=self.memory,
             workers=self.workers,
             ablator=ablator,
+            only=resolve(self.subject, cell.remove, name, units=self.study.units, protect=self.study.protect).units,
         )
 
     def _plan(self, cell: Cell, text: CalibrationSet, ablator: Ablator, scores: Scores | None) -> PruningPlan:

@@ -35,7 +35,7 @@ from shallower.verbs.study import (
     judging_texts,
     require_sound,
 )
-from shallower.verbs.subject import Subject, open_subject, units_of
+from shallower.verbs.subject import Subject, open_subject
 from shallower.verbs.trail import removal_order, run_search
 from shallower.version import __version__
 
@@ -156,7 +156,7 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
         ranking = metric_of(stages, metric)
         if ranking is not None and "units" in ranking.parameters:
             options = ranking.parse_options({key: text for key, text in settings.items() if key in ranking.options})
-            measured_scores(ranking, options, made_up, units_of(subject, given.units), cell.seed)
+            measured_scores(ranking, options, made_up, request.units, cell.seed)
         scores = _made_up_scores(subject, cell, made_up)
         order = removal_order(
             run_search(stages, request.units, request.budget, made_up.losses, scores, cell.seed), made_up.losses
