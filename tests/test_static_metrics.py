@@ -9,7 +9,7 @@ import json
 import math
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -750,13 +750,16 @@ def test_blocks_that_stay_are_not_taken_away_to_rank_the_others(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[frozenset[Unit]]()
-    for name in ("losses", "differences"):
 
-        def record(self: Ablator, candidates: Any, *args: Any, own: Any = getattr(Ablator, name), **given: Any) -> Any:
+    def recorded(own: Callable[..., Any]) -> Callable[..., Any]:
+        def record(self: Ablator, candidates: Any, *args: Any, **given: Any) -> Any:
             asked.extend(map(frozenset, candidates))
             return own(self, candidates, *args, **given)
 
-        monkeypatch.setattr(Ablator, name, record)
+        return record
+
+    for name in ("losses", "differences"):
+        monkeypatch.setattr(Ablator, name, recorded(getattr(Ablator, name)))
     for name in ("loss", "shapley"):
         asked.clear()
         search(llama, 2, search="one-shot", metric=name, protect="first:1", calibration=sample_text(llama))
