@@ -27,7 +27,7 @@ from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, TooLittleText, UnknownName, UserError
 from shallower.evaluation import text as evaluation_text
 from shallower.evaluation.text import read_evaluation_text
-from shallower.plan import MadeBy, PruningPlan
+from shallower.plan import MadeBy, PruningPlan, without_folders
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.training.instructions import build_instructions
 from shallower.units import Unit
@@ -76,6 +76,8 @@ def test_a_mixture_gives_each_source_its_share(two: tuple[str, str], tokenizer: 
     assert (first.read, second.read) == (40, 40)
     assert build_calibration(made.spec, tokenizer).digest == made.digest
     assert made.identity.title.startswith("a.jsonl*0.7+b.jsonl*0.3?sequences=10"), "no folders"
+    assert without_folders("texts/") == "texts"
+    assert without_folders("my/a/*0.7+b//*0.3") == "a*0.7+b*0.3"
     alone = build_calibration(f"{two[0]}?sequences=7&length=32", tokenizer)
     rows = {tuple(row) for row in made.input_ids.tolist()}
     assert {tuple(row) for row in alone.input_ids.tolist()} <= rows, "a source's sequences are what it gives alone"
@@ -454,6 +456,7 @@ def test_few_shot_prompts_are_solved_questions_in_order(tokenizer: Any, tmp_path
     assert texts[1].startswith("Question: Q3")
     assert made.sources[0].documents == 6, "the seventh is too few for a prompt"
     mixed = [{"question": "Is it", "answer": True}, {"question": "1+1?", "answer": "2"}, {"text": "Plain."}]
+    mixed[2] |= {"sentence": "A _ b.", "option1": "c", "option2": "d", "answer": "2"}  # no question of ours: text
     spec = _jsonl(tmp_path / "b.jsonl", mixed)
     made = build_calibration(f"{spec}?format=few-shot&shots=1&pack=false", tokenizer, sequences=2, length=200)
     texts = sorted(tokenizer.decode(row, skip_special_tokens=True).strip() for row in made.input_ids)

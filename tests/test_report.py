@@ -382,11 +382,13 @@ def test_inspection_table_groups_equal_blocks():
         units[Unit(index, "attn")] = UnitWeight(1_000_000, 2_000_000, 2_000_000, 1536, 0.5)
     blocks = UnitWeight(12_000_001, 24_000_000, 24_000_000, 6144, 4.0)
     whole = UnitWeight(20_000_000, 40_000_000, 40_000_000, 6144, 4.0)
-    told = shown(inspection_table(Weights(units, blocks, whole), parse_units("block.1,attn.2")))
+    weights = Weights(units, blocks, whole)
+    removed = parse_units("block.1,attn.2")
+    told = shown(inspection_table(weights, removed, weights.of(removed)))
     assert "blocks 0 to 2, each" in told
     assert "block 3" in told
     assert "after removal" in told
     assert "−20.0 %" in told
     assert "Removed: 1 block, 1 attention sublayer (block.1, attn.2)." in " ".join(told.split())
-    assert "3 blocks (block.0-2)" in shown(inspection_table(Weights(units, blocks, whole), parse_units("block.0-2")))
+    assert "3 blocks (block.0-2)" in shown(inspection_table(weights, parse_units("block.0-2"), blocks))
     assert "after removal" not in shown(inspection_table(Weights(units, blocks, whole)))

@@ -114,6 +114,33 @@ def test_a_balanced_grid_adds_up_and_finds_what_decides() -> None:
     assert shares["seed"] == pytest.approx(0, abs=1e-12)
 
 
+def test_a_search_that_draws_is_still_a_search() -> None:
+    """Its cells have no seed, and what tells them from the others belongs to the search."""
+    points = list(itertools.product("ab", (0, 1), ("greedy", "random")))
+    levels: dict[str, list[Any]] = {name: [point[at] for point in points] for at, name in enumerate(("text", "seed"))}
+    levels["search"] = [point[2] for point in points]
+    levels["seed"] = [None if point[2] == "random" else point[1] for point in points]
+    outcome = np.array([float(point[2] == "random") + 0.1 * (point[0] == "a") for point in points])
+    shares = {item.term: item.share.value for item in decompose(outcome, levels)}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["search"] == pytest.approx(1 / 1.01)
+    one_seed = {**levels, "seed": [None if point[2] == "random" else 0 for point in points]}
+    assert "seed" not in {item.term for item in decompose(outcome, one_seed)}
+
+
+def test_a_resample_without_a_value_is_not_a_zero() -> None:
+    interval = mean_interval([np.array([np.nan]), np.array([-1.0])])
+    assert (interval.value, interval.low, interval.high) == (-1, -1, -1)
+
+
+def test_a_studys_own_results_are_not_taken_for_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "own").mkdir()
+    given = "models: [demo, own]\ntexts: {python: python}\nremove: [1]\nheld_out: {python: python?part=held-out}\n"
+    (tmp_path / "demo.yaml").write_text(given)
+    assert read_study(tmp_path / "demo.yaml").models == {"demo": "demo", "own": str(tmp_path / "own")}
+
+
 def test_intervals_of_shares_hold_their_values() -> None:
     rng = np.random.default_rng(1)
     points = list(itertools.product("abcd", range(4), range(3)))

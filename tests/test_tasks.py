@@ -926,6 +926,8 @@ def test_questions_that_were_calibrated_on_are_found(
     questions = [tiny_tokenizer()(f"Question: {row['question']}\nAnswer:").input_ids for row in rows]
     assert rows_in(calibration, questions) == [0, 1, 2]
     assert rows_in(calibration, []) == []
+    for count in range(1, 15):
+        assert rows_in(calibration, [[]] * count) == []
     found = evaluate(
         [folder], [str(tmp_path / "seen.txt")], tasks=["arc_easy"], task_data=data, window=64, calibration=spec
     )

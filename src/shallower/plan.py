@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -43,7 +44,7 @@ class CalibrationIdentity:
 
 def without_folders(source: str) -> str:
     """The names of a text, or of the texts of a mixture, without their folders."""
-    return "+".join(os.path.basename(part) for part in source.split("+"))
+    return "+".join(os.path.basename(re.sub(r"/+(?=\*|$)", "", part)) for part in source.split("+"))
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ def inspect(
             console,
             f"{name}: {found.family} in {found.dtype}, {blocks} blocks at {found.path} ({'; '.join(sublayers)})",
         )
-        console.print(inspection_table(found.weights, found.removed))
+        console.print(inspection_table(found.weights, found.removed, found.gone))
         for form, what in found.exports.items():
             say(console, f"{form}: {what}")
         if found.removed:
-            gone, weights = found.weights.of(found.removed).parameters, found.weights
+            gone, weights = found.gone.parameters, found.weights
             shares = Gone(gone, weights.model.parameters, weights.blocks.parameters)
             print_removed(console, found.removed, found.identity, shares)
 

@@ -41,6 +41,8 @@ def study(
 
     Each cell gives a plan, its loss, held-out perplexities and task accuracies; the page says what they depend on.
     """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a study, which is a YAML file.")
     folder = file.with_suffix("") if out is None else out
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder.")

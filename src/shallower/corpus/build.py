@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 _BUFFER_CHARACTERS = 64_000_000
 _STREAM_BUFFER_DOCUMENTS = 1_000
 _TOKENISED_AT_ONCE = 100_000  # characters
+_LONGEST_WORD = 100  # characters; where no blank comes sooner, there are no words to begin at
 
 
 def build_calibration(
@@ -213,11 +215,11 @@ def _term_rows(
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """Text that is tokenised as one, and the rows that it is of."""
+    """Text that is tokenised as one, and source and id of each row that it is of: rows would outgrow the buffer."""
 
     text: str
     id: str
-    rows: tuple[Document, ...]
+    rows: tuple[tuple[str, str], ...]
 
 
 class _Ledger:
@@ -247,9 +249,9 @@ class _Ledger:
             yield text
 
     def use(self, excerpt: _Excerpt, tokens: int) -> None:
-        for document in excerpt.rows:
-            self._used.setdefault(document.source, set()).add(document.id)
-        name = excerpt.rows[0].source
+        for source, id in excerpt.rows:
+            self._used.setdefault(source, set()).add(id)
+        name, _ = excerpt.rows[0]
         self._tokens[name] = self._tokens.get(name, 0) + tokens
 
     def records(self, *, dedup: bool, min_quality: bool) -> tuple[SourceRecord, ...]:
@@ -282,7 +284,7 @@ class _Ledger:
 def _excerpts(texts: Iterable[Formatted], options: BuildOptions) -> Iterator[_Excerpt]:
     limit = max(PIECE, 8 * options.length) if options.position == "auto" else 8 * options.length
     for found in texts:
-        document, rows = found.document, found.rows
+        document, rows = found.document, tuple((row.source, row.id) for row in found.rows)
         text = _part_of(document.text, options.max_chars, document.id, options)
         if len(text) <= limit or not options.pack:
             yield _Excerpt(text, document.id, rows)
@@ -299,7 +301,8 @@ def _part_of(text: str, width: int, id: str, options: BuildOptions) -> str:
     if not start:
         return text[:width]
     found = text[start : start + width]
-    return found if text[start - 1].isspace() else found.partition(" ")[2] or found
+    blank = None if text[start - 1].isspace() else re.search(r"\s", found[:_LONGEST_WORD])
+    return found if blank is None else found[blank.end() :]
 
 
 def _offset(room: int, id: str, options: BuildOptions) -> int:

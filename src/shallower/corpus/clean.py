@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from shallower import progress
@@ -101,7 +102,7 @@ class Cleaning:
     clusters: tuple[Cluster, ...]
     blank: int
 
-    @property
+    @cached_property
     def duplicates(self) -> frozenset[int]:
         """Places of documents that leave because a better one of their cluster stays."""
         return frozenset(
@@ -111,24 +112,24 @@ class Cleaning:
             if member.document.place != cluster.kept
         )
 
-    @property
+    @cached_property
     def poor(self) -> frozenset[int]:
         """Places of documents that are no duplicates and leave for their quality."""
         below = {judged.place for judged in self.documents if judged.quality < self.min_quality}
         return frozenset(below - self.duplicates)
 
-    @property
+    @cached_property
     def kept(self) -> frozenset[int]:
         return frozenset(judged.place for judged in self.documents) - self.duplicates - self.poor
 
-    @property
+    @cached_property
     def sizes(self) -> dict[int, int]:
         """How many clusters have which size; documents that are alone have size 1."""
         found = Counter(len(cluster.members) for cluster in self.clusters)
         alone = len(self.documents) - sum(size * times for size, times in found.items())
         return dict(sorted((found + Counter({1: alone})).items()))
 
-    @property
+    @cached_property
     def counts(self) -> Counts:
         return Counts(
             source=self.source,
@@ -191,7 +192,7 @@ class Dropped:
     near: int = 0
     low_quality: int = 0
 
-    @property
+    @cached_property
     def total(self) -> int:
         return self.exact + self.near + self.low_quality
 

@@ -20,6 +20,7 @@ from shallower.corpus.duplicates import Shingles, words_of
 from shallower.corpus.sources import json_records, open_source
 from shallower.corpus.supply import NOTHING, Supply
 from shallower.errors import CorpusError
+from shallower.files import expanded
 
 _EXAMPLES = 3
 _Ids = npt.NDArray[np.int64]
@@ -127,8 +128,8 @@ class EvaluationRuns:
 
 
 def _rows_of(path: str, supply: Supply) -> Iterator[list[str]]:
-    if ".jsonl" in Path(path).suffixes and Path(path).is_file():
-        for _, record in json_records(Path(path)):
+    if ".jsonl" in Path(path).suffixes and expanded(path).is_file():
+        for _, record in json_records(expanded(path)):
             yield list(_texts(record))
     else:
         for document in open_source(path, supply).read():
@@ -158,7 +159,7 @@ def rows_in(calibration: CalibrationSet | Tensor, rows: Sequence[Sequence[int]],
         return []
     names = _run_names(ids, n)
     first = len(known) + 1
-    owner = np.repeat(np.arange(len(rows)), [len(row) for row in joined])[: len(names) - first]
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in joined])[: max(0, len(names) - first)]
     inside = valid[first:] & np.isin(names[first:], names[:first][valid[:first]])
     return [int(row) for row in np.unique(owner[inside])]
 

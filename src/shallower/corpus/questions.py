@@ -55,7 +55,9 @@ def read_questions(path: Path) -> Iterator[tuple[int, Question]]:
 def is_question(record: Mapping[str, Any]) -> bool:
     """Whether a row has the fields of a question with its answer."""
     choices = "choices" in record or "endings" in record
-    return any(name in record for name in ASKING) and (choices or isinstance(record.get("answer"), (bool, str)))
+    if choices or isinstance(record.get("answer"), bool):
+        return any(name in record for name in ASKING)
+    return "question" in record and isinstance(record.get("answer"), str)
 
 
 def solved(record: Mapping[str, Any], where: str) -> str:

@@ -118,7 +118,8 @@ class LoadedTasks:
         """The text of each question that is asked, with its task."""
         for name, task in self.loaded["tasks"].items():
             for doc in _docs(task, limit):
-                text = task.doc_to_text(doc)
+                whole = task.OUTPUT_TYPE == "loglikelihood_rolling"  # scores a text, and asks nothing
+                text = task.doc_to_target(doc) if whole else task.doc_to_text(doc)
                 yield name, text if isinstance(text, str) else " ".join(map(str, task.doc_to_choice(doc)[:1]))
 
 

@@ -83,12 +83,17 @@ def share_head(findings: Findings) -> tuple[str, ...]:
 
 
 def share_rows(findings: Findings) -> Rows:
-    """A line a term with its share of each outcome, the largest of the plan first, and what is left over at the end."""
+    """A line a term with its share of each outcome, the largest of the plan first, and what is left over at the end.
+
+    A term that an outcome has at one ratio counts as nothing where it has not.
+    """
     head = share_head(findings)[1:]
+    of_outcome = {name: [item.shares for item in findings.decompositions if item.outcome == name] for name in head}
     table: dict[str, dict[str, list[Interval]]] = {}
-    for item in findings.decompositions:
-        for share in item.shares:
-            table.setdefault(share.term, {}).setdefault(item.outcome, []).append(share.share)
+    for name, each in of_outcome.items():
+        for term in dict.fromkeys(share.term for shares in each for share in shares):
+            found = [{share.term: share.share for share in shares}.get(term, Interval(0, 0, 0)) for shares in each]
+            table.setdefault(term, {})[name] = found
     means = {term: {outcome: _mean(values) for outcome, values in found.items()} for term, found in table.items()}
     shown = [term for term in means if max(item.value for item in means[term].values()) >= _SMALLEST_SHARE]
     shown.sort(key=lambda term: (term == RESIDUAL, -means[term].get("plan", Interval(0, 0, 0)).value))

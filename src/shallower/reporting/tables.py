@@ -102,8 +102,8 @@ def correlations_table(metrics: Sequence[str], correlations: Sequence[RankCorrel
     return table
 
 
-def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
-    """What blocks, sublayers and the whole model weigh, and what is left without `removed`.
+def inspection_table(weights: Weights, removed: Collection[Unit] = (), gone: UnitWeight | None = None) -> Table:
+    """What blocks, sublayers and the whole model weigh, and what is left without `removed`, with which `gone` goes.
 
     Blocks that weigh the same share their rows, so most models take few.
     """
@@ -121,8 +121,7 @@ def inspection_table(weights: Weights, removed: Collection[Unit] = ()) -> Table:
     whole, blocks = weights.model, weights.blocks
     _weigh(table, f"all {plural(len(indices), 'block')}", blocks)
     _weigh(table, "model", whole, "bold")
-    if removed:
-        gone = weights.of(removed)
+    if gone is not None and removed:
         table.add_section()
         _weigh(table, "after removal", _left(whole, gone), "bold")
         changes = [

@@ -147,5 +147,7 @@ def _whole(value: Any, least: int = 1) -> int:
 
 
 def _located_model(path: str, folder: Path) -> str:
-    """A path relative to the study's folder becomes one that opens from here; all else stays as it is."""
-    return str(folder / path) if path.strip() and os.path.exists(folder / path) else path
+    """A path relative to the study's folder becomes one that opens from here; all else stays as it is, and `demo`, as
+    which demo.yaml names its results.
+    """
+    return str(folder / path) if path.strip() and path != "demo" and os.path.exists(folder / path) else path

@@ -103,7 +103,8 @@ def mean_interval(groups: Sequence[NDArray[np.float64]], seed: int = 0) -> Inter
     if not counts.sum():
         return Interval(float("nan"), float("nan"), float("nan"))
     drawn = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
-    means = sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1)
+    total = counts[drawn].sum(1)
+    means = np.where(total, sums[drawn].sum(1) / np.maximum(total, 1), np.nan)
     return Interval(float(sums.sum() / counts.sum()), *percentiles(means))
 
 

@@ -28,8 +28,8 @@ def decompose(outcome: Matrix, levels: Mapping[str, Sequence[Hashable]], seed: i
 
     outcome: float64 [cells] or [cells, outcomes]; of several outcomes the sums of squares are added (a plan is one
     column a unit, 1 where it is removed: squared distances are then twice the number of units that differ). levels: of
-    each factor, one a cell. Factors with one level are left out, and interactions that the cells cannot tell apart
-    from main effects.
+    each factor, one a cell, None where it has none. Factors with one level are left out, and interactions that the
+    cells cannot tell apart from main effects.
 
     Sums of squares are of type II: what a term adds to all terms that do not contain it. In a balanced grid they add
     up. The intervals redraw the residuals on the same grid; what that adds to a share on average (noise looks like an
@@ -39,7 +39,7 @@ def decompose(outcome: Matrix, levels: Mapping[str, Sequence[Hashable]], seed: i
     values = np.asarray(outcome, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
     cells = len(values)
-    factors = [name for name, of in levels.items() if len(set(of)) > 1]
+    factors = [name for name, of in levels.items() if len(set(of) - {None}) > 1]
     codes = {name: _dummies(levels[name]) for name in factors}
     terms: dict[tuple[str, ...], Matrix] = {(name,): codes[name] for name in factors}
     for first, second in combinations(factors, 2):
@@ -82,9 +82,11 @@ def _shares(values: Matrix, bases: Sequence[Matrix], whole: Matrix) -> Matrix:
 
 
 def _dummies(levels: Sequence[Hashable]) -> Matrix:
-    """One column for each level but the first, float64 [cells, levels - 1]."""
-    known = list(dict.fromkeys(levels))
-    return np.array([[float(level == other) for other in known[1:]] for level in levels])
+    """One column for each level but the first, float64 [cells, levels - 1]: 1 in cells of its level, -1 in those of the
+    first, and 0 where a cell has no level, which then lies in the middle of them.
+    """
+    first, *others = [level for level in dict.fromkeys(levels) if level is not None]
+    return np.array([[float(level == other) - float(level == first) for other in others] for level in levels])
 
 
 def _basis(columns: Matrix) -> Matrix:

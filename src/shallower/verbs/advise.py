@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,7 +13,9 @@ from scipy.stats import spearmanr
 
 from shallower import progress
 from shallower.corpus import DOMAINS, CalibrationSet
+from shallower.corpus.sources import json_records
 from shallower.errors import CorpusError, UserError
+from shallower.files import expanded
 from shallower.plan import without_folders
 from shallower.units import Unit
 from shallower.verbs.score import require_finite
@@ -134,13 +134,12 @@ def _correlation(wanted: Sequence[float], found: Sequence[float]) -> float:
 
 
 def _asks(target: str | Path) -> bool:
-    """Whether the first line of a file is a question with choices."""
-    path = Path(str(target).partition("?")[0])
-    if path.suffix != ".jsonl" or not os.path.isfile(path):
+    """Whether the first row of a file is a question with choices."""
+    path = expanded(str(target).partition("?")[0])
+    if path.suffix != ".jsonl" or not path.is_file():
         return False
-    with path.open(encoding="utf-8") as file:
-        try:
-            row = json.loads(file.readline())
-        except ValueError:
-            return False
-    return isinstance(row, dict) and bool({"choices", "endings"} & set(row) or {"passage", "question"} <= set(row))
+    try:
+        _, row = next(json_records(path), (0, dict[str, Any]()))
+    except CorpusError:  # told of where the text is read
+        return False
+    return bool({"choices", "endings"} & set(row) or {"passage", "question"} <= set(row))

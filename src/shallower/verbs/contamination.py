@@ -18,7 +18,7 @@ from shallower.corpus import (
     with_options,
 )
 from shallower.corpus.overlap import rows_in
-from shallower.errors import UserError
+from shallower.errors import CorpusError, UserError
 from shallower.plan import CalibrationIdentity, PruningPlan
 from shallower.training.instructions import CONVERSATIONS
 from shallower.verbs.history import texts_of, told_before
@@ -49,7 +49,7 @@ def shared_runs(
     for what, made_with in read.items():
         if made_with is not None:
             sets.setdefault(made_with.digest, (what, made_with))  # of two that are one, one sentence
-    for name, content in contents.items():
+    for name, content in contents.items() if sets else ():
         ids = torch.tensor(subject.tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
         for what, made_with in sets.values():
             shared = overlap(made_with, ids[:tokens])
@@ -66,14 +66,25 @@ def contamination(
     calibration: str | Path | None,
     asked: Questions,
     tokens: int | None,
+    *,
+    cut: bool,
+    insist: bool = True,
 ) -> Iterator[str]:
     """Sentences about texts and questions that share 13 tokens in a row with what the model was calibrated on, or what
     its checkpoint says that it was repaired or trained on.
 
-    tokens: how many of each text are read, None for all.
+    tokens: how many of each text are read, None for all. cut: the plan was applied already, so that this is not the
+    model that wrote a text of its own. insist: raise CorpusError where a text that the user named cannot be read with
+    this model's tokenizer; else it is told.
     """
     label = subject.identity.name
-    text, told = _calibration_of(subject, plan, calibration)
+    supplied = supply() if cut else supply(subject.model, subject.tokenizer)
+    try:
+        text, told = _calibration_of(subject, plan, calibration, supplied)
+    except CorpusError as error:
+        if insist:
+            raise
+        text, told = None, f"whether it shares text with {calibration} is not known ({str(error).rstrip('.')})."
     read: dict[str, CalibrationSet] = {}
     if text is not None:
         read[f"the calibration text {told}"] = text
@@ -129,7 +140,7 @@ def _short(text: CalibrationIdentity) -> str:
 
 
 def _calibration_of(
-    subject: Subject, plan: PruningPlan | None, named: str | Path | None
+    subject: Subject, plan: PruningPlan | None, named: str | Path | None, supplied: Supply
 ) -> tuple[CalibrationSet | None, str]:
     """The calibration set and its name; without a set, why the overlap cannot be told, if there is anything to tell."""
     made = None if plan is None else plan.made_by
@@ -145,7 +156,7 @@ def _calibration_of(
         if of_questions:
             found = build_choices(spec, subject.tokenizer)
         else:
-            found = build_calibration(spec, subject.tokenizer, supply=supply(subject.model, subject.tokenizer))
+            found = build_calibration(spec, subject.tokenizer, supply=supplied)
     except UserError as error:
         if named is not None:
             raise

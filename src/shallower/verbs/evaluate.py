@@ -91,7 +91,10 @@ def evaluate(
             subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             label = subject.identity.name
             tokens = tokens_read(subject, window, stride, max_windows)
-            notes += contamination(subject, _plan_of(model), calibration, asked, tokens)
+            applied = _plan_of(model)
+            notes += contamination(
+                subject, applied, calibration, asked, tokens, cut=applied is not None, insist=not found
+            )
             notes += windows_cut(subject, asked.contents, window, stride)
             if asked.generation:
                 notes += _writings_cut(subject)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from shallower.anatomy import Anatomy
-from shallower.anatomy.weigh import Weights
+from shallower.anatomy.weigh import UnitWeight, Weights, size
 from shallower.engine import prove
 from shallower.errors import BudgetError, ModelError
 from shallower.exporters import packaged
 from shallower.exporters.native import skip_words
 from shallower.packaged import LeavesOut
 from shallower.plan import ModelIdentity
-from shallower.surgery import cut
+from shallower.surgery import cut, require_unquantized
 from shallower.units import Unit, parse_units
 from shallower.verbs.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's anatomy with weights; `removed` are the units whose removal was asked about.
+    """A model's anatomy with weights. removed: units whose removal was asked about; gone: what goes with them.
 
     dtype: the number format that the model is in memory in, in which bytes are counted.
     exports: by form (`shallower.forms`), what of this model can be stored in it, or why nothing can.
@@ -36,6 +37,7 @@ class Inspection:
     parts: dict[str, tuple[str, ...]]
     weights: Weights
     removed: tuple[Unit, ...]
+    gone: UnitWeight
     exports: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -50,7 +52,7 @@ class Inspection:
             "all_blocks": asdict(weights.blocks),
             "whole_model": asdict(weights.model),
             "exports": self.exports,
-            "removed": {"units": [str(unit) for unit in self.removed], **asdict(weights.of(self.removed))},
+            "removed": {"units": [str(unit) for unit in self.removed], **asdict(self.gone)},
         }
 
 
@@ -78,9 +80,23 @@ def inspect(
             parts[kind] = tuple(dict.fromkeys([*parts.get(kind, ()), *names]))
     anatomy = subject.anatomy
     exports = _exports(anatomy)
+    gone = _gone(subject, removed)
     return Inspection(
-        subject.identity, anatomy.family, subject.dtype, anatomy.path, parts, subject.weights, removed, exports
+        subject.identity, anatomy.family, subject.dtype, anatomy.path, parts, subject.weights, removed, gone, exports
     )
+
+
+def _gone(subject: Subject, removed: Sequence[Unit]) -> UnitWeight:
+    """What the checkpoint lacks that `prune` writes: norms that served only a removed sublayer go with it."""
+    gone = subject.weights.of(removed)
+    if all(unit.kind == "block" for unit in removed):
+        return gone
+    try:
+        parameters, stored = size((cut(subject.anatomy, removed),))
+    except (BudgetError, ModelError):  # there is none
+        return gone
+    whole = subject.weights.model
+    return replace(gone, parameters=whole.parameters - parameters, bytes=whole.bytes - stored)
 
 
 def _exports(anatomy: Anatomy) -> dict[str, str]:
@@ -88,8 +104,15 @@ def _exports(anatomy: Anatomy) -> dict[str, str]:
     if isinstance(anatomy.model, LeavesOut):
         return {"packaged": "as it is; nothing more can be removed"}
     middle = len(anatomy.blocks) // 2
-    found = {"ordinary": "whole blocks"}
-    if isinstance(_without(anatomy, Unit(middle - 1, "mlp"), Unit(middle, "attn")), PreTrainedModel):
+    try:
+        require_unquantized(anatomy.model)
+    except ModelError as error:
+        return {"ordinary": f"nothing: {error}"}
+    whole = _without(anatomy, Unit(middle, "block"))
+    found = {"ordinary": whole if isinstance(whole, str) else "whole blocks"}
+    if not isinstance(whole, str) and isinstance(
+        _without(anatomy, Unit(middle - 1, "mlp"), Unit(middle, "attn")), PreTrainedModel
+    ):
         found["ordinary"] += ", and sublayers that pair up (mlp.3 with attn.4)"
     lone: PreTrainedModel | str = "no sublayers that can be told apart"
     for unit in (Unit(middle, "attn"), Unit(middle, "mlp")):

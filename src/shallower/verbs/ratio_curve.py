@@ -83,7 +83,7 @@ def ratio_curve(
     subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     given.require_for(subject.identity)
     tokens = tokens_read(subject, window, stride, max_windows)
-    notes = (*asked.notes, *contamination(subject, given, calibration, asked, tokens))
+    notes = (*asked.notes, *contamination(subject, given, calibration, asked, tokens, cut=False))
     notes += tuple(windows_cut(subject, asked.contents, window, stride))
     if asked.generation:
         notes += ("the suite's continued prompts are left out for prefixes of a plan: evaluate checkpoints for them.",)

@@ -42,7 +42,7 @@ from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Failure, Result, search_and_metric
 from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, rank
-from shallower.verbs.request import resolve
+from shallower.verbs.request import Request, resolve
 from shallower.verbs.runnable import require_runnable, settings_of, shared_texts
 from shallower.verbs.search import search
 from shallower.verbs.search_methods import search_stages
@@ -200,7 +200,7 @@ class Runner:
             replace(
                 result,
                 held_out={name: perplexity_of(judged[name][number]) for name in self.study.held_out},
-                tasks={name: 1 - judged[name][number] for name in self.study.tasks},
+                tasks={name: _accuracy(judged[name][number]) for name in self.study.tasks},
             )
             for number, result in enumerate(results)
         ]
@@ -247,9 +247,10 @@ class Runner:
             for cell in cells:
                 start = time.perf_counter()
                 try:
-                    if cell.search not in scores:
-                        scores[cell.search] = self._rank(cell, text, ablator)
-                    plan = self._plan(cell, text, ablator, scores[cell.search])
+                    request = self._request(cell)
+                    if cell.search not in scores and request.budget is not None:
+                        scores[cell.search] = self._rank(cell, text, ablator, request.units)
+                    plan = self._plan(cell, text, ablator, scores.get(cell.search))
                 except (BudgetError, CorpusError, ModelError) as error:  # of this cell, which others need not share
                     found[cell] = Failure(cell, str(error))
                     continue
@@ -275,7 +276,11 @@ class Runner:
         settings = settings_of(self.study, name, cell.objective, metric)
         return search_stages(name, cell.objective, settings, metric)
 
-    def _rank(self, cell: Cell, text: CalibrationSet, ablator: Ablator) -> Scores | None:
+    def _request(self, cell: Cell) -> Request:
+        name = search_and_metric(cell.search)[0]
+        return resolve(self.subject, cell.remove, name, units=self.study.units, protect=self.study.protect)
+
+    def _rank(self, cell: Cell, text: CalibrationSet, ablator: Ablator, units: Sequence[Unit]) -> Scores | None:
         name, metric = search_and_metric(cell.search)
         return rank(
             self.subject,
@@ -289,7 +294,7 @@ class Runner:
             memory=self.memory,
             workers=self.workers,
             ablator=ablator,
-            only=resolve(self.subject, cell.remove, name, units=self.study.units, protect=self.study.protect).units,
+            only=units,
         )
 
     def _plan(self, cell: Cell, text: CalibrationSet, ablator: Ablator, scores: Scores | None) -> PruningPlan:
@@ -379,6 +384,11 @@ def _judged(ablator: Ablator, candidates: Sequence[frozenset[Unit]]) -> list[flo
     """Losses by a judge that holds workers and memory only while it is asked: the next one needs them, too."""
     with closing(ablator):
         return ablator.losses(candidates)
+
+
+def _accuracy(wrong: float) -> float:
+    """Of the share of wrong answers; nan where the model overflows on a question."""
+    return 1 - wrong if math.isfinite(wrong) else math.nan
 
 
 def require_sound(subject: Subject, given: Study) -> None:
