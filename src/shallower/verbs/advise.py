@@ -84,7 +84,7 @@ def advise(
         own = options if judged == objective else None
         with closing(make_ablator(subject, text, judged, own, memory=memory, workers=workers)) as ablator:
             found = [value for value, _ in ablator.differences([frozenset({unit}) for unit in units])]
-            require_finite(ablator)
+            require_finite(ablator.losses)
             return found
 
     built: dict[str, CalibrationSet] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -283,13 +283,13 @@ def measured_scores(
         "rng": random.Random(seed),
     }
     found = method.function(**{name: supply[name] for name in method.parameters}, **options)
-    require_finite(ablator)  # known by now
+    require_finite(ablator.losses)  # known by now
     return tuple(Score(unit, *found[unit]) for unit in units)
 
 
-def require_finite(judge: Ablating) -> None:
+def require_finite(losses: Callable[[list[frozenset[Unit]]], Sequence[float]]) -> None:
     """Raise ModelError where the dense model overflows on the text, so that nothing can be compared with it."""
-    if not math.isfinite(judge.losses([frozenset()])[0]):
+    if not math.isfinite(losses([frozenset()])[0]):
         raise ModelError(
             "the model itself gives no finite losses on this text, so nothing can be compared with it: try --dtype "
             "float32, or another calibration text."

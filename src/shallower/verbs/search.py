@@ -156,7 +156,7 @@ def search(
                 )
             else:
                 ranking = ranked(subject, stages, metric, scores, chosen.of_metric)
-            require_finite(judge)
+            require_finite(judge.losses)
             if repair:
                 measuring.close()  # what it keeps in memory would stand beside what repairs keep
             order = _order(subject, request, search, stages, judge.losses, ranking, seed, ordinary=ordinary)
