@@ -136,9 +136,9 @@ def test_a_resample_without_a_value_is_not_a_zero() -> None:
 def test_a_studys_own_results_are_not_taken_for_the_demo(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "own").mkdir()
-    given = "models: [demo, own]\ntexts: {python: python}\nremove: [1]\nheld_out: {python: python?part=held-out}\n"
+    given = 'models: [demo, own]\ntexts: {python: python}\nremove: [1]\nheld_out: {python: "python?part=held-out"}\n'
     (tmp_path / "demo.yaml").write_text(given)
-    assert read_study(tmp_path / "demo.yaml").models == {"demo": "demo", "own": str(tmp_path / "own")}
+    assert read_study(tmp_path / "demo.yaml").models == ("demo", str(tmp_path / "own"))
 
 
 def test_intervals_of_shares_hold_their_values() -> None:

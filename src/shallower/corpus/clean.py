@@ -192,7 +192,7 @@ class Dropped:
     near: int = 0
     low_quality: int = 0
 
-    @cached_property
+    @property
     def total(self) -> int:
         return self.exact + self.near + self.low_quality
 
