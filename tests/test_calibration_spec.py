@@ -699,7 +699,7 @@ def test_a_text_that_eval_names_is_read_as_the_search_read_it(model: str, tmp_pa
     plan = PruningPlan(subject.identity, (unit,), ((unit, None),), None, made_by)
 
     def read(plan: PruningPlan | None, named: str) -> CalibrationSet:
-        found, _ = _calibration_of(subject, plan, named)
+        found, _ = _calibration_of(subject, plan, named, Supply())
         assert found is not None
         return found
 

@@ -926,10 +926,10 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
     ("asked", "remove", "sets"),
     [
         ("one-shot", "3", 1 + 3),  # what the plan tells: the dense model and every prefix
-        ("one-shot:loss", "3", 1 + 5 + 2),
-        ("one-shot:shapley", "2", 1 + 5 + 10 + 10 + 5),
-        ("greedy", "2", 1 + 4 + 3),  # the protected block is scored by metrics only
-        ("milp", "3", 1 + 5 + 2 + 1),  # one set, whose units are put in an order
+        ("one-shot:loss", "3", 1 + 4 + 2),  # the protected block is not taken away
+        ("one-shot:shapley", "2", 1 + 4 + 6 + 4 + 1),
+        ("greedy", "2", 1 + 4 + 3),
+        ("milp", "3", 1 + 4 + 2 + 1),  # one set, whose units are put in an order
         ("random", "3", 1 + 3),
         ("one-shot", "block.1,block.3", 1 + 2),
     ],

@@ -193,9 +193,13 @@ def test_a_worker_lost_in_whatever_way_is_replaced(name: str, monkeypatch: pytes
     assert crew._receive(place) is None
     assert started == [place]
     assert [job.number for job in place.queue] == [0]
-    place.waiting = "raised"
-    with pytest.raises(UserError, match="no such unit"):  # what the worker raised is not a loss
-        crew._receive(place)
+    asked = []
+    monkeypatch.setattr(RayWorkers, "_prepare", lambda self, place: asked.append(place))
+    for place.ready in (True, False):
+        place.waiting = "raised"
+        with pytest.raises(UserError, match="no such unit"):  # what the worker raised is not a loss
+            crew._receive(place)
+    assert asked == [place], "one that had no room for the model is asked again"
 
 
 @pytest.mark.parametrize(
