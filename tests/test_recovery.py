@@ -913,6 +913,9 @@ def test_constants_that_could_not_be_saved_are_refused_before_they_are_fitted(
     if says is not None:
         with pytest.raises(ModelError, match=says):
             recover(model, methods, plan=plan_for(model, units), calibration=text_of(model), out="never-written")
+        if "full" not in methods:  # what is not to be written is made all the same
+            asked = {"calibration": text_of(model), "texts": (), "speed": False, "tokenizer": tiny_tokenizer()}
+            assert prune(model, units, recover=methods, **asked).report.form == "packaged"
         return
     repair = repair_of(model, removed, text_of(model))
     recoveries.require_place(steps, repair.dense, removed)

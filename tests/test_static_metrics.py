@@ -11,6 +11,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -742,6 +743,14 @@ def test_a_plan_tells_of_scores_that_were_measured_otherwise(llama: PreTrainedMo
     judged = score(llama, "loss", objective="kl", calibration=text)
     options = search(llama, 2, search="one-shot", scores=judged, calibration=text).made_by.options
     assert options["scores"].endswith(f"({text.digest}), seed 0, kl")
+    unknown = replace(scores, metric="of a package that is not here", made_by=replace(scores.made_by, seed=0))
+    options = search(llama, 2, search="one-shot", scores=unknown, calibration=text).made_by.options
+    assert "positions=last" in options["scores"]
+    harder = score(llama, "loss", objective="kl", settings={"temperature": "2"}, calibration=text)
+    for settings, same in ((None, False), ({"temperature": "2"}, True)):
+        asked = {"objective": "kl", "settings": settings}
+        plan = search(llama, 2, search="one-shot", metric="loss", scores=harder, calibration=text, **asked)
+        assert ("scores" in plan.made_by.options) is not same
     own = score(llama, "loss", calibration=text)
     assert "scores" not in search(llama, 2, search="one-shot", scores=own, calibration=text).made_by.options
 

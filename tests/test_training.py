@@ -10,9 +10,11 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -373,6 +375,7 @@ SHARDING = """
 import json
 import os
 import sys
+import sysconfig
 import test_training
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
@@ -678,6 +681,12 @@ def test_recomputing_activations_changes_nothing() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++")))
+    or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
+@pytest.mark.filterwarnings("ignore:The distutils package:DeprecationWarning")  # torch's compiler imports it
 def test_compiled_blocks_and_another_attention_learn_the_same() -> None:
     """Of a teacher's student, too, whose first blocks are the teacher's and not run."""
     ways = ({}, {"attention": "eager"}, {"compile": True, "attention": "eager", "recompute": True})

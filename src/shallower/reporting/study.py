@@ -172,7 +172,7 @@ def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
                 row = [*_first(models, group[0].cell.model), group[0].cell.remove, factor, str(level)]
                 row.append(_number(_geometric([value for result in group for value in result.held_out.values()])))
                 if any(result.tasks for result in results):
-                    accuracies = [value for result in group for value in result.tasks.values()]
+                    accuracies = [value for result in group for value in result.tasks.values() if not math.isnan(value)]
                     row.append(percent(sum(accuracies), len(accuracies)) if accuracies else "–")
                 rows.append(tuple(row))
     return rows

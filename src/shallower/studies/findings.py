@@ -141,9 +141,10 @@ def _ranks(results: Sequence[Result], seed: int) -> list[RankAgreement]:
         plans = list({result.sublayers: result for result in group}.values())  # what several cells found is one point
         for text in group[0].held_out:
             for task in group[0].tasks:
-                perplexities = np.array([result.held_out[text] for result in plans])
-                accuracies = np.array([result.tasks[task] for result in plans])
-                if len(plans) >= FEWEST and len(set(perplexities)) > 1 and len(set(accuracies)) > 1:
+                pairs = [(result.held_out[text], result.tasks[task]) for result in plans]
+                told = np.array([pair for pair in pairs if not math.isnan(pair[1])]).reshape(-1, 2)
+                perplexities, accuracies = told[:, 0], told[:, 1]
+                if len(told) >= FEWEST and len(set(perplexities)) > 1 and len(set(accuracies)) > 1:
                     found.append(RankAgreement(model, remove, text, task, _spearman(-perplexities, accuracies, seed)))
     return found
 

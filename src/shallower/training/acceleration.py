@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy.dissect import find_blocks
+from shallower.checkpoint.stock import quiet
 from shallower.errors import ModelError, UserError
 
 RECOMPILATIONS = 64  # blocks differ in what they lack and in what is trained; torch's 8 would leave some uncompiled
@@ -30,7 +31,8 @@ def attend(student: PreTrainedModel, implementation: str | None) -> str | None:
     if implementation == "flex_attention" and student.device.type == "cpu":
         raise UserError(f"{cannot}, as it has no gradients on a processor: {instead}")
     try:
-        student.set_attn_implementation(implementation)
+        with quiet():  # it warns of what is refused here
+            student.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
         raise UserError(f"{cannot}: {instead} ({error})") from error
     if student.config._attn_implementation == own:
@@ -52,14 +54,14 @@ def compiled(student: PreTrainedModel, first: int) -> Iterator[None]:
     before = [vars(block).get("forward") for block in blocks]
     progress.note("compile=true: the first step compiles the blocks, which takes half a minute or more")
     try:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+        with torch._dynamo.config.patch(cache_size_limit=RECOMPILATIONS):
             for block in blocks:
                 block.forward = _with_gradients(torch.compile(block.forward), block.forward)
             yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        first_line = str(error).strip().partition("\n")[0]
+        why = " ".join(str(error).split("\n")[:2])  # who raised, and what
         raise ModelError(
-            f"compile=true: torch.compile cannot translate the blocks of this model here ({first_line}): leave it out. "
+            f"compile=true: torch.compile cannot translate the blocks of this model here ({why}): leave it out. "
             "On a processor it needs a C++ compiler."
         ) from error
     finally:

@@ -112,8 +112,10 @@ class _Loop:
             self.accelerator = Accelerator(
                 cpu=launched and on_cpu, device_placement=moves, mixed_precision="no", kwargs_handlers=[unused]
             )
-        except ValueError as error:  # its state is the process's
-            raise UserError(
+        except ValueError as error:
+            if "already been initialized" not in str(error):
+                raise
+            raise UserError(  # its state is the process's
                 f"accelerate was used in this process already, in another way ({error}): train in a process of its own."
             ) from error
         self.device = self.accelerator.device if moves else student.device

@@ -11,6 +11,7 @@ import torch
 from shallower.corpus import (
     CalibrationSet,
     Supply,
+    asks_model,
     build_calibration,
     build_choices,
     named_options,
@@ -75,14 +76,14 @@ def contamination(
 
     tokens: how many of each text are read, None for all. cut: the plan was applied already, so that this is not the
     model that wrote a text of its own. insist: raise CorpusError where a text that the user named cannot be read with
-    this model's tokenizer; else it is told.
+    this model's tokenizer; else, and where it would be such a text, it is told.
     """
     label = subject.identity.name
     supplied = supply() if cut else supply(subject.model, subject.tokenizer)
     try:
         text, told = _calibration_of(subject, plan, calibration, supplied)
     except CorpusError as error:
-        if insist:
+        if insist and not (cut and asks_model(str(calibration))):
             raise
         text, told = None, f"whether it shares text with {calibration} is not known ({str(error).rstrip('.')})."
     read: dict[str, CalibrationSet] = {}

@@ -33,6 +33,7 @@ from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_together, require_unquantized, require_whole, save
 from shallower.surgery.adopt import adopt
+from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.before_after import Clock, before_after
 from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune, wanted_of_prune
@@ -229,9 +230,8 @@ def prune(
                 memory=memory,
             )
         smaller = smaller.holding(smaller.model)
-    if out is None:
-        stored = _with_maps(exported, subject.anatomy, given.removed, form)
-    else:
+    stored = exported
+    if out is not None:
         with clock("loading again"):
             stored = _as_stored(subject, exported, given.removed, form, smaller.model if steps else None, before_repair)
     known = stages[-1].perplexity if stages else None
@@ -257,7 +257,7 @@ def prune(
             *said,
         ),
         machine=_machine(),
-        form=stored.form.name,
+        form="packaged" if any(patches(smaller.model)) else stored.form.name,
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
@@ -401,13 +401,8 @@ def _as_stored(
     found = measured if again is None else export(anatomy, removed, again[1], form)
     if repaired is not None and found is not measured:
         adopt(found.model, repaired, before_repair)
-    return _with_maps(found, anatomy, removed, form)
-
-
-def _with_maps(found: Export, dense: Anatomy, removed: frozenset[Unit], form: str) -> Export:
-    """What is stored of a model where maps may stand at its cuts."""
-    complete = with_maps_inside(found.model, dense, removed)
-    return found if complete is found.model else export(dense, removed, complete, form)
+    complete = with_maps_inside(found.model, anatomy, removed)
+    return found if complete is found.model else export(anatomy, removed, complete, form)
 
 
 def _recoveries(

@@ -325,7 +325,7 @@ def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: S
 
 def _is_changed(student: Subject, dense: Subject, plan: PruningPlan) -> bool:
     """Whether a model that was given in memory, of which nothing is told, was repaired or trained, as far as can be
-    seen: a padded one may be of a family that cannot be cut so.
+    seen: what was cut elsewhere may be of a family that cannot be cut so here.
     """
     if student.loaded.path is not None:
         return False

@@ -27,15 +27,16 @@ def keep_repairable(dense: Anatomy, units: Sequence[Unit], steps: Stages, protec
         return protect
     halves = find_writers(dense)
     kept = [unit for unit in units if _writer_in_front(dense, plain((unit,))[0], halves) is None]
-    if not halves[0].sequential:
-        first = [unit for unit in units if unit.index == 0]
-        if {unit.kind for unit in plain(first)} >= {"attn", "mlp"}:
-            kept = [*first, *(unit for unit in kept if unit.index)]
+    first = [unit for unit in units if unit.index == 0]
+    beside = not halves[0].sequential and {unit.kind for unit in first} == {"attn", "mlp"}
+    if beside:
+        kept = [*first, *(unit for unit in kept if unit.index)]
     if not kept:
         return protect
     reason = (
         f"{folding[0].name} needs a matrix in front of each cut whose output is the stream's change, and in front of "
-        f"{listed(plain(kept))} there is none (but the embedding, a norm, or several experts)"
+        f"{listed(plain(kept))} {'together ' if beside else ''}there is none (but the embedding, a norm, or several "
+        "experts)"
     )
     blocks = sorted({unit.index for unit in kept})
     if all(unit.index in blocks for unit in units):

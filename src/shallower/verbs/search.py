@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def search(
         "protect": protect,
         "dtype": subject.dtype,
         **_of_races(measuring.racing, spent, repair),
-        **_of_scores(ranking, text, objective, seed),
+        **_of_scores(ranking, text, objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
         **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
     }
     name, ranked_by = (None if request.budget is None else search), (None if ranking is None else ranking.metric)
@@ -310,20 +309,30 @@ def require_target(calibration: object, target: object) -> None:
         )
 
 
-def _of_scores(ranking: Scores | None, text: CalibrationSet, objective: str, seed: int) -> dict[str, Any]:
-    """What the scores that ranked were made with, as `made_by.options` of the plan tells it: the metric's options, and
-    where they were measured by another command, its text, seed and objective.
+def _of_scores(
+    ranking: Scores | None, text: CalibrationSet, objective: str, judging: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """What the scores that ranked were made with, as `made_by.options` of the plan tells it: options that are not the
+    metric's defaults, and where another command had measured them otherwise, its text, seed, objective and options.
+
+    judging: options of the objective and number format that this search would have measured them with.
     """
     if ranking is None:
         return {}
-    made, method = ranking.made_by, metrics.get(ranking.metric)
-    own = {name: option.default for name, option in method.options.items()}
-    own["positions"] = method.traits.get("positions", "all")
-    told = {name: value for name, value in made.options.items() if value != own.get(name, value)}
+    made, own = ranking.made_by, dict[str, Any]()
+    method = next((each for each in metrics if each.name == ranking.metric), None)
+    if method is not None:  # else it is of a package that is not installed here
+        own = {name: option.default for name, option in method.options.items()}
+        own["positions"] = method.traits.get("positions", "all")
+    asked = judging if made.objective is not None else {"dtype": judging["dtype"]}
+    judged, wanted = ({key: each[key] for key in each if key not in own} for each in (made.options, asked))
+    told = {name: made.options[name] for name in made.options if name in own and made.options[name] != own[name]}
     read = None if made.calibration is None else made.calibration.digest
-    if (read, made.seed, made.objective) not in product((None, text.digest), (seed,), (None, objective)):
+    measured = (judged, made.seed, read or text.digest, made.objective or objective)
+    if measured != (wanted, seed, text.digest, objective):
         words = ["no text" if made.calibration is None else f"{made.calibration.title} ({made.calibration.digest})"]
         words += [f"seed {made.seed}", *([] if made.objective is None else [made.objective])]
+        words += [f"{name}={value}" for name, value in judged.items() if wanted.get(name) != value]
         told["scores"] = ", ".join(words)
     return told
 

@@ -51,6 +51,7 @@ from shallower.verbs.supply import supply
 from shallower.version import __version__
 
 CELLS = "cells.jsonl"
+RANKED_AS = 1  # to be raised when units are ranked otherwise than before, by the same metrics
 _QUESTION_TOKENS = 256
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
@@ -224,6 +225,7 @@ class Runner:
                 "how": [study.units, study.protect, sorted(study.settings.items()), study.exact],
                 "judged_on": sorted(self.judged_on.items()),
                 "measured_as": MEASURED_AS,
+                "ranked_as": RANKED_AS,
                 "version": __version__,
             }
         )
