@@ -681,14 +681,8 @@ def test_recomputing_activations_changes_nothing() -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++")))
-    or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
-    reason="torch.compile needs a C++ compiler and Python's headers",
-)
-@pytest.mark.filterwarnings("ignore:The distutils package:DeprecationWarning")  # torch's compiler imports it
-def test_compiled_blocks_and_another_attention_learn_the_same() -> None:
-    """Of a teacher's student, too, whose first blocks are the teacher's and not run."""
+def learn_the_same() -> None:
+    """Compiled blocks and another attention; also a teacher's student, whose first blocks are the teacher's."""
     ways = ({}, {"attention": "eager"}, {"compile": True, "attention": "eager", "recompute": True})
     for options in ({"distill": 0.0}, {"distill": 0.5, "first": 1}):
         plain, *others = (run("full", tiny_model("llama"), **options, **way) for way in ways)
@@ -697,6 +691,18 @@ def test_compiled_blocks_and_another_attention_learn_the_same() -> None:
             assert not any("forward" in module.__dict__ for module in other.modules())
             for one, same in zip(plain.parameters(), other.parameters(), strict=True):
                 torch.testing.assert_close(one, same, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++")))
+    or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
+def test_compiled_blocks_and_another_attention_learn_the_same() -> None:
+    """In a process of its own: torch's compiler fails where something else imported distutils before setuptools."""
+    code = "import test_training; test_training.learn_the_same()"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_what_is_compiled_computes_only_where_gradients_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
