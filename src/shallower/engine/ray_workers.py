@@ -307,6 +307,8 @@ class RayWorkers:
         except exceptions.RayTaskError as error:  # what the worker itself raised
             if not place.ready:  # it may have room for the model when the next question comes
                 self._prepare(place)
+            elif place.job is None:  # of a question that was left early
+                return None
             raise error.cause from error
         except exceptions.RayError as error:  # it died, was killed for its memory, or its machine or result is gone
             self._bury(place, error)

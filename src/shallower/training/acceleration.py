@@ -1,4 +1,4 @@
-"""What makes a training step take less time: another implementation of attention, and compiled blocks."""
+"""What makes a training step take less time or memory: another attention, compiled blocks, recomputed activations."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def attend(student: PreTrainedModel, implementation: str | None) -> str | None:
     if student.config._attn_implementation == own:
         raise UserError(f"{cannot}: {instead}")
     return own
+
+
+def recompute(student: PreTrainedModel, wanted: bool) -> None:
+    """Let a student keep no activations inside of blocks for the way back, but compute them again; or no more."""
+    # the newer name of two; transformers warns of the older one
+    what = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if not wanted:
+        getattr(student, f"{what}_checkpointing_disable")()
+        return
+    getattr(student, f"{what}_checkpointing_enable")({"use_reentrant": False})
+    student.disable_input_require_grads()  # else blocks that are not trained would be gone through on the way back, too
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from shallower.engine.head import find_head
 from shallower.errors import UserError
 from shallower.launched import world_size
 from shallower.resources import parse_memory
-from shallower.training.acceleration import attend, compiled
+from shallower.training.acceleration import attend, compiled, recompute
 from shallower.training.feed import Feed
 from shallower.training.loop import Guiding, number_format, settled, train
 from shallower.training.objective import TextObjective, shared_blocks
@@ -72,7 +72,7 @@ def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
         shared = shared_blocks(student, task.anatomy) if alone and not recipe.teacher_cache else 0
         teacher = _teacher(task, Teacher(task.anatomy, compute, shared))
     if recipe.recompute:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(student, True)
     objective = TextObjective(
         student,
         head,
@@ -89,7 +89,7 @@ def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
     finally:
         attend(student, own)
         if recipe.recompute:
-            student.gradient_checkpointing_disable()
+            recompute(student, False)
         if isinstance(teacher, CachedTeacher):
             teacher.close()
     return student

@@ -79,7 +79,7 @@ def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:
     """How many first blocks give the same in the student and in the dense model, whatever is trained.
 
     That is so as long as their parameters are the dense model's own, or equal to them, and take no gradients, and so
-    do the embeddings.
+    do the embeddings; and as long as nothing is dropped out at random, as it is in a student that trains.
     """
     path, blocks = find_blocks(student)
     dense = dict(anatomy.model.named_parameters(remove_duplicate=False))
@@ -93,6 +93,9 @@ def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:
             break
         if not same(name, parameter):
             return 0
+    inside = set(blocks.modules())
+    if any(_drops(module) for module in student.modules() if module not in inside):
+        return 0
     count = 0
     for index, (block, other) in enumerate(zip(blocks, anatomy.blocks, strict=False)):
         names = [name for name, _ in block.named_parameters()]
@@ -100,5 +103,14 @@ def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:
             break
         if not all(same(f"{path}.{index}.{name}", parameter) for name, parameter in block.named_parameters()):
             break
+        if any(map(_drops, block.modules())):
+            break
         count += 1
     return count
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops activations at random in training: torch's own does, or it holds the share to drop."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())

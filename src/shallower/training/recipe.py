@@ -26,7 +26,7 @@ from shallower.training.feed import Feed
 from shallower.training.teacher import words_kept
 from shallower.units import Unit
 
-TRAINED_AS = 4  # to be raised when a training comes out otherwise than before, or its state holds something else
+TRAINED_AS = 5  # to be raised when a training comes out otherwise than before, or its state holds something else
 HeldOut = Callable[[PreTrainedModel], float]
 """Perplexity of a model on text that it is not trained on."""
 
