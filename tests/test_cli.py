@@ -392,6 +392,15 @@ def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, 
     assert rows["emulated-update"][:3] == told
     assert after["parameters"] > 0
     assert f"Model: {tmp_path / 'out'}" in ran.out
+    page = tmp_path / "out" / "report.html"
+    shown = page.read_text(encoding="utf-8")
+    assert f"repaired by emulated-update: perplexity on held-out.txt {rows['cut'][0]} → {told[0]}" in shown
+    page.unlink()
+    again = cli("report", tmp_path / "out")
+    assert again.out.split() == ran.out.split()
+    assert page.read_text(encoding="utf-8") == shown
+    answer = cli("report", tmp_path / "out", "--json").json
+    assert (answer["recovery"], answer["page"]) == (written["recovery"], str(page))
 
 
 def test_eval_compares_with_the_first(cli: Cli, place: Path, pruned: Path) -> None:

@@ -1008,6 +1008,9 @@ def test_a_repair_of_what_was_repaired_tells_of_both(files: Path) -> None:
     ]
     assert once["made_by"]["seed"] == 0
     assert "then changed by refit, magnitude, refit" in (files / "out" / "README.md").read_text()
+    page = (files / "out" / "report.html").read_text()
+    assert "repaired by refit, magnitude and refit" in page
+    assert page.index("What had been repaired before") < page.index(">magnitude<") < page.index("What was removed")
     for before in ("x", {**once, "recovery": ["refit"]}, {**once, "before": [1]}):
         (files / "twice" / "recovery.json").write_text(json.dumps({**twice, "before": before}))
         with pytest.raises(UserError, match=r"recovery\.json, which tells how the model was repaired, cannot be read"):

@@ -1,3 +1,5 @@
+import html
+import json
 import math
 import re
 import subprocess
@@ -13,8 +15,9 @@ from rich.console import Console
 from shallower.errors import UserError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting import ReportData, Side
+from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage
 from shallower.reporting.figures import influence_bars, loss_curve, span_heatmap
-from shallower.reporting.page import render
+from shallower.reporting.page import render, render_recovery
 from shallower.reporting.tables import (
     PerplexityRow,
     before_after_table,
@@ -267,6 +270,56 @@ def test_text_from_outside_is_escaped():
         ElementTree.fromstring(svg)
     shown_table = shown(before_after_table(data))
     assert "[red]" in re.sub(r"\s", "", shown_table)
+
+
+def recovered(text: str = "news", **changed: object) -> RecoveryData:
+    """What `recover` tells of a model that had been repaired once before."""
+    model = ModelIdentity("a/model", None, "sha256:" + "ab" * 32, 10)
+    made = RecoveryMadeBy(model, None, CalibrationIdentity("c4.jsonl", 32768, "sha256:" + "cd" * 32), 0, "0.1.0")
+    curve = ({"step": 0, "tokens": 0, "minutes": 0.0}, {"step": 9, "tokens": 900, "minutes": 3.5, "loss": 3.1})
+    stages = (
+        RecoveryStage("repaired", {text: 46.9}),
+        RecoveryStage("full", {text: 34.0}, 0, 900, 210.0, curve, {"lr": 1e-4}),
+    )
+    before = (RecoveryStage("cut", {text: 63.1}), RecoveryStage("refit", {text: 46.9}, 0, 32768, 40.0))
+    told = {"made_by": made.to_json(), "recovery": [stage.to_json() for stage in before]}
+    return replace(RecoveryData(made, {text: 24.5}, stages, (), "packaged", told), **changed)
+
+
+def test_a_recovery_is_shown_with_what_came_before_it():
+    page = render_recovery(report().plan, recovered(), "healed")
+    sections = ["recovery", "before", "removed", "load", "provenance"]
+    assert re.findall(r'<section id="(\w+)"', page) == sections
+    told = (
+        "Removed 2 blocks of a model of 10 blocks, repaired by refit and full: perplexity on news 46.9 → 34.0 (dense "
+    )
+    assert told + "24.5)." in page
+    assert "63.1" in page
+    assert "from_pretrained('healed'" in html.unescape(page)
+    hostile = recovered(HOSTILE, notes=(HOSTILE,))
+    assert "<script" not in render_recovery(report().plan, hostile, HOSTILE)
+    early = recovered(form=None, before=None)
+    assert re.findall(r'<section id="(\w+)"', render_recovery(report().plan, early, "healed")) == [
+        name for name in sections if name not in ("before", "load")
+    ]
+
+
+def test_what_recover_wrote_is_read_again_and_faults_are_named():
+    data = recovered()
+    assert RecoveryData.from_json(json.loads(json.dumps(data.to_json()))) == data
+    told = data.to_json()
+    for change, complaint in (
+        ({"format": "x"}, "has another format"),
+        ({"recovery": []}, "'recovery' of the recovery is empty"),
+        ({"before": [1]}, "'before' of the recovery does not tell of a repair"),
+        ({"before": {"recovery": [1]}}, "a stage of 'before' is not an object"),
+        ({"form": "odd"}, "'form' of the recovery is 'odd'"),
+        ({"more": 1}, "unknown key 'more'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(complaint)):
+            RecoveryData.from_json({**told, **change})
+    with pytest.raises(UserError, match="not an object"):
+        RecoveryData.from_json([])
 
 
 def test_same_data_same_bytes_whatever_the_settings():

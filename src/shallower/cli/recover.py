@@ -14,6 +14,9 @@ from shallower.cli.verb import Answer, verb
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from shallower.plan import PruningPlan
+    from shallower.reporting.data import RecoveryData
+
 
 @verb
 def recover(
@@ -104,17 +107,33 @@ def recover(
     )
 
     def show(console: Console) -> None:
-        from shallower.reporting.tables import recovery_table
+        from shallower.reporting.data import RecoveryData
 
-        console.print(recovery_table(found.stages, found.dense))
-        print_removed(console, found.plan.remove, found.plan.model)
-        for note in found.notes:
-            say(console, f"Note: {note}")
-        if found.folder is None:
-            console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
-        else:
-            from shallower.forms import FORMS
-
-            console.print(f"\nModel: {out}\n\n{FORMS[found.form].loading(str(out))}", soft_wrap=True)
+        data = RecoveryData(found.made_by, found.dense, found.stages, found.notes, found.form or None)
+        _show(console, found.plan, data, out if found.folder is not None else None)
 
     return Answer(found.to_json(), show)
+
+
+def recovered_answer(plan: PruningPlan, data: RecoveryData, folder: Path) -> Answer:
+    """What was removed, what each recovery gained, where it is and how to load it."""
+    told = {key: value for key, value in data.to_json().items() if key != "format"}
+    answer = {"folder": str(folder), "page": str(folder / "report.html"), "plan": plan.to_json(), **told}
+    return Answer(answer, lambda console: _show(console, plan, data, folder))
+
+
+def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path | None) -> None:
+    from shallower.reporting.tables import recovery_table
+
+    console.print(recovery_table(data.recovery, data.dense))
+    print_removed(console, plan.remove, plan.model)
+    for note in data.notes:
+        say(console, f"Note: {note}")
+    if folder is None:
+        console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
+        return
+    console.print(f"\nModel: {folder}\nPage:  {folder / 'report.html'}", soft_wrap=True)
+    if data.form is not None:
+        from shallower.forms import FORMS
+
+        console.print(f"\n{FORMS[data.form].loading(str(folder))}", soft_wrap=True)

@@ -8,17 +8,25 @@ from typing import Annotated
 from typer import Argument
 
 from shallower.cli.prune import pruned_answer
+from shallower.cli.recover import recovered_answer
 from shallower.cli.verb import Answer, verb
+from shallower.plan import PruningPlan
 
 
 @verb
 def report(
     folder: Annotated[
-        Path, Argument(metavar="FOLDER", help="A pruned checkpoint, as 'shallower prune --out' writes it.")
+        Path,
+        Argument(
+            metavar="FOLDER", help="A checkpoint that 'shallower prune --out' or 'shallower recover --out' wrote."
+        ),
     ],
 ) -> Answer:
-    """Show what a removal cost, and rebuild its page."""
+    """Show what a removal cost or a repair gained, and rebuild its page."""
+    from shallower.reporting.data import ReportData
     from shallower.verbs.report import report as run
 
     data, _ = run(folder)
-    return pruned_answer(data, folder)
+    if isinstance(data, ReportData):
+        return pruned_answer(data, folder)
+    return recovered_answer(PruningPlan.load(folder / "plan.json"), data, folder)

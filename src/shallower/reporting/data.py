@@ -1,4 +1,4 @@
-"""The report file: everything the page and the before/after table show. Torch-free."""
+"""The report files of `prune` and `recover`: everything that their pages and tables show. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shallower.scores import Scores
 from shallower.strict_json import key_faults, record_faults, spelled, write_json
 
 FORMAT = "shallower.report/1"
+RECOVERY_FORMAT = "shallower.recovery/1"
 
 _T = TypeVar("_T")
 _Reader = Callable[[Any, str], Any]  # (value, where it stands) → what it means; raises UserError
@@ -184,6 +185,60 @@ class ReportData:
         return cls.from_json(data, str(path))
 
 
+@dataclass(frozen=True)
+class RecoveryData:
+    """What `recover` made of a cut model, told whole.
+
+    dense: perplexities of the dense model, by name of the text. recovery: the cut model, and the model behind each
+    recovery, in order. form: how it is stored, a name of `shallower.forms`; None in files of early versions. before:
+    `made_by` and `recovery` of what had been repaired already, and its `before`.
+    """
+
+    made_by: RecoveryMadeBy
+    dense: Mapping[str, float]
+    recovery: tuple[RecoveryStage, ...]
+    notes: tuple[str, ...] = ()
+    form: str | None = None
+    before: Mapping[str, Any] | None = None
+
+    @property
+    def stages_before(self) -> tuple[tuple[RecoveryStage, ...], ...]:
+        """Stages of earlier repairs, the first repair first."""
+        found, told = [], self.before
+        while told is not None:
+            found.append(tuple(RecoveryStage.from_json(stage, "a stage of 'before'") for stage in told["recovery"]))
+            told = told.get("before")
+        return tuple(found[::-1])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": RECOVERY_FORMAT,
+            "made_by": self.made_by.to_json(),
+            "dense": spelled(self.dense),
+            "recovery": [stage.to_json() for stage in self.recovery],
+            "notes": list(self.notes),
+            "form": self.form,
+            **({} if self.before is None else {"before": self.before}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the recovery") -> RecoveryData:
+        """Build from parsed JSON. Raises UserError naming every fault."""
+        fields = _fields(data, where, _RECOVERY, optional=("form", "before"))
+        if fields.pop("format") != RECOVERY_FORMAT:
+            raise UserError(
+                f"{where} has another format than {RECOVERY_FORMAT!r}, which this version of shallower reads."
+            )
+        made = cls(**fields)
+        if not made.recovery:
+            raise UserError(f"'recovery' of {where} is empty.")
+        try:
+            _ = made.stages_before
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(f"'before' of {where} does not tell of a repair.") from None
+        return made
+
+
 def _fields(data: Any, where: str, readers: Mapping[str, _Reader], *, optional: Collection[str] = ()) -> dict[str, Any]:
     """Read every key of `data`; all faults are raised together."""
     if not isinstance(data, Mapping):
@@ -290,4 +345,13 @@ _REPORT: dict[str, _Reader] = {
     "recovery": _many(RecoveryStage.from_json),
     "recovery_made_by": _or_none(RecoveryMadeBy.from_json),
     "dtype": _or_none(_text),
+}
+_RECOVERY: dict[str, _Reader] = {
+    "format": _text,
+    "made_by": RecoveryMadeBy.from_json,
+    "dense": _named(_number),
+    "recovery": _many(RecoveryStage.from_json),
+    "notes": _many(_text),
+    "form": _or_none(_form),
+    "before": _or_none(lambda value, where: value),
 }

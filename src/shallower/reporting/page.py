@@ -5,11 +5,12 @@ The same data give the same bytes, so there is no date.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from shallower.forms import FORMS
-from shallower.plan import options_in_words
-from shallower.reporting.data import RecoveryStage, ReportData
+from shallower.plan import PruningPlan, options_in_words
+from shallower.reporting.data import RecoveryData, RecoveryStage, ReportData
 from shallower.reporting.figures import importance, influence_bars, loss_curve, span_heatmap, training_curve
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
 from shallower.reporting.wording import (
@@ -19,6 +20,7 @@ from shallower.reporting.wording import (
     headline,
     number,
     plural,
+    recovery_headline,
     recovery_rows,
     score,
 )
@@ -30,20 +32,34 @@ def render(data: ReportData) -> str:
     """The page as a string. Text from outside (names of models, texts, methods, notes) is escaped."""
     sections = (
         html_section("comparison", "Before and after", _comparison(data)),
-        html_section("removed", "What was removed", _removed(data)),
+        html_section("removed", "What was removed", _removed(data.plan)),
         html_section("recovery", "Recovery", _recovery(data)),
-        html_section("load", "How to load it", _loading(data)),
+        html_section("load", "How to load it", _loading(data.form, data.folder)),
         html_section("figures", "Figures", _figures(data)),
         html_section("provenance", "How it was made", _provenance(data)),
-        html_section("notes", "Notes", _notes(data)),
+        html_section("notes", "Notes", _notes(data.notes)),
     )
-    return html_page(f"{data.base_model}, made shallower", headline(data), sections, _warning(data))
+    return html_page(f"{data.base_model}, made shallower", headline(data), sections, _warning(data.notes))
 
 
-def _warning(data: ReportData) -> str:
-    if not data.notes:
+def render_recovery(plan: PruningPlan, data: RecoveryData, folder: str) -> str:
+    """The page of what `recover` wrote to `folder`, as a string."""
+    sections = (
+        html_section("recovery", "Recovery", _stages(data.recovery, data.dense)),
+        html_section("before", "What had been repaired before", "".join(_stages(s, {}) for s in data.stages_before)),
+        html_section("removed", "What was removed", _removed(plan)),
+        html_section("load", "How to load it", "" if data.form is None else _loading(data.form, folder)),
+        html_section("provenance", "How it was made", _recovered_by(plan, data)),
+        html_section("notes", "Notes", _notes(data.notes)),
+    )
+    title = f"{data.made_by.teacher.name}, made shallower"
+    return html_page(title, recovery_headline(plan, data), sections, _warning(data.notes))
+
+
+def _warning(notes: Sequence[str]) -> str:
+    if not notes:
         return ""
-    return f'<p class="quiet">With {plural(len(data.notes), "note")} to <a href="#notes">read first</a>.</p>\n'
+    return f'<p class="quiet">With {plural(len(notes), "note")} to <a href="#notes">read first</a>.</p>\n'
 
 
 def _comparison(data: ReportData) -> str:
@@ -57,8 +73,8 @@ def _comparison(data: ReportData) -> str:
     return f'{table}<p class="quiet">{glued(" ".join(told))}</p>\n'
 
 
-def _removed(data: ReportData) -> str:
-    removed, blocks = data.plan.removed, data.plan.model.blocks
+def _removed(plan: PruningPlan) -> str:
+    removed, blocks = plan.removed, plan.model.blocks
     sublayers = any(unit.kind != "block" for unit in removed)
     cells = "".join(_cell(index, removed, sublayers) for index in range(blocks))
     rows = []
@@ -86,12 +102,15 @@ def _cell(index: int, removed: frozenset[Unit], sublayers: bool) -> str:
 
 
 def _recovery(data: ReportData) -> str:
-    if not data.recovery:
-        return ""
-    head, rows = recovery_rows(data.recovery, data.dense.perplexity)
-    told = "Perplexity on held-out text of the dense model, of the cut one, and behind each recovery. Lower is better."
+    return _stages(data.recovery, data.dense.perplexity) if data.recovery else ""
+
+
+def _stages(stages: Sequence[RecoveryStage], dense: Mapping[str, float]) -> str:
+    head, rows = recovery_rows(stages, dense)
+    whose = "of the dense model, of the cut one" if dense else "of the model as it was"
+    told = f"Perplexity on held-out text {whose}, and behind each recovery. Lower is better."
     body = f'{html_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
-    return body + "".join(map(_training, data.recovery))
+    return body + "".join(map(_training, stages))
 
 
 def _training(stage: RecoveryStage) -> str:
@@ -111,9 +130,9 @@ def _training(stage: RecoveryStage) -> str:
     return html_figure(training_curve(stage), f"While {stage.method} trained", told, table)
 
 
-def _loading(data: ReportData) -> str:
-    form = FORMS[data.form]
-    code = form.loading(data.folder)
+def _loading(name: str, folder: str) -> str:
+    form = FORMS[name]
+    code = form.loading(folder)
     return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{glued(form.meaning, code=True)}</p>\n'
 
 
@@ -205,6 +224,21 @@ def _provenance(data: ReportData) -> str:
     return html_table((), rows, "What made this model", style="facts")
 
 
-def _notes(data: ReportData) -> str:
-    items = "".join(f"<li>{glued(note, code=True)}</li>\n" for note in data.notes)
+def _recovered_by(plan: PruningPlan, data: RecoveryData) -> str:
+    made = data.made_by
+    rows = [("Dense model", made.teacher.name), ("Fingerprint of its weights", made.teacher.fingerprint)]
+    if plan.made_by.search is not None:
+        rows.append(("Search of what to remove", plan.made_by.search))
+    rows += [
+        (f"Options of {stage.method}", options_in_words(stage.options)) for stage in data.recovery if stage.options
+    ]
+    for label, text in (("Repaired on", made.calibration), ("Trained on", made.training)):
+        if text is not None:
+            rows += [(label, f"{text.title}, {text.tokens:,} tokens"), ("Digest of its token ids", text.digest)]
+    rows += [("Seed", str(made.seed)), ("shallower", made.version)]
+    return html_table((), rows, "What made this model", style="facts")
+
+
+def _notes(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{glued(note, code=True)}</li>\n" for note in notes)
     return f'<ul class="notes">\n{items}</ul>\n' if items else ""

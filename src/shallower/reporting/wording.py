@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shallower.reporting.data import RecoveryStage, ReportData
+from shallower.plan import PruningPlan
+from shallower.reporting.data import RecoveryData, RecoveryStage, ReportData
 from shallower.units import Kind
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
@@ -42,6 +43,22 @@ def headline(data: ReportData) -> str:
     methods = [stage.method for stage in data.recovery[1:]]  # the first is what there was
     repaired = f", repaired by {_listed(methods)}" if methods else ""
     return f"{_removed(data)}{repaired}" + (f": {told}." if told else ".")
+
+
+def recovery_headline(plan: PruningPlan, data: RecoveryData) -> str:
+    """What was removed, by what it was repaired, and what that gained, in one sentence."""
+    methods = [stage.method for stages in (*data.stages_before, data.recovery) for stage in stages[1:]]
+    first, last = data.recovery[0].perplexity, data.recovery[-1].perplexity
+    gains = [
+        f"perplexity on {name} {number(first[name])} → {number(last[name])}"
+        + (f" (dense {number(data.dense[name])})" if name in data.dense else "")
+        for name in list(last)[:_TEXTS_IN_HEADLINE]
+        if name in first
+    ]
+    amounts = {kind: sum(unit.kind == kind for unit in plan.remove) for kind in KIND_NAMES}
+    gone = _listed([plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount])
+    told = f"Removed {gone} of a model of {plural(plan.model.blocks, 'block')}, repaired by {_listed(methods)}"
+    return told + (f": {', '.join(gains)}." if gains else ".")
 
 
 def comparison(data: ReportData) -> tuple[ComparisonRow, ...]:

@@ -21,7 +21,8 @@ from shallower.exporters import save
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
-from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
+from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage
+from shallower.reporting.page import render_recovery
 from shallower.resources import parse_memory
 from shallower.strict_json import spelled
 from shallower.surgery import cut, require_unquantized
@@ -59,7 +60,6 @@ from shallower.verbs.recovery_steps import (
 from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, require_space_for
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
 
-FORMAT = "shallower.recovery/1"
 PLAN = "plan.json"
 
 
@@ -206,21 +206,15 @@ def recover(
     )
     notes = (*shared, *own.notes, *nothing_held_out(contents, calibration), *said)
     wait()  # until all have read what the trainings left
-    folder, form = None, ""
+    folder, form = None, None
     if leads() and out is not None:
         anatomy, stored = dense.anatomy, student.model
         if (again := reload()) is not None:
             anatomy, stored = again
             adopt(stored, student.model, before_repair)
         stored = with_maps_inside(stored, anatomy, given.removed)
-        document = {
-            "format": FORMAT,
-            "made_by": made.to_json(),
-            "dense": spelled(before_cut),
-            "recovery": [stage.to_json() for stage in stages],
-            "notes": list(notes),
-            **({} if before is None else {"before": before}),
-        }
+        form = "packaged" if isinstance(stored, LeavesOut) else form_of("ordinary", stored).name
+        told = RecoveryData(made, before_cut, stages, notes, form, before)
         folder = save(
             stored,
             out,
@@ -228,15 +222,17 @@ def recover(
             tokenizer=dense.loaded.tokenizer,
             card=recovery_card(stages, before_cut, made),
             recoveries=[*methods_of(before), *(stage.method for stage in stages[1:])],
-            pages={"recovery.json": json.dumps(document, indent=1)},
+            pages={
+                "recovery.json": json.dumps(told.to_json(), indent=1),
+                "report.html": render_recovery(given, told, str(out)),
+            },
             force=force,
             verify_ids=text.input_ids[:1, :64],
         )
-        form = "packaged" if isinstance(stored, LeavesOut) else form_of("ordinary", stored).name
     if leads():
         resume.clear()
     wait()
-    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form)
+    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form or "")
 
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from shallower.errors import UserError
 from shallower.files import expanded, write_text
-from shallower.reporting.data import ReportData
-from shallower.reporting.page import render
+from shallower.plan import PruningPlan
+from shallower.reporting.data import RecoveryData, ReportData
+from shallower.reporting.page import render, render_recovery
 
 
-def report(folder: str | Path) -> tuple[ReportData, Path]:
-    """Render `report.html` anew from `report.json` of a pruned checkpoint; returns the data and the page.
+def report(folder: str | Path) -> tuple[ReportData | RecoveryData, Path]:
+    """Render `report.html` anew from `report.json` of a pruned checkpoint, or from `recovery.json` and `plan.json` of
+    one that `recover` wrote; returns the data and the page.
 
-    Raises UserError when the folder has no report.
+    Raises UserError when the folder has neither, PlanError when the plan cannot be read.
     """
     folder = expanded(folder)
-    source = folder / "report.json"
-    if not source.is_file():
-        raise UserError(f"{folder} holds no report.json: give the folder that `shallower prune --out` wrote.")
-    data = ReportData.load(source)
     page = folder / "report.html"
-    write_text(page, render(data))
-    return data, page
+    if (folder / "report.json").is_file():
+        data = ReportData.load(folder / "report.json")
+        write_text(page, render(data))
+        return data, page
+    source = folder / "recovery.json"
+    if not source.is_file():
+        raise UserError(
+            f"{folder} holds no report.json and no recovery.json: give a folder that `shallower prune --out` or "
+            "`shallower recover --out` wrote."
+        )
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be read as what a recovery tells: {error}.") from None
+    repaired = RecoveryData.from_json(content, str(source))
+    write_text(page, render_recovery(PruningPlan.load(folder / "plan.json"), repaired, str(folder)))
+    return repaired, page
