@@ -32,7 +32,8 @@ from shallower.cli.progress import lines
 from shallower.errors import UserError, VerificationError
 from shallower.plan import PruningPlan
 from shallower.reporting.wording import number
-from shallower.scores import Scores
+from shallower.scores import Scores, ScoreSheet
+from shallower.units import Unit
 from shallower.version import __version__
 
 SHALLOWER = (sys.executable, "-c", "from shallower.cli.main import main; main()")
@@ -232,6 +233,7 @@ def test_several_metrics_side_by_side(cli: Cli, place: Path, tmp_path: Path) -> 
     assert "Spearman's rho above the diagonal" in " ".join(ran.out.split())
     assert f"--scores {out} --metric cosine" in ran.out
     told = cli(*asked, "--json").json
+    assert ScoreSheet.from_json(told).metrics == ("cosine", "taylor", "magnitude")  # kept as it was printed
     assert [row["second"] for row in told.pop("correlations")] == ["taylor", "magnitude", "magnitude"]
     assert told == json.loads(out.read_text())
     chosen = ("search", place / "tiny", "--remove", 2, "--search", "one-shot", "--scores", out, *text)

@@ -113,6 +113,8 @@ def test_a_list_of_units_may_hold_inclusive_ranges() -> None:
         ("block.8-6", "ends before it starts"),
         ("block.3-10000000000", "'block.3-10000000000' has 9,999,999,998 units, and at most 10,000"),
         ("block.7;block.8", "is not a unit"),
+        (f"block.{'9' * 5000}", "'block.9{194}'… is not a unit"),
+        (f"block.0-{'9' * 5000}", "is not a unit"),
     ],
 )
 def test_lists_of_units_that_are_refused(text: str, message: str) -> None:
@@ -475,7 +477,11 @@ def test_all_faults_of_a_plan_are_reported_together() -> None:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'"plan"'])
+NESTED = b"[" * 100_000  # deeper than Python can follow
+LONG = b'{"seed": ' + b"9" * 5000 + b"}"  # more digits than Python reads
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'"plan"', NESTED, LONG])
 def test_files_that_are_no_plan(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
@@ -528,6 +534,14 @@ def test_ranking_is_from_least_important_and_ties_go_to_the_deeper() -> None:
         (_at("rows", [{"of": "[x,2)", "value": 1.0, "error": None}]), "is not a unit"),
         (_at("model.blocks", None), "'blocks' of .* is None"),
         (_at("made_by", []), "'made_by' of .* is not an object"),
+        (_at("metric", ["cosine"]), r"'metric' of .* is \['cosine'\], not text"),
+        (_at("metric", 5), "'metric' of .* is 5, not text"),
+        (_at("metric", None), "'metric' of .* is None, not text"),
+        (
+            _at("rows", [{"of": of, "value": 1.0, "error": None} for of in ("block.1", "block.01", "attn.1")]),
+            r"scores block\.1 more than once: leave one row of each",
+        ),
+        (_at("rows", [{"of": f"[0,{'9' * 5000})", "value": 1.0, "error": None}]), "is not a unit"),
     ],
 )
 def test_scores_that_are_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -537,7 +551,7 @@ def test_scores_that_are_refused(change: Callable[[dict[str, Any]], None], messa
         Scores.from_json(data, "scores.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", NESTED, LONG])
 def test_files_that_are_no_scores(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "scores.json"
     path.write_bytes(content)
@@ -653,6 +667,8 @@ def test_remove(text: str, expected: object) -> None:
         ("nan", "'nan' is not a unit"),
         ("block.3,block.3", "block.3 is named twice"),
         ("block.3,mlp.3", "mlp.3 is part of block.3"),
+        ("9" * 400, "--remove 9{12}… is more than any model holds"),
+        ("9" * 5000 + ":parameters", "is more than any model holds"),
     ],
 )
 def test_removals_that_are_refused(text: str, message: str) -> None:
@@ -694,6 +710,8 @@ def test_protect(text: str, expected: set[int]) -> None:
         ("middle:2", "cannot be read"),
         ("first:-1", "cannot be read"),
         ("first", "cannot be read"),
+        (f"first:{'9' * 5000}", "cannot be read"),
+        (f"block.{'9' * 5000}", "cannot be read"),
     ],
 )
 def test_protections_that_are_refused(text: str, message: str) -> None:

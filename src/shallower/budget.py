@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shallower.errors import BudgetError, UnknownName
-from shallower.units import Unit, parse_units
+from shallower.units import DIGITS, Unit, parse_units, shown
 
 QUANTITIES = ("units", "blocks", "parameters", "bytes", "flops", "kv_bytes")
 TOLERANCE = 1e-9  # 20 % of 30 equal blocks is 6 blocks, whatever the last bit says
+
+_PROTECTED = re.compile(rf"(first|last):({DIGITS})|(?:block\.)?({DIGITS}(?:-{DIGITS})?)")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def parse_remove(text: str) -> tuple[Amount, ...] | tuple[Unit, ...]:
 
     `8` is a number of units, `25%` a share of the parameters in blocks, `33%:kv_bytes` a share of another quantity,
     `20%,33%:kv_bytes` both. Of `blocks` a lone sublayer is half of one. Raises BudgetError for what cannot be read, is
-    zero or negative, or is 100 % and more.
+    zero or negative, more than any model holds, or 100 % and more.
     """
     text = text.strip()
     if re.match(r"[a-z]", text) and "%" not in text:
@@ -124,13 +126,17 @@ def _parse_amount(text: str, whole: str) -> Amount:
             else ""
         )
         raise BudgetError(
-            f"--remove {whole!r} cannot be read{told}: give a number of units (6), a share of the parameters in "
+            f"--remove {shown(whole)} cannot be read{told}: give a number of units (6), a share of the parameters in "
             "blocks (20%), a share of another quantity (33%:kv_bytes), or units (block.13,block.14 or block.13-18)."
         )
     value, share = float(match[1]), match[2] == "%"
     quantity = match[3] or ("parameters" if share else "units")
     if quantity not in QUANTITIES:
         raise UnknownName("quantity", quantity, QUANTITIES)
+    if value == math.inf:
+        raise BudgetError(
+            f"--remove {text[:12]}… is more than any model holds; give a share (20%) or a smaller number."
+        )
     if value <= 0:
         raise BudgetError(f"--remove {text} removes nothing; give a positive number.")
     if share and value >= 100:
@@ -191,20 +197,33 @@ def parse_protect(text: str, blocks: int) -> frozenset[int]:
     Raises BudgetError for what cannot be read or does not exist.
     """
     protected: set[int] = set()
+    for item, read in _protections(text):
+        if isinstance(read, frozenset):
+            if max(read) >= blocks:
+                raise BudgetError(f"--protect {item} does not exist: the model has blocks 0 to {blocks - 1}.")
+            protected |= read
+            continue
+        end, count = read
+        if count > blocks:
+            raise BudgetError(f"--protect {item} is more than the model's {blocks} blocks.")
+        protected |= set(range(count) if end == "first" else range(blocks - count, blocks))
+    return frozenset(protected)
+
+
+def require_protect(text: str) -> None:
+    """Raise BudgetError for a `--protect` that cannot be read, whatever the model."""
+    for _ in _protections(text):
+        pass
+
+
+def _protections(text: str) -> Iterator[tuple[str, tuple[str, int] | frozenset[int]]]:
+    """Each item of `--protect`, and what it says: an end and the number of blocks there, or the indices of blocks."""
     for item in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(first|last):(\d+)|(?:block\.)?(\d+(?:-\d+)?)", item)
+        match = _PROTECTED.fullmatch(item)
         if match is None:
             raise BudgetError(
-                f"--protect {item!r} cannot be read: write first:4, last:2, block.7 or block.4-9, separated by commas."
+                f"--protect {shown(item)} cannot be read: write first:4, last:2, block.7 or block.4-9, separated by "
+                "commas."
             )
         end, count, numbers = match.groups()
-        if end is None:
-            named = {unit.index for unit in parse_units(f"block.{numbers}")}
-            if max(named) >= blocks:
-                raise BudgetError(f"--protect {item} does not exist: the model has blocks 0 to {blocks - 1}.")
-            protected |= named
-            continue
-        if int(count) > blocks:
-            raise BudgetError(f"--protect {item} is more than the model's {blocks} blocks.")
-        protected |= set(range(int(count)) if end == "first" else range(blocks - int(count), blocks))
-    return frozenset(protected)
+        yield item, (end, int(count)) if end else frozenset(unit.index for unit in parse_units(f"block.{numbers}"))

@@ -196,7 +196,7 @@ class PruningPlan:
             data = json.loads(expanded(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PlanError(f"there is no plan at {path}; make one with `shallower search MODEL`.") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # of JSON and UTF-8, too
             raise PlanError(f"{path} cannot be read as a plan: {error}.") from None
         return cls.from_json(data, str(path))
 

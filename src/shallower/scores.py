@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from shallower.errors import UserError
 from shallower.files import expanded
 from shallower.plan import MadeBy, ModelIdentity, provenance_faults, read_made_by
 from shallower.strict_json import finite, key_faults, record_faults, write_json
-from shallower.units import Span, Unit
+from shallower.units import DIGITS, Span, Unit
 
 FORMAT = "shallower.scores/1"
 SHEET_FORMAT = "shallower.scores/2"
@@ -79,6 +80,8 @@ class Scores:
             )
         faults = key_faults(where, data, ("format", "model", "metric", "rows", "made_by"))
         faults += provenance_faults(where, data)
+        if not isinstance(metric := data.get("metric", ""), str):
+            faults.append(f"'metric' of {where} is {metric!r}, not text")
         rows = data.get("rows", [])
         if not isinstance(rows, list):
             faults.append(f"'rows' of {where} is not a list")
@@ -94,6 +97,8 @@ class Scores:
             )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if twice := [str(of) for of, count in Counter(row.of for row in parsed).items() if count > 1]:
+            raise UserError(f"{where} scores {', '.join(twice)} more than once: leave one row of each, or score again.")
         return cls(ModelIdentity(**data["model"]), data["metric"], parsed, read_made_by(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -161,7 +166,7 @@ class ScoreSheet:
         """Build from parsed JSON of one metric or several. Raises UserError naming every fault."""
         if not isinstance(data, dict) or data.get("format") != SHEET_FORMAT:
             return cls((Scores.from_json(data, where),))
-        faults = key_faults(where, data, ("format", "model", "metrics"))
+        faults = key_faults(where, data, ("format", "model", "metrics"), ("correlations",))  # `score --json` says them
         metrics = data.get("metrics", [])
         if not isinstance(metrics, list) or not metrics:
             faults.append(f"'metrics' of {where} is not a list of at least one metric")
@@ -190,7 +195,7 @@ class ScoreSheet:
         """Read a score file. Raises UserError when it is missing, not JSON or malformed."""
         try:
             data = json.loads(expanded(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # of JSON and UTF-8, too
             raise UserError(
                 f"{path} cannot be read as scores: {error}. Make them with `shallower score MODEL`."
             ) from None
@@ -207,5 +212,5 @@ class _Row:
 
 
 def _parse(text: str) -> Unit | Span:
-    span = re.fullmatch(r"\[(\d+),(\d+)\)", text)
+    span = re.fullmatch(rf"\[({DIGITS}),({DIGITS})\)", text)
     return Span(int(span[1]), int(span[2])) if span else Unit.parse(text)

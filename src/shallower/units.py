@@ -16,8 +16,11 @@ KINDS: tuple[Kind, ...] = ("block", "attn", "mlp")
 plans."""
 
 _LONGEST_RANGE = 10_000  # more than any model has, and few enough to be listed
+_LONGEST_SHOWN = 200  # characters
 
-_UNIT = re.compile(rf"({'|'.join(KINDS)})\.(\d+)")
+DIGITS = r"\d{1,18}"  # of a number in a pattern: more than any model needs, and few enough for `int`
+
+_UNIT = re.compile(rf"({'|'.join(KINDS)})\.({DIGITS})")
 
 
 @dataclass(frozen=True, order=True)
@@ -62,7 +65,8 @@ class Unit:
         match = _UNIT.fullmatch(text.strip())
         if match is None:
             raise BudgetError(
-                f"{text!r} is not a unit: write block.7, attn.7 or mlp.7 (0-based), or a range such as block.13-18."
+                f"{shown(text)} is not a unit: write block.7, attn.7 or mlp.7 (0-based), or a range such as "
+                "block.13-18."
             )
         kind: Kind = match[1]  # type: ignore[assignment]
         return cls(int(match[2]), kind)
@@ -97,7 +101,7 @@ def parse_units(text: str) -> tuple[Unit, ...]:
     """
     units: list[Unit] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        span = re.fullmatch(rf"({'|'.join(KINDS)})\.(\d+)-(\d+)", item)
+        span = re.fullmatch(rf"({'|'.join(KINDS)})\.({DIGITS})-({DIGITS})", item)
         if span is None:
             units.append(Unit.parse(item))
             continue
@@ -112,6 +116,11 @@ def parse_units(text: str) -> tuple[Unit, ...]:
         units += [Unit.parse(f"{span[1]}.{index}") for index in range(first, last + 1)]
     require_distinct(units)
     return tuple(units)
+
+
+def shown(text: str) -> str:
+    """What a user typed, in quotes; of very much of it the beginning."""
+    return repr(text) if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]!r}…"
 
 
 def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:
