@@ -25,7 +25,7 @@ from shallower import errors, files, progress
 from shallower.budget import Amount, Budget, Limit, make_limit, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
 from shallower.errors import BudgetError, OutputError, PlanError, UnknownName, UserError
-from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
+from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan, source_and_options, text_name
 from shallower.scores import Score, Scores
 from shallower.studies.grid import read_study
 from shallower.surgery import save
@@ -394,6 +394,20 @@ def test_a_prefix_says_how_much_it_removes() -> None:
     assert plan.at(1).made_by.options == {"remove": "1", "units": "all"}
     assert plan.at(2) == plan
     assert replace(PLAN, made_by=replace(MADE_BY, options={})).at(1).made_by.options == {}
+
+
+@pytest.mark.parametrize("spec", ["a?b.txt?sequences=4", "deep/a?b.txt?sequences=4"])
+def test_the_last_question_mark_begins_the_options(spec: str) -> None:
+    assert source_and_options(spec) == (spec.removesuffix("?sequences=4"), "?", "sequences=4")
+    text = CalibrationIdentity(spec, 4, "sha256:c")
+    assert (text.title, text.source, text_name(spec)) == ("a?b.txt?sequences=4", "a?b.txt", text.title)
+
+
+def test_a_text_that_exists_has_no_options(tmp_path: Path) -> None:
+    (tmp_path / "what?.txt").touch()
+    assert text_name(str(tmp_path / "what?.txt")) == "what?.txt"
+    assert source_and_options("what?.txt", tmp_path) == ("what?.txt", "", "")
+    assert source_and_options("python") == ("python", "", "")
 
 
 def test_a_prefix_parts_no_pair_of_an_ordinary_plan() -> None:

@@ -38,8 +38,28 @@ class CalibrationIdentity:
     @property
     def title(self) -> str:
         """The specification without the folder that the text lies in: fit to be published."""
-        source, mark, options = self.spec.partition("?")
-        return without_folders(source) + mark + options
+        return text_name(self.spec)
+
+    @property
+    def source(self) -> str:
+        """The same without options."""
+        return without_folders(source_and_options(self.spec)[0])
+
+
+def source_and_options(spec: str, folder: str | os.PathLike[str] = "") -> tuple[str, str, str]:
+    """What a text is read from, the `?` that its options stand behind, and these; both empty where there are none.
+
+    The last `?` is that mark. A text that exists under the whole name, here or in `folder`, has no options.
+    """
+    source, mark, options = spec.rpartition("?")
+    # os.path: a mixture may be longer than a name can be, which is an OSError of Path.exists
+    return (spec, "", "") if not mark or os.path.exists(os.path.join(folder, spec)) else (source, mark, options)
+
+
+def text_name(spec: str) -> str:
+    """What to call a text in a table: the file's own name with its options, not its folder."""
+    source, mark, options = source_and_options(spec)
+    return without_folders(source) + mark + options
 
 
 def without_folders(source: str) -> str:

@@ -13,6 +13,7 @@ from shallower.corpus.bos import Bos
 from shallower.corpus.calibration import is_saved
 from shallower.corpus.formats import Format
 from shallower.corpus.specification import Part, check_options, joined, parse_specification
+from shallower.plan import source_and_options
 from shallower.registry import Option
 
 Position = Literal["auto", "start", "random", "end"]
@@ -55,8 +56,7 @@ def text_of(spec: str) -> str:
 
     Raises CorpusError or UnknownName when it cannot be read.
     """
-    source = spec if os.path.exists(spec) or "?" not in spec else spec.rpartition("?")[0]
-    return joined(parse_specification(source, OPTIONS).terms)
+    return joined(parse_specification(source_and_options(spec)[0], OPTIONS).terms)
 
 
 def named_options(spec: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from shallower.errors import CorpusError, UnknownName, UserError
+from shallower.plan import source_and_options
 from shallower.registry import Option
 from shallower.strict_json import fault_in_yaml
 
@@ -59,9 +60,7 @@ def parse_specification(text: str, known: Iterable[str]) -> Specification:
 
     Raises CorpusError or UnknownName for one fault; CorpusError that tells all of them for several.
     """
-    # os.path: a mixture may be longer than a name can be, which is an OSError of Path.exists
-    whole = "?" not in text or os.path.exists(text)
-    source, _, tail = (text, "", "") if whole else text.rpartition("?")
+    source, _, tail = source_and_options(text)
     if not source.strip():
         raise CorpusError(f"{text!r} names no text: write a path, hf:owner/name or python:docs before the '?'.")
     allowed: Mapping[str, Option | None] = known if isinstance(known, Mapping) else dict.fromkeys(known)
@@ -93,8 +92,7 @@ def parse_specification(text: str, known: Iterable[str]) -> Specification:
 
 def located(text: str, folder: Path) -> str:
     """The same specification, each source that is a path relative to `folder` as one that opens from here."""
-    whole = "?" not in text or os.path.exists(folder / text)
-    source, mark, tail = (text, "", "") if whole else text.rpartition("?")
+    source, mark, tail = source_and_options(text, folder)
     terms = (_name_and_weight(item, folder) for item in _items(source, folder))
     return "+".join(_located(name, folder) + weight for name, weight in terms) + mark + tail
 

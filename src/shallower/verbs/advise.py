@@ -16,7 +16,7 @@ from shallower.corpus import DOMAINS, CalibrationSet
 from shallower.corpus.sources import json_records
 from shallower.errors import CorpusError, UserError
 from shallower.files import expanded
-from shallower.plan import without_folders
+from shallower.plan import source_and_options, without_folders
 from shallower.units import Unit
 from shallower.verbs.score import require_finite
 from shallower.verbs.subject import Subject, calibrate, make_ablator
@@ -135,7 +135,7 @@ def _correlation(wanted: Sequence[float], found: Sequence[float]) -> float:
 
 def _asks(target: str | Path) -> bool:
     """Whether the first row of a file is a question with choices."""
-    path = expanded(str(target).partition("?")[0])
+    path = expanded(source_and_options(str(target))[0])
     if path.suffix != ".jsonl" or not path.is_file():
         return False
     try:

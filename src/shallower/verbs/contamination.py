@@ -106,7 +106,7 @@ def contamination(
         if again is None:
             yield f"{label}: whether {what} {recorded.title} is in what is evaluated is not known ({reason})."
             continue
-        short = f"{what} {_short(recorded)}"
+        short = f"{what} {recorded.source}"
         read[f"{what} {recorded.title}" if short in read else short] = again
     yield from shared_runs(subject, read, asked.contents, tokens, flattered="what was made with it")
     if asked.tasks is None or not read:
@@ -136,10 +136,6 @@ def read_again(subject: Subject, recorded: CalibrationIdentity, supplied: Supply
     return (found, "") if found.digest == recorded.digest else (None, "it is not what it was")
 
 
-def _short(text: CalibrationIdentity) -> str:
-    return text.title.partition("?")[0]
-
-
 def _calibration_of(
     subject: Subject, plan: PruningPlan | None, named: str | Path | None, supplied: Supply
 ) -> tuple[CalibrationSet | None, str]:
@@ -165,7 +161,7 @@ def _calibration_of(
         return None, f"whether it was calibrated on what is evaluated is not known ({reason}); name it: --calibration."
     if named is None and recorded is not None and found.identity.digest != recorded.digest:
         return None, f"its calibration text {recorded.title} is not what it was, so overlaps are not known."
-    return found, _short(found.identity)
+    return found, found.identity.source
 
 
 def _recorded_options(recorded: CalibrationIdentity | None, of_questions: bool) -> dict[str, str]:

@@ -9,7 +9,7 @@ from shallower import progress
 from shallower.corpus import asks_model, without_options
 from shallower.engine import reads_choices
 from shallower.errors import UserError
-from shallower.plan import PruningPlan, without_folders
+from shallower.plan import PruningPlan, source_and_options
 from shallower.registry import objective as objectives
 from shallower.verbs.contamination import read_again
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject
@@ -35,8 +35,8 @@ def text_of_plan(subject: Subject, plan: PruningPlan) -> PlanText:
     recorded = plan.made_by.calibration
     if recorded is None:
         return PlanText()
-    source = recorded.spec.rpartition("?")[0] or recorded.spec
-    is_default, source = source == DEFAULT_CALIBRATION, without_folders(source)
+    source = recorded.source
+    is_default = source_and_options(recorded.spec)[0] == DEFAULT_CALIBRATION
     other = "name other text with --calibration."
     again, reason = None, _no_text_to_measure_on(recorded.spec, plan.made_by.objective)
     if not reason:

@@ -9,7 +9,7 @@ from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of
 from shallower.errors import CorpusError
 from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
 from shallower.evaluation.text import read_evaluation_text
-from shallower.plan import without_folders
+from shallower.plan import text_name, without_folders
 from shallower.reporting.wording import distinct_names
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, several_names
 from shallower.verbs.supply import supply
@@ -54,12 +54,6 @@ def text_title(calibration: str | Path | CalibrationSet | None) -> str:
     """What to call calibration text in a sentence."""
     read = "the calibration set" if isinstance(calibration, CalibrationSet) else str(calibration or DEFAULT_CALIBRATION)
     return without_folders(read)
-
-
-def text_name(spec: str) -> str:
-    """What to call a text in a table: the file's own name with its options, not its folder."""
-    path, question, options = spec.partition("?")
-    return without_folders(path) + question + options
 
 
 def text_perplexity(
