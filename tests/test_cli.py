@@ -28,9 +28,10 @@ from shallower import progress, registry
 from shallower.cli import main, options
 from shallower.cli.methods import paper_links, unbroken
 from shallower.cli.output import say
+from shallower.cli.plan import show_plan
 from shallower.cli.progress import lines
 from shallower.errors import UserError, VerificationError
-from shallower.plan import PruningPlan
+from shallower.plan import MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting.wording import number
 from shallower.scores import Scores, ScoreSheet
 from shallower.units import Unit
@@ -309,6 +310,22 @@ def test_plan_show_and_cut(cli: Cli, plan: Path, tmp_path: Path) -> None:
     assert sentence(cli("plan", "cut", plan, "--remove", 1, "--out", out)).startswith(f"--out {out} exists")
     more = cli("plan", "cut", plan, "--remove", 4, "--out", tmp_path / "more.json")
     assert sentence(more) == "cannot cut the plan to 4 units: it holds 3."
+
+
+def test_what_overflows_is_shown_alike_by_the_search_and_from_its_file() -> None:
+    block = [Unit(index, "block") for index in range(2)]
+    made_by = MadeBy("greedy", "nll", None, {}, 0, None, "0")
+    plan = PruningPlan(
+        ModelIdentity("m", None, "sha256:0", 4), tuple(block), ((block[0], 3.5), (block[1], math.inf)), 3.25, made_by
+    )
+    shown = []
+    for each in (plan, PruningPlan.from_json(plan.to_json())):
+        console = Console(file=io.StringIO(), width=100)
+        show_plan(console, each)
+        shown.append(console.file.getvalue())  # type: ignore[attr-defined]
+    assert shown[0] == shown[1]
+    assert re.search(r"1 +block\.0 +3\.5000 +\+0\.2500", shown[0])
+    assert re.search(r"2 +block\.1 +– *\n", shown[0])
 
 
 def test_prune_says_what_it_cost_and_how_to_load_it(cli: Cli, place: Path, tmp_path: Path) -> None:

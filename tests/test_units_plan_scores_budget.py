@@ -396,6 +396,13 @@ def test_a_prefix_says_how_much_it_removes() -> None:
     assert replace(PLAN, made_by=replace(MADE_BY, options={})).at(1).made_by.options == {}
 
 
+def test_a_prefix_of_units_that_were_named_names_its_own() -> None:
+    made_by = replace(MADE_BY, search=None, options={"remove": "attn.22,block.13"})
+    plan = replace(PLAN, made_by=made_by)
+    assert plan.at(1).made_by.options["remove"] == "attn.22"
+    assert plan.at(2) == plan
+
+
 @pytest.mark.parametrize("spec", ["a?b.txt?sequences=4", "deep/a?b.txt?sequences=4"])
 def test_the_last_question_mark_begins_the_options(spec: str) -> None:
     assert source_and_options(spec) == (spec.removesuffix("?sequences=4"), "?", "sequences=4")

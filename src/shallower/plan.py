@@ -95,8 +95,8 @@ class PruningPlan:
     """The chosen set with its provenance.
 
     order: the units of `remove` in removal order with the objective after each, or where candidates were judged behind
-    a repair the loss after that; None where it was not measured.
-    dense: the objective of the dense model, None where it was not measured.
+    a repair the loss after that; None where it was not measured, and as read from a file where it overflowed.
+    dense: the objective of the dense model, None in the same cases.
     spent: what a search just cost, else None. `tokens` were read (calibration tokens times candidate sets), in place of
     the `exhaustive` ones that it would have read if races had dropped nobody (as many where none was run); `recalled`
     measurements were kept from before. No part of the plan or its file: the same search again costs less.
@@ -122,7 +122,8 @@ class PruningPlan:
         return frozenset(self.remove)
 
     def at(self, count: int) -> PruningPlan:
-        """The plan's first `count` removals. It says of itself that as many units were to be removed.
+        """The plan's first `count` removals. It says of itself that as many units were to be removed; where units were
+        named, that it is these.
 
         Raises PlanError when the plan holds fewer, or when a pair of a plan made with `ordinary` would be parted.
         """
@@ -141,7 +142,8 @@ class PruningPlan:
                 )
         if "remove" in options:  # the amount that was asked for is no longer met
             pairs = sum(unit.kind == "attn" for unit, _ in order) if options.get("ordinary") else 0
-            options["remove"] = str(count - pairs)
+            named = ",".join(str(unit) for unit, _ in order)
+            options["remove"] = named if self.made_by.search is None else str(count - pairs)
         return PruningPlan(
             self.model,
             tuple(sorted(unit for unit, _ in order)),

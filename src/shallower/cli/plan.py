@@ -10,7 +10,8 @@ from typer import Option, Typer
 from shallower.cli import options
 from shallower.cli.output import Gone, print_removed, print_written, require_free
 from shallower.cli.verb import Answer, verb
-from shallower.plan import PruningPlan, without_folders
+from shallower.plan import PruningPlan
+from shallower.strict_json import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,23 +57,25 @@ def show_plan(console: Console, plan: PruningPlan, *, gone: Gone | None = None) 
     from shallower.reporting.wording import signed
 
     made = plan.made_by
-    losses = [loss for loss in (plan.dense, *(loss for _, loss in plan.order)) if loss is not None]
-    form = "{:.4f}".format if max(map(abs, losses), default=0) < 100 else "{:,.1f}".format
+    # what overflows is null in a file, and is shown as it is when it comes from there
+    steps = [(str(unit), finite(loss)) for unit, loss in (("nothing", plan.dense), *plan.order)]
+    dense = steps[0][1]
+    largest = max((abs(loss) for _, loss in steps if loss is not None), default=0)
+    form = "{:.4f}".format if largest < 100 else "{:,.1f}".format
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("Step", justify="right")
     table.add_column("Removed")
     table.add_column(made.measure if made.objective else "Objective", justify="right")
     table.add_column("Difference", justify="right")
-    for step, (unit, loss) in enumerate([("nothing", plan.dense), *plan.order]):
-        change = "" if loss is None or plan.dense is None or not step else signed(loss - plan.dense, form)
-        table.add_row(str(step), str(unit), "–" if loss is None else form(loss), change)
+    for step, (unit, loss) in enumerate(steps):
+        change = "" if loss is None or dense is None or not step else signed(loss - dense, form)
+        table.add_row(str(step), unit, "–" if loss is None else form(loss), change)
     console.print(table)
     print_removed(console, plan.remove, plan.model, gone)
     how = [f"search {made.search}" if made.search else "naming units"]
     how += [f"metric {made.metric}"] if made.metric else []
     how += [f"objective {made.measure}"] if made.objective else []
     if made.calibration is not None:
-        source = without_folders(made.calibration.spec.partition("?")[0])
         judged = " (a part judged, on which repairs were not fitted)" if made.repair else ""
-        how.append(f"{made.calibration.tokens:,} tokens of {source}{judged}")
+        how.append(f"{made.calibration.tokens:,} tokens of {made.calibration.source}{judged}")
     console.print(f"For {plan.model.name}, by {', '.join(how)}, seed {made.seed}; shallower {made.version}.")
