@@ -634,6 +634,26 @@ def test_demo_ends_with_what_to_look_at(
                 ("greedy,swap,milp", r"throws away what swap finds, as milp starts anew"),
             )
         ),
+        *(
+            (["search", "{place}/no-model", "--remove", "2", *words], complaint)
+            for words, complaint in (
+                (["--scores", "{attentions}"], r"takes no --metric or --scores; drop it or use one-shot"),
+                (["--search", "one-shot", "--scores", "{place}/none.json"], r"none\.json cannot be read as scores"),
+                (["--search", "one-shot", "--scores", "{place}/text.txt"], r"text\.txt cannot be read as scores"),
+                (
+                    ["--search", "one-shot", "--metric", "taylor", "--scores", "{attentions}"],
+                    r"--metric taylor and --scores of metric cosine contradict each other",
+                ),
+                (["--search", "one-shot", "--metric", "taylor", "--stream-blocks"], r"metric taylor needs gradients"),
+                (["--protect", "attn.3"], r"--protect 'attn\.3' cannot be read"),
+                (["--search", "contiguous", "--units", "attn"], r"'contiguous' works on --units block, not on attn"),
+                (
+                    ["--exact", "--repair", "low-rank"],
+                    r"do not race with --repair low-rank, so --exact would change no",
+                ),
+                (["--exact", "--stream-blocks"], r"do not race where blocks are streamed, so --exact would change"),
+            )
+        ),
         (["search", "{tiny}", "--remove", "2", "--objective", "nl"], r"unknown objective 'nl'; did you mean 'nll'\?"),
         (["search", "{tiny}", "--remove", "0"], r"--remove 0 removes nothing"),
         (["search", "{tiny}", "--remove=-1"], r"--remove -1 removes nothing"),

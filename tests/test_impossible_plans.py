@@ -50,6 +50,15 @@ def test_what_surgery_refuses_is_no_plan(family: str, units: str, protect: str, 
         search(tiny_model(family), 2, units=units, protect=protect, calibration=TEXT)
 
 
+@pytest.mark.parametrize("repair", ["", "low-rank"])
+def test_named_units_that_surgery_refuses_are_not_measured(repair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shallower.verbs.search._text", lambda *_, **__: pytest.fail("went on"))
+    with pytest.raises(
+        ModelError, match=r"^without block\.1, which --remove names, no model can be made: .* Name other"
+    ):
+        search(tiny_model("gpt2_inverse_scale"), "block.1", repair=repair, calibration=TEXT)
+
+
 def test_a_depth_that_a_config_says_twice_is_refused() -> None:
     anatomy = dissect(small("xlstm", num_blocks=3, num_heads=2, intermediate_size=48))
     with pytest.raises(ModelError, match="for 2 blocks builds 3, as it says their number in another field"):

@@ -350,6 +350,17 @@ def test_a_plan_that_the_config_cannot_describe_is_refused(text: CalibrationSet)
         )
 
 
+def test_what_surgery_refuses_among_pairs_comes_with_advice(
+    text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise ModelError("No.")
+
+    monkeypatch.setattr("shallower.verbs.search.cut", refused)
+    with pytest.raises(ModelError, match=r"the best that was found, without .*, cannot be cut: No\. Remove less"):
+        ordinary(text, 1, "last")
+
+
 @pytest.mark.parametrize(
     ("remove", "options", "complaint"),
     [

@@ -270,7 +270,9 @@ def test_linear_residual_wants_more_tokens_than_directions(
 @pytest.mark.parametrize("option", ["ridge=-1", "ridge=nan", "ridge=0", "width=-5"])
 def test_linear_residual_refuses_what_is_no_penalty_or_width(llama: PreTrainedModel, option: str) -> None:
     name, value = option.split("=")
-    with pytest.raises(UserError, match=f"option {name}='{value}' does not fit: it takes a .*number above"):
+    with pytest.raises(
+        UserError, match=f"option {name}='{value}' does not fit: it takes a .*number above"
+    ):
         score(llama, "linear-residual", calibration=sample_text(llama), settings={name: value})
 
 
@@ -707,6 +709,19 @@ def test_search_picks_one_metric_of_a_sheet(llama: PreTrainedModel, tmp_path: Pa
             assert set(plan.remove) == set(sheet.pick(name).ranked()[:2])
     with pytest.raises(UserError, match="several metrics; choose one with --metric"):
         search(llama, 2, search="one-shot", scores=sheet, calibration=text)
+
+
+def test_scores_that_cannot_rank_are_refused_before_text_is_read(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = sample_text(llama)
+    attentions = score(llama, "cosine", units="attn", calibration=text)
+    others = score(tiny_model("llama", seed=1), "cosine", calibration=text)
+    monkeypatch.setattr("shallower.verbs.search._text", lambda *_, **__: pytest.fail("went on"))
+    with pytest.raises(UserError, match=r"do not cover what may go: block\.0 \(one of"):
+        search(llama, 2, search="one-shot", scores=attentions, calibration=text)
+    with pytest.raises(UserError, match="the scores are of"):
+        search(llama, 2, search="one-shot", scores=others, calibration=text)
 
 
 @pytest.mark.parametrize(

@@ -66,17 +66,27 @@ def search(
     chosen = options.parse_settings(settings)
     from shallower.engine import reads_choices
     from shallower.registry import objective as objectives
-    from shallower.verbs.search import require_target
+    from shallower.verbs.search import require_target, scores_to_rank_by
     from shallower.verbs.search import search as run
-    from shallower.verbs.search_methods import require_possible
+    from shallower.verbs.search_methods import chosen_methods, require_possible
     from shallower.verbs.subject import open_subject, require_streamable
 
     require_possible(
-        remove, search, objective, metric, chosen, units=units, ordinary=ordinary, repair=repair, workers=workers
+        remove,
+        search,
+        objective,
+        metric,
+        chosen,
+        units=units,
+        ordinary=ordinary,
+        protect=protect,
+        exact=exact,
+        repair=repair,
+        workers=workers,
     )
     require_target(calibration, target)
     if stream_blocks:
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
     searched = {
         "--search": search != "greedy",
         "--metric": metric is not None,
@@ -89,6 +99,8 @@ def search(
     )
     parse_memory(memory)
     parse_workers(workers)
+    stages = chosen_methods(search, objective, repair, chosen, metric).stages
+    given = scores_to_rank_by(stages, metric, remove, scores, stream_blocks=stream_blocks)
     subject = open_subject(
         model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, stream_blocks=stream_blocks
     )
@@ -98,7 +110,7 @@ def search(
         search=search,
         objective=objective,
         metric=metric,
-        scores=scores,
+        scores=given,
         units=units,
         ordinary=ordinary,
         protect=protect,

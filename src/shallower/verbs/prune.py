@@ -151,7 +151,17 @@ def prune(
         require_closed_form(steps, None, memory)
     if remove is not None:
         require_possible(
-            remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
+            remove,
+            search,
+            objective,
+            metric,
+            settings,
+            units=units,
+            ordinary=ordinary,
+            protect=protect,
+            exact=exact,
+            repair=repair,
+            workers=workers,
         )
     memory, workers = parse_memory(memory), parse_workers(workers)
     require_form(form)

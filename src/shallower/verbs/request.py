@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from shallower.anatomy import Block
 from shallower.budget import Amount, Budget, Limit, make_limit, most, parse_protect, parse_remove, require_run
-from shallower.errors import BudgetError, ModelError, UserError
+from shallower.errors import BudgetError, ModelError
 from shallower.registry import Method
 from shallower.units import Unit, sublayers_of
-from shallower.verbs.search_methods import searches_named
+from shallower.verbs.search_methods import refuse_kinds, searches_named
 from shallower.verbs.subject import Subject, units_of
 
 
@@ -115,9 +115,8 @@ def _removable(
 ) -> tuple[Unit, ...]:
     removable = _whole(subject, protected) if ordinary else units_of(subject, units, protected)
     for method in methods:
-        kinds = method.traits.get("kinds")
-        if kinds is not None and any(unit.kind not in kinds for unit in removable):
-            raise UserError(f"search {method.name!r} works on --units {' or '.join(kinds)}, not on {units}.")
+        if any(unit.kind not in method.traits.get("kinds", (unit.kind,)) for unit in removable):
+            refuse_kinds(method, units)
     return removable
 
 

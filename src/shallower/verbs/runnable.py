@@ -32,7 +32,7 @@ def require_runnable(given: Study) -> None:
         for name, metric in map(search_and_metric, given.searches):
             for remove in given.remove:
                 settings = settings_of(given, name, objective, metric)
-                require_possible(remove, name, objective, metric, settings, units=given.units)
+                require_possible(remove, name, objective, metric, settings, units=given.units, protect=given.protect)
     known = {
         option
         for objective in given.objectives

@@ -31,7 +31,7 @@ from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.score import require_finite, require_no_gradients
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
 from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, require_streamable, units_of
-from shallower.verbs.trail import removal_order, run_search
+from shallower.verbs.trail import removal_order, require_covered, run_search
 from shallower.version import __version__
 
 
@@ -95,16 +95,24 @@ def search(
     """
     memory, workers = parse_memory(memory), parse_workers(workers)
     require_possible(
-        remove, search, objective, metric, settings, units=units, ordinary=ordinary, repair=repair, workers=workers
+        remove,
+        search,
+        objective,
+        metric,
+        settings,
+        units=units,
+        ordinary=ordinary,
+        protect=protect,
+        exact=exact,
+        repair=repair,
+        workers=workers,
     )
     require_target(calibration, target)
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages = chosen.stages
-    if scores is not None:
-        scores = read_scores(stages, scores, metric)
     if stream_blocks:
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
-        _require_streamable_ranking(stages, metric, remove, scores)
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
+    scores = scores_to_rank_by(stages, metric, remove, scores, stream_blocks=stream_blocks)
     subject = open_subject(
         model,
         tokenizer,
@@ -114,11 +122,17 @@ def search(
         stream_blocks=stream_blocks,
     )
     if is_streamed(subject.model):
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers)
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
     require_whole(subject.model)  # else no plan for it could be applied
     if repair or ordinary:
         require_together(subject.model)  # candidates are cut
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)
+    ranking: Scores | None = None
+    if request.budget is None:
+        _cut_named(subject, request.units)
+    elif scores is not None:
+        ranking = ranked(subject, stages, metric, scores, chosen.of_metric)
+        require_covered(stages, ranking, request.units)
     read = _text(
         subject,
         calibration,
@@ -131,14 +145,13 @@ def search(
         shape={"sequences": sequences, "length": length, "seed": seed},
     )
     whole, text = (read.whole, read.judged) if isinstance(read, SplitText) else (read, read)
-    ranking: Scores | None = None
     with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
         before = measuring.account()
         judge = _judge(subject, read, chosen.repairs, measuring, memory)
         if request.budget is None:
             order = list(request.units)
         else:
-            if scores is None:
+            if ranking is None:
                 ranking = rank(
                     subject,
                     stages,
@@ -153,8 +166,6 @@ def search(
                     ablator=measuring,  # what a metric measured need not be measured again, and is counted
                     only=sublayers_of(request.units) if ordinary else request.units,
                 )
-            else:
-                ranking = ranked(subject, stages, metric, scores, chosen.of_metric)
             require_finite(judge.losses)
             if repair:
                 measuring.close()  # what it keeps in memory would stand beside what repairs keep
@@ -277,14 +288,15 @@ def _order(
     assert request.budget is not None
     trail = run_search(stages, request.units, request.budget, losses, ranking, seed)
     found = plain(trail[-1])
-    if ordinary:
-        _require_ordinary(subject, found)
     if takes_all(subject, trail[-1]):
         raise BudgetError(
             f"search {search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, and "
             "something must stay: remove less, or choose smaller --units."
         )
-    _require_cuttable(subject, found)
+    smaller = _cut_found(subject, found)
+    if ordinary:
+        assert smaller is not None
+        _require_ordinary(subject, found, smaller)
     return removal_order(trail, losses)
 
 
@@ -337,13 +349,25 @@ def _of_scores(
     return told
 
 
-def _require_streamable_ranking(
-    stages: Sequence[Stage], metric: str | None, remove: str | int, scores: Scores | None
-) -> None:
-    """Raise UserError where a search with streamed blocks would rank by a metric that takes gradients."""
-    method = metric_of(stages, metric)
-    if scores is None and method is not None and isinstance(parse_remove(str(remove))[0], Amount):
+def scores_to_rank_by(
+    stages: Sequence[Stage],
+    metric: str | None,
+    remove: str | int,
+    scores: Scores | ScoreSheet | str | Path | None,
+    *,
+    stream_blocks: bool,
+) -> Scores | None:
+    """The scores that were given, read, and checked as far as that goes without a model.
+
+    Raises UserError as `read_scores`, and where a search with streamed blocks would measure a metric that takes
+    gradients.
+    """
+    if scores is not None:
+        return read_scores(stages, scores, metric)
+    method = metric_of(stages, metric) if stream_blocks else None
+    if method is not None and isinstance(parse_remove(str(remove))[0], Amount):
         require_no_gradients([method.name] if needs_backward(method) else [])
+    return None
 
 
 def _require_finite(last: float, order: Sequence[Unit], objective: str) -> None:
@@ -365,12 +389,27 @@ def _cost(spent: Spent, *, repaired: bool) -> str:
     return sentence + "."
 
 
-def _require_cuttable(subject: Subject, chosen: Sequence[Unit]) -> None:
-    """Raise ModelError where surgery refuses what was found, so that nobody keeps a plan that cannot be applied."""
-    if is_spread(subject.model):
-        return  # it can be measured so, and is cut on another day
+def _cut(subject: Subject, chosen: Sequence[Unit]) -> PreTrainedModel | None:
+    """The model without `chosen`, so that nobody keeps a plan that cannot be applied; None where it is spread, which
+    can be measured so, and is cut on another day.
+    """
+    return None if is_spread(subject.model) else cut(subject.anatomy, chosen)
+
+
+def _cut_named(subject: Subject, named: Sequence[Unit]) -> None:
+    """Raise ModelError where surgery refuses the units that were named, before they are measured."""
     try:
-        cut(subject.anatomy, chosen)
+        _cut(subject, named)
+    except ModelError as error:
+        raise ModelError(
+            f"without {listed(named, ', ')}, which --remove names, no model can be made: {error} Name other units."
+        ) from error
+
+
+def _cut_found(subject: Subject, chosen: Sequence[Unit]) -> PreTrainedModel | None:
+    """As `_cut`, of what was found. Raises ModelError where surgery refuses that."""
+    try:
+        return _cut(subject, chosen)
     except ModelError as error:
         raise ModelError(
             f"the best that was found, without {listed(chosen, ', ')}, cannot be cut: {error} Remove "
@@ -378,9 +417,9 @@ def _require_cuttable(subject: Subject, chosen: Sequence[Unit]) -> None:
         ) from error
 
 
-def _require_ordinary(subject: Subject, chosen: Sequence[Unit]) -> None:
-    """Raise ModelError when the family's config cannot describe what is left, though its sublayers pair up."""
-    if over := leftovers(cut(subject.anatomy, chosen)):
+def _require_ordinary(subject: Subject, chosen: Sequence[Unit], smaller: PreTrainedModel) -> None:
+    """Raise ModelError when the family's config cannot describe `smaller`, what is left, though sublayers pair up."""
+    if over := leftovers(smaller):
         raise ModelError(
             f"without {listed(chosen, ', ')} a config of this {subject.anatomy.family} model cannot "
             f"describe what is left as ordinary blocks ({listed(over, ', ')} would be missing); use --units "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from shallower.budget import Amount, parse_remove
+from shallower.budget import Amount, parse_remove, require_protect
 from shallower.engine import reads_stream
 from shallower.errors import UserError
 from shallower.registry import Method, share_options
@@ -18,6 +18,7 @@ from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, refuse_ranking, that_rank
 from shallower.verbs.recovery_steps import Stages, named_recoveries, require_order, require_read
 from shallower.verbs.repaired import require_closed
+from shallower.verbs.subject import kinds_of
 
 PAIRING = ("sublayer", "all")
 """Values of --units among which sublayers can pair up."""
@@ -50,13 +51,16 @@ def require_possible(
     *,
     units: str = "block",
     ordinary: bool = False,
+    protect: str = "",
+    exact: bool = False,
     repair: str = "",
     workers: object = None,
 ) -> None:
     """Refuse what is wrong with any model, before one is loaded.
 
-    Raises UnknownName for an unknown method or option, BudgetError when `remove` cannot be read, and UserError when
-    `ordinary` would restrict nothing, or `repair` change nothing, or nothing that can be done.
+    Raises UnknownName for an unknown method or option, BudgetError when `remove`, `protect` or `units` cannot be read,
+    and UserError for units that a search does not work on, when `ordinary` would restrict nothing, `repair` or `exact`
+    change nothing, or `repair` cannot be done.
     """
     stages = chosen_methods(search, objective, repair, settings or {}, metric).stages
     if metric is not None:
@@ -69,6 +73,13 @@ def require_possible(
                 "the stream, such as angular or cosine."
             )
     asked = parse_remove(str(remove))
+    require_protect(protect)
+    for method, _ in stages if isinstance(asked[0], Amount) else ():
+        kinds = kinds_of(units)
+        if not {*kinds}.intersection(method.traits.get("kinds", kinds)):  # of several a model may have only some
+            refuse_kinds(method, units)
+    if repair and exact:
+        raise UserError(f"candidates do not race with --repair {repair}, so --exact would change nothing; drop it.")
     if repair and (objective != "nll" or workers is not None):
         raise UserError(
             "--repair judges the repaired model by its loss in this process: drop --objective and --workers."
@@ -86,6 +97,11 @@ def require_possible(
             f"--ordinary needs --units {' or '.join(PAIRING)}, not {units}: whole blocks are ordinary anyway, and no "
             "plan of attention or MLP alone is."
         )
+
+
+def refuse_kinds(method: Method, units: str) -> NoReturn:
+    """Raise UserError for `--units` that a search does not work on."""
+    raise UserError(f"search {method.name!r} works on --units {' or '.join(method.traits['kinds'])}, not on {units}.")
 
 
 def search_stages(

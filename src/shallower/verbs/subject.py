@@ -207,8 +207,10 @@ def _loaded(model: str, device: str, dtype: str, *, trust_remote_code: bool, str
     return loaded
 
 
-def require_streamable(*, repair: str = "", ordinary: bool = False, workers: int | str | None = None) -> None:
-    """Raise UserError for what a search with streamed blocks cannot do."""
+def require_streamable(
+    *, repair: str = "", ordinary: bool = False, workers: int | str | None = None, exact: bool = False
+) -> None:
+    """Raise UserError for what a search with streamed blocks cannot do, or does anyway."""
     for option, given, why in (
         ("--repair", repair, "cuts each candidate"),
         ("--ordinary", ordinary, "cuts candidates"),
@@ -216,6 +218,8 @@ def require_streamable(*, repair: str = "", ordinary: bool = False, workers: int
     ):
         if given:
             raise UserError(f"{option} {why}, which streamed blocks do not allow: drop {option} or --stream-blocks.")
+    if exact:
+        raise UserError("candidates do not race where blocks are streamed, so --exact would change nothing; drop it.")
 
 
 def require_there(models: Iterable[ModelLike]) -> None:
@@ -253,16 +257,21 @@ def require_space_for(out: str | Path, subject: Subject, parameters: int) -> Non
     require_space(out, parameters * number)
 
 
+def kinds_of(which: str) -> tuple[Kind, ...]:
+    """The kinds that a word of `--units` stands for. Raises BudgetError for another word."""
+    kinds: dict[str, tuple[Kind, ...]] = {kind: (kind,) for kind in KINDS}
+    kinds |= {"sublayer": ("attn", "mlp"), "all": KINDS}
+    if which not in kinds:
+        raise BudgetError(f"--units {which!r} is not one of {', '.join(kinds)}.")
+    return kinds[which]
+
+
 def units_of(subject: Subject, which: str, protected: frozenset[int] = frozenset()) -> tuple[Unit, ...]:
     """Units that may go. which: `block`, `attn`, `mlp`, `sublayer` (attn and mlp) or `all`.
 
     Raises BudgetError for another word, or when nothing is left after protection.
     """
-    kinds: dict[str, tuple[Kind, ...]] = {kind: (kind,) for kind in KINDS}
-    kinds |= {"sublayer": ("attn", "mlp"), "all": KINDS}
-    if which not in kinds:
-        raise BudgetError(f"--units {which!r} is not one of {', '.join(kinds)}.")
-    there = subject.anatomy.of_kind(*kinds[which])
+    there = subject.anatomy.of_kind(*kinds_of(which))
     if not there:
         raise BudgetError(
             f"{subject.anatomy.family} has no {which} units that can be told apart: see `shallower inspect`."

@@ -75,6 +75,12 @@ def _without_superfluous(trail: Trail, budget: Budget, method: Method, losses: L
     return [*(removed for removed in before if removed and removed != chosen), chosen] if back else list(trail)
 
 
+def require_covered(stages: Sequence[Stage], scores: Scores, units: Sequence[Unit]) -> None:
+    """Raise UserError, for searches that rank units, when one of those that may go was not scored."""
+    if any("scores" in method.parameters for method, _ in stages):
+        _importance(scores, units)
+
+
 def _importance(scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
     """The scores of the units that may go. Among pairs, each unit counts the sum of its two sublayers' scores: scores
     of blocks and of sublayers cannot be compared.
