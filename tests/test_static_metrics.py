@@ -271,7 +271,7 @@ def test_linear_residual_wants_more_tokens_than_directions(
 def test_linear_residual_refuses_what_is_no_penalty_or_width(llama: PreTrainedModel, option: str) -> None:
     name, value = option.split("=")
     with pytest.raises(
-        UserError, match=f"option {name}='{value}' does not fit: it takes a .*number above"
+        UserError, match=f"option {name}='{value}' does not fit: it takes a .*number (above|of at least)"
     ):
         score(llama, "linear-residual", calibration=sample_text(llama), settings={name: value})
 

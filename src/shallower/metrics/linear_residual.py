@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from shallower.registry import Above, metric
+from shallower.registry import Above, AtLeast, metric
 
 NOTHING = 1e-12  # of the other variance: less than this is rounding, not change
 
@@ -18,7 +18,7 @@ def linear_residual(
     before_after: Tensor,
     after_after: Tensor,
     *,
-    width: Annotated[int, Above(-1)] = 64,
+    width: Annotated[int, AtLeast(0)] = 64,
     ridge: Annotated[float, Above(0)] = 1e-6,
 ) -> Tensor:
     """Share of the change's variance that the best linear map of the stream before it does not explain: 1 - R².

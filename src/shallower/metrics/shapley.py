@@ -6,13 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shallower import progress
-from shallower.errors import UserError
-from shallower.registry import metric
+from shallower.registry import Above, AtLeast, metric
 from shallower.units import Unit
 
 Removed = frozenset[Unit]
@@ -28,9 +28,9 @@ def shapley(
     losses: LossesOf,
     rng: Random,
     *,
-    samples: int = 22,
-    max_removed: int = 4,
-    stable: float = 0.95,
+    samples: Annotated[int, Above(0)] = 22,
+    max_removed: Annotated[int, Above(0)] = 4,
+    stable: Annotated[float, AtLeast(0, 1)] = 0.95,
 ) -> dict[Unit, tuple[float, float | None]]:
     """How much the objective rises when a unit goes, averaged over what went before it.
 
@@ -46,13 +46,8 @@ def shapley(
     length, being twice as long as a half, agree better. 0 takes all samples.
 
     Returns for each unit its value in the objective's unit, and its standard error over orders: 0 where all sets were
-    measured, None after one order or an overflow. Raises UserError for an option out of range.
+    measured, None after one order or an overflow.
     """
-    if samples < 1 or max_removed < 1 or not 0 <= stable <= 1:
-        raise UserError(
-            f"samples={samples}, max_removed={max_removed}, stable={stable}: the first two must be at least 1, and "
-            "stable between 0 and 1."
-        )
     together = min(max_removed, len(units))
     if sum(math.comb(len(units), size) for size in range(together + 1)) <= 2 * samples * len(units):
         return {unit: (value, 0.0) for unit, value in enumerated(units, losses, together).items()}
