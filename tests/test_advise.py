@@ -14,11 +14,11 @@ import shallower.verbs.advise
 from shallower.cli import main
 from shallower.corpus import build_calibration
 from shallower.engine import Ablator
-from shallower.errors import UserError
+from shallower.errors import CorpusError, UserError
 from shallower.verbs import recoveries
 from shallower.verbs.advise import advise
 from shallower.verbs.search import search
-from shallower.verbs.subject import Subject, make_ablator, open_subject, units_of
+from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,31 @@ def test_texts_that_rank_nothing_are_refused(place: Path, subject: Subject, monk
     sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
     with pytest.raises(UserError, match="by nll all 6 units matter the same; use another objective"):
         advise(subject, sources, place / "mine.txt", units_of(subject, "block"), sequences=8, length=32)
+
+
+def test_a_target_that_is_not_there_is_told_before_sources_are_read(
+    place: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+
+    def noted(subject: Subject, spec: object, **given: Any) -> Any:
+        read.append(spec)
+        return calibrate(subject, spec, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shallower.verbs.advise, "calibrate", noted)
+    missing = place / "typo.txt"
+    with pytest.raises(CorpusError, match=r"typo\.txt"):
+        advise(subject, f"auto:{place / 'tale.txt'}", missing, units_of(subject, "block"), sequences=8, length=32)
+    assert read == [missing]
+
+
+@pytest.mark.parametrize("calibration", ["auto", "auto:", "auto: ,"])
+def test_of_sources_that_nobody_named_one_may_be_missing(
+    place: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch, calibration: str
+) -> None:
+    monkeypatch.setattr(shallower.verbs.advise, "DOMAINS", ("nowhere.jsonl", str(place / "tale.txt")))
+    told = advise(subject, calibration, place / "mine.txt", units_of(subject, "block"), sequences=8, length=32)
+    assert [item.source for item in told.candidates] == [str(place / "tale.txt")]
 
 
 @pytest.mark.parametrize(("calibration", "target"), [("auto", None), ("tale.txt", "mine.txt"), (None, "mine.txt")])

@@ -78,7 +78,9 @@ def advise(
             f"--calibration auto chooses by how texts rank the units that may go, and only {units[0]} may: name the "
             "text (--calibration), or protect fewer blocks."
         )
-    sources = [item.strip() for item in calibration.partition(":")[2].split(",") if item.strip()] or list(DOMAINS)
+    named = [item.strip() for item in calibration.partition(":")[2].split(",") if item.strip()]
+    judged = TASK if _asks(target) else objective
+    goal = calibrate(subject, target, sequences=sequences, length=length, seed=seed, objective=judged)
 
     def ranking(text: CalibrationSet, judged: str) -> list[float]:
         own = options if judged == objective else None
@@ -89,22 +91,20 @@ def advise(
 
     built: dict[str, CalibrationSet] = {}
     failed: list[str] = []
-    for source in sources:
+    for source in named or list(DOMAINS):
         try:
             built[source] = calibrate(
                 subject, source, sequences=sequences, length=length, seed=seed, objective=objective
             )
         except CorpusError as error:
-            if calibration != AUTO:
+            if named:
                 raise
             failed.append(f"{source}: {error}")
     if not built:
         raise CorpusError(
             f"--calibration auto finds no text here ({failed[0]}) Name some: --calibration auto:web.jsonl,books.jsonl."
         )
-    judged = TASK if _asks(target) else objective
     with progress.task(f"comparing {len(built)} sources with {without_folders(str(target))}", len(built) + 1) as step:
-        goal = calibrate(subject, target, sequences=sequences, length=length, seed=seed, objective=judged)
         wanted = ranking(goal, judged)
         step()
         found = []
