@@ -328,6 +328,22 @@ def test_what_overflows_is_shown_alike_by_the_search_and_from_its_file() -> None
     assert re.search(r"2 +block\.1 +– *\n", shown[0])
 
 
+@pytest.mark.parametrize(
+    ("content", "window", "complaint"),
+    [("a", 32, r"the evaluation text has 1 tokens"), ("The cat sat. " * 20, 2, r"use a window of at least 3")],
+)
+def test_what_cannot_be_measured_is_told_before_the_search(
+    cli: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, window: int, complaint: str
+) -> None:
+    monkeypatch.setattr("shallower.verbs.prune.search_plan", pytest.fail)
+    module = importlib.import_module("shallower.evaluation.perplexity")  # the package's name is the function
+    monkeypatch.setattr(module, "resolve_bos", lambda *_: (None, 1))
+    (tmp_path / "held-out.txt").write_text(content)
+    words = ("--calibration", place / "text.txt", "--text", tmp_path / "held-out.txt", "--window", window, "--quiet")
+    ran = cli("prune", place / "tiny", "--remove", 2, "--out", tmp_path / "out", *words, *SMALL)
+    assert re.search(complaint, sentence(ran))
+
+
 def test_prune_says_what_it_cost_and_how_to_load_it(cli: Cli, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "smaller"
     ran = cli(
@@ -838,6 +854,9 @@ def test_a_plan_with_a_fault(
         (["tiny", "--remove", "block.1", "--exact"], r"so --exact would change nothing; drop it\."),
         (["tiny", "--remove", "block.1", "--search", "gredy"], r"unknown search 'gredy'; did you mean 'greedy'\?"),
         (["tiny", "--remove", "2", "--text", "none.txt"], r"none\.txt"),
+        (["tiny", "--plan", "none.json", "--text", "none.txt"], r"there is no plan at none\.json"),
+        (["nowhere", "--remove", "2", "--exact", "--repair", "refit"], r"--exact would change nothing; drop it\."),
+        (["nowhere", "--remove", "2", "--protect", "attn.3"], r"--protect 'attn\.3' cannot be read"),
         (["truncated", "--remove", "2"], r"truncated"),
         (["pickle", "--remove", "2"], r"pickle"),
         (["encoder", "--remove", "2"], r"encoder|decoder"),
@@ -848,7 +867,7 @@ def test_prune_refuses_before_it_writes(
     cli: Cli, place: Path, plan: Path, tmp_path: Path, asked: list[str], complaint: str
 ) -> None:
     model = place / asked[0]
-    if not model.exists():
+    if not model.exists() and asked[0] != "nowhere":
         shutil.copytree(place / "tiny", model)
         weights = model / "model.safetensors"
         if asked[0] == "truncated":

@@ -8,11 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
-from shallower.errors import BudgetError, ModelError
+from shallower.errors import BudgetError, ModelError, PlanError
+from shallower.plan import MadeBy, PruningPlan
 from shallower.surgery import cut
 from shallower.testing.families import tiny_model
-from shallower.units import Unit
+from shallower.units import Unit, parse_units
+from shallower.verbs.prune import prune
 from shallower.verbs.search import search
+from shallower.verbs.subject import open_subject
 
 TEXT = CalibrationSet("x", torch.randint(3, 120, (4, 16), generator=torch.Generator().manual_seed(1)), None, ())
 
@@ -57,6 +60,35 @@ def test_named_units_that_surgery_refuses_are_not_measured(repair: str, monkeypa
         ModelError, match=r"^without block\.1, which --remove names, no model can be made: .* Name other"
     ):
         search(tiny_model("gpt2_inverse_scale"), "block.1", repair=repair, calibration=TEXT)
+
+
+def _plan(model: PreTrainedModel, units: str) -> PruningPlan:
+    chosen = parse_units(units)
+    made_by = MadeBy(None, None, None, {}, 0, None, "0")
+    identity = open_subject(model).identity
+    return PruningPlan(identity, tuple(sorted(chosen)), tuple((unit, None) for unit in chosen), None, made_by)
+
+
+def test_what_is_known_to_go_is_cut_before_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shallower.verbs.prune.texts_of_prune", lambda *_, **__: pytest.fail("went on"))
+    model = tiny_model("gpt2_inverse_scale")
+    for given in ({"remove": "block.1"}, {"plan": _plan(model, "block.1")}):
+        with pytest.raises(ModelError, match="cannot describe block"):
+            prune(model, calibration=TEXT, speed=False, **given)  # type: ignore[arg-type]
+    halves = small("mamba", state_size=8)
+    with pytest.raises(
+        PlanError, match="the plan removes all 3 blocks, whole or by their sublayers, and something must"
+    ):
+        prune(halves, plan=_plan(halves, "attn.0-2"), calibration=TEXT, speed=False)
+
+
+def test_a_form_that_refuses_what_was_found_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise ModelError("No such form.")
+
+    monkeypatch.setattr("shallower.verbs.prune.export", refused)
+    with pytest.raises(ModelError, match=r"^No such form\. The search had chosen block\.\d: --remove block\.\d takes"):
+        prune(tiny_model("llama"), 1, search="last", calibration=TEXT, speed=False)
 
 
 def test_a_depth_that_a_config_says_twice_is_refused() -> None:

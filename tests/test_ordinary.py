@@ -31,6 +31,7 @@ from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.units import Kind, Unit, plain, require_distinct
+from shallower.verbs.ratio_curve import ratio_curve
 from shallower.verbs.subject import Subject, open_subject
 
 KINDS: tuple[Kind, ...] = ("block", "attn", "mlp", "pair")
@@ -359,6 +360,21 @@ def test_what_surgery_refuses_among_pairs_comes_with_advice(
     monkeypatch.setattr("shallower.verbs.search.cut", refused)
     with pytest.raises(ModelError, match=r"the best that was found, without .*, cannot be cut: No\. Remove less"):
         ordinary(text, 1, "last")
+
+
+def test_a_curve_leaves_out_what_would_part_a_pair(text: CalibrationSet, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and said so. " * 20)
+    plan = ordinary(text, 3, "random", seed=5)
+    lengths = [count for count in range(1, len(plan.order) + 1) if _is_plan(plan, count)]
+    assert len(lengths) < len(plan.order)
+    asked = {"texts": str(tmp_path / "text.txt"), "tokenizer": tiny_tokenizer(), "window": 32, "max_windows": 1}
+    found = ratio_curve(tiny_model("llama"), plan, **asked)  # type: ignore[arg-type]
+    assert [each.removed for each in found.evaluations] == [0, *lengths]
+
+
+def _is_plan(plan: PruningPlan, count: int) -> bool:
+    (last, _), (following, _) = (*plan.order, (Unit(99, "block"), None))[count - 1 : count + 1]
+    return (last.kind, following) != ("mlp", Unit(last.index + 1, "attn"))
 
 
 @pytest.mark.parametrize(

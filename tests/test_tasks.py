@@ -1076,6 +1076,15 @@ def test_mistakes_are_found_before_anything_is_measured(
         evaluate(tiny_model("llama"), tokenizer=plain, chat=True, **asked)
     with pytest.raises(UserError, match="tokens long"):
         evaluate(folder, shots=5, **asked)
+    (tmp_path / "short.txt").write_text("a")
+    short = {**asked, "texts": tmp_path / "short.txt"}
+    with monkeypatch.context() as patched:
+        patched.setattr("shallower.verbs.evaluate.model_tasks", lambda *_: pytest.fail("asked"))
+        patched.setattr("shallower.verbs.ratio_curve._tasks", lambda *_: pytest.fail("asked"))
+        with pytest.raises(CorpusError, match="the evaluation text has 1 tokens"):
+            evaluate(folder, **short)
+        with pytest.raises(CorpusError, match="the evaluation text has 1 tokens"):
+            ratio_curve(folder, make_plan(open_subject(folder).model, [2]), **short)
     monkeypatch.setattr("shallower.verbs.evaluate.open_subject", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="stride=512 must be between 1 and the window, 256"):
         evaluate(folder, window=256, stride=512, **asked)

@@ -21,7 +21,7 @@ from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.questions import model_tasks, open_answered, read_questions
 from shallower.verbs.subject import ModelLike, Subject, open_subject, path_of, require_there, several
-from shallower.verbs.texts import text_perplexity, tokens_read, windows_cut
+from shallower.verbs.texts import require_measurable, text_perplexity, tokens_read, windows_cut
 
 
 def evaluate(
@@ -98,6 +98,8 @@ def evaluate(
             notes += windows_cut(subject, asked.contents, window, stride)
             if asked.generation:
                 notes += _writings_cut(subject)
+            if asked.tasks is not None:
+                require_measurable(subject, asked.contents, window, stride, max_windows)
             # before texts: answers are kept, and what cannot be asked is refused at once
             results = model_tasks(subject, asked, answered, label)
             perplexities = {

@@ -19,7 +19,7 @@ from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine import stream_scores
-from shallower.errors import UserError
+from shallower.errors import PlanError, UserError
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.forms import require_form
@@ -61,12 +61,12 @@ from shallower.verbs.recovery_steps import (
     require_training,
 )
 from shallower.verbs.repairable import keep_repairable, naming
-from shallower.verbs.request import Request, parameters_left, resolve
+from shallower.verbs.request import Request, parameters_left, resolve, takes_all
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
 from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
-from shallower.verbs.texts import nothing_held_out, read_texts, tokens_read
+from shallower.verbs.texts import nothing_held_out, read_texts, require_measurable, tokens_read
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -168,9 +168,9 @@ def prune(
     if out is not None:
         require_place_for(out, model, force=force)
     clock, resume = Clock(), Resume(out)
+    given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     contents = read_texts(texts)
     asked = read_questions((), tasks, (), settings=TaskSettings(task_items), task_data=task_data) if tasks else None
-    given = plan if plan is None or isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     with clock("loading"):
         subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         request, protect = _request(
@@ -178,6 +178,10 @@ def prune(
         )
         if out is not None:
             require_space_for(out, subject, parameters_left(subject, request))
+    if steps and form == "auto":
+        form = "packaged"  # where blocks are not whole: transformers' own way is made from the dense model's weights
+    # what is known to go is cut before anything is read and measured
+    known_cut = _cut(subject, frozenset(request.units), form) if request.budget is None else None
     with clock("calibration text"):
         text = wanted_of_prune(subject, given, calibration, objective, sequences, length)
         read = texts_of_prune(
@@ -193,6 +197,7 @@ def prune(
             max_windows=max_windows,
             seed=seed,
         )
+        require_measurable(subject, read.held_out, window, max_windows=max_windows)
         _require_ready(subject, request, steps, read.fitted, read.training, resume)
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, _kinds(request), read.whole, seed)
@@ -217,9 +222,8 @@ def prune(
                 memory=memory,
                 workers=workers,
             )
-    if steps and form == "auto":
-        form = "packaged"  # where blocks are not whole: transformers' own way is made from the dense model's weights
-    smaller, exported = _cut(subject, given.removed, form)
+    with nullcontext() if request.budget is None else naming(given.remove):
+        smaller, exported = known_cut or _cut(subject, given.removed, form)
     before_repair = [*smaller.model.parameters()]
     stages: tuple[RecoveryStage, ...] = ()
     said: tuple[str, ...] = ()
@@ -332,6 +336,11 @@ def _request(
     if plan is not None:
         plan.require_for(subject.identity)
         subject.anatomy.require(plan.remove)
+        if takes_all(subject, plan.remove):
+            raise PlanError(
+                f"the plan removes all {len(subject.anatomy.blocks)} blocks, whole or by their sublayers, and "
+                "something must stay: shorten it with `shallower plan cut`, or search again for less."
+            )
         return Request(plan.remove, None), protect
     assert remove is not None
     request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=protect)

@@ -7,6 +7,7 @@ The prefixes of a plan agree below their first difference, and there the engine 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.questions import Questions, open_answered, read_questions
 from shallower.verbs.subject import Subject, open_subject
-from shallower.verbs.texts import fitting, fitting_stride, tokens_read, windows_cut
+from shallower.verbs.texts import fitting, fitting_stride, require_measurable, tokens_read, windows_cut
 
 
 def ratio_curve(
@@ -57,7 +58,8 @@ def ratio_curve(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Comparison:
-    """Evaluate the dense model and the first units of a plan, as many as each number in `at` says (default: all).
+    """Evaluate the dense model and the first units of a plan, as many as each number in `at` says (default: each number
+    that leaves a plan, so that no pair of one made with `ordinary` is parted).
 
     The rest is as for `evaluate`, but no prompts are continued. memory: what the engine may use besides the model. out:
     a folder with evaluation.json, the items, and the picture of accuracy and perplexity against what was removed, as
@@ -66,7 +68,7 @@ def ratio_curve(
     Raises PlanError for a plan of another model or with fewer units, and as `evaluate` does.
     """
     given = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-    counts = sorted({0, *(at or range(1, len(given.order) + 1))})
+    counts = sorted({0, *(at or _shorter(given))})
     if counts[0] < 0 or counts[-1] > len(given.order):
         raise PlanError(f"--at {','.join(map(str, at))}: the plan removes {len(given.order)} units, one after another.")
     if out is not None:
@@ -87,6 +89,8 @@ def ratio_curve(
     notes += tuple(windows_cut(subject, asked.contents, window, stride))
     if asked.generation:
         notes += ("the suite's continued prompts are left out for prefixes of a plan: evaluate checkpoints for them.",)
+    if asked.tasks is not None:
+        require_measurable(subject, asked.contents, window, stride, max_windows)
     removed = [frozenset(unit for unit, _ in given.order[:count]) for count in counts]
     labels = ["dense", *(f"{count} removed" for count in counts[1:])]
     likelihoods = Likelihoods(subject.anatomy, removed, memory=room)
@@ -103,6 +107,15 @@ def ratio_curve(
         curve = curve_files(comparison.evaluations, subject.identity.name, kinds)
         write_comparison(comparison, out, force=force, more=curve)
     return comparison
+
+
+def _shorter(plan: PruningPlan) -> list[int]:
+    """How many first removals are plans of their own, all of them included."""
+    found = []
+    for count in range(1, len(plan.order) + 1):
+        with suppress(PlanError):
+            found.append(len(plan.at(count).order))
+    return found
 
 
 def _size(subject: Subject, gone: frozenset[Unit]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of
 from shallower.errors import CorpusError
-from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
+from shallower.evaluation.perplexity import Perplexity, context_limit, cut_windows, perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import text_name, without_folders
 from shallower.reporting.wording import distinct_names
@@ -54,6 +54,27 @@ def text_title(calibration: str | Path | CalibrationSet | None) -> str:
     """What to call calibration text in a sentence."""
     read = "the calibration set" if isinstance(calibration, CalibrationSet) else str(calibration or DEFAULT_CALIBRATION)
     return without_folders(read)
+
+
+def require_measurable(
+    subject: Subject,
+    contents: Mapping[str, str],
+    window: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+) -> None:
+    """Raise UserError or CorpusError for a window or a text that perplexity cannot be measured with: before longer work
+    than that.
+    """
+    for content in contents.values():
+        cut_windows(
+            subject.model,
+            subject.tokenizer,
+            content,
+            window=fitting(subject, window),
+            stride=fitting_stride(subject, window, stride),
+            max_windows=max_windows,
+        )
 
 
 def text_perplexity(
