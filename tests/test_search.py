@@ -435,6 +435,73 @@ def test_a_race_that_calls_a_worse_set_a_tie_is_not_believed(name: str) -> None:
     assert run(name, BLOCKS, budget, losses=losses, start=start) == []
 
 
+def test_annealing_walks_through_worse_sets_to_the_best_that_it_saw() -> None:
+    budget, method = count(3, BLOCKS), searches.get("annealing")
+    for seed, hot in itertools.product(range(3), (0.3, 1e-9)):
+        asked: list[frozenset[Unit]] = []
+        told: list[float] = []
+
+        def losses(
+            candidates: Sequence[frozenset[Unit]],
+            keep: int | None = None,
+            seed: int = seed,
+            asked: list[frozenset[Unit]] = asked,
+            told: list[float] = told,
+        ) -> list[float]:
+            found = entangled(seed)(candidates)
+            asked.extend(candidates)
+            told.extend(found)
+            return found
+
+        given = {"units": BLOCKS, "budget": budget, "losses": losses, "start": frozenset(BLOCKS[:3])}
+        trail = list(method.function(**given, rng=random.Random(seed), steps=150, hot=hot, cold=hot / 10))
+        assert len(asked) == 1 + 150
+        lowest = list(itertools.accumulate(told, min))
+        better = [place for place in range(1, len(asked)) if told[place] < lowest[place - 1]]
+        assert trail == [asked[place] for place in better]
+        assert entangled(seed)(trail[-1:]) == [min(told)]
+        # who takes nothing worse asks for sets that are an exchange away from the best so far, and for no others
+        best_so_far = [asked[told.index(loss)] for loss in lowest]
+        beside_best = [len(one ^ other) == 2 for one, other in zip(best_so_far, asked[1:], strict=False)]
+        assert all(beside_best) == (hot < 0.3)
+
+
+def test_evolution_ends_after_its_generations_or_when_it_has_no_patience_left() -> None:
+    budget, method, start = count(3, BLOCKS), searches.get("evolutionary"), frozenset(BLOCKS[:3])
+
+    def generations(better: int, **options: int) -> tuple[int, int]:
+        """How many are asked for, and how many better sets are found; children of the generation `better` are."""
+        known, asked = {start: 0.0}, []
+
+        def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+            if keep is not None:
+                asked.append(len(candidates))
+            return [known.setdefault(removed, -1.0 if len(asked) == better else 1.0) for removed in candidates]
+
+        given = {"units": BLOCKS, "budget": budget, "losses": losses, "start": start, "rng": random.Random(0)}
+        trail = list(method.function(**given, **options))
+        assert max(asked) <= 1 + options.get("offspring", 16)
+        return len(asked), len(trail)
+
+    assert generations(0, patience=4) == (4, 0)
+    assert generations(0, generations=3, patience=4) == (3, 0)
+    assert generations(3, patience=4) == (3 + 4, 1)  # counted in a row
+    assert generations(3, generations=3, patience=4, offspring=5) == (3, 1)
+
+
+def test_swap_makes_no_more_exchanges_than_it_has_rounds() -> None:
+    value = {unit: float(unit.index) for unit in BLOCKS}
+    for options, exchanged, asked_for in (
+        ({}, 3, [19, 2, 19, 2, 19, 2, 19]),  # the last finds none that gains
+        ({"rounds": 2}, 2, [19, 2, 19, 2]),
+    ):
+        asked: list[int] = []
+        given = {"units": BLOCKS, "budget": count(3, BLOCKS), "losses": additive(value, asked)}
+        trail = list(searches.get("swap").function(**given, start=frozenset(BLOCKS[6:]), **options))
+        assert len(trail) == exchanged
+        assert asked == asked_for
+
+
 def test_beam_does_not_leave_its_choice_to_a_race() -> None:
     """A race that ends early tells the sets in hand from the rest, but not from each other."""
 
