@@ -27,10 +27,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from shallower import progress
-from shallower.anatomy import dissect
+from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
 from shallower.corpus.calibration import tokens_digest
 from shallower.engine.head import Head
@@ -96,24 +96,28 @@ def notes() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("finish", [{}, {"scale": 0.5}, {"softcap": 3.0}])
 @pytest.mark.parametrize(("distill", "temperature"), [(0.0, 1.0), (0.3, 1.0), (1.0, 2.0), (0.6, 0.7)])
+@pytest.mark.parametrize("known", [True, False])  # else the rows are logits
 def test_chunked_losses_are_what_autograd_finds_on_whole_logits(
-    finish: dict[str, float], distill: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+    finish: dict[str, float], distill: float, temperature: float, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shallower.training.head_loss.ROW_CHUNK_BYTES", 4 * 50 * 7)  # chunks of 7 rows
     torch.manual_seed(0)
-    own, dense = nn.Linear(12, 50), nn.Linear(12, 50)
-    rows, dense_rows = torch.randn(30, 12, requires_grad=True), torch.randn(30, 12)
+    width = 12 if known else 50
+    own, dense = (nn.Linear(12, 50) if known else nn.Identity() for _ in range(2))
+    rows, dense_rows = torch.randn(30, width, requires_grad=True), torch.randn(30, width)
+    learning = [rows, *own.parameters()]
     targets = torch.randint(0, 50, (30,))
     guide = Guide(dense_rows, Head(dense, **finish)) if distill else None
     found = head_losses(rows, targets, Head(own, **finish), guide, distill, temperature)
     (3 * found.total).backward()
-    gradients = [rows.grad, own.weight.grad, own.bias.grad]
+    gradients = [each.grad for each in learning]
 
-    def plain(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-        raw = module(inputs) * finish.get("scale", 1.0)
+    def plain(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        raw: torch.Tensor = module(inputs) * finish.get("scale", 1.0)
         return torch.tanh(raw / finish["softcap"]) * finish["softcap"] if "softcap" in finish else raw
 
-    rows.grad = own.weight.grad = own.bias.grad = None
+    for each in learning:
+        each.grad = None
     nll = nn.functional.cross_entropy(plain(own, rows), targets, reduction="sum")
     with torch.no_grad():
         aim = torch.softmax(plain(dense, dense_rows) / temperature, -1)
@@ -125,8 +129,8 @@ def test_chunked_losses_are_what_autograd_finds_on_whole_logits(
     torch.testing.assert_close(found.nll, nll, rtol=1e-5, atol=1e-5)
     if distill:
         torch.testing.assert_close(found.kl, kl, rtol=1e-4, atol=1e-5)
-    for one, other in zip(gradients, [rows.grad, own.weight.grad, own.bias.grad], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+    for one, each in zip(gradients, learning, strict=True):
+        torch.testing.assert_close(one, each.grad, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("kept", [5, 50])
@@ -271,6 +275,21 @@ def test_a_training_at_its_end_is_not_done_again(name: str, tmp_path: Path, note
     assert not any("already" in note for note in notes)
 
 
+def test_a_training_whose_folder_another_one_took_is_done_again(
+    tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run("full", tiny_model("llama"), folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_step", _stop)
+        with pytest.raises(KeyboardInterrupt):  # it has kept the weights that it began with
+            run("full", tiny_model("llama"), folder=tmp_path, lr=2e-3)
+    notes.clear()
+    again = run("full", tiny_model("llama"), folder=tmp_path)
+    assert not any("already" in note for note in notes)
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_resumed_training_computes_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(loop, "choose_dtype", lambda device, dtype=dtype: dtype)
@@ -322,6 +341,7 @@ def test_norms_and_biases_do_not_decay_nor_do_those_of_experts(monkeypatch: pyte
     class Seen(torch.optim.AdamW):
         def __init__(self, given: Any, **settings: Any) -> None:
             groups.extend(given)
+            assert settings["betas"] == (0.9, 0.95)
             super().__init__(given, **settings)
 
     monkeypatch.setattr(torch.optim, "AdamW", Seen)
@@ -969,7 +989,10 @@ def test_a_teacher_with_other_words_is_refused() -> None:
         )
 
 
-def test_what_the_teacher_said_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_what_the_teacher_said_is_asked_once(
+    temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]
+) -> None:
     asked: list[tuple[int, ...]] = []
     guide = teacher.Teacher.guide
 
@@ -978,14 +1001,23 @@ def test_what_the_teacher_said_is_asked_once(tmp_path: Path, monkeypatch: pytest
         return guide(self, portion)
 
     monkeypatch.setattr(teacher.Teacher, "guide", counted)
+    monkeypatch.setattr(torch.optim, "AdamW", _Plain)  # which makes no step of a gradient that is all rounding
+    given: dict[str, Any] = {"distill": 1.0, "temperature": temperature, "lr": 0.1}
     told = [
-        run("full", tiny_model("llama"), folder=tmp_path / cache, distill=1.0, epochs=2.0, teacher_cache=cache)
+        run("full", tiny_model("llama"), folder=tmp_path / cache, epochs=2.0, teacher_cache=cache, **given)
         for cache in ("", "1MB")
     ]
     assert len(asked) == 40 + 20
     assert any("holds 128 words a token, 100.0% of the probability" in note for note in notes)
     for one, other in zip(*(model.parameters() for model in told), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-4)  # the cache is float16
+    folder = tmp_path / "1MB"
+    assert len([*folder.glob("teacher-*")]) == 1
+    model, given = tiny_model("llama"), {"folder": folder, "epochs": 0.2, "teacher_cache": "1MB", **given}
+    run("full", model, **{**given, "temperature": 3.0})
+    assert len([*folder.glob("teacher-*")]) == 2
+    run("full", model, sample_text(model, sequences=20), **given)
+    assert len([*folder.glob("teacher-*")]) == 3
 
 
 @pytest.mark.parametrize(
@@ -1043,6 +1075,68 @@ def test_what_is_shared_ends_where_weights_differ() -> None:
     with torch.no_grad():
         read_again.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     assert shared_blocks(read_again, anatomy) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "shares", "outside"),
+    [
+        ("gpt2", ("embd_pdrop", "resid_pdrop", "attn_pdrop"), "embd_pdrop"),
+        ("opt", ("dropout", "attention_dropout", "layerdrop"), "layerdrop"),
+    ],
+)
+def test_what_is_shared_ends_where_something_is_dropped_at_random(
+    family: str, shares: tuple[str, ...], outside: str
+) -> None:
+    """Or the student would learn to make up for noise that the teacher's blocks have not."""
+    weights = tiny_model(family).state_dict()
+
+    def made(dropped: str) -> tuple[PreTrainedModel, Anatomy]:
+        config = tiny_config(family)
+        config.update({name: 0.1 * (name == dropped) for name in shares})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model.load_state_dict(weights)
+        student = cut(dissect(model), parse_units("block.3"))
+        own_parameters(student)
+        return student, dissect(model)
+
+    assert shared_blocks(*made("")) == 3
+    for dropped in shares:
+        student, anatomy = made(dropped)
+        assert shared_blocks(student, anatomy) == 0, dropped
+        if dropped != outside:
+            mixed, anatomy = made("")
+            mixed.get_submodule(anatomy.path)[2] = student.get_submodule(anatomy.path)[2]
+            assert shared_blocks(mixed, anatomy) == 2, dropped
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits
+def test_where_only_a_models_own_forward_gives_its_logits_it_learns_the_same(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"distill": 0.5, "temperature": 2.0, "first": 1, "epochs": 0.5}
+    expected = run("full", tiny_model(family), **options)
+    for module in ("heal", "teacher"):
+        monkeypatch.setattr(f"shallower.training.{module}.find_head", lambda anatomy: None)
+    found = run("full", tiny_model(family), **options)
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+class _Bent(LlamaForCausalLM):
+    """Does more to its logits than scale or cap them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.sinh()
+        return output
+
+
+def test_hidden_states_are_not_compared_where_they_are_not_at_hand() -> None:
+    model = tiny_model("llama")
+    model.__class__ = _Bent
+    with pytest.raises(UserError, match=r"hidden=0.5 compares .* of _Bent, .*: leave hidden out"):
+        run("full", model, distill=0.5, hidden=0.5)
+    run("full", model, distill=0.5, epochs=0.1)
 
 
 def test_hidden_states_draw_near_the_teachers() -> None:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from shallower.anatomy.dissect import Anatomy, find_blocks
+from shallower.anatomy.dissect import Anatomy, dissect, find_blocks
 from shallower.checkpoint.dtype import dtype_name
 from shallower.corpus.calibration import CalibrationSet
+from shallower.engine.head import find_head
 from shallower.errors import UserError
 from shallower.files import expanded
 from shallower.launched import world_size
@@ -143,13 +144,18 @@ def require_float32(student: PreTrainedModel, trained: Trained) -> None:
 
 
 def require_trainable(student: PreTrainedModel, text: CalibrationSet, recipe: Recipe) -> None:
-    """Raise CorpusError or UserError where a student cannot be trained on this text so: what is known before anything
-    is computed.
+    """Raise CorpusError or UserError where a student cannot be trained on this text so: what is known before any of it
+    is read.
     """
     if recipe.recompute and not student.supports_gradient_checkpointing:
         raise UserError(
             f"recompute=true needs a model that can compute its activations again, and {type(student).__name__} "
             "cannot: leave recompute out, and lower at_once to save memory."
+        )
+    if recipe.hidden and find_head(dissect(student)) is None:
+        raise UserError(
+            f"hidden={recipe.hidden:g} compares what the output embedding is given, and of {type(student).__name__}, "
+            "which does more to its logits than scale or cap them, that is not read: leave hidden out."
         )
     if recipe.compile and world_size() > 1:
         raise UserError("compile=true works in one process: leave it out, or start without 'accelerate launch'.")
