@@ -13,7 +13,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections import defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import wraps
@@ -41,6 +40,7 @@ from shallower.engine.states import DenseAnswers, States
 from shallower.engine.trace import Trace, trace
 from shallower.errors import BudgetError, CorpusError, ModelError
 from shallower.registry import search as searches
+from shallower.store import Store
 from shallower.surgery import cut
 from shallower.testing.conformance import sample_choices, sample_text
 from shallower.testing.families import FAMILIES, tiny_model
@@ -79,15 +79,14 @@ def test_losses_equal_those_of_cut_models(family):
         assert loss == pytest.approx(stock_loss(reference, text), abs=2e-5), (family, sorted(map(str, candidate)))
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "olmo2", "gpt2", "opt", "bloom", "mpt", "falcon", "gpt_oss", "cohere"]
-)
+# those of the two others cannot be told apart
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("falcon_h1", "dbrx")])
 def test_sublayers_equal_those_of_cut_models(family):
     anatomy = dissect(tiny_model(family))
     text = sample_text(anatomy.model, sequences=3)
     candidates = [frozenset(parse_units(units)) for units in SUBLAYERS]
     for candidate, loss in zip(candidates, Ablator(anatomy, text).losses(candidates), strict=True):
-        assert loss == pytest.approx(stock_loss(cut(anatomy, candidate), text), abs=2e-5)
+        assert loss == pytest.approx(stock_loss(cut(anatomy, candidate), text), abs=2e-5), sorted(map(str, candidate))
 
 
 def stock_outputs(model, text: CalibrationSet) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,12 +199,14 @@ def test_cost_is_that_of_a_prefix_tree():
 
 def test_nothing_is_measured_twice():
     anatomy = dissect(tiny_model("llama"))
-    candidates = [frozenset({Unit(1, "block")}), frozenset(parse_units("attn.1,mlp.1"))]
+    text = sample_text(anatomy.model, sequences=32, length=64)
+    candidates = [*(frozenset({unit}) for unit in anatomy.of_kind("block")), frozenset(parse_units("attn.1,mlp.4"))]
     for threads, racing in itertools.product((1, 2), (None, Racing())):
-        ablator = Ablator(anatomy, sample_text(anatomy.model), threads=threads, racing=racing)
-        ablator.losses(candidates, keep=1)
+        ablator = Ablator(anatomy, text, "kl", threads=threads, racing=racing)
+        found = ablator.losses(candidates, keep=1)
         spent = ablator.spent.tokens
-        ablator.losses(candidates[::-1], keep=1)
+        assert (spent < len(candidates) * text.tokens) == (racing is not None)
+        assert ablator.losses(candidates[::-1], keep=1) == found[::-1]
         assert ablator.spent.tokens == spent
 
 
@@ -323,14 +324,6 @@ def test_groups_on_a_processor_are_of_their_batch(monkeypatch):
         assert sequences[5] == expected
 
 
-class _SlowMemo(Memo):
-    """Leaves time for a kill."""
-
-    def write(self, context, measured):
-        super().write(context, measured)
-        time.sleep(0.2)
-
-
 def _killed(memo):
     """An ablator, and what it is asked for by a process that is killed, and by one that resumes."""
     anatomy = dissect(tiny_model("llama"))
@@ -340,7 +333,20 @@ def _killed(memo):
 
 
 def _search_until_killed(path):
-    ablator, candidates = _killed(_SlowMemo(path))
+    """Within the third transaction, between two of its rows."""
+    insert, begun = Store._insert, itertools.count(1)
+
+    def dies(rows):
+        for number, row in enumerate(rows):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield row
+
+    def dying(self, statement, rows):
+        insert(self, statement, dies(rows) if next(begun) == 3 else rows)
+
+    Store._insert = dying
+    ablator, candidates = _killed(Memo(path))
     ablator.losses(candidates)
 
 
@@ -382,26 +388,21 @@ def test_memo_survives_a_kill(tmp_path):
     path = tmp_path / "memo.sqlite"
     process = multiprocessing.get_context("spawn").Process(target=_search_until_killed, args=(path,))
     process.start()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and _rows(path) == 0:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
     process.join()
+    assert process.exitcode == -signal.SIGKILL
     kept = _rows(path)
     resumed, candidates = _killed(Memo(path))
     uninterrupted, _ = _killed(None)
+    assert kept == 2 * len(candidates)  # whole transactions only, each of all candidates on one batch
     assert resumed.losses(candidates) == uninterrupted.losses(candidates)  # bit for bit, as this order always is
-    assert resumed.spent.recalled == kept
-    assert 0 < kept < _rows(path)
+    assert resumed.spent.recalled == kept < _rows(path)
+    assert not path.with_suffix(".damaged").exists()
     assert 0 < resumed.spent.tokens < uninterrupted.spent.tokens
 
 
 def _rows(path) -> int:
-    try:
-        with sqlite3.connect(path) as connection:
-            return connection.execute("SELECT count(*) FROM measured").fetchone()[0]
-    except sqlite3.OperationalError:
-        return 0
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT count(*) FROM measured").fetchone()[0]
 
 
 def _write_some(path, first):
@@ -902,47 +903,66 @@ def test_a_new_memo_waits_while_another_process_makes_it(tmp_path, monkeypatch):
     memo.close()
 
 
-def raced(losses: np.ndarray, racing: Racing) -> tuple[bool, float]:
-    """Whether a race over losses [candidates, sequences] ends wrong, and which share of them it reads."""
+def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> tuple[bool, float]:
+    """Whether a race for the `keep` best of losses [candidates, sequences] ends wrong, as one that is not chosen is
+    better than one that is by more than a tie, and which share of them it reads. batch: sequences read at once.
+    """
     candidates, sequences = losses.shape
     alive, read, spent = np.arange(candidates), 0, 0
-    for count in (*looks(sequences), sequences):
+    for count in sorted({min(-(-count // batch) * batch, sequences) for count in (*looks(sequences), sequences)}):
         spent += (count - read) * len(alive)
         read = count
-        alive = alive[survivors(losses[alive, :read], np.ones(read, dtype=np.int64), 1, racing, sequences)]
-        if len(alive) == 1:
+        alive = alive[survivors(losses[alive, :read], np.ones(read, dtype=np.int64), keep, racing, sequences)]
+        if len(alive) <= keep:
             break
-    chosen = alive[np.argmin(losses[alive, :read].mean(1))]
+    chosen = alive[np.argsort(losses[alive, :read].mean(1))[:keep]]
     means = losses.mean(1)
-    return bool(means[chosen] > means.min() * (1 + racing.tie)), spent / losses.size
+    return bool(means[chosen].max() > np.delete(means, chosen).min() * (1 + racing.tie)), spent / losses.size
 
 
 @pytest.mark.parametrize(
-    ("tie", "sequences", "most"), [(0.0, 32, 0.47), (0.002, 32, 0.44), (0.0, 128, 0.29), (0.002, 128, 0.25)]
+    ("tie", "sequences", "keep", "batch", "most"),
+    [
+        (0.0, 32, 1, 1, 0.47),
+        (0.002, 32, 1, 1, 0.44),
+        (0.0, 128, 1, 1, 0.29),
+        (0.002, 128, 1, 1, 0.25),
+        (0.002, 32, 1, 2, 0.47),
+        (0.002, 128, 1, 8, 0.33),
+        (0.0, 32, 4, 1, 0.8),
+        (0.0, 128, 4, 1, 0.7),
+        (0.002, 32, 4, 1, 0.8),
+        (0.002, 128, 4, 2, 0.7),
+        (0.002, 128, 4, 8, 0.7),
+    ],
 )
-def test_racing_keeps_the_winner_at_the_stated_rate(tie, sequences, most):
+def test_racing_keeps_the_winners_at_the_stated_rate(tie, sequences, keep, batch, most):
     racing = Racing(error=0.05, tie=tie)
     rng = np.random.default_rng(0)
     outcomes = []
     for _ in range(200):
         means = np.sort(rng.gamma(2.0, 0.05, 20))
         losses = 3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + rng.normal(0, 0.08, (20, sequences))
-        outcomes.append(raced(losses, racing))
+        outcomes.append(raced(losses, racing, keep, batch))
     lost, spent = np.mean(outcomes, axis=0)
     assert lost <= racing.error
     assert spent < most  # and it saves something
 
 
-@pytest.mark.parametrize("sequences", [32, 128])
-def test_the_stated_rate_holds_when_many_are_just_behind(sequences):
+@pytest.mark.parametrize(
+    ("sequences", "keep", "batch"), [(32, 1, 1), (128, 1, 1), (128, 1, 8), (32, 4, 1), (128, 4, 2)]
+)
+def test_the_stated_rate_holds_when_many_are_just_behind(sequences, keep, batch):
     racing = Racing()
     rng = np.random.default_rng(0)
     lost = 0
     for _ in range(300):
-        means = np.append(0.0, 3 * 1.05 * racing.tie + rng.exponential(0.02, 19))  # no other choice would be right
+        behind = 3 * 1.05 * racing.tie + rng.exponential(0.02, 20 - keep)  # no other choice would be right
+        means = np.append(np.zeros(keep), behind)
         noise = rng.normal(0, 0.08, (20, sequences))
         noise -= noise.mean(1, keepdims=True)
-        lost += raced(3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + noise, racing)[0]
+        losses = 3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + noise
+        lost += raced(losses, racing, keep, batch)[0]
     assert lost / 300 <= racing.error
 
 
@@ -1182,7 +1202,7 @@ def test_exhaustive_search_is_the_oracle_on_a_small_model(kinds):
     least = min(really_cut.values())
     budget = Budget((Limit("units", 2.0, float(len(units)), dict.fromkeys(units, 1.0)),))
     found = {}
-    for names in ("exhaustive", "greedy", "greedy,swap", "beam", "evolutionary"):
+    for names in ("exhaustive", "greedy", "greedy,swap", "beam", "evolutionary", "annealing", "greedy,annealing"):
         ablator = Ablator(anatomy, text)
         methods = [searches.get(name) for name in names.split(",")]
         if methods[0].traits.get("starts"):
