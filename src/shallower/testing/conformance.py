@@ -80,6 +80,8 @@ def check_metric(name: str, model: PreTrainedModel) -> None:
         "random", nn.functional.pad(text.input_ids, (0, 5), value=1), nn.functional.pad(mask, (0, 5)), ()
     )
     _compare(f"{name} depends on padding", first, _scores(name, model, longer))
+    often = text.subset([*range(text.sequences)] * 8)  # several batches, with the same means
+    _compare(f"{name} depends on batches", first, _scores(name, model, often))
 
 
 def check_identity_is_lowest(name: str, model: PreTrainedModel, index: int = 2) -> None:
