@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -64,6 +65,16 @@ def long_text(batches: int = 6) -> CalibrationSet:
     return CalibrationSet("x", ids, None, ())
 
 
+def all_ready(crew: RayWorkers) -> list[int]:
+    """Their processes, once all have their model: the first that is ready may have measured everything by then."""
+    until = time.monotonic() + 120
+    while len(found := crew.processes) < crew.count:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        list(crew.run([Job(0, ("......",))], lambda: None))
+    return found
+
+
 @pytest.mark.parametrize("objective", ["nll", "kl"])
 def test_ray_threads_and_one_by_one_give_the_same_bits(ray: Any, folder: Path, objective: str) -> None:
     model = tiny_model("llama")
@@ -77,23 +88,24 @@ def test_ray_threads_and_one_by_one_give_the_same_bits(ray: Any, folder: Path, o
 
     checkpoint = Checkpoint(str(folder / "tiny"), "tiny", None, checksum(model), "float32", False)
     crews = []
+    reads = objective == "nll"  # the one's workers read the checkpoint, the other's are sent the model
 
     def crew(evaluator: Evaluator) -> RayWorkers:
-        # one objective's worker reads the checkpoint, the other's are sent the model
-        alone = objective == "nll"
-        crews.append(RayWorkers(evaluator, 1 if alone else 2, memory=1 << 20, checkpoint=checkpoint if alone else None))
+        crews.append(RayWorkers(evaluator, 2, memory=1 << 20, checkpoint=checkpoint if reads else None))
         return crews[0]
 
     with closing(Ablator(anatomy, text, objective, workers=crew)) as ablator:
         assert ablator.losses(first) == naive[: len(first)]
-        before = crews[0].processes
+        before = all_ready(crews[0])
         doomed = before[1:]
         with killing(doomed) as ticks:  # at the first result of many
             assert ablator.losses(second) == naive[len(first) : -len(few)]
         assert sum(ticks) == len(second) * len(text.input_ids)
         assert ablator.losses(few) == naive[-len(few) :]
-        assert not set(doomed) & set(crews[0].processes)
-        assert before[0] in crews[0].processes
+        after = all_ready(crews[0])
+        assert after[0] == before[0]
+        assert not set(doomed) & set(after)
+        assert ("_model" in vars(crews[0])) != reads  # nor was the one sent it that came in another's place
         assert ablator.spent.tokens == with_threads.spent.tokens
 
 
@@ -112,6 +124,60 @@ def test_an_objective_that_only_this_process_knows_comes_along(
         recalling = Ablator(anatomy, text, name, memo=memo)
         assert recalling.losses([frozenset()]) == Ablator(anatomy, text, name).losses([frozenset()])
         assert recalling.spent.recalled == 1
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["threads", "ray"])
+def test_a_question_that_was_left_does_not_disturb_the_next(
+    far: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Results and errors of work that was under way belong to nobody."""
+    ray = request.getfixturevalue("ray") if far else None
+    flag = tmp_path / "fails"
+
+    def failing(target_logits: torch.Tensor, log_normalizer: torch.Tensor) -> torch.Tensor:
+        if flag.exists():
+            raise UserError("not now")
+        return log_normalizer - target_logits
+
+    method = registry.Method("objective", "failing", failing, "", {})
+    evaluator = Evaluator(
+        dissect(tiny_model("llama")), list(long_text(4).batches(1)), method, {}, states=States(0), memory=0
+    )
+    first, second = ([Job(number, routes) for number in range(4)] for routes in (("x.....",), (".x....", "...x..")))
+    expected = {job.number: evaluator.measure(job).sums for job in second}
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with closing(RayWorkers(evaluator, 2) if far else workers.Threads(evaluator, 2)) as crew:
+
+        def require_undisturbed() -> None:
+            found = {done.job.number: done.sums for done in crew.run(second, lambda: None)}
+            assert found.keys() == expected.keys()
+            for number, sums in found.items():
+                assert sums.keys() == expected[number].keys()
+                assert all((sums[route] == expected[number][route]).all() for route in sums)
+
+        require_undisturbed()
+        if isinstance(crew, RayWorkers):
+            all_ready(crew)
+        with pytest.raises(KeyboardInterrupt):
+            list(crew.run(first, interrupted))
+        require_undisturbed()
+        left: Any = crew.run(first, lambda: None)
+        next(left)
+        left.close()
+        require_undisturbed()
+        flag.touch()
+        with pytest.raises(UserError, match="not now"):
+            list(crew.run(first, lambda: None))
+        if isinstance(crew, RayWorkers):
+            pending = [place.waiting for place in crew._places if place.waiting is not None]
+            assert pending
+            assert ray is not None
+            ray.wait(pending, num_returns=len(pending), timeout=60)
+        flag.unlink()
+        require_undisturbed()
 
 
 class _Forgetful:
