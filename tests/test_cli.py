@@ -308,6 +308,9 @@ def test_plan_show_and_cut(cli: Cli, plan: Path, tmp_path: Path) -> None:
     assert PruningPlan.load(out).order == PruningPlan.load(plan).order[:1]
     assert [PruningPlan.load(path).made_by.options["remove"] for path in (plan, out)] == ["3", "1"]
     assert sentence(cli("plan", "cut", plan, "--remove", 1, "--out", out)).startswith(f"--out {out} exists")
+    shown = cli("plan", "cut", plan, "--remove", 1).out
+    assert "Removes 1 of 6 blocks" in shown
+    assert "Nothing was written; add --out FILE to keep the plan." in shown
     more = cli("plan", "cut", plan, "--remove", 4, "--out", tmp_path / "more.json")
     assert sentence(more) == "cannot cut the plan to 4 units: it holds 3."
 

@@ -34,13 +34,17 @@ def cut(
     remove: Annotated[
         int, Option("--remove", metavar="N", help="Keep the first N removals, 1 to as many as there are.")
     ],
-    out: Annotated[Path, Option("--out", metavar="FILE", help="Write the shorter plan here, as JSON.")],
+    out: Annotated[
+        Path | None,
+        Option("--out", metavar="FILE", help="Write the shorter plan here, as JSON. Default: only show it."),
+    ] = None,
     force: options.Force = False,
 ) -> Answer:
     """Keep the first removals of a plan, as a plan of its own."""
     require_free(out, force=force)
     shorter = PruningPlan.load(plan).at(remove)
-    shorter.save(out)
+    if out is not None:
+        shorter.save(out)
 
     def show(console: Console) -> None:
         show_plan(console, shorter)
