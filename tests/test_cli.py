@@ -436,6 +436,7 @@ def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, 
     page.unlink()
     again = cli("report", tmp_path / "out")
     assert again.out.split() == ran.out.split()
+    assert str(tmp_path) not in shown
     assert page.read_text(encoding="utf-8") == shown
     answer = cli("report", tmp_path / "out", "--json").json
     assert (answer["recovery"], answer["page"]) == (written["recovery"], str(page))

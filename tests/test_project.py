@@ -22,7 +22,7 @@ from shallower.evaluation.generation import Continuation, Generation
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskMetric, TaskResult
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
-from shallower.reporting.data import RecoveryMadeBy, RecoveryStage, ReportData, Side
+from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage, ReportData, Side
 from shallower.scores import Score, Scores, ScoreSheet
 from shallower.version import __version__
 
@@ -129,7 +129,7 @@ def test_the_page_on_files_has_every_key(root: Path) -> None:
     found += missing("The", (), ModelIdentity, CalibrationIdentity)  # what comes again in several files
     found += missing("scores.json", {**scores.to_json(), **both.to_json()}, Score)
     found += missing("evaluation.json", {key for document in (evaluation, *rows, *inner) for key in document})
-    found += missing("recovery.json", (), RecoveryStage, RecoveryMadeBy)
+    found += missing("recovery.json", (), RecoveryData, RecoveryStage, RecoveryMadeBy)
     found += missing("report.json", (), ReportData, Side)
     assert not found
 

@@ -287,7 +287,8 @@ def recovered(text: str = "news", **changed: object) -> RecoveryData:
 
 
 def test_a_recovery_is_shown_with_what_came_before_it():
-    page = render_recovery(report().plan, recovered(), "healed")
+    data = recovered()
+    page = render_recovery(report().plan, data, "healed")
     sections = ["recovery", "before", "removed", "load", "provenance"]
     assert re.findall(r'<section id="(\w+)"', page) == sections
     told = (
@@ -298,6 +299,9 @@ def test_a_recovery_is_shown_with_what_came_before_it():
     assert "from_pretrained('healed'" in html.unescape(page)
     hostile = recovered(HOSTILE, notes=(HOSTILE,))
     assert "<script" not in render_recovery(report().plan, hostile, HOSTILE)
+    plan = replace(report().plan, remove=(), order=())
+    assert "Removed nothing of a model of 10 blocks, repaired by refit and full" in render_recovery(plan, data, "x")
+    assert "repaired by" not in render_recovery(plan, recovered(before=None, recovery=data.recovery[:1]), "x")
     early = recovered(form=None, before=None)
     assert re.findall(r'<section id="(\w+)"', render_recovery(report().plan, early, "healed")) == [
         name for name in sections if name not in ("before", "load")

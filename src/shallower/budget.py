@@ -119,7 +119,7 @@ def _parse_amount(text: str, whole: str) -> Amount:
     match = re.fullmatch(r"([-+]?\d+(?:\.\d+)?)(%?)(?::(\w+))?", text)
     if match is None:
         told = (
-            f", as {text!r} is no share"
+            f", as {shown(text)} is no share"
             if text.endswith("%")
             else ", as an item is empty"
             if whole and not text

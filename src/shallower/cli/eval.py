@@ -66,7 +66,12 @@ def evaluate(
     ] = None,
     at: Annotated[
         str | None,
-        Option("--at", metavar="COUNTS", help="How many units of --plan to remove: 1,2,4,6,8. Default: each number."),
+        Option(
+            "--at",
+            metavar="COUNTS",
+            help="How many units of --plan to remove: 1,2,4,6,8. Default: each number that parts no pair of an "
+            "--ordinary plan.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -112,7 +112,8 @@ def recover(
         data = RecoveryData(found.made_by, found.dense, found.stages, found.notes, found.form or None)
         _show(console, found.plan, data, out if found.folder is not None else None)
 
-    return Answer(found.to_json(), show)
+    page = {} if found.folder is None else {"page": str(found.folder / "report.html")}
+    return Answer({**found.to_json(), **page}, show)
 
 
 def recovered_answer(plan: PruningPlan, data: RecoveryData, folder: Path) -> Answer:

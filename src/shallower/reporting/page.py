@@ -107,9 +107,12 @@ def _recovery(data: ReportData) -> str:
 
 def _stages(stages: Sequence[RecoveryStage], dense: Mapping[str, float]) -> str:
     head, rows = recovery_rows(stages, dense)
-    whose = "of the dense model, of the cut one" if dense else "of the model as it was"
-    told = f"Perplexity on held-out text {whose}, and behind each recovery. Lower is better."
-    body = f'{html_table(head, rows, "Recovery, step by step")}<p class="quiet">{told}</p>\n'
+    body = html_table(head, rows, "Recovery, step by step")
+    if any(stage.perplexity for stage in stages):
+        first = "the cut one" if stages[0].method == "cut" else "the one that was there"
+        whose = f"the dense model, of {first}" if dense else first
+        told = f"Perplexity on held-out text of {whose}, and behind each recovery. Lower is better."
+        body += f'<p class="quiet">{told}</p>\n'
     return body + "".join(map(_training, stages))
 
 

@@ -56,8 +56,9 @@ def recovery_headline(plan: PruningPlan, data: RecoveryData) -> str:
         if name in first
     ]
     amounts = {kind: sum(unit.kind == kind for unit in plan.remove) for kind in KIND_NAMES}
-    gone = _listed([plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount])
-    told = f"Removed {gone} of a model of {plural(plan.model.blocks, 'block')}, repaired by {_listed(methods)}"
+    gone = _listed([plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount]) or "nothing"
+    told = f"Removed {gone} of a model of {plural(plan.model.blocks, 'block')}"
+    told += f", repaired by {_listed(methods)}" if methods else ""
     return told + (f": {', '.join(gains)}." if gains else ".")
 
 
@@ -213,7 +214,7 @@ def _removed(data: ReportData) -> str:
 
 
 def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _perplexities(data: ReportData) -> str:

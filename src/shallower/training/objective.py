@@ -110,7 +110,10 @@ def shared_blocks(student: PreTrainedModel, anatomy: Anatomy) -> int:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module drops activations at random in training: torch's own does, or it holds the share to drop."""
+    """Whether a module drops activations at random in training, or adds noise to them: torch's own does, or it holds
+    the share to drop, or the noise of a router.
+    """
     if isinstance(module, nn.Dropout):
         return module.p > 0
-    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+    held = ((name, value) for name, value in vars(module).items() if isinstance(value, float))
+    return any(value > 0 and ("drop" in name or "jitter" in name) for name, value in held)

@@ -151,7 +151,8 @@ class StateStore:
         if self.folder is None:
             self._good = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
         else:
-            (self.folder / ENDED).unlink(missing_ok=True)  # of another training, whose result this replaces
+            with _one_sentence(self.folder / ENDED):
+                (self.folder / ENDED).unlink(missing_ok=True)  # of another training, whose result this replaces
             best = math.nan if state.best is None else state.best
             kept = torch.tensor([state.kept, best], dtype=torch.float64)
             write_tensors(self.folder / GOOD, {**weights, KEPT: kept})

@@ -23,7 +23,7 @@ def told_before(folder: Path | None) -> dict[str, Any] | None:
             continue
         try:
             told = _told(json.loads((folder / name).read_text(encoding="utf-8")), key)
-        except (OSError, ValueError, AttributeError, TypeError, UserError):
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError, UserError):
             raise UserError(
                 f"{folder / name}, which tells how the model was repaired, cannot be read: restore it, or delete it."
             ) from None

@@ -224,7 +224,7 @@ def recover(
             recoveries=[*methods_of(before), *(stage.method for stage in stages[1:])],
             pages={
                 "recovery.json": json.dumps(told.to_json(), indent=1),
-                "report.html": render_recovery(given, told, str(out)),
+                "report.html": render_recovery(given, told, Path(out).name),
             },
             force=force,
             verify_ids=text.input_ids[:1, :64],

@@ -19,21 +19,20 @@ def report(folder: str | Path) -> tuple[ReportData | RecoveryData, Path]:
     Raises UserError when the folder has neither, PlanError when the plan cannot be read.
     """
     folder = expanded(folder)
-    page = folder / "report.html"
-    if (folder / "report.json").is_file():
-        data = ReportData.load(folder / "report.json")
-        write_text(page, render(data))
-        return data, page
-    source = folder / "recovery.json"
-    if not source.is_file():
+    page, source = folder / "report.html", folder / "recovery.json"
+    if source.is_file():
+        try:
+            content = json.loads(source.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{source} cannot be read as what a recovery tells: {error}.") from None
+        repaired = RecoveryData.from_json(content, str(source))
+        write_text(page, render_recovery(PruningPlan.load(folder / "plan.json"), repaired, folder.resolve().name))
+        return repaired, page
+    if not (folder / "report.json").is_file():
         raise UserError(
             f"{folder} holds no report.json and no recovery.json: give a folder that `shallower prune --out` or "
             "`shallower recover --out` wrote."
         )
-    try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be read as what a recovery tells: {error}.") from None
-    repaired = RecoveryData.from_json(content, str(source))
-    write_text(page, render_recovery(PruningPlan.load(folder / "plan.json"), repaired, str(folder)))
-    return repaired, page
+    data = ReportData.load(folder / "report.json")
+    write_text(page, render(data))
+    return data, page

@@ -103,7 +103,7 @@ def search(
         units=units,
         ordinary=ordinary,
         protect=protect,
-        exact=exact,
+        exact=exact and ablator is None,
         repair=repair,
         workers=workers,
     )
@@ -111,7 +111,7 @@ def search(
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages = chosen.stages
     if stream_blocks:
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact and ablator is None)
     scores = scores_to_rank_by(stages, metric, remove, scores, stream_blocks=stream_blocks)
     subject = open_subject(
         model,
@@ -122,7 +122,7 @@ def search(
         stream_blocks=stream_blocks,
     )
     if is_streamed(subject.model):
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact and ablator is None)
     require_whole(subject.model)  # else no plan for it could be applied
     if repair or ordinary:
         require_together(subject.model)  # candidates are cut
