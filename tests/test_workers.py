@@ -262,7 +262,7 @@ def test_a_worker_lost_in_whatever_way_is_replaced(name: str, monkeypatch: pytes
     asked = []
     monkeypatch.setattr(RayWorkers, "_prepare", lambda self, place: asked.append(place))
     for place.ready in (True, False):
-        place.waiting = "raised"
+        place.waiting, place.job = "raised", Job(0, ("......",)) if place.ready else None
         with pytest.raises(UserError, match="no such unit"):  # what the worker raised is not a loss
             crew._receive(place)
     assert asked == [place], "one that had no room for the model is asked again"

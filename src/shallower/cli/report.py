@@ -22,7 +22,7 @@ def report(
         ),
     ],
 ) -> Answer:
-    """Show what a removal cost or a repair gained, and rebuild its page."""
+    """Show what a removal or a repair did, and rebuild its page."""
     from shallower.reporting.data import ReportData
     from shallower.verbs.report import report as run
 
