@@ -16,14 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
-from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine import stream_scores
 from shallower.errors import PlanError, UserError
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.forms import require_form
-from shallower.launched import world_size
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import RecoveryStage, ReportData
@@ -36,19 +34,17 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.before_after import Clock, before_after
+from shallower.verbs.prune_checks import require_consistent, require_prunable
 from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune, wanted_of_prune
 from shallower.verbs.questions import read_questions
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
-    Training,
     perplexities,
     recovery_card,
     recovery_made_by,
     require_place,
-    require_ready,
     run_recoveries,
-    trained_parameters,
     with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
@@ -56,7 +52,6 @@ from shallower.verbs.recovery_steps import (
     named_recoveries,
     parse_recoveries,
     require_closed_form,
-    require_first,
     require_launch,
     require_training,
 )
@@ -143,7 +138,7 @@ def prune(
     Raises UserError (BudgetError, PlanError, OutputError, …) before anything is written, and VerificationError when the
     written checkpoint does not reproduce the pruned model.
     """
-    _require_consistent(remove, plan, repair, recover, form)
+    require_consistent(remove, plan, repair, recover, form)
     steps, settings = _recoveries(recover, settings or {}, search, objective, repair, metric, planned=plan is not None)
     require_launch(steps)
     require_training(steps, train_sequences, instructions)
@@ -198,7 +193,7 @@ def prune(
             seed=seed,
         )
         require_measurable(subject, read.held_out, window, max_windows=max_windows)
-        _require_ready(subject, request, steps, read.fitted, read.training, resume)
+        require_prunable(subject, request, steps, read.fitted, read.training, resume)
     with clock("stream metrics"):
         influence, spans = _stream_metrics(subject, _kinds(request), read.whole, seed)
     with clock("search"):
@@ -296,28 +291,6 @@ def prune(
     return Pruned(smaller.model, given, data, folder, subject.weights.blocks.parameters)
 
 
-def _require_consistent(remove: object, plan: object, repair: str, recover: str, form: str) -> None:
-    """Raise UserError for what contradicts itself with any model."""
-    if (remove is None) == (plan is None):
-        raise UserError(
-            "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
-        )
-    if plan is not None and repair:
-        raise UserError(
-            f"a plan says what goes, so --repair {repair} would change nothing: drop it, or repair what the plan "
-            f"leaves with --recover {repair}."
-        )
-    if recover and form == "padded":
-        raise UserError(
-            "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."
-        )
-    if world_size() > 1:
-        raise UserError(
-            "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
-            "'accelerate launch -m shallower recover'."
-        )
-
-
 def _request(
     subject: Subject,
     plan: PruningPlan | None,
@@ -350,51 +323,6 @@ def _request(
     if kept != protect:
         request = resolve(subject, remove, search, units=units, ordinary=ordinary, protect=kept)
     return request, kept
-
-
-def _require_ready(
-    subject: Subject,
-    request: Request,
-    steps: Stages,
-    text: CalibrationSet,
-    training: Training | None,
-    resume: Resume,
-) -> None:
-    """`require_ready`, and room for the trainings, before the search: of the cut model where it is known by then what
-    goes; else of the dense one, and of the blocks that can stay.
-    """
-    if not steps:
-        return
-    dense, removed = subject.anatomy, frozenset[Unit]()
-    if request.budget is None:
-        removed = frozenset(request.units)
-    elif {unit.kind for unit in request.units} == {"block"}:
-        require_first(steps, len(dense.blocks) - max(limit.fewest for limit in request.budget.limits))
-    student = dissect(cut(dense, removed)) if removed else dense
-    require_ready(student, dense, removed, steps, text, training)
-    _require_room(student, request, steps, resume)
-
-
-def _require_room(student: Anatomy, request: Request, steps: Stages, resume: Resume) -> None:
-    """Raise OutputError, before the search, unless there is room for what each training keeps of the cut model; of at
-    least so many parameters, where the student is the dense model and it is for the search to say what goes.
-    """
-    # blocks are numbered anew, so that each that goes in front of `first` takes one behind it out of the training
-    whole = [(method, {**options, "first": 0}) for method, options in steps]
-    both = zip(trained_parameters(steps, student.model), trained_parameters(whole, student.model), strict=True)
-    for trained, every in both:
-        gone = 0.0 if request.budget is None else request.budget.heaviest(_of_units(student, request.units, every))
-        resume.require_room(max(0, sum(trained.values()) - round(gone)))
-
-
-def _of_units(anatomy: Anatomy, units: Collection[Unit], trained: Mapping[str, int]) -> dict[Unit, float]:
-    """How many of the trained parameters are in each unit. trained: their number by name."""
-
-    def held(unit: Unit) -> float:
-        inside = tuple(f"{name}." for part in plain((unit,)) for name in anatomy.names_of(part))
-        return float(sum(count for name, count in trained.items() if f"{name}.".startswith(inside)))
-
-    return {unit: held(unit) for unit in units}
 
 
 def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject, Export]:

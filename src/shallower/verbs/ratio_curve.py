@@ -18,7 +18,7 @@ from shallower.anatomy.weigh import size
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import ModelError, PlanError
 from shallower.evaluation.comparison import Comparison, Evaluation
-from shallower.evaluation.perplexity import Perplexity, cut_windows, require_stride
+from shallower.evaluation.perplexity import Perplexity, require_stride
 from shallower.evaluation.tasks import LM_EVAL_SEED, TaskResult, TaskSettings, run_tasks
 from shallower.plan import PruningPlan
 from shallower.reporting.curves import curve_files
@@ -29,7 +29,7 @@ from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.questions import Questions, open_answered, read_questions
 from shallower.verbs.subject import Subject, open_subject
-from shallower.verbs.texts import fitting, fitting_stride, require_measurable, tokens_read, windows_cut
+from shallower.verbs.texts import require_measurable, tokens_read, windows_cut, windows_of
 
 
 def ratio_curve(
@@ -141,14 +141,7 @@ def _perplexities(
     candidates = len(likelihoods.routes)
     found: list[dict[str, Perplexity]] = [{} for _ in range(candidates)]
     for name, content in asked.contents.items():
-        text = cut_windows(
-            subject.model,
-            subject.tokenizer,
-            content,
-            window=fitting(subject, window),
-            stride=fitting_stride(subject, window, stride),
-            max_windows=windows,
-        )
+        text = windows_of(subject, content, window, stride, windows)
         questions = [Asked(tuple(ids), tuple(targets)) for ids, targets in text.asked]
         sums = [[0.0] * len(questions) for _ in range(candidates)]
         with progress.task(f"perplexity on {name}", total=likelihoods.batches(questions) * candidates) as step:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of
 from shallower.errors import CorpusError
-from shallower.evaluation.perplexity import Perplexity, context_limit, cut_windows, perplexity
+from shallower.evaluation.perplexity import Perplexity, TextWindows, context_limit, cut_windows, perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import text_name, without_folders
 from shallower.reporting.wording import distinct_names
@@ -67,14 +67,19 @@ def require_measurable(
     than that.
     """
     for content in contents.values():
-        cut_windows(
-            subject.model,
-            subject.tokenizer,
-            content,
-            window=fitting(subject, window),
-            stride=fitting_stride(subject, window, stride),
-            max_windows=max_windows,
-        )
+        windows_of(subject, content, window, stride, max_windows)
+
+
+def windows_of(subject: Subject, content: str, window: int, stride: int | None, max_windows: int | None) -> TextWindows:
+    """`cut_windows`, of a window that fits the model's context, and a stride that fits the window."""
+    return cut_windows(
+        subject.model,
+        subject.tokenizer,
+        content,
+        window=fitting(subject, window),
+        stride=fitting_stride(subject, window, stride),
+        max_windows=max_windows,
+    )
 
 
 def text_perplexity(

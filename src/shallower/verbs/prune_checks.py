@@ -1,0 +1,83 @@
+"""What `prune` refuses before it searches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from shallower.anatomy import Anatomy, dissect
+from shallower.corpus import CalibrationSet
+from shallower.errors import UserError
+from shallower.launched import world_size
+from shallower.surgery import cut
+from shallower.units import Unit, plain
+from shallower.verbs.recoveries import Resume, Training, require_ready, trained_parameters
+from shallower.verbs.recovery_steps import Stages, require_first
+from shallower.verbs.request import Request
+from shallower.verbs.subject import Subject
+
+
+def require_consistent(remove: object, plan: object, repair: str, recover: str, form: str) -> None:
+    """Raise UserError for what contradicts itself with any model."""
+    if (remove is None) == (plan is None):
+        raise UserError(
+            "say what to remove: give either an amount or units (--remove) or a plan (--plan), and not both."
+        )
+    if plan is not None and repair:
+        raise UserError(
+            f"a plan says what goes, so --repair {repair} would change nothing: drop it, or repair what the plan "
+            f"leaves with --recover {repair}."
+        )
+    if recover and form == "padded":
+        raise UserError(
+            "a padded checkpoint has no place for what a recovery repairs: drop --recover, or --stock and --form."
+        )
+    if world_size() > 1:
+        raise UserError(
+            "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
+            "'accelerate launch -m shallower recover'."
+        )
+
+
+def require_prunable(
+    subject: Subject,
+    request: Request,
+    steps: Stages,
+    text: CalibrationSet,
+    training: Training | None,
+    resume: Resume,
+) -> None:
+    """Raise, before the search, as `require_ready` does, and OutputError without room for the trainings: for the cut
+    model where it is known by then what goes; else for the dense one, and for the blocks that can stay.
+    """
+    if not steps:
+        return
+    dense, removed = subject.anatomy, frozenset[Unit]()
+    if request.budget is None:
+        removed = frozenset(request.units)
+    elif {unit.kind for unit in request.units} == {"block"}:
+        require_first(steps, len(dense.blocks) - max(limit.fewest for limit in request.budget.limits))
+    student = dissect(cut(dense, removed)) if removed else dense
+    require_ready(student, dense, removed, steps, text, training)
+    _require_room(student, request, steps, resume)
+
+
+def _require_room(student: Anatomy, request: Request, steps: Stages, resume: Resume) -> None:
+    """Raise OutputError, before the search, unless there is room for what each training keeps of the cut model; of at
+    least so many parameters, where the student is the dense model and it is for the search to say what goes.
+    """
+    # blocks are numbered anew, so that each that goes in front of `first` takes one behind it out of the training
+    whole = [(method, {**options, "first": 0}) for method, options in steps]
+    both = zip(trained_parameters(steps, student.model), trained_parameters(whole, student.model), strict=True)
+    for trained, every in both:
+        gone = 0.0 if request.budget is None else request.budget.heaviest(_of_units(student, request.units, every))
+        resume.require_room(max(0, sum(trained.values()) - round(gone)))
+
+
+def _of_units(anatomy: Anatomy, units: Collection[Unit], trained: Mapping[str, int]) -> dict[Unit, float]:
+    """How many of the trained parameters are in each unit. trained: their number by name."""
+
+    def held(unit: Unit) -> float:
+        inside = tuple(f"{name}." for part in plain((unit,)) for name in anatomy.names_of(part))
+        return float(sum(count for name, count in trained.items() if f"{name}.".startswith(inside)))
+
+    return {unit: held(unit) for unit in units}
