@@ -202,7 +202,7 @@ def _curves(
         yield Curve(kind, ranking, _nested(order))
     half = len(subject.anatomy.blocks) // 2
     best = [
-        min((span for span in spans if len(span) == length), key=spans.__getitem__) for length in range(1, half + 1)
+        min((span for span in spans if span.blocks == length), key=spans.__getitem__) for length in range(1, half + 1)
     ]
     yield Curve("block", SPANS, (frozenset(), *(frozenset(span.units) for span in best)))
 

@@ -7,8 +7,10 @@ objective; `random` and `last` look at neither, and `random` is one draw, that o
 
     python benchmarks/searches.py --calibration c4.jsonl --held-out wikitext2.test.txt --held-out books.jsonl
         [--rows "greedy nll" "greedy,swap kl" "greedy kl sublayer"] [--sequences 32] [--length 128] [--json]
+        [--questions arc_easy/test.jsonl]
 
-A row is a search, a metric or objective, and the kind of units where it is not blocks.
+A row is a search, a metric or objective, and the kind of units where it is not blocks. `task` asks 4 questions for each
+sequence of text, from --questions, and is left out without these.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ import torch
 from windows import evenly
 
 from shallower.corpus import CalibrationSet, build_calibration
-from shallower.engine import Ablator, Racing
+from shallower.engine import Ablator, Racing, reads_choices
 from shallower.evaluation import read_evaluation_text
 from shallower.registry import objective as objectives
 from shallower.units import Unit
 from shallower.verbs.search import search
-from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.subject import Subject, calibrate, open_subject
 
 SHARES = ("10%", "20%", "30%")
 BASELINES = ("one-shot cosine", "contiguous angular", "greedy nll")
@@ -56,7 +58,10 @@ ROWS = (
     "annealing kl",
     "greedy nll sublayer",
     "greedy kl sublayer",
+    "contiguous angular sublayer",
+    "greedy task",
 )
+QUESTIONS_A_SEQUENCE = 4
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,19 @@ class Row:
     seconds: float
 
 
-def run(row: str, subject: Subject, text: CalibrationSet, held_out: list[Ablator], seed: int) -> Row:
+def run(
+    row: str,
+    subject: Subject,
+    text: CalibrationSet,
+    held_out: list[Ablator],
+    seed: int,
+    questions: CalibrationSet | None = None,
+) -> Row:
     how, by, *kind = row.split()
     objective, metric = (by, None) if by in {method.name for method in objectives} else ("nll", by)
+    if asks_questions(row):
+        assert questions is not None
+        text = questions
     start = time.perf_counter()
     with closing(Ablator(subject.anatomy, text, objective, racing=Racing())) as ablator:
         sets: list[frozenset[Unit]] = [
@@ -96,6 +111,11 @@ def run(row: str, subject: Subject, text: CalibrationSet, held_out: list[Ablator
     return Row(row, removed, perplexities, ablator.spent.tokens, seconds)
 
 
+def asks_questions(row: str) -> bool:
+    by = row.split()[1]
+    return by in {method.name for method in objectives} and reads_choices(objectives.get(by))
+
+
 def windows(subject: Subject, source: str, count: int, length: int = 512) -> CalibrationSet:
     """So many windows, spread evenly over the whole text."""
     ids = subject.tokenizer(read_evaluation_text(source), add_special_tokens=False, verbose=False).input_ids
@@ -108,7 +128,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--held-out", action="append", required=True)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--questions", help="a .jsonl file of questions, for rows by task")
+    parser.add_argument("--rows", nargs="+", help="default: all")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens, of each held-out text")
@@ -116,9 +137,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    if asked.rows and not asked.questions and any(map(asks_questions, asked.rows)):
+        parser.error("rows by task need --questions FILE.jsonl")
     subject = open_subject(asked.model, dtype=asked.dtype)
     shape = {"sequences": asked.sequences, "length": asked.length, "seed": asked.seed}
     text = build_calibration(asked.calibration, subject.tokenizer, **shape, part="train")
+    questions = None
+    if asked.questions:
+        count = QUESTIONS_A_SEQUENCE * asked.sequences
+        sizes = {"sequences": count, "length": asked.length, "seed": asked.seed}
+        questions = calibrate(subject, asked.questions, objective="task", **sizes)
     held_out = [Ablator(subject.anatomy, windows(subject, source, asked.windows)) for source in asked.held_out]
     dense = [math.exp(ablator.losses([frozenset()])[0]) for ablator in held_out]
     sources = ", ".join(os.path.basename(source) for source in asked.held_out)
@@ -129,8 +157,8 @@ def main() -> None:
         )
         print("| search | " + " | ".join(SHARES) + " | tokens read | seconds |")
         print("|---|" + "---:|" * (len(SHARES) + 2), flush=True)
-    for name in asked.rows:
-        row = run(name, subject, text, held_out, asked.seed)
+    for name in asked.rows or [row for row in ROWS if asked.questions or not asks_questions(row)]:
+        row = run(name, subject, text, held_out, asked.seed, questions)
         if asked.json:
             print(json.dumps(asdict(row)), flush=True)
             continue

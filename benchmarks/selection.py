@@ -12,7 +12,7 @@ best of them): every child is measured on all tokens.
 With one repeat a task with racing takes the reference's time from the exact task before it. One line a task: seconds of
 both (medians over --repeats), their ratio, tokens read by both, whether the plans are the
 same, and how much higher the calibration loss of our plan is (relative). Two more tasks show what has no reference:
-`memory` (what the head takes beyond the model at 16 × 2,048 tokens) and `growth` (seconds against calibration tokens).
+`memory` (what objectives take beyond the model at 16 × 2,048 tokens) and `growth` (seconds against calibration tokens).
 With --json each line is an object with `task` and `threads`; that of these two has `rows` besides.
 """
 
@@ -242,26 +242,24 @@ def _budget(units: Sequence[Unit], count: int) -> Budget:
 
 
 def head_memory(subject: Subject, source: str) -> Iterator[dict[str, float]]:
-    """Peak of resident memory while 16 sequences of 2,048 tokens are measured, with the head and without.
+    """Peak of resident memory while 16 sequences of 2,048 tokens are measured without a block, by objectives of text.
 
-    No streams are kept between questions, so that what shows is the work itself.
+    `hidden-cosine` needs no head. No streams are kept between questions, nor the dense model's logits, so that what
+    shows is the work itself.
     """
     text = build_calibration(source, subject.tokenizer, sequences=16, length=2048)
     whole = 4 * text.input_ids.numel() * subject.model.get_input_embeddings().num_embeddings / 1e6
     _peak_megabytes()
     before = _peak_megabytes()  # resident now: nothing ran since the line above
+    middle = subject.anatomy.of_kind("block")[len(subject.anatomy.blocks) // 2]
     peaks = {}
-    for objective in ("hidden-cosine", "nll"):
+    for objective in ("hidden-cosine", "nll", "kl", "js", "logit-l2", "top1"):
         ablator = Ablator(subject.anatomy, text, objective, memory=0)
         _peak_megabytes()
-        ablator.losses([frozenset()])
-        peaks[objective] = _peak_megabytes() - before
-    yield {
-        "model_mb": round(before),
-        "above_model_without_head_mb": round(peaks["hidden-cosine"]),
-        "above_model_with_head_mb": round(peaks["nll"]),
-        "logits_in_float32_would_be_mb": round(whole),
-    }
+        ablator.losses([frozenset({middle})])
+        peaks[f"above_model_{objective}_mb"] = round(_peak_megabytes() - before)
+        ablator.close()
+    yield {"model_mb": round(before), **peaks, "logits_in_float32_would_be_mb": round(whole)}
 
 
 def _peak_megabytes() -> float:

@@ -13,12 +13,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from shallower.testing.conformance import sample_text, with_identity_block
+from shallower.testing.conformance import sample_choices, sample_text, with_identity_block
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
 from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.score import score
+from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
 
 
@@ -37,6 +38,23 @@ def test_searches_that_look_at_nothing_are_compared_too(script: Callable[[str], 
         assert row in searches.ROWS
         found = searches.run(row, open_subject(model), text, [], 0)
         assert [len(removed) for removed in found.removed] == [1, 2, 2]
+
+
+def test_rows_by_questions_and_by_runs_of_sublayers(script: Callable[[str], ModuleType]) -> None:
+    searches = script("searches")
+    model = tiny_model("llama")
+    text, questions = sample_text(model, padded=False), sample_choices(model)
+    by_questions, by_run = "greedy task", "contiguous angular sublayer"
+    assert {by_questions, by_run} <= {*searches.ROWS}
+    assert [row for row in searches.ROWS if searches.asks_questions(row)] == [by_questions]
+    found = searches.run(by_questions, open_subject(model), text, [], 0, questions)
+    expected = search(model, "30%", objective="task", calibration=questions).removed
+    assert found.removed[-1] == [str(unit) for unit in sorted(expected)]
+    places = [
+        unit.reach[0]
+        for unit in sorted(map(Unit.parse, searches.run(by_run, open_subject(model), text, [], 0).removed[-1]))
+    ]
+    assert places == list(range(places[0], places[0] + len(places)))
 
 
 def test_what_is_chosen_behind_a_repair_is_judged_behind_its_options(
@@ -85,7 +103,7 @@ def test_the_reference_of_contiguous_reads_the_stream_in_front_of_the_final_norm
     text = sample_text(subject.model, padded=False)
     for count in (1, 2):
         spans = score(subject, "angular", calibration=text).spans
-        nearest = min((span for span in spans if len(span) == count), key=spans.__getitem__)
+        nearest = min((span for span in spans if span.blocks == count), key=spans.__getitem__)
         found = script("study").deeper_layers(script("selection").Reference(subject, text, 2048), subject, count)
         assert found == frozenset(nearest.units)
         assert Unit(5, "block") in found

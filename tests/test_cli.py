@@ -666,7 +666,6 @@ def test_demo_ends_with_what_to_look_at(
                 ),
                 (["--search", "one-shot", "--metric", "taylor", "--stream-blocks"], r"metric taylor needs gradients"),
                 (["--protect", "attn.3"], r"--protect 'attn\.3' cannot be read"),
-                (["--search", "contiguous", "--units", "attn"], r"'contiguous' works on --units block, not on attn"),
                 (
                     ["--exact", "--repair", "low-rank"],
                     r"do not race with --repair low-rank, so --exact would change no",

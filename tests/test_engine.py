@@ -179,6 +179,21 @@ def test_the_head_is_called_no_more_often_than_it_must(objective, kept, anew, mo
         assert len(called) == expected
 
 
+@pytest.mark.parametrize("objective", ["kl", "js", "logit-l2", "top1"])
+def test_logits_that_do_not_fit_are_not_kept_where_only_the_models_own_forward_gives_them(objective, monkeypatch):
+    """But made anew for each of six candidates."""
+    monkeypatch.setattr(evaluator, "find_head", lambda anatomy: None)
+    anatomy = dissect(tiny_model("llama"))
+    text = sample_text(anatomy.model, sequences=3)
+    logits, made = Trace.logits, []
+    monkeypatch.setattr(Trace, "logits", lambda self, hidden: made.append(1) or logits(self, hidden))
+    for memory, expected in ((None, 7), (0, 12)):
+        ablator = Ablator(anatomy, text, objective, memory=memory, threads=1)
+        made.clear()
+        ablator.losses([frozenset({unit}) for unit in anatomy.of_kind("block")])
+        assert len(made) == expected
+
+
 def test_sharing_prefixes_changes_nothing():
     anatomy = dissect(tiny_model("llama"))
     text = sample_text(anatomy.model)

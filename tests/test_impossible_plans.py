@@ -102,12 +102,16 @@ def test_halves_of_hybrids_have_their_own_names() -> None:
     kinds = ["mamba", "mlp", "attention"]
     sizes = {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
-    mixed = dissect(small("nemotron_h", layers_block_type=kinds, **sizes, **heads))
+    model = small("nemotron_h", layers_block_type=kinds, **sizes, **heads)
+    mixed = dissect(model)
     assert [(block.attn is None, block.mlp is None) for block in mixed.blocks] == [
         (False, True),
         (True, False),
         (False, True),
     ]
+    with pytest.raises(BudgetError, match=r"no run of neighbouring units that may go .* or --units block"):
+        search(model, 2, search="contiguous", units="sublayer", calibration=TEXT)
+    assert search(model, 1, search="contiguous", units="all", protect="2", calibration=TEXT).remove[0].kind == "block"
     cells = dissect(small("xlstm", num_blocks=3, num_heads=2)).blocks[0]
     assert (cells.attn and cells.attn.names, cells.mlp and cells.mlp.names) == (("mlstm_layer",), ("ffn",))
     gated = dissect(small("recurrent_gemma", lru_width=32, attention_window_size=6, **heads)).blocks[0]

@@ -55,7 +55,7 @@ def report(blocks: int = 10, remove: str = "block.4-5", *, name: str = "a/model"
             Scores(model, "cosine", tuple(Score(u, 0.05 + 0.9 * (u.index == 0), 0.01) for u in units), made),
             Scores(model, "loss", tuple(Score(u, math.sin(u.index) * 0.1) for u in units), made),
         ),
-        spans=Scores(model, "angular", tuple(Score(s, 0.02 * len(s) + s.start / 1000) for s in spans), made),
+        spans=Scores(model, "angular", tuple(Score(s, 0.02 * s.blocks + s.start / 1000) for s in spans), made),
         speed_setting="prompt 128, generate 32, batch 1, float32, 2 threads",
         seconds={"search": 212.4, "saving": 1.9},
         machine="x86_64, 2 threads",
@@ -375,6 +375,19 @@ def test_a_contiguous_removal_is_outlined():
     data = report()
     assert "removed: block.4-5" in (span_heatmap(data.spans, data.plan.removed) or "")
     assert "removed: " not in (span_heatmap(data.spans, frozenset(parse_units("block.3,block.5"))) or "")
+    assert "removed: attn.4-5" in (span_heatmap(data.spans, frozenset(parse_units("attn.4-5,mlp.4-5"))) or "")
+    assert "removed: " not in (span_heatmap(data.spans, frozenset(parse_units("attn.4-5,mlp.5"))) or "")
+
+
+def test_spans_that_end_in_mid_block_are_in_no_cell_of_the_plane():
+    data = report()
+    halves = tuple(Score(Span(start + 0.5, start + 1.5), -9.0) for start in range(5))
+    assert span_heatmap(replace(data.spans, rows=(*data.spans.rows, *halves)), ()) == span_heatmap(data.spans, ())
+    table = scores_table(replace(data.spans, rows=(*halves, Score(Span(0, 2.5), 0.25), Score(Span(0, 1), 1.0))))
+    assert [[str(cell) for cell in column.cells][:2] for column in table.columns[:2]] == [
+        ["1", "2.5"],
+        ["attn.1,mlp.0", "block.0-1,attn.2"],
+    ]
 
 
 # the terminal

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallower.budget import Amount, Budget, Limit, make_limit
-from shallower.errors import BudgetError
+from shallower.errors import BudgetError, UserError
 from shallower.exchange import exchanges, random_exchange
 from shallower.plan import MadeBy, ModelIdentity
 from shallower.registry import search as searches
 from shallower.scores import Score, Scores
-from shallower.units import KINDS, Span, Unit, require_distinct
+from shallower.units import KINDS, Kind, Span, Unit, require_distinct, sublayers_of
 from shallower.verbs.trail import removal_order, run_search
 
 Trail = list[frozenset[Unit]]
@@ -27,6 +27,7 @@ Losses = Callable[..., list[float]]
 GROWING = ["one-shot", "greedy", "contiguous", "random", "last"]
 BLOCKS = tuple(Unit(index, "block") for index in range(9))
 SUBLAYERS = tuple(Unit(index, kind) for index in range(6) for kind in ("attn", "mlp"))
+KINDS_OF_RUNS = (("attn", "mlp"), ("attn", "mlp", "block"))
 MIXED = tuple(Unit(index, kind) for index in range(4) for kind in KINDS)
 
 
@@ -58,6 +59,13 @@ def entangled(seed: int) -> Losses:
     return losses
 
 
+def spans_of(units: Sequence[Unit]) -> list[Span]:
+    """All spans up to the last unit, from mid-block to mid-block where there are sublayers."""
+    step = 1 if all(unit.kind == "block" for unit in units) else 2
+    ends = range(step * (units[-1].index + 1) + 1)
+    return [Span(start / step, stop / step) for start, stop in itertools.combinations(ends, 2)]
+
+
 def run(name: str, units: Sequence[Unit], budget: Budget, *, losses: Losses | None = None, **given: Any) -> Trail:
     """The trail of a search, which gets what its signature asks for."""
     method = searches.get(name)
@@ -67,9 +75,7 @@ def run(name: str, units: Sequence[Unit], budget: Budget, *, losses: Losses | No
         "budget": budget,
         "losses": losses or entangled(0),
         "scores": {unit: rng.random() for unit in units},
-        "spans": {
-            Span(start, stop): rng.random() for start, stop in itertools.combinations(range(units[-1].index + 2), 2)
-        },
+        "spans": {span: rng.random() for span in spans_of(units)},
         "start": frozenset(),
         "rng": rng,
         **given,
@@ -98,12 +104,13 @@ def smallest(units: Sequence[Unit], budget: Budget, value: Mapping[Unit, float])
 
 
 @pytest.mark.parametrize("name", [method.name for method in searches])
-@pytest.mark.parametrize("units", [BLOCKS, SUBLAYERS, BLOCKS[2:5] + BLOCKS[6:8]], ids=["blocks", "sublayers", "gaps"])
+@pytest.mark.parametrize(
+    "units",
+    [BLOCKS, SUBLAYERS, SUBLAYERS[::2], SUBLAYERS[1::2], BLOCKS[2:5] + BLOCKS[6:8]],
+    ids=["blocks", "sublayers", "attn", "mlp", "gaps"],
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_search_meets_the_budget_with_what_may_go(name: str, units: tuple[Unit, ...], seed: int) -> None:
-    kinds = searches.get(name).traits.get("kinds", KINDS)
-    if any(unit.kind not in kinds for unit in units):
-        pytest.skip(f"works on {kinds}")
     budget = count(3, units)
     trail = run(name, units, budget, losses=entangled(seed), seed=seed)
     if not trail and "start" in searches.get(name).parameters:
@@ -115,7 +122,7 @@ def test_every_search_meets_the_budget_with_what_may_go(name: str, units: tuple[
     assert trail == run(name, units, budget, losses=entangled(seed), seed=seed)
 
 
-@pytest.mark.parametrize("name", [method.name for method in searches if "kinds" not in method.traits])
+@pytest.mark.parametrize("name", [method.name for method in searches])
 def test_no_search_takes_a_block_and_its_part(name: str) -> None:
     budget = count(3, MIXED)
     for seed in range(5):
@@ -150,8 +157,9 @@ def uneven(percent: int, attn: float = 1.0, mlp: float = 3.0) -> Budget:
     )
 
 
-@pytest.mark.parametrize(
-    "names", [method.name for method in searches if "kinds" not in method.traits] + ["random,swap", "greedy,annealing"]
+@pytest.mark.parametrize(  # what of a run could stay lies in its middle
+    "names",
+    [method.name for method in searches if "spans" not in method.parameters] + ["random,swap", "greedy,annealing"],
 )
 @pytest.mark.parametrize("percent", [25, 40])
 def test_no_search_removes_a_unit_that_could_stay(names: str, percent: int) -> None:
@@ -620,7 +628,7 @@ def test_contiguous_finds_the_best_of_the_shortest_runs(
         (start, stop) for start, stop in meeting if (start + 1, stop) in meeting or (start, stop - 1) in meeting
     }
     if not shortest:
-        with pytest.raises(BudgetError, match="no run of neighbouring blocks"):
+        with pytest.raises(BudgetError, match="no run of neighbouring units"):
             run("contiguous", units, budget, spans=spans)
         return
     trail = run("contiguous", units, budget, spans=spans)
@@ -631,6 +639,98 @@ def test_contiguous_finds_the_best_of_the_shortest_runs(
     for removed in trail:
         indices = sorted(unit.index for unit in removed)
         assert indices == list(range(indices[0], indices[-1] + 1))
+
+
+@given(
+    percent=st.integers(5, 60),
+    protected=st.sets(st.integers(0, 5), max_size=2),
+    kinds=st.sampled_from(KINDS_OF_RUNS),
+    seed=st.integers(0, 99),
+)
+def test_contiguous_finds_the_best_run_of_sublayers(
+    percent: int, protected: set[int], kinds: tuple[str, ...], seed: int
+) -> None:
+    """Written down apart: places 0, 1, 2, … are attn.0, mlp.0, attn.1, …; a run of them begins and ends anywhere."""
+    cost = {Unit(index, kind): 2.0 if kind == "attn" else 3.0 for index in range(6) for kind in ("attn", "mlp")}
+    cost |= {Unit(index, "block"): 5.0 for index in range(6)}
+    units = tuple(unit for unit in sorted(cost) if unit.kind in kinds and unit.index not in protected)
+    spans = {span: float(random.Random(f"{seed} {span}").randint(0, 20)) for span in spans_of([Unit(5, "mlp")])}
+    needed = percent / 100 * 30
+    budget = Budget((Limit("parameters", needed, 30.0, {unit: cost[unit] for unit in units}),))
+    weight, free = [2.0, 3.0] * 6, [place // 2 not in protected for place in range(12)]
+    meeting = {
+        (start, stop)
+        for start, stop in itertools.combinations(range(13), 2)
+        if all(free[start:stop]) and sum(weight[start:stop]) >= needed
+    }
+    shortest = [(start, stop) for start, stop in meeting if not {(start + 1, stop), (start, stop - 1)} & meeting]
+    if not shortest:
+        with pytest.raises(BudgetError, match="no run of neighbouring units"):
+            run("contiguous", units, budget, spans=spans)
+        return
+    trail = run("contiguous", units, budget, spans=spans)
+    places = [sorted(unit.reach[0] for unit in sublayers_of(removed)) for removed in trail]
+    assert all(taken == list(range(taken[0], taken[-1] + 1)) for taken in places)
+    assert all(before < after for before, after in itertools.pairwise(trail))
+    assert [len(removed) for removed in trail] == list(range(1, len(trail) + 1))
+    chosen = places[-1][0], places[-1][-1] + 1
+    assert chosen in shortest
+    value = {(start, stop): spans[Span(start / 2, stop / 2)] for start, stop in shortest}
+    assert value[chosen] == min(value.values())
+
+
+@pytest.mark.parametrize("kind", ["attn", "mlp"])
+def test_a_run_of_one_kind_of_sublayer_counts_the_sum_of_its_scores(kind: Kind) -> None:
+    units = tuple(Unit(index, kind) for index in (0, 1, 2, 3, 5, 6, 7))
+    scores = dict(zip(units, (0.1, 9.0, 0.1, 3.0, 1.0, 2.0, 0.5), strict=True))  # 3 and 5 are no neighbours
+    trail = run("contiguous", units, count(2, units), scores=scores, spans={})
+    assert trail == [{Unit(7, kind)}, {Unit(6, kind), Unit(7, kind)}]
+    with pytest.raises(BudgetError, match="no run of neighbouring units that may go removes 5 units"):
+        run("contiguous", units, count(5, units), scores=scores, spans={})
+    given = scored("taylor", {unit: scores[unit] for unit in units[1:]} | {Unit(0, "block"): 0.0})
+    with pytest.raises(UserError, match=rf"{kind}.0 \(one of 1\) has no score; score with --units {kind}"):
+        run_search([(searches.get("contiguous"), {})], units, count(2, units), entangled(0), given, 0)
+
+
+def test_a_run_takes_a_block_whose_halves_cannot_go_alone_as_a_whole() -> None:
+    """As in hybrids, where `--units all` has both."""
+    units = tuple(
+        Unit(*unit) for unit in ((0, "attn"), (0, "mlp"), (0, "block"), (1, "block"), (2, "attn"), (2, "mlp"))
+    )
+    spans = {Span(*ends): 5.0 for ends in itertools.combinations((0, 0.5, 1, 2, 2.5, 3), 2)}
+    spans |= {Span(0.5, 2): 4.0, Span(1, 2): 1.0, Span(1, 2.5): 4.5, Span(0.5, 2.5): 0.1}
+    removed = run("contiguous", units, count(3, units), spans=spans)
+    assert removed == [
+        {Unit(1, "block")},
+        {Unit(0, "mlp"), Unit(1, "block")},
+        {*map(Unit, (0, 1, 2), ("mlp", "block", "attn"))},
+    ]
+    alone = tuple(unit for unit in units if unit.kind != "block")
+    with pytest.raises(BudgetError, match="no run of neighbouring units"):
+        run("contiguous", alone, count(3, alone), spans=spans)
+
+
+def test_a_run_of_pairs() -> None:
+    units = (*BLOCKS[:4], *(Unit(index, "pair") for index in range(3)))
+    spans = dict.fromkeys(spans_of([Unit(3, "mlp")]), 5.0) | {
+        Span(0.5, 2.5): 1.0,
+        Span(1.5, 2.5): 0.5,
+        Span(1, 2.5): 0.0,
+    }
+    assert run("contiguous", units, count(2, units), spans=spans) == [
+        {Unit(1, "pair")},
+        {Unit(0, "pair"), Unit(1, "pair")},
+    ]
+
+
+def test_where_sublayers_stand_side_by_side_a_run_grows_by_both_of_a_block() -> None:
+    """Only the ends of blocks are seen there. The trail is the order, so nothing has to be measured."""
+    spans = {Span(*ends): float(ends != (2, 4)) for ends in itertools.combinations(range(7), 2)}
+    trail = run("contiguous", SUBLAYERS, count(3, SUBLAYERS), spans=spans)
+    assert [len(removed) for removed in trail] == [1, 2, 3, 4]
+    assert trail[-1] == {Unit(index, kind) for index in (2, 3) for kind in ("attn", "mlp")}
+    order = removal_order(trail, lambda *_, **__: pytest.fail("a set was measured"))
+    assert {order[0].index, order[1].index} == {2} or {order[0].index, order[1].index} == {3}
 
 
 def test_contiguous_with_scores_of_some_spans_only() -> None:

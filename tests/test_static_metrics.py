@@ -26,16 +26,18 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, StreamStatistic, WeightStatistic, gradients, stream_scores, weight_scores, workers
 from shallower.engine.crossing import find_midpoints
 from shallower.engine.stream import _directions
+from shallower.engine.trace import trace
 from shallower.errors import CorpusError, ModelError, UnknownName, UserError
 from shallower.registry import metric
 from shallower.reporting.ranks import rank_correlations
 from shallower.scores import Scores, ScoreSheet
 from shallower.testing.conformance import check_identity_is_lowest, check_metric, sample_text, static_metrics
 from shallower.testing.families import tiny_model
-from shallower.units import Span, Unit
+from shallower.units import Span, Unit, sublayers_of
 from shallower.verbs.prune import prune
 from shallower.verbs.score import score, score_many
 from shallower.verbs.search import search
+from shallower.verbs.subject import open_subject
 
 DISTANCES = ("cosine", "relative-l1", "relative-l2", "angular")
 # sequential, learned positions, parallel, norm after the sublayer inside the branch, only after, experts, one row a
@@ -500,6 +502,50 @@ def test_spans_end_where_the_stream_has_passed_their_last_block(llama: PreTraine
                 assert abs(other - value) > 1e-3 * value
     for unit, value in found.units.items():
         assert value == found.spans[Span(unit.index, unit.index + 1)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("units", ["sublayer", "all", "attn", "block"])
+def test_spans_of_sublayers_begin_and_end_in_mid_block(family: str, units: str) -> None:
+    """Where both kinds are scored and no blocks, and follow one another; the stream there is that of the block without
+    its MLP.
+    """
+    subject = open_subject(tiny_model(family))
+    anatomy, text = subject.anatomy, sample_text(subject.model, padded=False)
+    halves = units == "sublayer" and family != "gpt_neox"
+    points: dict[float, Tensor] = {}
+    with torch.no_grad():
+        replay = trace(anatomy, next(text.batches(text.sequences)))
+        hidden = points[0] = replay.entry
+        for block in anatomy.blocks:
+            if halves:
+                points[block.index + 0.5] = replay.run(block.index, hidden, ("mlp",))
+            hidden = points[block.index + 1] = replay.run(block.index, hidden)
+    found = score(subject, "angular", units=units, calibration=text, positions="all", spans=True)
+    assert set(found.spans) == {Span(*ends) for ends in itertools.combinations(sorted(points), 2)}
+    for span, value in found.spans.items():
+        expected = float(distance("angular", points[span.start], points[span.stop]).mean())
+        assert value == pytest.approx(expected, rel=1e-4), span
+    if halves:
+        ends = {span.units[0]: value for span, value in found.spans.items() if span.blocks == 0.5}
+        assert ends == pytest.approx({unit: found.units[unit] for unit in anatomy.of_kind("attn", "mlp")}, rel=1e-12)
+    assert Scores.from_json(json.loads(json.dumps(found.to_json()))).spans == found.spans
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "jamba"])
+@pytest.mark.parametrize("units", ["block", "sublayer", "all", "attn", "mlp"])
+def test_contiguous_removes_a_run_in_every_shape_of_block(family: str, units: str) -> None:
+    subject = open_subject(tiny_model(family))
+    text = sample_text(subject.model, padded=False)
+    plan = search(subject, 3, search="contiguous", units=units, calibration=text)
+    assert plan.spent["tokens"] <= (1 + len(plan.order)) * text.tokens  # those for the plan: no other set is measured
+    if units in ("attn", "mlp"):
+        places = sorted(unit.index for unit in plan.remove)
+    else:
+        places = sorted(unit.reach[0] for unit in sublayers_of(plan.remove))
+    assert places == [*range(places[0], places[0] + len(places))]
+    by_sublayers = units in ("sublayer", "all")
+    assert len(plan.remove) == (4 if by_sublayers and family == "gpt_neox" else 3)
 
 
 def test_the_last_block_and_the_spans_that_end_with_it_are_not_scored_after_the_norm(llama: PreTrainedModel) -> None:

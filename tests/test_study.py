@@ -867,7 +867,7 @@ def test_runs_that_cannot_be_are_told_before_anything_is_measured(
     )
     file.write_text(f"{grid}protect: block.2\n")
     assert run("study", file, "--out", tmp_path / "out") == 2
-    assert "no run of neighbouring blocks that may go removes 3 units" in capsys.readouterr().err
+    assert "no run of neighbouring units that may go removes 3 units" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -923,32 +923,38 @@ def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("asked", "remove", "sets"),
+    ("asked", "units", "remove", "sets"),
     [
-        ("one-shot", "3", 1 + 3),  # what the plan tells: the dense model and every prefix
-        ("one-shot:loss", "3", 1 + 4 + 2),  # the protected block is not taken away
-        ("one-shot:shapley", "2", 1 + 4 + 6 + 4 + 1),
-        ("greedy", "2", 1 + 4 + 3),
-        ("milp", "3", 1 + 4 + 2 + 1),  # one set, whose units are put in an order
-        ("random", "3", 1 + 3),
-        ("one-shot", "block.1,block.3", 1 + 2),
+        ("one-shot", "block", "3", 1 + 3),  # what the plan tells: the dense model and every prefix
+        ("one-shot:loss", "block", "3", 1 + 4 + 2),  # the protected block is not taken away
+        ("one-shot:shapley", "block", "2", 1 + 4 + 6 + 4 + 1),
+        ("greedy", "block", "2", 1 + 4 + 3),
+        ("milp", "block", "3", 1 + 4 + 2 + 1),  # one set, whose units are put in an order
+        ("random", "block", "3", 1 + 3),
+        ("one-shot", "block", "block.1,block.3", 1 + 2),
+        ("contiguous", "block", "3", 1 + 3),
+        ("contiguous", "sublayer", "3", 1 + 3),
+        ("contiguous", "attn", "3", 1 + 3),
     ],
 )
 def test_a_dry_run_counts_every_set_that_is_measured(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, remove: str, sets: int
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, units: str, remove: str, sets: int
 ) -> None:
     from shallower.verbs.search import search
     from shallower.verbs.study_cost import estimate
 
     name, _, metric = asked.partition(":")
     data = {"models": "tiny", "texts": {"a": "a.txt"}, "sequences": 4, "length": 24, "searches": asked, "exact": True}
-    study = parse_study({**data, "objectives": "nll", "remove": [remove], "protect": "block.0"}, "s.yaml", place)
+    study = parse_study(
+        {**data, "objectives": "nll", "units": units, "remove": [remove], "protect": "block.0"}, "s.yaml", place
+    )
     monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path))  # else it was measured before
     plan = search(
         str(place / "tiny"),
         remove,
         search=name,
         metric=metric or None,
+        units=units,
         calibration=str(place / "a.txt"),
         sequences=4,
         length=24,

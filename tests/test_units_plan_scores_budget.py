@@ -30,7 +30,7 @@ from shallower.scores import Score, Scores
 from shallower.studies.grid import read_study
 from shallower.surgery import save
 from shallower.testing.families import tiny_model
-from shallower.units import KINDS, Span, Unit, listed, parse_units, require_distinct, runs
+from shallower.units import KINDS, Span, Unit, listed, parse_units, require_distinct, runs, sublayers_of
 from shallower.verbs.subject import require_place_for
 
 MODEL = ModelIdentity("tiny", "main", "sha256:" + "a" * 64, 30)
@@ -74,7 +74,7 @@ def test_every_removal_can_be_typed_as_it_is_told(removed: list[Unit]) -> None:
 
 
 def test_runs_are_the_spans_of_one_kind() -> None:
-    assert runs(parse_units("block.1,block.2,block.4,attn.9"), "block") == (Span(1, 3), Span(4, 5))
+    assert runs(parse_units("block.1,block.2,block.4,attn.9"), "block") == (range(1, 3), range(4, 5))
 
 
 @given(units)
@@ -129,9 +129,33 @@ def test_both_sublayers_of_a_block_may_go() -> None:
 @given(st.integers(0, 50), st.integers(1, 50))
 def test_span(start: int, length: int) -> None:
     span = Span(start, start + length)
-    assert len(span) == length
+    assert span.blocks == length
     assert [unit.index for unit in span.units] == list(range(start, start + length))
     assert str(span) == f"[{start},{start + length})"
+
+
+@given(st.integers(0, 99), st.integers(1, 99))
+def test_a_span_of_sublayers(start: int, length: int) -> None:
+    """Place 2l is `attn.l`, place 2l + 1 `mlp.l`."""
+    span = Span(start / 2, (start + length) / 2)
+    assert [unit.reach[0] for unit in span.sublayers] == list(range(start, start + length))
+    assert sublayers_of(span.units) == set(span.sublayers)
+    assert [unit.kind for unit in span.units].count("block") == (start + length) // 2 - (start + 1) // 2
+    model = {**SCORES.to_json()["model"], "blocks": 99}
+    row = Scores.from_json(
+        {**SCORES.to_json(), "model": model, "rows": [{"of": str(span), "value": 1.0, "error": None}]}
+    ).rows[0]
+    assert row.of == span
+    assert str(row.of) == str(span) == f"[{start / 2:g},{(start + length) / 2:g})"
+
+
+def test_a_span_that_ends_nowhere_is_refused() -> None:
+    with pytest.raises(BudgetError, match="neither between blocks nor in mid-block"):
+        Span(0.25, 2)
+    with pytest.raises(UserError, match=r"scores of \[29\.5,31\), but the model has 30 blocks; score it again"):
+        Scores.from_json({**SCORES.to_json(), "rows": [{"of": "[29.5,31)", "value": 1.0, "error": None}]})
+    with pytest.raises(UserError, match=r"'\[1\.25,3\)' is not a unit"):
+        Scores.from_json({**SCORES.to_json(), "rows": [{"of": "[1.25,3)", "value": 1.0, "error": None}]})
 
 
 @pytest.mark.parametrize(("start", "stop"), [(3, 3), (4, 3), (-1, 2)])

@@ -90,7 +90,7 @@ USE: Mapping[str, str] = {
     "Ablator": "`.losses(candidates)` is the objective without each set of units, `.differences(candidates)` the "
     "rise over the dense model with its standard error. Without `racing` it is exact. Call `.close()` when done.",
     "Unit": '`Unit(7, "attn")`, or `Unit.parse("attn.7")`; kinds are `block`, `attn` and `mlp`.',
-    "Span": "`Span(13, 19)` is blocks 13 to 18.",
+    "Span": "`Span(13, 19)` is blocks 13 to 18; `Span(13.5, 19)` begins with the MLP of block 13.",
     "PruningPlan": "`.remove`, `.order`, `.made_by`; `.at(n)` is its first n removals; `.save(path)`, "
     "`PruningPlan.load(path)`. The file: [files.md](files.md).",
     "Scores": "`.save(path)`, `Scores.load(path)`.",

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shallower.errors import BudgetError, UnknownName
-from shallower.units import DIGITS, Unit, parse_units, shown
+from shallower.units import DIGITS, Unit, neighbours, parse_units, shown
 
 QUANTITIES = ("units", "blocks", "parameters", "bytes", "flops", "kv_bytes")
 TOLERANCE = 1e-9  # 20 % of 30 equal blocks is 6 blocks, whatever the last bit says
@@ -169,13 +169,12 @@ def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limi
 
 
 def require_run(units: Iterable[Unit], budget: Budget) -> None:
-    """Raise BudgetError unless some run of neighbouring blocks among `units`, all of them blocks, meets the budget."""
-    run: list[Unit] = []
-    for unit in sorted(units):
-        run = [*run, unit] if run and run[-1].index + 1 == unit.index else [unit]
-        if budget.met(run):
-            return
-    raise BudgetError(f"no run of neighbouring blocks that may go removes {budget}; protect fewer or remove less.")
+    """Raise BudgetError unless some run of neighbours among `units` meets the budget."""
+    if not any(budget.met(line) for line in neighbours(units)):
+        raise BudgetError(
+            f"no run of neighbouring units that may go removes {budget}; protect fewer, remove less, or use another "
+            "search, or --units block."
+        )
 
 
 def most(costs: Mapping[Unit, float]) -> float:

@@ -90,6 +90,7 @@ class Scores:
                 faults += record_faults(f"row {number} of {where}", row, _Row)
         if faults:
             raise UserError("; ".join(faults) + ".")
+        blocks = data["model"]["blocks"]
         try:
             parsed = tuple(
                 Score(_parse(row["of"]), math.inf if row["value"] is None else row["value"], row["error"])
@@ -97,6 +98,10 @@ class Scores:
             )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if beyond := [str(row.of) for row in parsed if isinstance(row.of, Span) and row.of.stop > blocks]:
+            raise UserError(
+                f"{where}: there are scores of {beyond[0]}, but the model has {blocks} blocks; score it again."
+            )
         if twice := [str(of) for of, count in Counter(row.of for row in parsed).items() if count > 1]:
             raise UserError(f"{where} scores {', '.join(twice)} more than once: leave one row of each, or score again.")
         return cls(ModelIdentity(**data["model"]), data["metric"], parsed, read_made_by(data))
@@ -212,5 +217,10 @@ class _Row:
 
 
 def _parse(text: str) -> Unit | Span:
-    span = re.fullmatch(rf"\[({DIGITS}),({DIGITS})\)", text)
-    return Span(int(span[1]), int(span[2])) if span else Unit.parse(text)
+    span = re.fullmatch(rf"\[({DIGITS})(\.5)?,({DIGITS})(\.5)?\)", text)
+    return Span(_end(span[1], span[2]), _end(span[3], span[4])) if span else Unit.parse(text)
+
+
+def _end(blocks: str, middle: str | None) -> float:
+    """Of a span: between blocks, or in the middle of one."""
+    return int(blocks) + 0.5 if middle else int(blocks)

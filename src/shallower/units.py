@@ -1,7 +1,8 @@
-"""Removable parts of a model: units (`block.7`, `attn.7`, `mlp.7`) and spans of blocks."""
+"""Removable parts of a model: units (`block.7`, `attn.7`, `mlp.7`) and spans of neighbours."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,24 +75,45 @@ class Unit:
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Blocks `start, …, stop - 1`, as in Python's ranges. As text in files: `[13,19)`."""
+    """Blocks `start, …, stop - 1`, as in Python's ranges. As text in files: `[13,19)`.
 
-    start: int
-    stop: int
+    An end may lie in the middle of a block, between its attention and its MLP: `[13.5,19)` is `mlp.13` with blocks 14
+    to 18.
+    """
+
+    start: float
+    stop: float
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise BudgetError(f"the span [{self.start}, {self.stop}) is empty or negative.")
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+        for name in ("start", "stop"):
+            twice = 2 * getattr(self, name)
+            if twice != int(twice):
+                raise BudgetError(f"the span [{self.start}, {self.stop}) ends neither between blocks nor in mid-block.")
+            if twice % 2 == 0:
+                object.__setattr__(self, name, int(twice) // 2)
 
     def __str__(self) -> str:
         return f"[{self.start},{self.stop})"
 
     @property
+    def blocks(self) -> float:
+        """How many blocks it is long."""
+        return self.stop - self.start
+
+    @property
+    def sublayers(self) -> tuple[Unit, ...]:
+        """The attention and MLP sublayers in it, in depth order."""
+        places = range(round(2 * self.start), round(2 * self.stop))
+        return tuple(Unit(place // 2, "mlp" if place % 2 else "attn") for place in places)
+
+    @property
     def units(self) -> tuple[Unit, ...]:
-        return tuple(Unit(index, "block") for index in range(self.start, self.stop))
+        """Its blocks, with a sublayer at an end that lies in mid-block."""
+        whole = range(math.ceil(self.start), math.floor(self.stop))
+        first, last = self.sublayers[:1] if self.start % 1 else (), self.sublayers[-1:] if self.stop % 1 else ()
+        return (*first, *(Unit(index, "block") for index in whole), *last)
 
 
 def parse_units(text: str) -> tuple[Unit, ...]:
@@ -123,15 +145,46 @@ def shown(text: str) -> str:
     return repr(text) if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]!r}…"
 
 
-def runs(units: Iterable[Unit], kind: Kind) -> tuple[Span, ...]:
-    """The indices of the units of one kind, in as few spans as possible."""
-    spans: list[Span] = []
+def runs(units: Iterable[Unit], kind: Kind) -> tuple[range, ...]:
+    """The indices of the units of one kind, in as few ranges as possible."""
+    found: list[range] = []
     for index in sorted(unit.index for unit in units if unit.kind == kind):
-        if spans and spans[-1].stop == index:
-            spans[-1] = Span(spans[-1].start, index + 1)
+        if found and found[-1].stop == index:
+            found[-1] = range(found[-1].start, index + 1)
         else:
-            spans.append(Span(index, index + 1))
-    return tuple(spans)
+            found.append(range(index, index + 1))
+    return tuple(found)
+
+
+def of_one_sublayer(units: Iterable[Unit]) -> bool:
+    """Whether the units are attentions alone, or MLPs alone."""
+    return {unit.kind for unit in units} in ({"attn"}, {"mlp"})
+
+
+def neighbours(units: Iterable[Unit]) -> list[tuple[Unit, ...]]:
+    """The units in lines of neighbours, each as long as can be: with its units all that is between its ends goes.
+
+    A block is in a line as its two sublayers if both are among the units, else whole, if it is; one of which only a
+    part may go ends the line. Pairs are in lines of their own. Of attentions alone, or MLPs alone, those of blocks that
+    follow one another are neighbours.
+    """
+    there = frozenset(units)
+    alone = of_one_sublayer(there)
+    steps: dict[bool, dict[int, tuple[Unit, ...]]] = {False: {}, True: {}}  # by whether they are pairs
+    for unit in sorted(there):
+        halves, block = Unit(unit.index, "block").sublayers, Unit(unit.index, "block")
+        if alone or unit.kind == "pair":
+            steps[unit.kind == "pair"][unit.index] = (unit,)
+        elif there.issuperset(halves):
+            steps[False][unit.index] = halves
+        elif block in there:
+            steps[False][unit.index] = (block,)
+    lines: list[tuple[Unit, ...]] = []
+    for found in steps.values():
+        for place, index in enumerate(found):
+            goes_on = place and index - 1 in found
+            lines.append((lines.pop() if goes_on else ()) + found[index])
+    return lines
 
 
 def listed(units: Iterable[Unit], separator: str = ",") -> str:

@@ -23,7 +23,10 @@ def score(
     units: options.Kinds = "block",
     spans: Annotated[
         bool | None,
-        Option("--spans/--no-spans", help="Also score every span of blocks. Default: where the metric's paper does."),
+        Option(
+            "--spans/--no-spans",
+            help="Also score every span of blocks (of sublayers for these). Default: as in the paper.",
+        ),
     ] = None,
     positions: Annotated[
         Literal["auto", "all", "last"],

@@ -100,7 +100,7 @@ def search(
     parse_memory(memory)
     parse_workers(workers)
     stages = chosen_methods(search, objective, repair, chosen, metric).stages
-    given = scores_to_rank_by(stages, metric, remove, scores, stream_blocks=stream_blocks)
+    given = scores_to_rank_by(stages, metric, remove, scores, units=units, stream_blocks=stream_blocks)
     subject = open_subject(
         model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, stream_blocks=stream_blocks
     )

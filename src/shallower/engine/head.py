@@ -112,40 +112,51 @@ class Head:
     def _reduce(self, rows: Tensor, targets: Tensor, probabilities: Tensor | None, temperature: float) -> Reduced:
         """`reduce`, in buffers for all rows."""
         assert type(self.output) is nn.Linear
-        weight, bias = self.output.weight, self.output.bias
-        count, vocabulary = len(rows), len(weight)
+        count, vocabulary = len(rows), self.words
         size = self._chunk(rows.device)
         product = torch.empty(count, size, dtype=rows.dtype, device=rows.device)
         logits = torch.empty(count, size, dtype=torch.float32, device=rows.device)
         scratch = torch.empty_like(logits)
         chosen = torch.full((count,), torch.nan, dtype=torch.float32, device=rows.device)
         mean = None if probabilities is None else torch.zeros_like(chosen)
-        normalizers = []
-        for start in range(0, vocabulary, size):
-            stop = min(start + size, vocabulary)
-            if stop - start < size:
+        starts = range(0, vocabulary, size)
+        first, its_log = torch.empty(2, len(starts), count, dtype=torch.float32, device=rows.device)
+        for number, (start, inside) in enumerate(zip(starts, _of_chunks(targets, starts), strict=True)):
+            words = slice(start, min(start + size, vocabulary))
+            if words.stop - start < size:
                 product, logits, scratch = (
-                    buffer.view(-1)[: count * (stop - start)] for buffer in (product, logits, scratch)
+                    buffer.view(-1)[: count * (words.stop - start)].view(count, -1)
+                    for buffer in (product, logits, scratch)
                 )
-                product, logits, scratch = (buffer.view(count, stop - start) for buffer in (product, logits, scratch))
-            torch.mm(rows, weight[start:stop].t(), out=product)
-            if bias is not None:
-                product += bias[start:stop]
-            logits.copy_(self._finish(product))
-            if temperature != 1.0:
-                logits /= temperature
+            self._of_words(rows, words, temperature, product, logits)
             if mean is not None:
                 logits.clamp_(min=LOWEST)  # last: a temperature below 1 makes what is that low infinite again
-            inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(-1)
-            chosen[inside] = logits[inside, targets[inside] - start]
-            if bool((logits[:, 0].abs() < LARGE_LOGIT).all()):  # log_softmax is the fastest kernel with a normalizer
-                torch.log_softmax(logits, dim=-1, out=scratch)
-                normalizers.append(logits[:, 0] - scratch[:, 0])
-            else:
-                normalizers.append(torch.logsumexp(logits, dim=-1))
+            if len(inside):
+                chosen[inside] = logits[inside, targets[inside] - start]
+            torch.log_softmax(logits, dim=-1, out=scratch)  # the fastest kernel with a normalizer
+            first[number], its_log[number] = logits[:, 0], scratch[:, 0]
             if mean is not None and probabilities is not None:
-                mean += _mean(logits, probabilities[:, start:stop], scratch)
-        return Reduced(torch.logsumexp(torch.stack(normalizers), dim=0), chosen, mean)
+                mean += _mean(logits, probabilities[:, words], scratch)
+        normalizers = first - its_log
+        for number in (~(first.abs() < LARGE_LOGIT).all(dim=1)).nonzero().flatten().tolist():
+            words = slice(starts[number], min(starts[number] + size, vocabulary))
+            product = torch.empty(count, words.stop - words.start, dtype=rows.dtype, device=rows.device)
+            logits = self._of_words(
+                rows, words, temperature, product, product.new_empty(product.shape, dtype=torch.float32)
+            )
+            normalizers[number] = torch.logsumexp(logits, dim=-1)
+        return Reduced(torch.logsumexp(normalizers, dim=0), chosen, mean)
+
+    def _of_words(self, rows: Tensor, words: slice, temperature: float, product: Tensor, logits: Tensor) -> Tensor:
+        """Logits / temperature of some words, in `logits`; `product` is room for what the weights give."""
+        assert type(self.output) is nn.Linear
+        torch.mm(rows, self.output.weight[words].t(), out=product)
+        if self.output.bias is not None:
+            product += self.output.bias[words]
+        logits.copy_(self._finish(product))
+        if temperature != 1.0:
+            logits /= temperature
+        return logits
 
     def _finish(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -167,6 +178,14 @@ def _pieces(count: int, each: int, most: int) -> Iterator[tuple[slice, slice]]:
         for start in range(0, each, most):
             stop = min(start + most, each)
             yield slice(first + start, first + stop), slice(start, stop)
+
+
+def _of_chunks(targets: Tensor, starts: range) -> list[Tensor]:
+    """For each chunk of `starts.step` words the places of the targets in it."""
+    order = targets.argsort()
+    ends = torch.searchsorted(targets[order], torch.tensor([*starts[1:], starts.stop], device=targets.device))
+    counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return [*torch.split(order, counts)]
 
 
 def _mean(logits: Tensor, probabilities: Tensor, scratch: Tensor) -> Tensor:

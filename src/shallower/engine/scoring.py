@@ -266,10 +266,10 @@ class Scorer:
 
     def _dense_logit_rows(self, dense: Tensor) -> Callable[[slice], Tensor]:
         if self._kept is None:
-            if self._dense_rows is None:
-                self._dense_rows = self._logit_rows(dense)
-            rows_of = self._dense_rows
+            rows_of = self._dense_rows or self._logit_rows(dense)
             if not self._fits:
+                if self.head is not None:  # else these are the logits themselves
+                    self._dense_rows = rows_of
                 return rows_of
             size = self._chunk()
             first = rows_of(slice(0, size))

@@ -11,12 +11,14 @@ worked out once for all of them:
     after_after                             span at a time, of the stream projected to the metric's option `width`
 
 The scalar products of all pairs of depths come from one product of matrices a token: N (N + 1) / 2 spans for little
-more than the blocks alone.
+more than the blocks alone. Where both kinds of sublayers are scored and no blocks, spans begin and end between these,
+too: 4 times as many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal, Protocol
@@ -58,7 +60,7 @@ class StreamStatistic:
     """A stream metric with what to apply it to.
 
     positions: every real token, or only the last real one of each sequence. spans: every span of blocks, besides the
-    units.
+    units; of sublayers, where both kinds of them are the units.
     """
 
     metric: Method
@@ -143,7 +145,7 @@ def _read_batch(
     batch: Batch,
     midpoints: Mapping[int, Midpoint],
     tallies: Sequence[_Tally],
-    units: Collection[Unit],
+    units: frozenset[Unit],
     view: _View,
 ) -> None:
     """Run the model on one batch, and let each tally read its units while it runs and its spans in the end."""
@@ -151,12 +153,20 @@ def _read_batch(
     depths: dict[Positions, list[Tensor]] = {
         tally.statistic.positions: [] for tally in tallies if tally.statistic.spans
     }
+    ends: list[float] = []
+    halves = all(unit.kind != "block" for unit in units)
 
     def visit(crossing: Crossing) -> None:
+        here = crossing.block.index
+        points: list[tuple[float, Tensor]] = [(here, crossing.before)]
+        if halves and units.issuperset(Unit(here, "block").sublayers) and not crossing.parallel:
+            assert crossing.between is not None
+            points.append((here + 0.5, crossing.between))
+        if here == last:
+            points.append((here + 1, crossing.after.clone()))
+        ends.extend(end for end, _ in points)
         for positions, stream in depths.items():
-            stream.append(view.select(positions, crossing.before))
-            if crossing.block.index == last:
-                stream.append(view.select(positions, crossing.after).clone())
+            stream.extend(view.select(positions, point) for _, point in points)
         changes = {unit: change for unit, change in crossing.changes().items() if unit in units}
         _read(tallies, _pairs_of(changes), view, spans=False)
         sublayers = {unit: change for unit, change in changes.items() if unit.kind != "block"}
@@ -165,10 +175,10 @@ def _read_batch(
     with crossings(anatomy, midpoints, visit):
         run_to_head(anatomy, batch)
     for positions, stream in depths.items():
-        points = torch.stack(stream, 1)
+        stacked = torch.stack(stream, 1)
         stream.clear()
         among = [tally for tally in tallies if tally.statistic.spans and tally.statistic.positions == positions]
-        _read_points(among, _spans(len(anatomy.blocks)), points, view.sequences(positions))
+        _read_points(among, _spans(tuple(ends)), stacked, view.sequences(positions))
 
 
 def _read(tallies: Sequence[_Tally], pairs: tuple[_Pairs, list[Tensor]], view: _View, *, spans: bool) -> None:
@@ -239,9 +249,11 @@ def _pairs_of(changes: Mapping[Unit, tuple[Tensor, Tensor]]) -> tuple[_Pairs, li
 
 
 @cache
-def _spans(blocks: int) -> _Pairs:
-    spans = tuple(Span(start, stop) for start in range(blocks) for stop in range(start + 1, blocks + 1))
-    return _Pairs(spans, tuple(span.start for span in spans), tuple(span.stop for span in spans))
+def _spans(ends: tuple[float, ...]) -> _Pairs:
+    """ends: where each point lies, ascending."""
+    before, after = zip(*itertools.combinations(range(len(ends)), 2), strict=True)
+    spans = tuple(Span(ends[start], ends[stop]) for start, stop in zip(before, after, strict=True))
+    return _Pairs(spans, before, after)
 
 
 class _View:

@@ -110,7 +110,7 @@ class RecoveryMadeBy:
 class ReportData:
     """One removal, told whole.
 
-    influence: scores of units, one entry a metric. spans: angular distance of every span [l, l + n).
+    influence: scores of units, one entry a metric. spans: angular distance of every span of blocks.
     base_model: what the dense model is called. folder: what the pruned one is loaded from. form: how it is stored
     there, a name of `shallower.forms`. recovery: the cut model, and the model behind each recovery, in order; none
     where nothing was repaired. recovery_made_by: what these worked with.

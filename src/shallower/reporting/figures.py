@@ -26,7 +26,7 @@ from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryStage
 from shallower.reporting.wording import KIND_NAMES, score
 from shallower.scores import Score, Scores
-from shallower.units import KINDS, Kind, Unit, listed, runs
+from shallower.units import KINDS, Kind, Unit, listed, runs, sublayers_of
 
 # Okabe-Ito, but for the grey
 _REMOVED = "#D55E00"
@@ -110,7 +110,8 @@ def importance(scores: Scores) -> str:
 
 
 def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
-    """Distance of every span: start block on x, length on y, each length rescaled to 0…1, its least one marked.
+    """Distance of every span of whole blocks: start block on x, length on y, each length rescaled to 0…1, its least one
+    marked.
 
     A length's colours end at its _BRIGHTEST quantile: the few spans that hold the first or last block are so far out
     that they would leave one colour for all others. What was removed is outlined if it is one run of blocks. None when
@@ -119,7 +120,8 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
     blocks = spans.model.blocks
     distance = np.full((blocks, blocks), np.nan)
     for span, value in spans.spans.items():
-        distance[len(span) - 1, span.start] = value if math.isfinite(value) else np.nan
+        if span.start % 1 == span.stop % 1 == 0:
+            distance[int(span.stop - span.start) - 1, int(span.start)] = value if math.isfinite(value) else np.nan
     lengths = [row for row in range(blocks) if np.isfinite(distance[row]).any()]
     if not lengths:
         return None
@@ -130,7 +132,9 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
         spread = float(np.nanquantile(distance[row], _BRIGHTEST)) - low
         rescaled[row] = (distance[row] - low) / spread if spread > 0 else distance[row] * 0
     highest = lengths[-1] + 1
-    chosen = runs(removed, "block") if all(unit.kind == "block" for unit in removed) else ()
+    gone = sublayers_of(removed)
+    whole = [block for block in (Unit(index, "block") for index in range(blocks)) if gone.issuperset(block.sublayers)]
+    chosen = runs(whole, "block") if sublayers_of(whole) == gone else ()
     with styled():
         figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
         plane, profile = figure.subplots(1, 2, sharey=True, width_ratios=(3.6, 1))

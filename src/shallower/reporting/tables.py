@@ -209,16 +209,16 @@ def _unit_table(scores: Scores, units: Iterable[tuple[Unit, Score]]) -> Table:
 
 
 def _span_table(scores: Scores) -> Table:
-    best: dict[int, tuple[Span, Score]] = {}
+    best: dict[float, tuple[Span, Score]] = {}
     for row in scores.rows:
-        if isinstance(row.of, Span) and (len(row.of) not in best or row.value < best[len(row.of)][1].value):
-            best[len(row.of)] = (row.of, row)
+        if isinstance(row.of, Span) and (row.of.blocks not in best or row.value < best[row.of.blocks][1].value):
+            best[row.of.blocks] = (row.of, row)
     longest = max((abs(row.value) for _, row in best.values() if math.isfinite(row.value)), default=0.0)
     table = new_table("Length", "Least span", scores.metric, "± error", caption=_COUNTED)
     table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
     for length, (span, row) in sorted(best.items()):
         told = score(row.value), score(row.error), _bar(row.value, longest)
-        add_row(table, str(length), listed(span.units), *told)
+        add_row(table, f"{length:g}", listed(span.units), *told)
     return table
 
 

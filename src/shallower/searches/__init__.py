@@ -6,8 +6,9 @@ what the signature asks for:
     units    what may be removed, in depth order; some may overlap (a block and its attention), and `budget.admits`
              never puts two such units together
     budget   a `Budget`: `met(removed)`, `admits(removed, unit)`
-    scores   {unit: importance} by the chosen metric; infinite where the model overflows without the unit, never NaN
-    spans    {span: importance} by the chosen metric, likewise
+    scores   {unit: importance} by the chosen metric; infinite where the model overflows without the unit, never NaN.
+             Beside spans: only for attentions alone, or MLPs alone, between which others stay
+    spans    {span: importance} by the chosen metric, likewise; from mid-block to mid-block where sublayers may go
     losses   `Losses`: objective of the model without each candidate
     start    the choice of the search before it, for searches that improve on a set
     rng      a seeded `random.Random`

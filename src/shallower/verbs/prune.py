@@ -403,7 +403,7 @@ def _kinds(request: Request) -> frozenset[Kind]:
 def _stream_metrics(
     subject: Subject, kinds: Collection[Kind], text: CalibrationSet, seed: int
 ) -> tuple[Scores, Scores | None]:
-    """Influence of each unit of the kinds, and where blocks may go angular distance of each of their spans, from one
+    """Influence of each unit of the kinds, and where blocks may go angular distance of each span of them, from one
     pass.
     """
     names = (INFLUENCE, DISTANCE) if "block" in kinds else (INFLUENCE,)

@@ -25,6 +25,14 @@ def that_rank(stages: Sequence[Stage]) -> list[Method]:
     return [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
 
 
+def reads_spans(stages: Sequence[Stage], units: str) -> bool:
+    """Whether a search reads scores of spans: of attentions alone, or MLPs alone, it adds up those of units.
+
+    units: as in `--units`.
+    """
+    return units not in ("attn", "mlp") and any("spans" in method.parameters for method in that_rank(stages))
+
+
 def metric_of(stages: Sequence[Stage], metric: str | None) -> Method | None:
     """What a ranking search reads scores of: the metric that was named, or its own; None where nothing ranks, unless
     one was named all the same.
@@ -70,12 +78,15 @@ def rank(
         return None
     if not ranking:
         refuse_ranking(stages)
+    spans = reads_spans(stages, units)
+    if spans and units == "all" and subject.anatomy.of_kind("attn", "mlp"):
+        units = "sublayer"  # no units are read, but spans that end in mid-block
     known = {*method.options, *(objectives.get(objective).options if "units" in method.parameters else ())}
     [found] = score_many(
         subject,
         [method.name],
         units=units,
-        spans=any("spans" in method.parameters for method in ranking),
+        spans=spans,
         objective=objective,
         calibration=text,
         settings={key: value for key, value in (settings or {}).items() if key in known} or None,
@@ -94,13 +105,14 @@ def ranked(
     metric: str | None,
     scores: Scores | ScoreSheet | str | Path,
     options: Mapping[str, Any],
+    units: str,
 ) -> Scores:
     """Scores measured before, checked against the search that reads them. options: those that were set of the metric.
 
     Raises UserError for scores of another model or metric, or with other options, and where there are none of spans
     for a search that reads these.
     """
-    given = read_scores(stages, scores, metric)
+    given = read_scores(stages, scores, metric, units)
     known = metrics.get(given.metric).options if options else {}
     for name, value in options.items():
         measured = given.made_by.options.get(name, known[name].default if name in known else None)
@@ -115,8 +127,10 @@ def ranked(
     return given
 
 
-def read_scores(stages: Sequence[Stage], scores: Scores | ScoreSheet | str | Path, metric: str | None) -> Scores:
-    """Scores measured before, those of `metric` where it is named, for a search that reads such.
+def read_scores(
+    stages: Sequence[Stage], scores: Scores | ScoreSheet | str | Path, metric: str | None, units: str
+) -> Scores:
+    """Scores measured before, those of `metric` where it is named, for a search that reads such among `units`.
 
     Raises UserError where it reads none, or they are of another metric, or of no spans for a search that reads these.
     """
@@ -128,7 +142,7 @@ def read_scores(stages: Sequence[Stage], scores: Scores | ScoreSheet | str | Pat
         raise UserError(
             f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
         )
-    if any("spans" in method.parameters for method in ranking) and not given.spans:
+    if reads_spans(stages, units) and not given.spans:
         raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")
     return given
 

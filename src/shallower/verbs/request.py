@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from shallower.anatomy import Block
 from shallower.budget import Amount, Budget, Limit, make_limit, most, parse_protect, parse_remove, require_run
 from shallower.errors import BudgetError, ModelError
-from shallower.registry import Method
 from shallower.units import Unit, sublayers_of
-from shallower.verbs.search_methods import refuse_kinds, searches_named
+from shallower.verbs.search_methods import searches_named
 from shallower.verbs.subject import Subject, units_of
 
 
@@ -44,7 +43,7 @@ def resolve(
     methods = searches_named(search)
     if any(method.traits.get("keeps_last_block") for method in methods):
         protected |= {len(subject.anatomy.blocks) - 1}
-    removable = _removable(subject, units, protected, methods, ordinary)
+    removable = _whole(subject, protected) if ordinary else units_of(subject, units, protected)
     budget = budget_for(subject, [item for item in asked if isinstance(item, Amount)], removable)
     if any("spans" in method.parameters for method in methods):
         require_run(removable, budget)
@@ -108,16 +107,6 @@ def _is_empty(block: Block, gone: frozenset[Unit]) -> bool:
     taken = {id(one) for half in halves for module in block.modules_of(half.kind) for one in module.parameters()}
     matrices = [parameter for parameter in block.module.parameters() if parameter.dim() >= 2]
     return len(halves) == 2 or (bool(halves) and all(id(matrix) in taken for matrix in matrices))
-
-
-def _removable(
-    subject: Subject, units: str, protected: frozenset[int], methods: Sequence[Method], ordinary: bool
-) -> tuple[Unit, ...]:
-    removable = _whole(subject, protected) if ordinary else units_of(subject, units, protected)
-    for method in methods:
-        if any(unit.kind not in method.traits.get("kinds", (unit.kind,)) for unit in removable):
-            refuse_kinds(method, units)
-    return removable
 
 
 def _whole(subject: Subject, protected: frozenset[int]) -> tuple[Unit, ...]:

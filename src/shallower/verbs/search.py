@@ -112,7 +112,7 @@ def search(
     stages = chosen.stages
     if stream_blocks:
         require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact and ablator is None)
-    scores = scores_to_rank_by(stages, metric, remove, scores, stream_blocks=stream_blocks)
+    scores = scores_to_rank_by(stages, metric, remove, scores, units=units, stream_blocks=stream_blocks)
     subject = open_subject(
         model,
         tokenizer,
@@ -131,7 +131,7 @@ def search(
     if request.budget is None:
         _cut_named(subject, request.units)
     elif scores is not None:
-        ranking = ranked(subject, stages, metric, scores, chosen.of_metric)
+        ranking = ranked(subject, stages, metric, scores, chosen.of_metric, units)
         require_covered(stages, ranking, request.units)
     read = _text(
         subject,
@@ -355,6 +355,7 @@ def scores_to_rank_by(
     remove: str | int,
     scores: Scores | ScoreSheet | str | Path | None,
     *,
+    units: str,
     stream_blocks: bool,
 ) -> Scores | None:
     """The scores that were given, read, and checked as far as that goes without a model.
@@ -363,7 +364,7 @@ def scores_to_rank_by(
     gradients.
     """
     if scores is not None:
-        return read_scores(stages, scores, metric)
+        return read_scores(stages, scores, metric, units)
     method = metric_of(stages, metric) if stream_blocks else None
     if method is not None and isinstance(parse_remove(str(remove))[0], Amount):
         require_no_gradients([method.name] if needs_backward(method) else [])

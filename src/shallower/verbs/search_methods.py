@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from shallower.budget import Amount, parse_remove, require_protect
 from shallower.engine import reads_stream
@@ -15,7 +15,7 @@ from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.units import Unit
-from shallower.verbs.ranking import Stage, metric_of, refuse_ranking, that_rank
+from shallower.verbs.ranking import Stage, metric_of, reads_spans, refuse_ranking, that_rank
 from shallower.verbs.recovery_steps import Stages, named_recoveries, require_order, require_read
 from shallower.verbs.repaired import require_closed
 from shallower.verbs.subject import kinds_of
@@ -59,25 +59,22 @@ def require_possible(
     """Refuse what is wrong with any model, before one is loaded.
 
     Raises UnknownName for an unknown method or option, BudgetError when `remove`, `protect` or `units` cannot be read,
-    and UserError for units that a search does not work on, when `ordinary` would restrict nothing, `repair` or `exact`
-    change nothing, or `repair` cannot be done.
+    and UserError when `ordinary` would restrict nothing, `repair` or `exact` change nothing, or `repair` cannot be
+    done.
     """
     stages = chosen_methods(search, objective, repair, settings or {}, metric).stages
+    kinds_of(units)  # refuses another word
     if metric is not None:
         readers = that_rank(stages)
         if not readers:
             refuse_ranking(stages)
-        if any("spans" in method.parameters for method in readers) and not reads_stream(metrics.get(metric)):
+        if reads_spans(stages, units) and not reads_stream(metrics.get(metric)):
             raise UserError(
                 f"search {readers[0].name!r} ranks spans, of which metric {metric!r} has no scores; use a metric of "
                 "the stream, such as angular or cosine."
             )
     asked = parse_remove(str(remove))
     require_protect(protect)
-    for method, _ in stages if isinstance(asked[0], Amount) else ():
-        kinds = kinds_of(units)
-        if not {*kinds}.intersection(method.traits.get("kinds", kinds)):  # of several a model may have only some
-            refuse_kinds(method, units)
     if repair and exact:
         raise UserError(f"candidates do not race with --repair {repair}, so --exact would change nothing; drop it.")
     if repair and (objective != "nll" or workers is not None):
@@ -97,11 +94,6 @@ def require_possible(
             f"--ordinary needs --units {' or '.join(PAIRING)}, not {units}: whole blocks are ordinary anyway, and no "
             "plan of attention or MLP alone is."
         )
-
-
-def refuse_kinds(method: Method, units: str) -> NoReturn:
-    """Raise UserError for `--units` that a search does not work on."""
-    raise UserError(f"search {method.name!r} works on --units {' or '.join(method.traits['kinds'])}, not on {units}.")
 
 
 def search_stages(

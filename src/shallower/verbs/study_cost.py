@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +12,7 @@ from random import Random
 
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, along_with, reads_choices
+from shallower.engine.crossing import find_midpoints
 from shallower.errors import BudgetError, CorpusError, ModelError
 from shallower.files import expanded
 from shallower.plan import MadeBy
@@ -166,9 +168,16 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
 
 
 def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp) -> Scores:
-    """Scores of the units that may go, and of all spans."""
-    blocks = len(subject.anatomy.blocks)
-    spans = [Span(first, last) for first in range(blocks) for last in range(first + 1, blocks + 1)]
+    """Scores of the units that may go, and of all spans that stream metrics would score."""
+    ends: list[float] = [*range(len(subject.anatomy.blocks) + 1)]
+    if {"attn", "mlp"} <= {unit.kind for unit in made_up.worth}:
+        both = frozenset(subject.anatomy.units)
+        ends += [
+            index + 0.5
+            for index, middle in find_midpoints(subject.anatomy).items()
+            if not middle.parallel and both.issuperset(Unit(index, "block").sublayers)
+        ]
+    spans = [Span(first, last) for first, last in itertools.combinations(sorted(ends), 2)]
     rows = [Score(unit, value, None) for unit, value in made_up.worth.items()]
     rows += [Score(span, made_up.rng.random(), None) for span in spans]
     made_by = MadeBy(cell.search, cell.objective, None, {}, cell.seed, None, __version__)

@@ -10,7 +10,7 @@ from shallower.errors import BudgetError, UserError
 from shallower.registry import Method
 from shallower.scores import Scores, importance
 from shallower.searches import Losses, best
-from shallower.units import Unit, plain, require_distinct
+from shallower.units import Unit, of_one_sublayer, plain, require_distinct
 from shallower.verbs.ranking import Stage
 
 Trail = Sequence[frozenset[Unit]]
@@ -28,7 +28,7 @@ def run_search(
 
     losses: the question that they may ask, of sets of plain units.
     A search that finds nothing better than what it started from leaves the trail of the one before. Whatever a search
-    chose, no unit goes without which the budget would be met, too.
+    chose, no unit goes without which the budget would be met, too, but for those in the middle of a run.
     Raises BudgetError when it ends without meeting the budget.
     """
 
@@ -43,7 +43,7 @@ def run_search(
             "losses": of_plain,
             "start": trail[-1] if trail else frozenset(),
             "rng": random.Random(seed),
-            "scores": _importance(scores, units) if scores and "scores" in method.parameters else {},
+            "scores": _scores_for(method, scores, units) if scores else {},
             "spans": {span: importance(value) for span, value in scores.spans.items()} if scores else {},
         }
         trail = list(method.function(**{name: supply[name] for name in method.parameters}, **options)) or trail
@@ -61,7 +61,7 @@ def _without_superfluous(trail: Trail, budget: Budget, method: Method, losses: L
     """The trail with those units kept that its last set need not remove, such as small ones chosen before a large one.
 
     A search that measures keeps the one whose return lowers the loss most, and so on; another keeps what it chose last.
-    A span stays whole: without a block in its middle it would be none.
+    A run stays whole: without a unit in its middle it would be none.
     """
     chosen = trail[-1]
     while "spans" not in method.parameters and (spare := budget.superfluous(chosen)):
@@ -75,9 +75,19 @@ def _without_superfluous(trail: Trail, budget: Budget, method: Method, losses: L
     return [*(removed for removed in before if removed and removed != chosen), chosen] if back else list(trail)
 
 
+def _scores_for(method: Method, scores: Scores, units: Sequence[Unit]) -> dict[Unit, float]:
+    """Importance of the units that may go, for a search that ranks them."""
+    return _importance(scores, units) if _ranks_units(method, units) else {}
+
+
+def _ranks_units(method: Method, units: Sequence[Unit]) -> bool:
+    """Whether a search ranks units, rather than the spans that it could have instead."""
+    return "scores" in method.parameters and ("spans" not in method.parameters or of_one_sublayer(units))
+
+
 def require_covered(stages: Sequence[Stage], scores: Scores, units: Sequence[Unit]) -> None:
     """Raise UserError, for searches that rank units, when one of those that may go was not scored."""
-    if any("scores" in method.parameters for method, _ in stages):
+    if any(_ranks_units(method, units) for method, _ in stages):
         _importance(scores, units)
 
 
