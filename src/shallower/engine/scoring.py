@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shallower.corpus.answers import Answers
-from shallower.engine.head import LOWEST, ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, Head
+from shallower.engine.head import LOWEST, ROW_CHUNK_BYTES_ELSEWHERE, Head
 from shallower.engine.states import DenseRows
 from shallower.engine.trace import Trace, stacked
 from shallower.registry import Method
@@ -29,6 +29,8 @@ from shallower.registry import objective as objectives
 
 STREAM = frozenset({"hidden", "dense_hidden"})
 REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
+# Logits of whole rows on a processor, where a comparison holds some ten tensors of this size, in each thread
+ROW_CHUNK_BYTES = 8 << 20
 ROWS_TOGETHER = 512  # as many as make the products of the head run at full speed; a batch of text may have half of it
 CHOICES = frozenset({"log_likelihoods", "tokens", "bytes", "gold"})
 
