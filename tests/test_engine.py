@@ -149,7 +149,7 @@ def test_comparisons_with_the_dense_model_equal_those_of_stock_outputs(family, o
     kept = Ablator(anatomy, text, objective, options).losses(candidates)
     assert kept == pytest.approx(expected, abs=2e-5, rel=2e-5)
     assert Ablator(anatomy, text, objective, options, memory=0).losses(candidates) == pytest.approx(kept, abs=1e-6)
-    monkeypatch.setattr(scoring, "ROW_CHUNK_BYTES", 1)  # rows go by sixteen
+    monkeypatch.setattr(scoring, "COMPARED_CHUNK_BYTES", 1)  # rows go by sixteen
     for memory, head in itertools.product((None, 0), (True, False)):
         if not head:  # of a family whose logits only its own forward gives
             monkeypatch.setattr(evaluator, "find_head", lambda anatomy: None)

@@ -57,6 +57,28 @@ def test_a_word_that_is_ruled_out_spoils_nothing(bias, word, temperature):
     assert torch.allclose(found.mean_logit.double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [2e3, -2e3, 1e6])
+@pytest.mark.parametrize("word", [0, WORDS, (VOCABULARY - 1) // WORDS * WORDS])
+@pytest.mark.parametrize("compared", [False, True])
+@torch.no_grad()
+def test_large_logits_at_the_beginning_of_a_chunk_lose_no_digits(bias, word, compared):
+    """Also of the last, smaller chunk, whose targets are among those that are asked for."""
+    head = head_of(bias=True)
+    head.output.bias[word] = bias
+    rows, targets = torch.randn(5, 16), torch.tensor([1, VOCABULARY - 1, word, VOCABULARY - 1, WORDS])
+    probabilities = torch.softmax(torch.randn(5, VOCABULARY), -1) if compared else None
+    found = head.reduce(rows, targets, probabilities)
+    logits = rows.double() @ head.output.weight.T.double() + head.output.bias.double()
+    assert torch.allclose(found.log_normalizer.double(), logits.logsumexp(-1), rtol=1e-7, atol=1e-5)
+    assert torch.allclose(found.target_logits.double(), logits.gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_target_beyond_the_head_has_no_logit():
+    found = head_of().reduce(torch.randn(3, 16), torch.tensor([1, VOCABULARY + 3, 2]))
+    assert found.target_logits.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("name", ["kl", "js"])
 @pytest.mark.parametrize("known", [True, False])
 def test_no_temperature_makes_a_ruled_out_word_count(name, known, monkeypatch):

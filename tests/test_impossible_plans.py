@@ -109,7 +109,7 @@ def test_halves_of_hybrids_have_their_own_names() -> None:
         (True, False),
         (False, True),
     ]
-    with pytest.raises(BudgetError, match=r"no run of neighbouring units that may go .* or --units block"):
+    with pytest.raises(BudgetError, match=r"no run of neighbouring units .*, --units block"):
         search(model, 2, search="contiguous", units="sublayer", calibration=TEXT)
     assert search(model, 1, search="contiguous", units="all", protect="2", calibration=TEXT).remove[0].kind == "block"
     cells = dissect(small("xlstm", num_blocks=3, num_heads=2)).blocks[0]

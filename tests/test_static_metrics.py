@@ -544,8 +544,24 @@ def test_contiguous_removes_a_run_in_every_shape_of_block(family: str, units: st
     else:
         places = sorted(unit.reach[0] for unit in sublayers_of(plan.remove))
     assert places == [*range(places[0], places[0] + len(places))]
-    by_sublayers = units in ("sublayer", "all")
-    assert len(plan.remove) == (4 if by_sublayers and family == "gpt_neox" else 3)
+    assert len(plan.remove) == 3
+
+
+def test_scores_of_spans_of_blocks_are_refused_for_runs_of_sublayers() -> None:
+    model, parallel = tiny_model("llama"), tiny_model("gpt_neox")
+    text = sample_text(model, padded=False)
+    for units in ("sublayer", "all"):
+        blocks = score(model, "angular", calibration=text, spans=True)
+        with pytest.raises(UserError, match=f"no spans that end in mid-block, as --units {units} needs: score with"):
+            search(model, 3, search="contiguous", units=units, scores=blocks, calibration=text)
+        halves = score(model, "angular", units="sublayer", calibration=text, spans=True)
+        found = search(model, 3, search="contiguous", units=units, scores=halves, calibration=text)
+        assert found.remove == search(model, 3, search="contiguous", units=units, calibration=text).remove
+        both = score(parallel, "angular", units="all", calibration=text, spans=True)
+        search(parallel, 3, search="contiguous", units=units, scores=both, calibration=text)
+    none = score(model, "cosine", units="all", calibration=text)
+    with pytest.raises(UserError, match="make them with `shallower score --units sublayer --spans`"):
+        search(model, 3, search="contiguous", units="all", scores=none, calibration=text)
 
 
 def test_the_last_block_and_the_spans_that_end_with_it_are_not_scored_after_the_norm(llama: PreTrainedModel) -> None:

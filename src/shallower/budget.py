@@ -172,8 +172,8 @@ def require_run(units: Iterable[Unit], budget: Budget) -> None:
     """Raise BudgetError unless some run of neighbours among `units` meets the budget."""
     if not any(budget.met(line) for line in neighbours(units)):
         raise BudgetError(
-            f"no run of neighbouring units that may go removes {budget}; protect fewer, remove less, or use another "
-            "search, or --units block."
+            f"no run of neighbouring units that may go removes {budget}; protect fewer, remove less, use another "
+            "search, or, where a block is a single sublayer, --units block."
         )
 
 

@@ -164,7 +164,7 @@ def of_one_sublayer(units: Iterable[Unit]) -> bool:
 def neighbours(units: Iterable[Unit]) -> list[tuple[Unit, ...]]:
     """The units in lines of neighbours, each as long as can be: with its units all that is between its ends goes.
 
-    A block is in a line as its two sublayers if both are among the units, else whole, if it is; one of which only a
+    A block is in a line whole, if it is among the units, else as its two sublayers, if both are; one of which only a
     part may go ends the line. Pairs are in lines of their own. Of attentions alone, or MLPs alone, those of blocks that
     follow one another are neighbours.
     """
@@ -172,13 +172,13 @@ def neighbours(units: Iterable[Unit]) -> list[tuple[Unit, ...]]:
     alone = of_one_sublayer(there)
     steps: dict[bool, dict[int, tuple[Unit, ...]]] = {False: {}, True: {}}  # by whether they are pairs
     for unit in sorted(there):
-        halves, block = Unit(unit.index, "block").sublayers, Unit(unit.index, "block")
+        block = Unit(unit.index, "block")
         if alone or unit.kind == "pair":
             steps[unit.kind == "pair"][unit.index] = (unit,)
-        elif there.issuperset(halves):
-            steps[False][unit.index] = halves
         elif block in there:
             steps[False][unit.index] = (block,)
+        elif there.issuperset(block.sublayers):
+            steps[False][unit.index] = block.sublayers
     lines: list[tuple[Unit, ...]] = []
     for found in steps.values():
         for place, index in enumerate(found):

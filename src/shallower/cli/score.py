@@ -25,7 +25,7 @@ def score(
         bool | None,
         Option(
             "--spans/--no-spans",
-            help="Also score every span of blocks (of sublayers for these). Default: as in the paper.",
+            help="Also score every span of blocks (--units sublayer: of these). Default: as in the paper.",
         ),
     ] = None,
     positions: Annotated[

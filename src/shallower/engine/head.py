@@ -15,8 +15,8 @@ from shallower.engine.trace import reach
 # not depend on the rows, so that neither do the results.
 WORDS = 512
 WORDS_ELSEWHERE = 8192
-# Float32 logits held at once where whole rows are needed. Memory beyond 32 MB would come fresh from the system each
-# time, which takes as long as the product itself (docs/decisions.md has the measurements).
+# Float32 logits held at once where likelihoods and trainings need whole rows. Memory beyond 32 MB would come fresh from
+# the system each time, which takes as long as the product itself (docs/decisions.md has the measurements).
 ROW_CHUNK_BYTES = 24 << 20
 ROW_CHUNK_BYTES_ELSEWHERE = 256 << 20
 # Three buffers of a chunk of words, for as many rows at a time as this holds. On a processor all rows go at once: there
@@ -125,7 +125,7 @@ class Head:
             words = slice(start, min(start + size, vocabulary))
             if words.stop - start < size:
                 product, logits, scratch = (
-                    buffer.view(-1)[: count * (words.stop - start)].view(count, -1)
+                    buffer.view(-1)[: count * (words.stop - start)].view(count, words.stop - start)
                     for buffer in (product, logits, scratch)
                 )
             self._of_words(rows, words, temperature, product, logits)
@@ -138,6 +138,7 @@ class Head:
             if mean is not None and probabilities is not None:
                 mean += _mean(logits, probabilities[:, words], scratch)
         normalizers = first - its_log
+        del product, logits, scratch
         for number in (~(first.abs() < LARGE_LOGIT).all(dim=1)).nonzero().flatten().tolist():
             words = slice(starts[number], min(starts[number] + size, vocabulary))
             product = torch.empty(count, words.stop - words.start, dtype=rows.dtype, device=rows.device)
@@ -181,11 +182,11 @@ def _pieces(count: int, each: int, most: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _of_chunks(targets: Tensor, starts: range) -> list[Tensor]:
-    """For each chunk of `starts.step` words the places of the targets in it."""
+    """For each chunk of `starts.step` words the places of the targets in it. Targets beyond them all are in none."""
     order = targets.argsort()
     ends = torch.searchsorted(targets[order], torch.tensor([*starts[1:], starts.stop], device=targets.device))
     counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    return [*torch.split(order, counts)]
+    return [*torch.split(order, [*counts, len(order) - sum(counts)])[:-1]]
 
 
 def _mean(logits: Tensor, probabilities: Tensor, scratch: Tensor) -> Tensor:

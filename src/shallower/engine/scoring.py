@@ -30,7 +30,7 @@ from shallower.registry import objective as objectives
 STREAM = frozenset({"hidden", "dense_hidden"})
 REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
 # Logits of whole rows on a processor, where a comparison holds some ten tensors of this size, in each thread
-ROW_CHUNK_BYTES = 8 << 20
+COMPARED_CHUNK_BYTES = 8 << 20
 ROWS_TOGETHER = 512  # as many as make the products of the head run at full speed; a batch of text may have half of it
 CHOICES = frozenset({"log_likelihoods", "tokens", "bytes", "gold"})
 
@@ -263,7 +263,7 @@ class Scorer:
         return flat
 
     def _chunk(self) -> int:
-        limit = ROW_CHUNK_BYTES if self.targets.device.type == "cpu" else ROW_CHUNK_BYTES_ELSEWHERE
+        limit = COMPARED_CHUNK_BYTES if self.targets.device.type == "cpu" else ROW_CHUNK_BYTES_ELSEWHERE
         return max(16, limit // (4 * self.vocabulary))
 
     def _dense_logit_rows(self, dense: Tensor) -> Callable[[slice], Tensor]:

@@ -126,6 +126,19 @@ def stream_scores(
     return [_rows(tally, joined[tally.statistic.positions], units) for tally in tallies]
 
 
+def span_ends(anatomy: Anatomy) -> list[float]:
+    """Where spans of sublayers begin and end, ascending: between blocks, and in those whose sublayers follow each
+    other.
+    """
+    both = frozenset(anatomy.units)
+    middles = [
+        index + 0.5
+        for index, midpoint in find_midpoints(anatomy).items()
+        if not midpoint.parallel and both.issuperset(Unit(index, "block").sublayers)
+    ]
+    return sorted([*range(len(anatomy.blocks) + 1), *middles])
+
+
 def _require_tokens(statistic: StreamStatistic, calibration: CalibrationSet, hidden: int) -> None:
     if MOMENTS.isdisjoint(statistic.metric.parameters):
         return

@@ -7,7 +7,7 @@ what the signature asks for:
              never puts two such units together
     budget   a `Budget`: `met(removed)`, `admits(removed, unit)`
     scores   {unit: importance} by the chosen metric; infinite where the model overflows without the unit, never NaN.
-             Beside spans: only for attentions alone, or MLPs alone, between which others stay
+             Empty for a search that also asks for spans, unless only attentions or only MLPs may go
     spans    {span: importance} by the chosen metric, likewise; from mid-block to mid-block where sublayers may go
     losses   `Losses`: objective of the model without each candidate
     start    the choice of the search before it, for searches that improve on a set

@@ -33,7 +33,7 @@ def contiguous(
     stay, so that their runs have no ends to compare: these count the sum of their units' scores.
 
     The trail grows that run unit by unit, so that a prefix of the plan is a good shorter run. Where sublayers stand
-    side by side, nothing lies between them, and it grows by both of a block, one after the other.
+    side by side, nothing lies between them, and it grows by one of a block and then the other.
     """
     require_run(units, budget)
     runs = _alone(units, scores) if of_one_sublayer(units) else _spanned(units, spans)
@@ -42,33 +42,29 @@ def contiguous(
     if not shortest:
         raise BudgetError(f"none of the spans that have a score removes {budget}; score all spans.")
     grown = [min(shortest, key=lambda span: (runs[span].value, span.start))]
-    while parts := _parts(grown[-1], runs):
+    while parts := _parts(grown[-1], runs, nested=True):
         grown.append(min(parts, key=lambda span: runs[span].value))
     removed: frozenset[Unit] = frozenset()
     for span in reversed(grown):
         added = sorted(removed.symmetric_difference(runs[span].units))
-        if len({unit.index for unit in added}) == 1:
-            yield from (removed.union(added[:count]) for count in range(1, len(added)))
+        steps = range(1, len(added)) if len({unit.index for unit in added}) == 1 else ()
+        for more in [*steps, len(added)]:
+            yield removed.union(added[:more])
+            if budget.met(removed.union(added[:more])):
+                return
         removed = frozenset(runs[span].units)
-        yield removed
 
 
 def _spanned(units: Sequence[Unit], spans: Mapping[Span, float]) -> dict[Span, _ScoredRun]:
-    """The spans of which nothing has to stay: of blocks, or of pairs, each as its sublayers where both may go."""
+    """The spans that consist of units that may go: blocks and halves at the ends, or sublayers alone, or pairs."""
     there = frozenset(units)
     runs = {}
     for span, value in spans.items():
-        for found in (_halved(span, there), _pairs(span)):
+        for found in (span.units, span.sublayers, _pairs(span)):
             if found and there.issuperset(found):
                 runs[span] = _ScoredRun(found, value)
+                break
     return runs
-
-
-def _halved(span: Span, there: frozenset[Unit]) -> tuple[Unit, ...]:
-    found: list[Unit] = []
-    for unit in span.units:
-        found += unit.sublayers if there.issuperset(unit.sublayers) else (unit,)
-    return tuple(found)
 
 
 def _pairs(span: Span) -> tuple[Unit, ...]:
@@ -88,13 +84,15 @@ def _alone(units: Sequence[Unit], scores: Mapping[Unit, float]) -> dict[Span, _S
     return runs
 
 
-def _parts(span: Span, runs: Mapping[Span, _ScoredRun]) -> list[Span]:
-    """The longest runs that begin later, or end earlier, by half a block or a block."""
+def _parts(span: Span, runs: Mapping[Span, _ScoredRun], *, nested: bool = False) -> list[Span]:
+    """The longest runs that begin later, or end earlier, by half a block or a block.
+
+    nested: only those of which `span` is made by adding units, which half of a block is not of that block.
+    """
+    later = (Span(span.start + step, span.stop) for step in (0.5, 1) if span.blocks > step)
+    earlier = (Span(span.start, span.stop - step) for step in (0.5, 1) if span.blocks > step)
     found = []
-    for left, right in ((1, 0), (0, 1)):
-        for step in (0.5, 1):
-            start, stop = span.start + step * left, span.stop - step * right
-            if start < stop and Span(start, stop) in runs:
-                found.append(Span(start, stop))
-                break
+    for parts in (later, earlier):
+        there = (part for part in parts if part in runs)
+        found += [part for part in there if not nested or set(runs[part].units) < set(runs[span].units)][:1]
     return found

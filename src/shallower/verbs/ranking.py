@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator
+from shallower.engine.stream import span_ends
 from shallower.errors import UserError
 from shallower.registry import Method
 from shallower.registry import metric as metrics
@@ -79,8 +80,9 @@ def rank(
     if not ranking:
         refuse_ranking(stages)
     spans = reads_spans(stages, units)
-    if spans and units == "all" and subject.anatomy.of_kind("attn", "mlp"):
-        units = "sublayer"  # no units are read, but spans that end in mid-block
+    among_units = any("scores" in method.parameters and "spans" not in method.parameters for method in ranking)
+    if spans and units == "all" and not among_units and subject.anatomy.of_kind("attn", "mlp"):
+        units = "sublayer"  # no scores of units are read, but of spans that end in mid-block
     known = {*method.options, *(objectives.get(objective).options if "units" in method.parameters else ())}
     [found] = score_many(
         subject,
@@ -110,7 +112,7 @@ def ranked(
     """Scores measured before, checked against the search that reads them. options: those that were set of the metric.
 
     Raises UserError for scores of another model or metric, or with other options, and where there are none of spans
-    for a search that reads these.
+    for a search that reads these, or of none that end where these may.
     """
     given = read_scores(stages, scores, metric, units)
     known = metrics.get(given.metric).options if options else {}
@@ -124,6 +126,13 @@ def ranked(
     if given.model.fingerprint != subject.identity.fingerprint:
         theirs, mine = (f"{side.name} ({side.fingerprint[:19]}…)" for side in (given.model, subject.identity))
         raise UserError(f"the scores are of {theirs}, not of {mine}; score this model first.")
+    if units != "block" and reads_spans(stages, units):
+        ends = {end for span in given.spans for end in (span.start, span.stop)}
+        if not ends.issuperset(span_ends(subject.anatomy)):
+            raise UserError(
+                f"the scores have no spans that end in mid-block, as --units {units} needs: score with --units "
+                "sublayer --spans."
+            )
     return given
 
 
@@ -143,8 +152,16 @@ def read_scores(
             f"--metric {metric} and --scores of metric {given.metric} contradict each other; give one of them."
         )
     if reads_spans(stages, units) and not given.spans:
-        raise UserError(f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --spans`.")
+        raise UserError(
+            f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --units "
+            f"{_scored_for(units)} --spans`."
+        )
     return given
+
+
+def _scored_for(units: str) -> str:
+    """What `--units` to score with for spans to be there: in mid-block they end only where no blocks are scored."""
+    return "sublayer" if units == "all" else units
 
 
 def _given(scores: Scores | ScoreSheet | str | Path, metric: str | None) -> Scores:

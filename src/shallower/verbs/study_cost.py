@@ -12,7 +12,7 @@ from random import Random
 
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, along_with, reads_choices
-from shallower.engine.crossing import find_midpoints
+from shallower.engine.stream import span_ends
 from shallower.errors import BudgetError, CorpusError, ModelError
 from shallower.files import expanded
 from shallower.plan import MadeBy
@@ -22,7 +22,7 @@ from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, search_and_metric
 from shallower.units import Span, Unit, plain
-from shallower.verbs.ranking import metric_of
+from shallower.verbs.ranking import metric_of, reads_spans
 from shallower.verbs.request import resolve
 from shallower.verbs.runnable import require_runnable, settings_of
 from shallower.verbs.score import measured_scores
@@ -159,7 +159,7 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
         if ranking is not None and "units" in ranking.parameters:
             options = ranking.parse_options({key: text for key, text in settings.items() if key in ranking.options})
             measured_scores(ranking, options, made_up, request.units, cell.seed)
-        scores = _made_up_scores(subject, cell, made_up)
+        scores = _made_up_scores(subject, cell, made_up, spans=reads_spans(stages, given.units))
         order = removal_order(
             run_search(stages, request.units, request.budget, made_up.losses, scores, cell.seed), made_up.losses
         )
@@ -167,19 +167,12 @@ def _simulated(subject: Subject, given: Study, cell: Cell) -> set[frozenset[Unit
     return made_up.asked
 
 
-def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp) -> Scores:
-    """Scores of the units that may go, and of all spans that stream metrics would score."""
-    ends: list[float] = [*range(len(subject.anatomy.blocks) + 1)]
-    if {"attn", "mlp"} <= {unit.kind for unit in made_up.worth}:
-        both = frozenset(subject.anatomy.units)
-        ends += [
-            index + 0.5
-            for index, middle in find_midpoints(subject.anatomy).items()
-            if not middle.parallel and both.issuperset(Unit(index, "block").sublayers)
-        ]
-    spans = [Span(first, last) for first, last in itertools.combinations(sorted(ends), 2)]
+def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp, *, spans: bool) -> Scores:
+    """Scores of the units that may go, and for a search of spans of all that stream metrics would score."""
+    halves = spans and {"attn", "mlp"} <= {unit.kind for unit in made_up.worth}
+    ends = span_ends(subject.anatomy) if halves else range(len(subject.anatomy.blocks) + 1)
     rows = [Score(unit, value, None) for unit, value in made_up.worth.items()]
-    rows += [Score(span, made_up.rng.random(), None) for span in spans]
+    rows += [Score(Span(*ends), made_up.rng.random(), None) for ends in itertools.combinations(ends, 2) if spans]
     made_by = MadeBy(cell.search, cell.objective, None, {}, cell.seed, None, __version__)
     return Scores(subject.identity, "made up", tuple(rows), made_by)
 
