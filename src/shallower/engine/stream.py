@@ -130,13 +130,17 @@ def span_ends(anatomy: Anatomy) -> list[float]:
     """Where spans of sublayers begin and end, ascending: between blocks, and in those whose sublayers follow each
     other.
     """
-    both = frozenset(anatomy.units)
-    middles = [
-        index + 0.5
-        for index, midpoint in find_midpoints(anatomy).items()
-        if not midpoint.parallel and both.issuperset(Unit(index, "block").sublayers)
-    ]
+    middles = [index + 0.5 for index in _divided(find_midpoints(anatomy), frozenset(anatomy.units))]
     return sorted([*range(len(anatomy.blocks) + 1), *middles])
+
+
+def _divided(midpoints: Mapping[int, Midpoint], units: frozenset[Unit]) -> frozenset[int]:
+    """The blocks whose sublayers follow each other and are both among the units."""
+    return frozenset(
+        index
+        for index, midpoint in midpoints.items()
+        if not midpoint.parallel and units.issuperset(Unit(index, "block").sublayers)
+    )
 
 
 def _require_tokens(statistic: StreamStatistic, calibration: CalibrationSet, hidden: int) -> None:
@@ -167,12 +171,12 @@ def _read_batch(
         tally.statistic.positions: [] for tally in tallies if tally.statistic.spans
     }
     ends: list[float] = []
-    halves = all(unit.kind != "block" for unit in units)
+    divided = _divided(midpoints, units) if all(unit.kind != "block" for unit in units) else ()
 
     def visit(crossing: Crossing) -> None:
         here = crossing.block.index
         points: list[tuple[float, Tensor]] = [(here, crossing.before)]
-        if halves and units.issuperset(Unit(here, "block").sublayers) and not crossing.parallel:
+        if here in divided:
             assert crossing.between is not None
             points.append((here + 0.5, crossing.between))
         if here == last:

@@ -172,7 +172,8 @@ def _made_up_scores(subject: Subject, cell: Cell, made_up: _MadeUp, *, spans: bo
     halves = spans and {"attn", "mlp"} <= {unit.kind for unit in made_up.worth}
     ends = span_ends(subject.anatomy) if halves else range(len(subject.anatomy.blocks) + 1)
     rows = [Score(unit, value, None) for unit, value in made_up.worth.items()]
-    rows += [Score(Span(*ends), made_up.rng.random(), None) for ends in itertools.combinations(ends, 2) if spans]
+    if spans:
+        rows += [Score(Span(*pair), made_up.rng.random(), None) for pair in itertools.combinations(ends, 2)]
     made_by = MadeBy(cell.search, cell.objective, None, {}, cell.seed, None, __version__)
     return Scores(subject.identity, "made up", tuple(rows), made_by)
 
