@@ -54,7 +54,8 @@ class Head:
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """float32 [rows, vocabulary] for the output embedding's input [rows, hidden]; in `out` where it is given."""
         found = self._finish(self.output(rows))
-        return found.float().clamp_min(LOWEST) if out is None else out.copy_(found).clamp_min_(LOWEST)
+        out = torch.empty_like(found, dtype=torch.float32) if out is None else out
+        return out.copy_(found).clamp_min_(LOWEST)
 
     @property
     def has_chunks(self) -> bool:
