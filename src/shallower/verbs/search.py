@@ -182,6 +182,7 @@ def search(
         "ordinary": ordinary,
         "protect": protect,
         "dtype": subject.dtype,
+        "device": subject.model.device.type,  # a race looks at its batches, whose size depends on it
         **_of_races(measuring.racing, spent, repair),
         **_of_scores(ranking, text, objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
         **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
