@@ -308,6 +308,15 @@ def calibrate(
     return text
 
 
+def note_default(calibration: str | Path | CalibrationSet | None) -> None:
+    """Tell those who named no text what is read."""
+    if calibration is None:
+        progress.note(
+            "No text was named, so the documentation and the code of this Python are read. Text like what the model "
+            "will read serves better (--calibration text.jsonl)."
+        )
+
+
 def calibrate_most(
     subject: Subject, calibration: str | Path | CalibrationSet | None, *, sequences: int, length: int, seed: int
 ) -> tuple[CalibrationSet, int]:
