@@ -129,8 +129,17 @@ def test_a_search_that_draws_is_still_a_search() -> None:
 
 
 def test_a_resample_without_a_value_is_not_a_zero() -> None:
-    interval = mean_interval([np.array([np.nan]), np.array([-1.0])])
+    interval = mean_interval([np.array([np.nan]), np.array([-1.0]), np.array([-1.0])])
     assert (interval.value, interval.low, interval.high) == (-1, -1, -1)
+
+
+def test_one_group_has_no_interval() -> None:
+    for groups in ([[0.2, 0.4]], [[0.3], [np.nan]]):
+        interval = mean_interval([np.array(group) for group in groups])
+        assert interval.value == pytest.approx(0.3)
+        assert math.isnan(interval.low)
+        assert math.isnan(interval.high)
+        assert interval.told("{:.1f}".format) == "0.3 [–]"
 
 
 def test_a_studys_own_results_are_not_taken_for_the_demo(tmp_path: Path) -> None:
@@ -186,11 +195,34 @@ def test_what_does_not_vary_is_due_to_nothing() -> None:
     assert sum(shares.values()) == pytest.approx(1)  # not halved by the ratio at which nothing varies
     written = markdown([*still, *moved], findings)
     text, search, crossed = (f"{100 * shares[term]:.0f} %" for term in ("text", "search", "text × search"))
-    assert f"| text | 33 % [33 %, 33 %] | {text} [{text}, {text}] |" in written
+    assert f"| text | 33 % [–] | {text} [–] |" in written  # four cells, and as many effects
     assert (
         f"Of the variance of the calibration loss, {text} is due to calibration, 0 % to the objective, {search} to the "
-        f"search, {crossed} to two of these together, and 0 % is left over."
+        f"search, {crossed} to two of these together, and nothing can be left over. Where a grid has as many cells as"
     ) in findings.answer
+
+
+def test_few_cells_do_not_say_what_changes_plans_more(tmp_path: Path) -> None:
+    from shallower.reporting.study import write_pages
+
+    def grid(texts: str, searches: Sequence[str]) -> list[Result]:
+        """Plans that texts change more than searches do."""
+        return [
+            result(block(10 * at, 10 * at + 1, 10 * at + 2 + shift), text=text, search=search)
+            for at, text in enumerate(texts)
+            for shift, search in enumerate(searches)
+        ]
+
+    few, many = find(grid("ab", ("greedy", "swap"))), find(grid("abcd", ("greedy", "swap", "last", "beam")))
+    assert "too few sets of cells (2, where 4 are needed)" in few.answer
+    assert "So here" not in few.answer
+    assert "So here calibration changes the plan more" in many.answer
+    alone = grid("ab", ("greedy",))
+    page, numbers, tables = write_pages(tmp_path, alone, find(alone))
+    [of_text] = json.loads(numbers.read_text())["agreements"]
+    assert of_text["jaccard"] == {"value": 0.0, "low": "nan", "high": "nan"}
+    assert "| text | 0.00 [–] | " in tables.read_text()
+    assert "nan" not in re.sub("<[^>]*>", "", page.read_text())  # of words and numbers that are shown
 
 
 def test_what_a_search_draws_is_no_effect_of_calibration() -> None:

@@ -74,7 +74,7 @@ _AGREEMENT_HEAD = ("Differing in", "Shared units (Jaccard)", "Same order (Kendal
 def agreement_rows(findings: Findings) -> Rows:
     """A line a factor, the one that changes plans most first."""
     ordered = sorted(findings.agreements, key=lambda item: item.jaccard.value)
-    return [(item.factor, _interval(item.jaccard), _interval(item.order), f"{item.pairs:,}") for item in ordered]
+    return [(item.factor, item.jaccard.told(number), item.order.told(number), f"{item.pairs:,}") for item in ordered]
 
 
 def share_head(findings: Findings) -> tuple[str, ...]:
@@ -97,7 +97,9 @@ def share_rows(findings: Findings) -> Rows:
     means = {term: {outcome: _mean(values) for outcome, values in found.items()} for term, found in table.items()}
     shown = [term for term in means if max(item.value for item in means[term].values()) >= _SMALLEST_SHARE]
     shown.sort(key=lambda term: (term == RESIDUAL, -means[term].get("plan", Interval(0, 0, 0)).value))
-    return [(term, *(_percents(means[term][name]) if name in means[term] else "–" for name in head)) for term in shown]
+    return [
+        (term, *(means[term][name].told(_percent) if name in means[term] else "–" for name in head)) for term in shown
+    ]
 
 
 def _mean(items: Sequence[Interval]) -> Interval:
@@ -110,7 +112,7 @@ _RANK_HEAD = ("Removed", "Text", "Task", "Rank correlation")
 def rank_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
     """Whether perplexity ranks cells as accuracy does. models: see `model_names`; the first column, where there are."""
     return [
-        (*_first(models, item.model), item.remove, item.text, item.task, _interval(item.correlation))
+        (*_first(models, item.model), item.remove, item.text, item.task, item.correlation.told(number))
         for item in findings.ranks
     ]
 
@@ -121,7 +123,7 @@ _STABILITY_HEAD = ("Calibration tokens", "Shared units of two seeds", "Held-out 
 def stability_rows(findings: Findings) -> Rows:
     """How many tokens are enough."""
     return [
-        (f"{item.tokens:,}", _interval(item.jaccard), _number(item.perplexity), str(item.cells))
+        (f"{item.tokens:,}", item.jaccard.told(number), _number(item.perplexity), str(item.cells))
         for item in findings.stability
     ]
 
@@ -186,15 +188,8 @@ def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
 
 
-def _interval(interval: Interval) -> str:
-    if math.isnan(interval.value):
-        return "–"
-    return f"{number(interval.value)} [{number(interval.low)}, {number(interval.high)}]"
-
-
-def _percents(interval: Interval) -> str:
-    value, low, high = (percent(bound, 1, digits=0) for bound in (interval.value, interval.low, interval.high))
-    return f"{value} [{low}, {high}]"
+def _percent(share: float) -> str:
+    return percent(share, 1, digits=0)
 
 
 @dataclass(frozen=True)
@@ -230,7 +225,7 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
             share_head(findings),
             share_rows(findings),
             "Means over ratios and models. In brackets: 95 % intervals. Terms below "
-            f"{percent(_SMALLEST_SHARE, 1, digits=0)} of every outcome are in {NUMBERS} only.",
+            f"{_percent(_SMALLEST_SHARE)} of every outcome are in {NUMBERS} only.",
         ),
         _Table(
             "levels",
@@ -273,7 +268,9 @@ HOW = (
     "In brackets: 95 % intervals. Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
     "type II sums of squares of main effects and interactions of two factors, within one model and ratio, with redrawn "
     "residuals; of a plan, summed over sublayers. Searches that draw are not compared across seeds, and what they draw "
-    "is left over. Correlation: over distinct plans, bootstrap over these."
+    "is left over. Correlation: over distinct plans, bootstrap over these. No interval (–): what a single group of "
+    "cells says, and shares in a grid with as many cells as effects, where noise counts as an effect and nothing can "
+    "be left over."
 )
 
 
@@ -331,10 +328,9 @@ def agreement_bars(findings: Findings) -> str | None:
         figure = Figure(figsize=(WIDTH, 0.7 + 0.32 * len(items)), layout="constrained")
         axes: Axes = figure.subplots()
         values = [item.jaccard.value for item in items]
-        errors = [
-            [max(0.0, item.jaccard.value - item.jaccard.low) for item in items],
-            [max(0.0, item.jaccard.high - item.jaccard.value) for item in items],
-        ]
+        below = [item.jaccard.value - item.jaccard.low for item in items]
+        above = [item.jaccard.high - item.jaccard.value for item in items]
+        errors = np.fmax(0.0, [below, above])  # 0 where there is no interval
         colours = ["#D55E00" if item.factor == "search" else "#0072B2" for item in items]
         axes.barh([item.factor for item in items], values, xerr=errors, color=colours, height=0.62, ecolor="#334155")
         axes.set_xlim(0, 1)

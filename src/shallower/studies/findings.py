@@ -14,7 +14,7 @@ from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement,
 from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, grouped
 from shallower.studies.variance import RESIDUAL, Share, decompose
 
-FEWEST = 4  # cells, or distinct plans, below which a share or a correlation says nothing
+FEWEST = 4  # cells, sets of them, or distinct plans, below which a share, a comparison or a correlation says nothing
 OWN_OUTCOMES = ("plan", "loss")  # names that no held-out text or task may have
 
 
@@ -32,6 +32,11 @@ class Decomposition:
     def share(self, factors: Sequence[str]) -> float:
         """What main effects of these factors, and interactions among them alone, explain together."""
         return sum(item.share.value for item in self.shares if _among(item, factors))
+
+    @property
+    def saturated(self) -> bool:
+        """Whether terms are as many as cells, so that nothing can be left over."""
+        return any(math.isnan(item.share.low) for item in self.shares)
 
     @property
     def together(self) -> float:
@@ -187,11 +192,17 @@ def _answer(
     if calibration and "search" in by_factor:
         least = min(calibration, key=lambda item: item.jaccard.value)
         search = by_factor["search"]
+        shared = [item.jaccard.told("{:.2f}".format) for item in (search, least)]
         sentences.append(
-            f"Plans that differ only in the search share {_within(search.jaccard)} of their units (Jaccard); plans "
-            f"that differ only in the calibration {least.factor} share {_within(least.jaccard)}."
+            f"Plans that differ only in the search share {shared[0]} of their units (Jaccard); plans that differ only "
+            f"in the calibration {least.factor} share {shared[1]}."
         )
-        if least.jaccard.high < search.jaccard.low:
+        if (groups := min(least.groups, search.groups)) < FEWEST:
+            sentences.append(
+                f"These are pairs from too few sets of cells ({groups}, where {FEWEST} are needed) to say which of the "
+                "two changes plans more."
+            )
+        elif least.jaccard.high < search.jaccard.low:
             sentences.append("So here calibration changes the plan more than the search does.")
         elif search.jaccard.high < least.jaccard.low:
             sentences.append("So here the search changes the plan more than calibration does.")
@@ -205,10 +216,16 @@ def _answer(
         what = {"plan": "plans", "loss": "the calibration loss"}.get(outcome, f"accuracy on {outcome}")
         if outcome in results[0].held_out:
             what = f"perplexity on {outcome}"
+        left = "nothing can be" if all(item.saturated for item in own) else f"{_percent(due[3])} is"
         sentences.append(
             f"Of the variance of {what}, {_percent(due[0])} is due to calibration, {_percent(due[1])} to the "
             f"objective, {_percent(due[2])} to the search, {_percent(together)} to two of these together, and "
-            f"{_percent(due[3])} is left over."
+            f"{left} left over."
+        )
+    if any(item.saturated for item in decompositions):
+        sentences.append(
+            "Where a grid has as many cells as effects, nothing can be left over: its noise counts as due to these, "
+            "and its shares have no intervals."
         )
     if ranks:
         typical = f"{np.mean([item.correlation.value for item in ranks]):.2f}".replace("-", "−")
@@ -221,10 +238,6 @@ def _answer(
         parts = [f"{item.tokens:,} tokens {item.jaccard.value:.2f}" for item in stability]
         sentences.append(f"Two seeds of the same calibration agree, by its size: {', '.join(parts)} (Jaccard).")
     return " ".join(sentences)
-
-
-def _within(interval: Interval) -> str:
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def _percent(share: float) -> str:
