@@ -317,6 +317,29 @@ def test_tables_tell_several_models_apart() -> None:
     assert "| b/tiny | 2 | wiki | quiz |" in told
 
 
+def test_what_is_shown_of_all_cells_is_shown_of_each_model() -> None:
+    from shallower.reporting.study import markdown, spread
+
+    one = [
+        replace(each, cell=replace(each.cell, sequences=size, model="small"))
+        for size in (8, 32)
+        for each in made_up("text")
+    ]
+    other = [replace(each, cell=replace(each.cell, model="large"), held_out={"wiki": 5.0}) for each in one]
+    both = [*one, *other]
+    told = markdown(both, find(both))
+    assert "| Model | Calibration tokens | Shared units of two seeds | Held-out perplexity | Cells |" in told
+    assert "| small | 128 | 1.00 [1.00, 1.00] | 43.56 | 32 |" in told
+    assert "| large | 128 | 1.00 [1.00, 1.00] | 5.00 | 32 |" in told
+    assert "by its size, on average over models: 128 tokens 1.00, 512 tokens 1.00 (Jaccard)" in told
+    assert "by its size: 128 tokens 1.00, 512 tokens 1.00 (Jaccard)" in find(one).answer
+    for results, columns, names in ((one, 4, 0), (both, 8, 1)):
+        drawn = spread(results)
+        assert drawn is not None
+        assert len(re.findall(">(?:greedy|swap|last|beam)<", drawn)) == columns
+        assert len(re.findall(">large<", drawn)) == names
+
+
 def test_figures_of_a_study_have_captions_and_words_stand_left() -> None:
     from shallower.reporting.study import markdown, render
 

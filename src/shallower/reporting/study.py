@@ -120,12 +120,13 @@ def rank_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
 _STABILITY_HEAD = ("Calibration tokens", "Shared units of two seeds", "Held-out perplexity", "Cells")
 
 
-def stability_rows(findings: Findings) -> Rows:
-    """How many tokens are enough."""
-    return [
-        (f"{item.tokens:,}", item.jaccard.told(number), _number(item.perplexity), str(item.cells))
-        for item in findings.stability
-    ]
+def stability_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
+    """How many tokens are enough. models: see `model_names`; the first column, where there are."""
+    rows: Rows = []
+    for item in findings.stability:
+        row = (f"{item.tokens:,}", item.jaccard.told(number), _number(item.perplexity), str(item.cells))
+        rows.append((*_first(models, item.model), *row))
+    return rows
 
 
 _FAILURE_HEAD = ("Removed", "Search", "Objective", "Cells", "Why")
@@ -246,9 +247,10 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
         _Table(
             "stability",
             "How many tokens are enough?",
-            _STABILITY_HEAD,
-            stability_rows(findings),
+            (*several, *_STABILITY_HEAD),
+            stability_rows(findings, models),
             f"Perplexity: the geometric mean over {_OVER}; lower is better.",
+            len(several) + 1,
         ),
         _Table(
             "failures",
@@ -379,11 +381,21 @@ def _stack(items: Sequence[Decomposition]) -> Mapping[str, float]:
 
 
 def spread(results: Sequence[Result]) -> str | None:
-    """Held-out perplexity of every cell: a panel a text, a column a search at a ratio, a colour a calibration text."""
+    """Held-out perplexity of every cell: a panel a text, a column a search at a ratio, of one model where there are
+    several, and a colour a calibration text.
+    """
     texts = [name for name in outcomes(results) if name in results[0].held_out]
     if not texts:
         return None
-    columns = list(dict.fromkeys((result.cell.remove, result.cell.search) for result in results))
+    by_model = [result for cells in grouped(results, lambda result: result.cell.model).values() for result in cells]
+    columns = list(dict.fromkeys(map(_column, by_model)))
+    labels = [f"{search}\n{remove}" for _, remove, search in columns]
+    models = model_names(results)
+    starts = []
+    for model, name in models.items():
+        among = [place for place, column in enumerate(columns) if column[0] == model]
+        starts.append(among[0])
+        labels[among[(len(among) - 1) // 2]] += f"\n{name}"
     sources = list(dict.fromkeys(result.cell.text for result in results))
     with styled():
         figure = Figure(figsize=(WIDTH, 0.9 + 2.1 * len(texts)), layout="constrained")
@@ -392,15 +404,23 @@ def spread(results: Sequence[Result]) -> str | None:
             for number, source in enumerate(sources):
                 own = [result for result in results if result.cell.text == source]
                 shift = (number - (len(sources) - 1) / 2) * 0.16
-                places = [columns.index((result.cell.remove, result.cell.search)) + shift for result in own]
+                places = [columns.index(_column(result)) + shift for result in own]
                 values = [result.held_out[text] for result in own]
                 colour = COLOURS[number % len(COLOURS)]
                 axes.plot(places, values, "o", color=colour, alpha=0.55, markersize=3.5, label=source)
+            for start in starts[1:]:
+                axes.axvline(start - 0.5, color="#94A3B8", linewidth=0.8)
             perplexity_axis(axes)
             axes.set_ylabel(f"perplexity, {text} (log scale)")
             axes.grid(axis="y")
-        panels[-1].set_xticks(range(len(columns)), [f"{search}\n{remove}" for remove, search in columns])
+        panels[-1].set_xticks(range(len(columns)), labels)
         panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sources), borderaxespad=0.2)
         return svg(
-            figure, "Held-out perplexity of every cell", "Dots by search and ratio, coloured by calibration text."
+            figure,
+            "Held-out perplexity of every cell",
+            f"Dots by search, {'ratio and model' if models else 'and ratio'}, coloured by calibration text.",
         )
+
+
+def _column(result: Result) -> tuple[str, str, str]:
+    return result.cell.model, result.cell.remove, result.cell.search

@@ -65,11 +65,13 @@ class RankAgreement:
 
 @dataclass(frozen=True)
 class Stability:
-    """Plans of calibration sets of one size that differ in their seed only: how alike, and how good they are.
+    """Plans of one model and calibration sets of one size that differ in their seed only: how alike, and how good they
+    are.
 
     tokens: sequences × length. perplexity: geometric mean over cells and held-out texts; nan without any.
     """
 
+    model: str
     tokens: int
     jaccard: Interval
     perplexity: float
@@ -166,14 +168,16 @@ def _spearman(first: Any, second: Any, seed: int) -> Interval:
 
 def _stability(results: Sequence[Result], seed: int) -> list[Stability]:
     found = []
-    sizes = grouped(results, lambda result: result.cell.sequences * result.cell.length)
-    for tokens, group in sorted(sizes.items(), key=lambda item: str(item[0]).zfill(12)):
-        across = [item for item in agreement(group, ["seed"], seed) if item.factor == "seed"]
-        if not across:
-            continue
-        logs = [math.log(value) for result in group for value in result.held_out.values()]
-        typical = math.exp(sum(logs) / len(logs)) if logs else float("nan")
-        found.append(Stability(int(str(tokens)), across[0].jaccard, typical, len(group)))
+    for of_model in grouped(results, lambda result: result.cell.model).values():
+        sizes = grouped(of_model, lambda result: result.cell.sequences * result.cell.length)
+        for tokens, group in sorted(sizes.items(), key=lambda item: str(item[0]).zfill(12)):
+            across = [item for item in agreement(group, ["seed"], seed) if item.factor == "seed"]
+            if not across:
+                continue
+            logs = [math.log(value) for result in group for value in result.held_out.values()]
+            typical = math.exp(sum(logs) / len(logs)) if logs else float("nan")
+            model = group[0].cell.model
+            found.append(Stability(model, int(str(tokens)), across[0].jaccard, typical, len(group)))
     return found
 
 
@@ -234,9 +238,11 @@ def _answer(
             f"Perplexity ranks the distinct plans as task accuracy does with a rank correlation of {typical} on "
             f"average; the interval is above zero in {sure} of {len(ranks)} cases of a ratio, a text and a task."
         )
-    if len(stability) > 1:
-        parts = [f"{item.tokens:,} tokens {item.jaccard.value:.2f}" for item in stability]
-        sentences.append(f"Two seeds of the same calibration agree, by its size: {', '.join(parts)} (Jaccard).")
+    if len(sizes := sorted({item.tokens for item in stability})) > 1:
+        alike = [np.mean([item.jaccard.value for item in stability if item.tokens == size]) for size in sizes]
+        parts = [f"{size:,} tokens {value:.2f}" for size, value in zip(sizes, alike, strict=True)]
+        over = ", on average over models" if len({item.model for item in stability}) > 1 else ""
+        sentences.append(f"Two seeds of the same calibration agree, by its size{over}: {', '.join(parts)} (Jaccard).")
     return " ".join(sentences)
 
 
