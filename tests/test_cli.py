@@ -264,6 +264,19 @@ def test_what_is_advised_after_a_search_reads_the_same_text(cli: Cli, place: Pat
     assert advice.endswith(f"--plan {shlex.quote(str(out))} --out FOLDER {told}")
 
 
+def test_what_is_advised_after_a_search_repairs_as_that_judged(cli: Cli, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join([(place / "text.txt").read_text()] * 3))
+    how = ("--calibration", tmp_path / "text.txt", "--repair", "linear-fold", "--set", "width=2", "--set", "ridge=0.01")
+    asked = ("search", place / "tiny", "--remove", 1, "--search", "beam", *how, *SMALL)
+    ran = cli(*asked, "--out", tmp_path / "plan.json")
+    assert ran.code == 0, ran.err
+    [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
+    assert " --out FOLDER --recover linear-fold --set ridge=0.01 --calibration " in advice
+    pruned = cli(*shlex.split(advice.replace("FOLDER", str(tmp_path / "out"))), "--no-speed", "--json")
+    assert pruned.code == 0, pruned.err
+    assert not [note for note in pruned.json["notes"] if "was not repaired" in note]
+
+
 def test_search_by_scores(cli: Cli, place: Path, tmp_path: Path) -> None:
     text = ("--calibration", place / "text.txt")
     assert cli("score", place / "tiny", *text, *SMALL, "--out", tmp_path / "s.json", "--quiet").code == 0
