@@ -956,18 +956,25 @@ def test_what_errors_are_told_as(error: BaseException, code: int, told: str) -> 
             "score",
             "score_many",
             ["--metric", "cosine"],
-            "give less --memory, a smaller --length, another --dtype or another --device.",
+            "give a smaller --length, another --dtype or another --device.",
         ),
+        ("score", "score_many", ["--memory", "4GB"], "give less --memory, a smaller --length"),
         (
             "recover",
             "recover",
-            ["--with", "full"],
-            "give less --memory, a smaller --set at_once=… or --set recompute=true in",
+            ["--with", "full", "--out", "o"],
+            "give a smaller --set at_once=… or --set recompute=true in training, a smaller --length, a smaller",
         ),
+        ("recover", "recover", ["--with", "refit", "--memory=4GB"], "give less --memory, a smaller --set"),
+        ("prune", "prune", ["--plan", "p", "--out", "o"], "give a smaller --length, a smaller --window"),
+        ("prune", "prune", ["--remove", "2", "--out", "o"], "give less --memory, a smaller --length"),
+        ("evaluate", "evaluate", ["--text", "t"], "give a smaller --window, another --dtype"),
+        ("evaluate", "evaluate", ["--tasks", "boolq", "--batch", "8"], "give a smaller --batch, another --dtype"),
+        ("ratio_curve", "ratio_curve", ["--tasks", "boolq", "--plan", "p"], "give less --memory, another --dtype"),
         ("bench", "bench", [], "give a smaller --prompt, a smaller --batch, another"),
     ],
 )
-def test_what_saves_memory_is_what_the_verb_has(
+def test_what_saves_memory_is_what_the_verb_heeds(
     cli: Cli,
     place: Path,
     module: str,
@@ -980,7 +987,8 @@ def test_what_saves_memory_is_what_the_verb_has(
         raise MemoryError
 
     monkeypatch.setattr(importlib.import_module(f"shallower.verbs.{module}"), function, no_room)
-    assert f"out of memory; {advice}" in sentence(cli(module, place, *asked))
+    verb = "eval" if module in ("evaluate", "ratio_curve") else module
+    assert f"out of memory; {advice}" in sentence(cli(verb, place, *asked))
 
 
 def test_a_verb_of_a_verb_says_what_saves_memory(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
