@@ -116,6 +116,13 @@ def test_the_share_that_is_distilled_is_refused_where_it_cannot_be(
     assert "--distill 0.9 is for a recovery that trains: add one, as in --recover full" in str(ran.exception)
 
 
+def test_a_command_that_trains_and_keeps_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _forbid_loading(monkeypatch)
+    ran = CliRunner().invoke(app, ["recover", "m", "--teacher", "t", "--with", "refit,full"])
+    assert isinstance(ran.exception, UserError)
+    assert str(ran.exception).startswith("--with refit,full trains (full), and without --out nothing would be left")
+
+
 def test_pruning_distils_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str]] = []
 
