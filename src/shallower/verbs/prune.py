@@ -44,6 +44,7 @@ from shallower.verbs.recoveries import (
     recovery_card,
     recovery_made_by,
     require_place,
+    require_recoverable,
     run_recoveries,
     with_maps_inside,
 )
@@ -226,6 +227,7 @@ def prune(
         with nullcontext() if request.budget is None else naming(given.remove), clock("recovery"):
             if out is not None:
                 require_place(steps, subject.anatomy, given.removed)
+            require_recoverable(smaller, subject, given.removed, steps, read.fitted, read.training, resume)
             smaller, stages, said = run_recoveries(
                 smaller,
                 subject,

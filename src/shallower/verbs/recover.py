@@ -42,6 +42,7 @@ from shallower.verbs.recoveries import (
     recovery_card,
     recovery_made_by,
     require_place,
+    require_recoverable,
     run_recoveries,
     texts_read,
     training_text,
@@ -184,6 +185,7 @@ def recover(
                 "on and measured by, and --text is shown. Leave out --calibration, or --text."
             )
     resume = Resume(out)
+    require_recoverable(student, dense, given.removed, steps, text, training, resume)
     before = told_before(student.loaded.path) if teacher is not None else None
     before_repair = [*student.model.parameters()]
     made = recovery_made_by(dense, steps, text, training, seed)

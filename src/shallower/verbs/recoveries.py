@@ -144,6 +144,21 @@ def require_ready(
             require_tokens(text.tokens, widest, least=f"the widest map of {method.name}")
 
 
+def require_recoverable(
+    student: Subject,
+    dense: Subject,
+    removed: frozenset[Unit],
+    steps: Stages,
+    text: CalibrationSet,
+    training: Training | None,
+    resume: Resume,
+) -> None:
+    """Raise as `require_ready`, and OutputError without room for what the trainings keep."""
+    require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
+    for trained in trained_parameters(steps, student.model):
+        resume.require_room(sum(trained.values()))
+
+
 def trained_parameters(steps: Stages, student: PreTrainedModel) -> Iterator[Mapping[str, int]]:
     """How many parameters each of the recoveries that train will train of a student, at least, by the names of the
     parameters, or of the modules that they are added to.
@@ -308,11 +323,9 @@ def run_recoveries(
     weights were spread over processes.
 
     text: for those in closed form. training: for those that train. measure: perplexities of the student as it is,
-    called before the first and behind each. repaired: the student is no plain cut any more.
+    called before the first and behind each. repaired: the student is no plain cut any more. Nothing is checked that
+    `require_recoverable` does.
     """
-    require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
-    for trained in trained_parameters(steps, student.model):
-        resume.require_room(sum(trained.values()))
     stages = [RecoveryStage("repaired" if repaired else "cut", values(measure(student)))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
