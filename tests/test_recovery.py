@@ -1140,6 +1140,10 @@ def test_a_plan_is_applied_on_the_text_that_it_was_made_with(files: Path) -> Non
     assert report.influence[0].made_by.calibration == plan.made_by.calibration
     assert list(report.pruned.perplexity) == ["text.jsonl?part=held-out"]
     assert notes == ["The calibration text is the plan's own, text.jsonl: name other text with --calibration."]
+    assert read(seed=3)[1:] == (measured, notes)
+    _, by_other_seed, notes = read(seed=0)
+    assert by_other_seed == measured.replace("seed=3", "seed=0")
+    assert notes[0].startswith("The calibration text is the plan's own, text.jsonl (by seed 0, not 3): name other")
     report, measured, _ = read(recover="low-rank", sequences=4)
     own = plan.made_by.calibration.spec
     assert measured == own.replace("sequences=6", "sequences=4")
@@ -1156,6 +1160,9 @@ def test_a_plan_is_applied_on_the_text_that_it_was_made_with(files: Path) -> Non
     mended = mend(plan=plan, sequences=4, length=40)
     assert mended.made_by.calibration.spec == own.replace("sequences=6", "sequences=4")
     assert notes_on_text(mended.notes) == notes_on_text(read()[0].notes) != []
+    others = [mend(plan=plan, sequences=4, length=40, seed=seed).made_by for seed in (1, 2)]
+    assert [made.seed for made in others] == [1, 2]
+    assert len({made.calibration.digest for made in (mended.made_by, *others)}) == 3
     with pytest.raises(TooLittleText, match=r"50 documents, .*\. The calibration text is the plan's own"):
         mend(plan=single)
 
@@ -1168,7 +1175,7 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
         calibration = replace(plan.made_by.calibration, **recorded)
         made_by = replace(plan.made_by, calibration=calibration, objective=objective)
         with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
-            return wanted_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None)
+            return wanted_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None, None)
 
     for change, why in (
         ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),

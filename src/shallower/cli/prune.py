@@ -82,7 +82,7 @@ def prune(
     ] = "auto",
     stock: Annotated[bool, Option("--stock", help="The same as --form padded. Default: the smaller model.")] = False,
     force: options.Force = False,
-    seed: options.Seed = 0,
+    seed: options.SeedOrPlans = None,
     memory: options.Memory = None,
     workers: options.MeasuredBy = None,
     device: options.Device = "auto",

@@ -73,7 +73,7 @@ def recover(
         int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
     ] = 12,
     force: options.Force = False,
-    seed: options.Seed = 0,
+    seed: options.SeedOrPlans = None,
     memory: options.Memory = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -109,7 +109,7 @@ def recover(
     texts: str | Path | Sequence[str | Path] = (),
     window: int = 1024,
     max_windows: int | None = 12,
-    seed: int = 0,
+    seed: int | None = None,
     force: bool = False,
     memory: int | str | None = None,
     device: str = "auto",
@@ -120,12 +120,12 @@ def recover(
 
     model: a pruned checkpoint, whose plan.json says what is missing; or, without a `teacher`, the dense model, which is
     cut by `plan` first. One that is given itself stays as it was; the repaired one shares with it what no recovery
-    changed. methods: names of recoveries, one or several in order (`refit,full`). settings: their options
-    as text. calibration: without it the plan's own text is read, where it is still what it was. texts: held-out text;
-    without any, the documents that calibration left out. out: folder to write; without it nothing is written.
-    train_sequences: what recoveries that train read of the calibration text (default: 4,096, or all of a shorter text),
-    as the others read `sequences` (default: 128); a ready-made set is read whole by all. instructions: .jsonl file of
-    conversations to train on instead.
+    changed. methods: names of recoveries, one or several in order (`refit,full`). settings: their options as text.
+    calibration: without it the plan's own text is read, where it is still what it was, by the seed that chose of it
+    then, unless a `seed` is given. texts: held-out text; without any, the documents that calibration left out. out:
+    folder to write; without it nothing is written. train_sequences: what recoveries that train read of the calibration
+    text (default: 4,096, or all of a shorter text), as the others read `sequences` (default: 128); a ready-made set is
+    read whole by all. instructions: .jsonl file of conversations to train on instead.
     They keep the weights that do best on the documents that calibration left out, or on the answers of every 20th
     conversation, never by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of
     processes that `accelerate launch` started together, all train, and the first one writes.
@@ -152,8 +152,9 @@ def recover(
         require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
     own = PlanText()
     if calibration is None and (in_closed_form(steps) or instructions is None or not contents):
-        own = text_of_plan(dense, given)
+        own = text_of_plan(dense, given, seed)
         calibration = own.spec
+    seed = seed or 0
     text = None
     if in_closed_form(steps):
         count = SEQUENCES if sequences is None else sequences
