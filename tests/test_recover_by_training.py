@@ -74,6 +74,9 @@ def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Pat
     assert (before["method"], repaired["method"], trained["method"]) == ("cut", "refit", "full")
     assert trained["tokens"] == 64 * 32
     assert trained["options"]["distill"] == 0.5
+    assert trained["options"]["compute"] == "bfloat16"  # what auto chose
+    measured = {"dtype": "bfloat16", "device": "cpu", "window": 64, "windows": 3}
+    assert {key: told["made_by"][key] for key in measured} == measured
     [text] = trained["perplexity"]
     assert trained["perplexity"][text] <= min(repaired["perplexity"][text], before["perplexity"][text])
     assert any("16 steps of training" in note for note in told["notes"])

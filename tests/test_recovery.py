@@ -986,11 +986,17 @@ def test_a_pruned_checkpoint_is_recovered_into_an_ordinary_one(files: Path) -> N
     assert (made.seed, made.version) == (0, shallower.__version__)
     assert made.calibration is not None
     assert (made.calibration.tokens, made.training) == (16 * 32, None)
+    assert (made.dtype, made.device, made.window, made.windows) == ("float32", "cpu", 64, 3)
+    older = {key: value for key, value in written["made_by"].items() if key not in ("device", "window", "windows")}
+    assert RecoveryMadeBy.from_json(older) == replace(made, device=None, window=None, windows=None)
     assert str(files / "text.jsonl") in made.calibration.spec
     card = (files / "out" / "README.md").read_text()
     assert "What is left was then changed by emulated-update, refit" in card
     assert "not changed" not in card
     assert "\n- Repaired on text.jsonl" in card
+    how = "float32 on cpu, the first 3 windows of 64 tokens of each text"
+    assert f"\n- Seed 0\n- Measured: {how}" in card
+    assert how in (files / "out" / "report.html").read_text()
     again = recover(files / "dense", "emulated-update,refit", plan=files / "plan.json", **asked(files))
     assert torch.allclose(logits(again.model, text), logits(found.model, text), atol=1e-4)
 
@@ -1368,7 +1374,9 @@ def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPa
     old = json.loads((files / "out" / "report.json").read_text())
     for stage in old["recovery"]:
         del stage["options"]
-    del old["recovery_made_by"]
+    assert [old[key] for key in ("dtype", "device", "window", "windows")] == ["float32", "cpu", 64, 3]
+    for key in ("recovery_made_by", "device", "window", "windows"):
+        del old[key]
     assert [stage.options for stage in ReportData.from_json(old).recovery] == [{}, {}, {}]
     faulty = {**json.loads((files / "out" / "report.json").read_text()), "recovery_made_by": {"seed": "0"}}
     with pytest.raises(UserError, match=r"'recovery_made_by' of the report lacks 'teacher'.*'seed' of .* is '0'"):

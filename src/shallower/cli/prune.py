@@ -178,6 +178,9 @@ def pruned_answer(data: ReportData, folder: Path, of_blocks: int | None = None) 
         "recovery",
         "recovery_made_by",
         "dtype",
+        "device",
+        "window",
+        "windows",
     )
     everything = data.to_json()
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}

@@ -62,7 +62,7 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
 from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
-from shallower.verbs.texts import nothing_held_out, read_texts, require_measurable, tokens_read
+from shallower.verbs.texts import fitting, nothing_held_out, read_texts, require_measurable, tokens_read
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -274,8 +274,13 @@ def prune(
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
-        recovery_made_by=recovery_made_by(subject, steps, read.fitted, read.training, seed) if steps else None,
+        recovery_made_by=(
+            recovery_made_by(subject, steps, read.fitted, read.training, seed, window, max_windows) if steps else None
+        ),
         dtype=subject.dtype,
+        device=subject.model.device.type,
+        window=fitting(subject, window),
+        windows=max_windows,
     )
     folder = None
     if out is not None:

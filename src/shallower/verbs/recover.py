@@ -189,7 +189,7 @@ def recover(
     require_recoverable(student, dense, given.removed, steps, text, training, resume)
     before = told_before(student.loaded.path) if teacher is not None else None
     before_repair = [*student.model.parameters()]
-    made = recovery_made_by(dense, steps, text, training, seed)
+    made = recovery_made_by(dense, steps, text, training, seed, window, max_windows)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = tokens_read(dense, window, None, max_windows)
     before_cut = values(perplexities(dense, contents, window, max_windows, label="of the dense model on"))
