@@ -1397,7 +1397,11 @@ def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPa
         ({"teacher": "pruned"}, PlanError, "was made for"),
         ({"teacher": None}, UserError, "--teacher MODEL"),
         ({"model": "dense"}, PlanError, "has no plan.json"),
-        ({"plan": "other-plan.json"}, PlanError, "which is not what is left"),
+        (
+            {"plan": "other-plan.json"},
+            PlanError,
+            "plan.json says that pruned lacks block.2-3, and --plan .*other-plan.json removes block.2-4: leave",
+        ),
         ({"sequences": 1}, CorpusError, "32 tokens of calibration text cannot fit"),
     ],
 )
@@ -1413,6 +1417,23 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
     with pytest.raises(error, match=message):
         recover(given.pop("model"), given.pop("methods"), **asked(files, **given))
     assert sorted(path.name for path in files.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["refit", "full"])
+def test_a_plan_that_the_model_was_not_cut_by_is_refused(method: str, files: Path) -> None:
+    given = {"teacher": files / "dense", **asked(files)}
+    given |= {"sequences": None} if method == "full" else {}
+    as_large, smaller = (plan_for(tiny_model("llama"), removed) for removed in ("block.4-5", "block.2-4"))
+    with pytest.raises(
+        PlanError, match=r"pruned lacks block\.2-3, and the plan removes block\.4-5: leave the plan out"
+    ):
+        recover(files / "pruned", method, plan=as_large, **given)
+    (files / "pruned" / "plan.json").unlink()
+    for model in (files / "pruned", AutoModelForCausalLM.from_pretrained(files / "pruned", dtype=torch.float32)):
+        with pytest.raises(
+            PlanError, match="the model has 4 blocks, which is not what is left of the 6 of its teacher"
+        ):
+            recover(model, method, plan=smaller, **given)
 
 
 def test_a_search_behind_repairs_keeps_to_the_memory_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

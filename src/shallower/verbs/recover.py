@@ -30,7 +30,8 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.plain import is_plain
 from shallower.surgery.save import form_of
 from shallower.surgery.silence import adds_nothing
-from shallower.units import Unit, listed
+from shallower.surgery.stations import layers_of
+from shallower.units import Unit, listed, sublayers_of
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.plan_text import PlanText, text_of_plan
@@ -240,16 +241,17 @@ def recover(
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:
     """The plan that was given, or the one in the pruned checkpoint."""
-    if isinstance(plan, PruningPlan):
-        return plan
+    inside = Path(os.path.expanduser(model)) / PLAN if isinstance(model, (str, Path)) else None
     if plan is not None:
-        return PruningPlan.load(plan)
+        given = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+        if teacher is not None and inside is not None:
+            _require_agreed(given, "the plan" if plan is given else f"--plan {plan}", inside)
+        return given
     if teacher is None:
         raise UserError(
             "say what the model was cut from, or how to cut it: give a pruned checkpoint with its dense model "
             "(--teacher MODEL), or a dense model with a plan (--plan FILE)."
         )
-    inside = Path(os.path.expanduser(model)) / PLAN if isinstance(model, (str, Path)) else None
     if inside is not None and not inside.parent.is_dir():
         locate(str(model))  # says that there is no such model, or what it is instead
     if inside is None or not inside.is_file():
@@ -258,6 +260,21 @@ def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> Pr
             "plan that it was cut by (--plan FILE)."
         )
     return PruningPlan.load(inside)
+
+
+def _require_agreed(given: PruningPlan, name: str, inside: Path) -> None:
+    """Raise PlanError where the checkpoint's own plan says that other units of the same model are missing. name: of the
+    plan that was given.
+    """
+    try:
+        own = PruningPlan.load(inside)
+    except PlanError:  # without one, or with one that cannot be read, another is needed
+        return
+    if own.model.fingerprint == given.model.fingerprint and sublayers_of(own.remove) != sublayers_of(given.remove):
+        raise PlanError(
+            f"{inside} says that {inside.parent.name} lacks {listed(own.remove) or 'nothing'}, and {name} removes "
+            f"{listed(given.remove) or 'nothing'}: leave the plan out, or name the checkpoint that was cut by it."
+        )
 
 
 def _student(
@@ -279,6 +296,8 @@ def _student(
         _require_kin(student, dense)
         _require_gone(student, dense)
         plan.require_for(dense.identity)
+        if not _has_maps(student):  # else places of what is missing are there
+            layers_of(student.anatomy, dense.anatomy, plan.removed)
         folder, stored = student.loaded.path, student.stored_dtype
         if stored == student.dtype:
             return student, lambda: None
@@ -296,12 +315,17 @@ def _require_first_repair(student: Subject, steps: Stages) -> None:
     for twice.
     """
     repairs = [method.name for method, _ in steps if method.traits.get("maps") or not method.trained]
-    if repairs and isinstance(student.model, LeavesOut) and has_maps(student.model.config):
+    if repairs and _has_maps(student):
         raise PlanError(
             f"{student.loaded.name} has maps in the place of what is missing, as an earlier recovery left them: it can "
             f"be trained further (--with full), but not repaired again by {repairs[0]}. Repair the plain cut: give the "
             f"dense model with the plan (--plan {PLAN})."
         )
+
+
+def _has_maps(student: Subject) -> bool:
+    """Whether maps of an earlier recovery stand in a checkpoint's blocks."""
+    return isinstance(student.model, LeavesOut) and has_maps(student.model.config)
 
 
 def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: Stages) -> None:
