@@ -266,6 +266,19 @@ def test_what_is_advised_after_a_search_reads_the_same_text(cli: Cli, place: Pat
     assert advice.endswith(f"--plan {shlex.quote(str(out))} --out FOLDER {told}")
 
 
+def test_what_is_advised_after_a_search_repairs_as_that_judged(cli: Cli, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join([(place / "text.txt").read_text()] * 3))
+    how = ("--calibration", tmp_path / "text.txt", "--repair", "linear-fold", "--set", "width=2", "--set", "ridge=0.01")
+    asked = ("search", place / "tiny", "--remove", 1, "--search", "beam", *how, *SMALL)
+    ran = cli(*asked, "--out", tmp_path / "plan.json")
+    assert ran.code == 0, ran.err
+    [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
+    assert " --out FOLDER --recover linear-fold --set ridge=0.01 --calibration " in advice
+    pruned = cli(*shlex.split(advice.replace("FOLDER", str(tmp_path / "out"))), "--no-speed", "--json")
+    assert pruned.code == 0, pruned.err
+    assert not [note for note in pruned.json["notes"] if "was not repaired" in note]
+
+
 def test_search_by_scores(cli: Cli, place: Path, tmp_path: Path) -> None:
     text = ("--calibration", place / "text.txt")
     assert cli("score", place / "tiny", *text, *SMALL, "--out", tmp_path / "s.json", "--quiet").code == 0
@@ -945,18 +958,25 @@ def test_what_errors_are_told_as(error: BaseException, code: int, told: str) -> 
             "score",
             "score_many",
             ["--metric", "cosine"],
-            "give less --memory, a smaller --length, another --dtype or another --device.",
+            "give a smaller --length, another --dtype or another --device.",
         ),
+        ("score", "score_many", ["--memory", "4GB"], "give less --memory, a smaller --length"),
         (
             "recover",
             "recover",
-            ["--with", "full"],
-            "give less --memory, a smaller --set at_once=… or --set recompute=true in",
+            ["--with", "full", "--out", "o"],
+            "give a smaller --set at_once=… or --set recompute=true in training, a smaller --length, a smaller",
         ),
+        ("recover", "recover", ["--with", "refit", "--memory=4GB"], "give less --memory, a smaller --set"),
+        ("prune", "prune", ["--plan", "p", "--out", "o"], "give a smaller --length, a smaller --window"),
+        ("prune", "prune", ["--remove", "2", "--out", "o"], "give less --memory, a smaller --length"),
+        ("evaluate", "evaluate", ["--text", "t"], "give a smaller --window, another --dtype"),
+        ("evaluate", "evaluate", ["--tasks", "boolq", "--batch", "8"], "give a smaller --batch, another --dtype"),
+        ("ratio_curve", "ratio_curve", ["--tasks", "boolq", "--plan", "p"], "give less --memory, another --dtype"),
         ("bench", "bench", [], "give a smaller --prompt, a smaller --batch, another"),
     ],
 )
-def test_what_saves_memory_is_what_the_verb_has(
+def test_what_saves_memory_is_what_the_verb_heeds(
     cli: Cli,
     place: Path,
     module: str,
@@ -969,7 +989,8 @@ def test_what_saves_memory_is_what_the_verb_has(
         raise MemoryError
 
     monkeypatch.setattr(importlib.import_module(f"shallower.verbs.{module}"), function, no_room)
-    assert f"out of memory; {advice}" in sentence(cli(module, place, *asked))
+    verb = "eval" if module in ("evaluate", "ratio_curve") else module
+    assert f"out of memory; {advice}" in sentence(cli(verb, place, *asked))
 
 
 def test_a_verb_of_a_verb_says_what_saves_memory(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 from pathlib import Path
@@ -48,6 +49,32 @@ def written(folder: Path, **changes: object) -> Path:
     path = folder / "two.yaml"
     path.write_text(json.dumps(data))  # JSON is YAML
     return path
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("prune {model} --remove {remove} --recover refit,lora --out {out}/x", "lora needs the package `peft`, which"),
+        ("recover {out}/x --teacher {model} --with=lora --out {out}/y", "lora needs the package `peft`, which is not"),
+        ("recover {out}/x --teacher {model} --with refit --set ridge=-1 --out {out}/y", "ridge='-1' does not fit"),
+        ("recover {out}/x --teacher {model} --with refitt --out {out}/y", "did you mean 'refit'"),
+    ],
+)
+def test_a_recovery_that_cannot_run_is_told_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str, said: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else found(name))
+    first = "score {model} --calibration {text} --sequences 2 --length 16 --out {out}/scores.json"
+    recipe, out = (
+        written(tmp_path, steps=[first, f"{step} --calibration {{text}} --memory {{remove}}GB"]),
+        tmp_path / "out",
+    )
+    assert main.run(["run", str(recipe), "--out", str(out), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert f"step 2 of {recipe} cannot run: " in told
+    assert said in told
+    assert not out.exists()
 
 
 def test_a_run_goes_on_after_the_step_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -73,6 +74,9 @@ def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Pat
     assert (before["method"], repaired["method"], trained["method"]) == ("cut", "refit", "full")
     assert trained["tokens"] == 64 * 32
     assert trained["options"]["distill"] == 0.5
+    assert trained["options"]["compute"] == "bfloat16"  # what auto chose
+    measured = {"dtype": "bfloat16", "device": "cpu", "window": 64, "windows": 3}
+    assert {key: told["made_by"][key] for key in measured} == measured
     [text] = trained["perplexity"]
     assert trained["perplexity"][text] <= min(repaired["perplexity"][text], before["perplexity"][text])
     assert any("16 steps of training" in note for note in told["notes"])
@@ -114,6 +118,27 @@ def test_the_share_that_is_distilled_is_refused_where_it_cannot_be(
         assert re.search(message, str(ran.exception)), ran.exception
     ran = CliRunner().invoke(app, ["prune", "m", "--remove", "1", "--out", "o", "--distill", "0.9"])
     assert "--distill 0.9 is for a recovery that trains: add one, as in --recover full" in str(ran.exception)
+
+
+def test_a_command_that_trains_and_keeps_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _forbid_loading(monkeypatch)
+    ran = CliRunner().invoke(app, ["recover", "m", "--teacher", "t", "--with", "refit,full"])
+    assert isinstance(ran.exception, UserError)
+    assert str(ran.exception).startswith("--with refit,full trains (full), and without --out nothing would be left")
+
+
+@pytest.mark.parametrize(("method", "package"), [("lora", "peft"), ("qlora", "bitsandbytes")])
+def test_a_package_that_is_missing_is_told_before_a_model_is_loaded(
+    method: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _forbid_loading(monkeypatch)
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else found(name))
+    said = rf"{method} needs the package `{package}`, which is not installed: pip install 'shallower\[heal\]'"
+    with pytest.raises(UserError, match=said):
+        recover("m", f"refit,{method}", teacher="t")
+    with pytest.raises(UserError, match=said):
+        prune("m", 1, recover=method)
 
 
 def test_pruning_distils_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -701,7 +726,8 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
     [
         ("refit,full", {"batch": "100000"}, CorpusError, "too few for one step of batch=100000"),
         ("refit,full", {"first": "6"}, UserError, "first=6, but the model has only"),
-        ("refit,lora", {"rank": "0"}, UserError, "rank=0 is not above 0"),
+        ("refit,lora", {"rank": "0"}, UserError, "rank='0' does not fit: it takes a whole number above 0"),
+        ("refit,lora", {"dropout": "1"}, UserError, "dropout='1' .* a finite number of at least 0 and below 1"),
         ("refit,full", {"distill": "0.5", "teacher_cache": "1kB"}, UserError, "teacher_cache of 0.0 MB holds 0 words"),
         ("refit,full", {"temperature": "2"}, UserError, "nothing reads temperature without distill"),
         ("refit,full", {"ridge": "-1"}, UserError, "ridge='-1' does not fit"),
@@ -741,6 +767,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_computed(
     given = asked(files, settings={**SMALL, **settings})
     monkeypatch.setattr("shallower.verbs.prune._stream_metrics", computed)
     monkeypatch.setattr("shallower.recovery.Repair.samples", computed)
+    monkeypatch.setattr(verb, "perplexities", computed)
     cut_first = {"recover": methods, "out": files / "out", **given}
     repairs = (
         partial(prune, files / "dense", 2, **cut_first)

@@ -986,11 +986,17 @@ def test_a_pruned_checkpoint_is_recovered_into_an_ordinary_one(files: Path) -> N
     assert (made.seed, made.version) == (0, shallower.__version__)
     assert made.calibration is not None
     assert (made.calibration.tokens, made.training) == (16 * 32, None)
+    assert (made.dtype, made.device, made.window, made.windows) == ("float32", "cpu", 64, 3)
+    older = {key: value for key, value in written["made_by"].items() if key not in ("device", "window", "windows")}
+    assert RecoveryMadeBy.from_json(older) == replace(made, device=None, window=None, windows=None)
     assert str(files / "text.jsonl") in made.calibration.spec
     card = (files / "out" / "README.md").read_text()
     assert "What is left was then changed by emulated-update, refit" in card
     assert "not changed" not in card
     assert "\n- Repaired on text.jsonl" in card
+    how = "float32 on cpu, the first 3 windows of 64 tokens of each text"
+    assert f"\n- Seed 0\n- Measured: {how}" in card
+    assert how in (files / "out" / "report.html").read_text()
     again = recover(files / "dense", "emulated-update,refit", plan=files / "plan.json", **asked(files))
     assert torch.allclose(logits(again.model, text), logits(found.model, text), atol=1e-4)
 
@@ -1140,6 +1146,10 @@ def test_a_plan_is_applied_on_the_text_that_it_was_made_with(files: Path) -> Non
     assert report.influence[0].made_by.calibration == plan.made_by.calibration
     assert list(report.pruned.perplexity) == ["text.jsonl?part=held-out"]
     assert notes == ["The calibration text is the plan's own, text.jsonl: name other text with --calibration."]
+    assert read(seed=3)[1:] == (measured, notes)
+    _, by_other_seed, notes = read(seed=0)
+    assert by_other_seed == measured.replace("seed=3", "seed=0")
+    assert notes[0].startswith("The calibration text is the plan's own, text.jsonl (by seed 0, not 3): name other")
     report, measured, _ = read(recover="low-rank", sequences=4)
     own = plan.made_by.calibration.spec
     assert measured == own.replace("sequences=6", "sequences=4")
@@ -1156,6 +1166,9 @@ def test_a_plan_is_applied_on_the_text_that_it_was_made_with(files: Path) -> Non
     mended = mend(plan=plan, sequences=4, length=40)
     assert mended.made_by.calibration.spec == own.replace("sequences=6", "sequences=4")
     assert notes_on_text(mended.notes) == notes_on_text(read()[0].notes) != []
+    others = [mend(plan=plan, sequences=4, length=40, seed=seed).made_by for seed in (1, 2)]
+    assert [made.seed for made in others] == [1, 2]
+    assert len({made.calibration.digest for made in (mended.made_by, *others)}) == 3
     with pytest.raises(TooLittleText, match=r"50 documents, .*\. The calibration text is the plan's own"):
         mend(plan=single)
 
@@ -1168,7 +1181,7 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
         calibration = replace(plan.made_by.calibration, **recorded)
         made_by = replace(plan.made_by, calibration=calibration, objective=objective)
         with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
-            return wanted_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None)
+            return wanted_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None, None)
 
     for change, why in (
         ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),
@@ -1361,7 +1374,9 @@ def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPa
     old = json.loads((files / "out" / "report.json").read_text())
     for stage in old["recovery"]:
         del stage["options"]
-    del old["recovery_made_by"]
+    assert [old[key] for key in ("dtype", "device", "window", "windows")] == ["float32", "cpu", 64, 3]
+    for key in ("recovery_made_by", "device", "window", "windows"):
+        del old[key]
     assert [stage.options for stage in ReportData.from_json(old).recovery] == [{}, {}, {}]
     faulty = {**json.loads((files / "out" / "report.json").read_text()), "recovery_made_by": {"seed": "0"}}
     with pytest.raises(UserError, match=r"'recovery_made_by' of the report lacks 'teacher'.*'seed' of .* is '0'"):
@@ -1382,7 +1397,11 @@ def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPa
         ({"teacher": "pruned"}, PlanError, "was made for"),
         ({"teacher": None}, UserError, "--teacher MODEL"),
         ({"model": "dense"}, PlanError, "has no plan.json"),
-        ({"plan": "other-plan.json"}, PlanError, "which is not what is left"),
+        (
+            {"plan": "other-plan.json"},
+            PlanError,
+            "plan.json says that pruned lacks block.2-3, and --plan .*other-plan.json removes block.2-4: leave",
+        ),
         ({"sequences": 1}, CorpusError, "32 tokens of calibration text cannot fit"),
     ],
 )
@@ -1398,6 +1417,23 @@ def test_what_a_user_may_get_wrong(files: Path, change: dict[str, Any], error: t
     with pytest.raises(error, match=message):
         recover(given.pop("model"), given.pop("methods"), **asked(files, **given))
     assert sorted(path.name for path in files.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["refit", "full"])
+def test_a_plan_that_the_model_was_not_cut_by_is_refused(method: str, files: Path) -> None:
+    given = {"teacher": files / "dense", **asked(files)}
+    given |= {"sequences": None} if method == "full" else {}
+    as_large, smaller = (plan_for(tiny_model("llama"), removed) for removed in ("block.4-5", "block.2-4"))
+    with pytest.raises(
+        PlanError, match=r"pruned lacks block\.2-3, and the plan removes block\.4-5: leave the plan out"
+    ):
+        recover(files / "pruned", method, plan=as_large, **given)
+    (files / "pruned" / "plan.json").unlink()
+    for model in (files / "pruned", AutoModelForCausalLM.from_pretrained(files / "pruned", dtype=torch.float32)):
+        with pytest.raises(
+            PlanError, match="the model has 4 blocks, which is not what is left of the 6 of its teacher"
+        ):
+            recover(model, method, plan=smaller, **given)
 
 
 def test_a_search_behind_repairs_keeps_to_the_memory_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

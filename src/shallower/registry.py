@@ -32,16 +32,20 @@ ENTRY_POINTS = "shallower.methods"
 
 @dataclass(frozen=True)
 class Above:
-    """Marks a number as larger than `bound`, and at most `most`: `share: Annotated[float, Above(0, 1)] = 1.0`."""
+    """Marks a number as larger than `bound`, at most `most`, and less than `below`:
+    `share: Annotated[float, Above(0, 1)] = 1.0`.
+    """
 
     bound: float
     most: float = math.inf
+    below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        return self.bound < value <= self.most
+        return self.bound < value <= self.most and value < self.below
 
     def __str__(self) -> str:
-        return f"above {self.bound:g}" + ("" if self.most == math.inf else f" and at most {self.most:g}")
+        ends = {"at most": self.most, "below": self.below}
+        return f"above {self.bound:g}" + "".join(f" and {word} {end:g}" for word, end in ends.items() if end < math.inf)
 
 
 @dataclass(frozen=True)

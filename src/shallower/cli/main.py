@@ -54,6 +54,19 @@ _SAVERS = {
 }
 """By a verb's option what to give when memory does not suffice."""
 
+_HEEDED_WITH = {
+    ("score", "--memory"): "--memory",
+    ("prune", "--memory"): "--remove",
+    ("prune", "--train-sequences"): "--recover",
+    ("recover", "--memory"): "--memory",
+    ("eval", "--memory"): "--plan",
+    ("eval", "--batch"): "--batch",
+    ("eval", "--window"): "--text",
+}
+"""By verb and option the one that it is heeded with, or itself where that depends on more: then it is, if it was given
+and not refused.
+"""
+
 RESUME = "nothing half-written. Run the same command again: it goes on with what was kept"
 
 app = typer.Typer(
@@ -152,12 +165,16 @@ def _as_a_word_of_its_own(word: str) -> str:
 
 
 def _savers(command: Any, arguments: Sequence[str]) -> list[str]:
-    """What would save memory, of the options of the verb that ran. command: of all verbs."""
+    """What would save memory, of the options of the verb that ran and heeds them. command: of all verbs."""
     verb, words = command, iter(word for word in arguments if not word.startswith("-"))
     while commands := getattr(verb, "commands", None):  # of `corpus`, too
         verb = commands.get(next(words, None))
     there = {name for option in getattr(verb, "params", ()) for name in option.opts}
-    return [saver for name, saver in _SAVERS.items() if name in there]
+    given = {word.partition("=")[0] for word in arguments if word.startswith("-")}
+    idle = {
+        name for (of, name), other in _HEEDED_WITH.items() if of == getattr(verb, "name", "") and other not in given
+    }
+    return [saver for name, saver in _SAVERS.items() if name in there - idle]
 
 
 def explain(error: BaseException, *, debug: bool = False, savers: Sequence[str] = ()) -> tuple[str, int]:

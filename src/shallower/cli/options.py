@@ -204,6 +204,15 @@ Texts = Annotated[
 ]
 WindowLength = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]
 Seed = Annotated[int, Option("--seed", metavar="N", min=0, help="Decides every random choice.")]
+SeedOrPlans = Annotated[
+    int | None,
+    Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        help="Decides every random choice. Default: 0; for a plan's text, the seed that the plan was made with.",
+    ),
+]
 Memory = Annotated[
     str | None,
     Option(

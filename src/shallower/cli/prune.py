@@ -82,7 +82,7 @@ def prune(
     ] = "auto",
     stock: Annotated[bool, Option("--stock", help="The same as --form padded. Default: the smaller model.")] = False,
     force: options.Force = False,
-    seed: options.Seed = 0,
+    seed: options.SeedOrPlans = None,
     memory: options.Memory = None,
     workers: options.MeasuredBy = None,
     device: options.Device = "auto",
@@ -178,6 +178,9 @@ def pruned_answer(data: ReportData, folder: Path, of_blocks: int | None = None) 
         "recovery",
         "recovery_made_by",
         "dtype",
+        "device",
+        "window",
+        "windows",
     )
     everything = data.to_json()
     answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}

@@ -10,6 +10,7 @@ from typer import Argument, Option
 from shallower.cli import options
 from shallower.cli.output import print_removed, say
 from shallower.cli.verb import Answer, verb
+from shallower.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,11 @@ def recover(
     ] = None,
     out: Annotated[
         Path | None,
-        Option("--out", metavar="FOLDER", help="Write the repaired checkpoint here. Default: only show the result."),
+        Option(
+            "--out",
+            metavar="FOLDER",
+            help="Write the repaired checkpoint here; a training needs it. Default: only show the result.",
+        ),
     ] = None,
     calibration: options.RepairText = None,
     sequences: Annotated[
@@ -68,7 +73,7 @@ def recover(
         int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
     ] = 12,
     force: options.Force = False,
-    seed: options.Seed = 0,
+    seed: options.SeedOrPlans = None,
     memory: options.Memory = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -82,7 +87,13 @@ def recover(
     """
     chosen = options.with_distill(options.parse_settings(settings), distill, methods)
     from shallower.verbs.recover import recover as run
+    from shallower.verbs.recovery_steps import parse_recoveries
 
+    if out is None and (trained := [method.name for method, _ in parse_recoveries(methods, chosen) if method.trained]):
+        raise UserError(
+            f"--with {methods} trains ({', '.join(trained)}), and without --out nothing would be left of that: add "
+            "--out FOLDER."
+        )
     found = run(
         model,
         methods,

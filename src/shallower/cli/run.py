@@ -71,6 +71,9 @@ def run(
     # what a step is, however the folders are spelled this time
     steps = replace(chosen, here=chosen.here.resolve()).commands(size, "{out}", options.parse_settings(settings))
     for number, (command, step) in enumerate(zip(commands, steps, strict=True), 1):
+        if step not in done:
+            _require_recoveries(command, f"step {number} of {recipe}")
+    for number, (command, step) in enumerate(zip(commands, steps, strict=True), 1):
         label = f"[{number}/{len(commands)}] shallower {command}"
         if step in done:
             if not as_json:
@@ -91,6 +94,28 @@ def run(
         found.append({"command": command, "answer": answer})
     if as_json:
         print_json({**told, "steps": found})
+
+
+def _require_recoveries(command: str, label: str) -> None:
+    """Raise UserError where a command line asks for recoveries that there are not, with options out of range, or
+    without their packages: what else is wrong it says itself.
+    """
+    from shallower.cli import main
+    from shallower.verbs.recovery_steps import named_recoveries, parse_recoveries
+
+    words = shlex.split(command)
+    if words[:1] not in (["prune"], ["recover"]):
+        return
+    verb = typer.main.get_command(main.app).commands[words[0]]  # type: ignore[attr-defined]
+    asked = verb.make_context(words[0], words[1:], resilient_parsing=True).params
+    if not (names := asked.get("recover") or asked.get("methods")):
+        return
+    try:
+        theirs = {option for method in named_recoveries(names) for option in method.options}
+        given = options.parse_settings(asked.get("settings"))
+        parse_recoveries(names, {name: text for name, text in given.items() if name in theirs}, elsewhere=theirs)
+    except UserError as error:
+        raise UserError(f"{label} cannot run: {error}") from None
 
 
 def _step(command: str, *, as_json: bool, quiet: bool) -> Any:

@@ -66,6 +66,7 @@ def search(
     chosen = options.parse_settings(settings)
     from shallower.engine import reads_choices
     from shallower.registry import objective as objectives
+    from shallower.verbs.recovery_steps import named_recoveries
     from shallower.verbs.search import require_target, scores_to_rank_by
     from shallower.verbs.search import search as run
     from shallower.verbs.search_methods import chosen_methods, require_possible
@@ -138,6 +139,10 @@ def search(
     def show(console: Console) -> None:
         show_plan(console, plan, gone=gone)
         step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
+        if repair:
+            known = {option for method in named_recoveries(repair) for option in method.options}
+            step += f" --recover {typed(repair)}"
+            step += "".join(f" --set {typed(f'{name}={value}')}" for name, value in chosen.items() if name in known)
         step += typed_again(text, size, seed, dtype, trust_remote_code=trust_remote_code)
         step += " --device cpu" * stream_blocks  # where it is loaded whole
         print_written(console, out, "the plan", step)

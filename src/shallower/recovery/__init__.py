@@ -18,7 +18,8 @@ Where it needs all weights in every process, the trait `whole` holds the options
 
 Of both kinds: where one needs the plain cut, so that no recovery can come before it, the trait `plain` holds the
 options with which it does. The trait `unread`, a function (all options), names those that nothing reads with the values
-of the others, and why; what is trained has it from its recipe.
+of the others, and why; what is trained has it from its recipe. Where it needs packages, the trait `packages` names them
+by the extra of this package that brings them.
 
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.

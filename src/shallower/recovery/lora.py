@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from transformers import PreTrainedModel
 
-from shallower.errors import UserError, require_package
-from shallower.registry import AtLeast, recovery
+from shallower.registry import Above, AtLeast, recovery
 from shallower.training.adapters import Maps, adapt, adapter_parameters, merge, projections, require_adaptable
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
-def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    require_package("peft", "heal", "lora", UserError)
-    require_adaptable(student, options)
-
-
-@recovery("lora", source="arXiv:2402.02834", trained=True)
-@trainable(Recipe(weight_decay=0.0), ready=_ready, added=adapter_parameters)
+@recovery("lora", source="arXiv:2402.02834", trained=True, packages={"heal": ("peft",)})
+@trainable(Recipe(weight_decay=0.0), ready=require_adaptable, added=adapter_parameters)
 def lora(
     student: PreTrainedModel,
     task: Task,
     *,
-    rank: int = 8,
+    rank: Annotated[int, Above(0)] = 8,
     alpha: float = 16.0,
-    dropout: float = 0.05,
+    dropout: Annotated[float, AtLeast(0, below=1)] = 0.05,
     first: Annotated[int, AtLeast(0)] = 0,
     maps: Maps = "all",
 ) -> PreTrainedModel:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from transformers import PreTrainedModel
 
-from shallower.errors import UserError, require_package
-from shallower.registry import AtLeast, recovery
+from shallower.registry import Above, AtLeast, recovery
 from shallower.training.adapters import (
     Maps,
     adapt,
@@ -22,21 +20,21 @@ from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, trainable
 
 
-def _ready(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    for package in ("peft", "bitsandbytes"):
-        require_package(package, "heal", "qlora", UserError)
-    require_quantisable(student, options)
-
-
-@recovery("qlora", source="arXiv:2305.14314, arXiv:2403.17887", trained=True, whole={})
-@trainable(Recipe(weight_decay=0.0), ready=_ready, added=adapter_parameters)
+@recovery(
+    "qlora",
+    source="arXiv:2305.14314, arXiv:2403.17887",
+    trained=True,
+    whole={},
+    packages={"heal": ("peft", "bitsandbytes")},
+)
+@trainable(Recipe(weight_decay=0.0), ready=require_quantisable, added=adapter_parameters)
 def qlora(
     student: PreTrainedModel,
     task: Task,
     *,
-    rank: int = 8,
+    rank: Annotated[int, Above(0)] = 8,
     alpha: float = 16.0,
-    dropout: float = 0.05,
+    dropout: Annotated[float, AtLeast(0, below=1)] = 0.05,
     first: Annotated[int, AtLeast(0)] = 0,
     maps: Maps = "all",
 ) -> PreTrainedModel:

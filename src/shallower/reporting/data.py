@@ -18,6 +18,8 @@ from shallower.strict_json import key_faults, record_faults, spelled, write_json
 FORMAT = "shallower.report/1"
 RECOVERY_FORMAT = "shallower.recovery/1"
 
+_MEASURED = ("dtype", "device", "window", "windows")  # how perplexity was measured
+
 _T = TypeVar("_T")
 _Reader = Callable[[Any, str], Any]  # (value, where it stands) → what it means; raises UserError
 
@@ -79,7 +81,9 @@ class RecoveryStage:
 @dataclass(frozen=True)
 class RecoveryMadeBy:
     """What the recoveries of a model worked with, besides their options. calibration: what those in closed form read,
-    training: what those that train read; None where there was none of that kind.
+    training: what those that train read; None where there was none of that kind. dtype, device: what the dense model
+    was computed in and on (`cpu`, `cuda`). window, windows: tokens of a window of held-out text, and how many of each
+    text were measured, None for all. In files of early versions, dtype, device and window are None.
     """
 
     teacher: ModelIdentity
@@ -87,6 +91,10 @@ class RecoveryMadeBy:
     training: CalibrationIdentity | None
     seed: int
     version: str
+    dtype: str | None = None
+    device: str | None = None
+    window: int | None = None
+    windows: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,6 +102,8 @@ class RecoveryMadeBy:
     @classmethod
     def from_json(cls, data: Any, where: str = "the recovery") -> RecoveryMadeBy:
         """Build from parsed JSON. Raises UserError naming every fault."""
+        if isinstance(data, dict):
+            data = {**dict.fromkeys(_MEASURED), **data}  # older reports
         faults = record_faults(where, data, cls)
         if not faults:
             faults += record_faults(f"'teacher' of {where}", data["teacher"], ModelIdentity)
@@ -114,8 +124,8 @@ class ReportData:
     base_model: what the dense model is called. folder: what the pruned one is loaded from. form: how it is stored
     there, a name of `shallower.forms`. recovery: the cut model, and the model behind each recovery, in order; none
     where nothing was repaired. recovery_made_by: what these worked with.
-    dtype: the number format that was measured in, in which bytes are counted; the folder may be in another.
-    tokenizer: whether the folder has one.
+    dtype: the number format that was measured in, in which bytes are counted; the folder may be in another. device,
+    window, windows: as in RecoveryMadeBy. tokenizer: whether the folder has one.
     speed_setting: how speed was measured, in one line. seconds: by stage. notes: what the reader must know.
     """
 
@@ -134,6 +144,9 @@ class ReportData:
     recovery: tuple[RecoveryStage, ...] = ()
     recovery_made_by: RecoveryMadeBy | None = None
     dtype: str | None = None
+    device: str | None = None
+    window: int | None = None
+    windows: int | None = None
     tokenizer: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -153,7 +166,7 @@ class ReportData:
             "form": self.form,
             "recovery": [stage.to_json() for stage in self.recovery],
             "recovery_made_by": None if self.recovery_made_by is None else self.recovery_made_by.to_json(),
-            "dtype": self.dtype,
+            **{key: getattr(self, key) for key in _MEASURED},
             "tokenizer": self.tokenizer,
         }
 
@@ -167,9 +180,8 @@ class ReportData:
                 f"{where} has format {data.get('format')!r}; this version of shallower reads {FORMAT!r}. "
                 "Update shallower or prune again with `shallower prune`."
             )
-        fields = _fields(
-            {"recovery": [], **data}, where, _REPORT, optional=("recovery_made_by", "dtype", "tokenizer")
-        )  # older reports
+        older = ("recovery_made_by", *_MEASURED, "tokenizer")
+        fields = _fields({"recovery": [], **data}, where, _REPORT, optional=older)
         del fields["format"]
         return cls(**fields)
 
@@ -356,6 +368,9 @@ _REPORT: dict[str, _Reader] = {
     "recovery": _many(RecoveryStage.from_json),
     "recovery_made_by": _or_none(RecoveryMadeBy.from_json),
     "dtype": _or_none(_text),
+    "device": _or_none(_text),
+    "window": _or_none(_integer),
+    "windows": _or_none(_integer),
     "tokenizer": _yes_or_no,
 }
 _RECOVERY: dict[str, _Reader] = {

@@ -18,6 +18,7 @@ from shallower.reporting.wording import (
     comparison,
     duration,
     headline,
+    measured_how,
     number,
     plural,
     recovery_headline,
@@ -218,6 +219,8 @@ def _provenance(data: ReportData) -> str:
     if made.calibration is not None:
         rows.append(("Calibration text", f"{made.calibration.title}, {made.calibration.tokens:,} tokens"))
         rows.append(("Digest of its token ids", made.calibration.digest))
+    if measured := measured_how(data):
+        rows.append(("Measured", measured))
     rows.append(("shallower", made.version))
     if data.seconds:
         ran = {stage: duration(seconds) for stage, seconds in data.seconds.items() if seconds >= _SHORTEST}
@@ -239,7 +242,10 @@ def _recovered_by(plan: PruningPlan, data: RecoveryData) -> str:
     for label, text in (("Repaired on", made.calibration), ("Trained on", made.training)):
         if text is not None:
             rows += [(label, f"{text.title}, {text.tokens:,} tokens"), ("Digest of its token ids", text.digest)]
-    rows += [("Seed", str(made.seed)), ("shallower", made.version)]
+    rows.append(("Seed", str(made.seed)))
+    if measured := measured_how(made):
+        rows.append(("Measured", measured))
+    rows.append(("shallower", made.version))
     return html_table((), rows, "What made this model", style="facts")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.plan import PruningPlan
-from shallower.reporting.data import RecoveryData, RecoveryStage, ReportData
+from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage, ReportData
 from shallower.units import Kind
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
@@ -116,6 +116,14 @@ def recovery_rows(
             cost = (f"{stage.parameters:,}", f"{stage.tokens:,}", duration(stage.seconds))
         rows.append((stage.method, *(number(stage.perplexity.get(name)) for name in texts), *cost))
     return head, rows
+
+
+def measured_how(made: RecoveryMadeBy | ReportData) -> str:
+    """In what, on what and on how much of each text perplexity was measured; empty where early versions made it."""
+    if made.dtype is None or made.device is None or made.window is None:
+        return ""
+    first = "all" if made.windows is None else f"the first {made.windows}"
+    return f"{made.dtype} on {made.device}, {first} windows of {made.window:,} tokens of each text"
 
 
 def distinct_names(names: Sequence[str], given: Sequence[str]) -> list[str]:

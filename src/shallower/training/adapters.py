@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shallower import progress
 from shallower.anatomy.dissect import dissect, find_blocks
-from shallower.errors import ModelError, UserError
+from shallower.errors import ModelError
 from shallower.training.heal import block_of
 
 _ROUTER = re.compile("Router|Gat(e|ing)$")  # and not what ends in GatedMLP, or the like
@@ -40,14 +40,7 @@ def projections(student: PreTrainedModel, first: int = 0, maps: Maps = "all") ->
 
 
 def require_adaptable(student: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Raise UserError for a rank or a dropout out of range, ModelError where nothing from the block `first` on can have
-    adapters.
-    """
-    rank, dropout = options["rank"], options["dropout"]
-    faults = [f"rank={rank} is not above 0"] if rank < 1 else []
-    faults += [f"dropout={dropout} is not from 0 to below 1"] if not 0 <= dropout < 1 else []
-    if faults:
-        raise UserError(f"{'; '.join(faults)}: correct it with --set.")
+    """Raise ModelError where nothing from the block `first` on can have adapters."""
     _plain_maps(student, options["first"], options["maps"])
 
 

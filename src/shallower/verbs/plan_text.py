@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from shallower import progress
-from shallower.corpus import asks_model, without_options
+from shallower.corpus import asks_model, named_options, without_options
 from shallower.engine import reads_choices
 from shallower.errors import UserError
 from shallower.plan import PruningPlan, source_and_options
@@ -28,9 +28,11 @@ class PlanText:
     notes: tuple[str, ...] = ()
 
 
-def text_of_plan(subject: Subject, plan: PruningPlan) -> PlanText:
+def text_of_plan(subject: Subject, plan: PruningPlan, seed: int | None) -> PlanText:
     """The plan's own text where it can be had and some of it is held out, without how much of it was read: what is
     measured is then what the plan was chosen by, and a repair fits what it was chosen for.
+
+    seed: where one was given, other sequences of it than the recorded one chose.
     """
     recorded = plan.made_by.calibration
     if recorded is None:
@@ -49,8 +51,12 @@ def text_of_plan(subject: Subject, plan: PruningPlan) -> PlanText:
         note = f"The plan's own text, {source}, is not read ({reason}), but the default, {DEFAULT_CALIBRATION}: {other}"
         progress.note(note)
         return PlanText(notes=(note,))
-    notes = () if is_default else (f"The calibration text is the plan's own, {source}: {other}",)
-    return PlanText(without_options(recorded.spec, ("sequences", "length")), (again.sequences, again.length), notes)
+    chosen = named_options(recorded.spec).get("seed")
+    reseeded = seed is not None and chosen not in (None, str(seed))
+    told = f"{source} (by seed {seed}, not {chosen})" if reseeded else source
+    notes = () if is_default else (f"The calibration text is the plan's own, {told}: {other}",)
+    left = without_options(recorded.spec, ("sequences", "length", *(["seed"] if reseeded else [])))
+    return PlanText(left, (again.sequences, again.length), notes)
 
 
 def _no_text_to_measure_on(spec: str, objective: str | None) -> str:

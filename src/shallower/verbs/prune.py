@@ -44,6 +44,7 @@ from shallower.verbs.recoveries import (
     recovery_card,
     recovery_made_by,
     require_place,
+    require_recoverable,
     run_recoveries,
     with_maps_inside,
 )
@@ -61,7 +62,7 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
 from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
-from shallower.verbs.texts import nothing_held_out, read_texts, require_measurable, tokens_read
+from shallower.verbs.texts import fitting, nothing_held_out, read_texts, require_measurable, tokens_read
 from shallower.version import __version__
 
 INFLUENCE = "cosine"
@@ -111,7 +112,7 @@ def prune(
     max_windows: int | None = 12,
     speed: bool = True,
     form: str = "auto",
-    seed: int = 0,
+    seed: int | None = None,
     force: bool = False,
     memory: int | str | None = None,
     workers: int | str | None = None,
@@ -124,11 +125,12 @@ def prune(
 
     remove, search, objective, metric, units, ordinary, protect, settings, exact, repair, memory, workers: as for
     `search`. plan: apply this plan and search nothing. calibration, sequences, length: as for `search`; with a plan by
-    default the text that it was made with, if that is still what it was. recover: recoveries of the cut model, in order
-    (`refit,full`); `settings` are theirs, too, and where `repair` has the same option, for both. Those in closed form
-    read `sequences` sequences of the calibration text, but at least 128; those that train `train_sequences` of them
-    (default: 4,096, or all of a shorter text), or `instructions`: see `recover`. Their sequences have `length` tokens,
-    but at least 256 where the model can read so many. A ready-made set is read whole.
+    default the text that it was made with, if that is still what it was, by the seed that chose of it then, unless a
+    `seed` is given. recover: recoveries of the cut model, in order (`refit,full`); `settings` are theirs, too, and
+    where `repair` has the same option, for both. Those in closed form read `sequences` sequences of the calibration
+    text, but at least 128; those that train `train_sequences` of them (default: 4,096, or all of a shorter text), or
+    `instructions`: see `recover`. Their sequences have `length` tokens, but at least 256 where the model can read so
+    many. A ready-made set is read whole.
     out: folder to write; without it nothing is written. texts: held-out texts for perplexity; without any, the
     documents that calibration left out. max_windows: windows evaluated of each text. tasks: of lm-eval, asked before
     and after, each for its first `task_items` items; task_data: where they are read from, as for `evaluate`.
@@ -178,7 +180,8 @@ def prune(
     # what is known to go is cut before anything is read and measured
     known_cut = _cut(subject, frozenset(request.units), form) if request.budget is None else None
     with clock("calibration text"):
-        text = wanted_of_prune(subject, given, calibration, objective, sequences, length)
+        text = wanted_of_prune(subject, given, calibration, objective, sequences, length, seed)
+        seed = seed or 0
         read = texts_of_prune(
             subject,
             text,
@@ -226,6 +229,7 @@ def prune(
         with nullcontext() if request.budget is None else naming(given.remove), clock("recovery"):
             if out is not None:
                 require_place(steps, subject.anatomy, given.removed)
+            require_recoverable(smaller, subject, given.removed, steps, read.fitted, read.training, resume)
             smaller, stages, said = run_recoveries(
                 smaller,
                 subject,
@@ -270,8 +274,13 @@ def prune(
         base_model=subject.identity.name,
         folder=Path(out).name if out is not None else "",
         recovery=stages,
-        recovery_made_by=recovery_made_by(subject, steps, read.fitted, read.training, seed) if steps else None,
+        recovery_made_by=(
+            recovery_made_by(subject, steps, read.fitted, read.training, seed, window, max_windows) if steps else None
+        ),
         dtype=subject.dtype,
+        device=subject.model.device.type,
+        window=fitting(subject, window),
+        windows=max_windows,
         tokenizer=subject.loaded.tokenizer is not None,
     )
     folder = None

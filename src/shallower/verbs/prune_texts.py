@@ -39,13 +39,14 @@ def wanted_of_prune(
     objective: str,
     sequences: int | None,
     length: int | None,
+    seed: int | None,
 ) -> Wanted:
     """What was named; with a plan and no text the plan's own, and as much of it as the plan was made with, where it can
-    be had.
+    be had; seed: as for `text_of_plan`.
     """
     own = PlanText()
     if plan is not None and calibration is None and not reads_choices(objectives.get(objective)):
-        own = text_of_plan(subject, plan)
+        own = text_of_plan(subject, plan, seed)
     named = own.spec if calibration is None else calibration
     usual = own.size or SIZE
     return Wanted(

@@ -30,7 +30,8 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.plain import is_plain
 from shallower.surgery.save import form_of
 from shallower.surgery.silence import adds_nothing
-from shallower.units import Unit, listed
+from shallower.surgery.stations import layers_of
+from shallower.units import Unit, listed, sublayers_of
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.plan_text import PlanText, text_of_plan
@@ -42,6 +43,7 @@ from shallower.verbs.recoveries import (
     recovery_card,
     recovery_made_by,
     require_place,
+    require_recoverable,
     run_recoveries,
     texts_read,
     training_text,
@@ -108,7 +110,7 @@ def recover(
     texts: str | Path | Sequence[str | Path] = (),
     window: int = 1024,
     max_windows: int | None = 12,
-    seed: int = 0,
+    seed: int | None = None,
     force: bool = False,
     memory: int | str | None = None,
     device: str = "auto",
@@ -119,12 +121,12 @@ def recover(
 
     model: a pruned checkpoint, whose plan.json says what is missing; or, without a `teacher`, the dense model, which is
     cut by `plan` first. One that is given itself stays as it was; the repaired one shares with it what no recovery
-    changed. methods: names of recoveries, one or several in order (`refit,full`). settings: their options
-    as text. calibration: without it the plan's own text is read, where it is still what it was. texts: held-out text;
-    without any, the documents that calibration left out. out: folder to write; without it nothing is written.
-    train_sequences: what recoveries that train read of the calibration text (default: 4,096, or all of a shorter text),
-    as the others read `sequences` (default: 128); a ready-made set is read whole by all. instructions: .jsonl file of
-    conversations to train on instead.
+    changed. methods: names of recoveries, one or several in order (`refit,full`). settings: their options as text.
+    calibration: without it the plan's own text is read, where it is still what it was, by the seed that chose of it
+    then, unless a `seed` is given. texts: held-out text; without any, the documents that calibration left out. out:
+    folder to write; without it nothing is written. train_sequences: what recoveries that train read of the calibration
+    text (default: 4,096, or all of a shorter text), as the others read `sequences` (default: 128); a ready-made set is
+    read whole by all. instructions: .jsonl file of conversations to train on instead.
     They keep the weights that do best on the documents that calibration left out, or on the answers of every 20th
     conversation, never by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of
     processes that `accelerate launch` started together, all train, and the first one writes.
@@ -151,8 +153,9 @@ def recover(
         require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
     own = PlanText()
     if calibration is None and (in_closed_form(steps) or instructions is None or not contents):
-        own = text_of_plan(dense, given)
+        own = text_of_plan(dense, given, seed)
         calibration = own.spec
+    seed = seed or 0
     text = None
     if in_closed_form(steps):
         count = SEQUENCES if sequences is None else sequences
@@ -184,9 +187,10 @@ def recover(
                 "on and measured by, and --text is shown. Leave out --calibration, or --text."
             )
     resume = Resume(out)
+    require_recoverable(student, dense, given.removed, steps, text, training, resume)
     before = told_before(student.loaded.path) if teacher is not None else None
     before_repair = [*student.model.parameters()]
-    made = recovery_made_by(dense, steps, text, training, seed)
+    made = recovery_made_by(dense, steps, text, training, seed, window, max_windows)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = tokens_read(dense, window, None, max_windows)
     before_cut = values(perplexities(dense, contents, window, max_windows, label="of the dense model on"))
@@ -237,16 +241,17 @@ def recover(
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:
     """The plan that was given, or the one in the pruned checkpoint."""
-    if isinstance(plan, PruningPlan):
-        return plan
+    inside = Path(os.path.expanduser(model)) / PLAN if isinstance(model, (str, Path)) else None
     if plan is not None:
-        return PruningPlan.load(plan)
+        given = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+        if teacher is not None and inside is not None:
+            _require_agreed(given, "the plan" if plan is given else f"--plan {plan}", inside)
+        return given
     if teacher is None:
         raise UserError(
             "say what the model was cut from, or how to cut it: give a pruned checkpoint with its dense model "
             "(--teacher MODEL), or a dense model with a plan (--plan FILE)."
         )
-    inside = Path(os.path.expanduser(model)) / PLAN if isinstance(model, (str, Path)) else None
     if inside is not None and not inside.parent.is_dir():
         locate(str(model))  # says that there is no such model, or what it is instead
     if inside is None or not inside.is_file():
@@ -255,6 +260,21 @@ def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> Pr
             "plan that it was cut by (--plan FILE)."
         )
     return PruningPlan.load(inside)
+
+
+def _require_agreed(given: PruningPlan, name: str, inside: Path) -> None:
+    """Raise PlanError where the checkpoint's own plan says that other units of the same model are missing. name: of the
+    plan that was given.
+    """
+    try:
+        own = PruningPlan.load(inside)
+    except PlanError:  # without one, or with one that cannot be read, another is needed
+        return
+    if own.model.fingerprint == given.model.fingerprint and sublayers_of(own.remove) != sublayers_of(given.remove):
+        raise PlanError(
+            f"{inside} says that {inside.parent.name} lacks {listed(own.remove) or 'nothing'}, and {name} removes "
+            f"{listed(given.remove) or 'nothing'}: leave the plan out, or name the checkpoint that was cut by it."
+        )
 
 
 def _student(
@@ -276,6 +296,8 @@ def _student(
         _require_kin(student, dense)
         _require_gone(student, dense)
         plan.require_for(dense.identity)
+        if not _has_maps(student):  # else places of what is missing are there
+            layers_of(student.anatomy, dense.anatomy, plan.removed)
         folder, stored = student.loaded.path, student.stored_dtype
         if stored == student.dtype:
             return student, lambda: None
@@ -293,12 +315,17 @@ def _require_first_repair(student: Subject, steps: Stages) -> None:
     for twice.
     """
     repairs = [method.name for method, _ in steps if method.traits.get("maps") or not method.trained]
-    if repairs and isinstance(student.model, LeavesOut) and has_maps(student.model.config):
+    if repairs and _has_maps(student):
         raise PlanError(
             f"{student.loaded.name} has maps in the place of what is missing, as an earlier recovery left them: it can "
             f"be trained further (--with full), but not repaired again by {repairs[0]}. Repair the plain cut: give the "
             f"dense model with the plan (--plan {PLAN})."
         )
+
+
+def _has_maps(student: Subject) -> bool:
+    """Whether maps of an earlier recovery stand in a checkpoint's blocks."""
+    return isinstance(student.model, LeavesOut) and has_maps(student.model.config)
 
 
 def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: Stages) -> None:

@@ -32,7 +32,7 @@ from shallower.launched import world_size
 from shallower.plan import options_in_words
 from shallower.recovery import Repair
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
-from shallower.reporting.wording import plural, recovery_rows
+from shallower.reporting.wording import measured_how, plural, recovery_rows
 from shallower.surgery import cut
 from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
@@ -41,7 +41,7 @@ from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, spli
 from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
-from shallower.training.state import ENDED, require_room
+from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
 from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use, that_fold
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
@@ -142,6 +142,21 @@ def require_ready(
         if inputs := method.traits.get("inputs"):
             widest = inputs(Repair(student, dense, removed, text), options_in_use(method, options))
             require_tokens(text.tokens, widest, least=f"the widest map of {method.name}")
+
+
+def require_recoverable(
+    student: Subject,
+    dense: Subject,
+    removed: frozenset[Unit],
+    steps: Stages,
+    text: CalibrationSet,
+    training: Training | None,
+    resume: Resume,
+) -> None:
+    """Raise as `require_ready`, and OutputError without room for what the trainings keep."""
+    require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
+    for trained in trained_parameters(steps, student.model):
+        resume.require_room(sum(trained.values()))
 
 
 def trained_parameters(steps: Stages, student: PreTrainedModel) -> Iterator[Mapping[str, int]]:
@@ -308,11 +323,9 @@ def run_recoveries(
     weights were spread over processes.
 
     text: for those in closed form. training: for those that train. measure: perplexities of the student as it is,
-    called before the first and behind each. repaired: the student is no plain cut any more.
+    called before the first and behind each. repaired: the student is no plain cut any more. Nothing is checked that
+    `require_recoverable` does.
     """
-    require_ready(student.anatomy, dense.anatomy, removed, steps, text, training)
-    for trained in trained_parameters(steps, student.model):
-        resume.require_room(sum(trained.values()))
     stages = [RecoveryStage("repaired" if repaired else "cut", values(measure(student)))]
     notes: list[str] = [] if training is None else [*training.notes]
     begun: list[object] = [TRAINED_AS, sorted(map(str, removed)), text.digest, seed]
@@ -353,7 +366,9 @@ def run_recoveries(
                 repair.notes.append(_told(told))
             notes += [f"{method.name}: {note}" for note in repair.notes]
             gained = size((student.model,))[0] - before
-            used = options_in_use(method, options)
+            # of a training as they were settled: the number format in the place of `compute=auto`
+            settled = {name: value for name, value in begun_options(folder).items() if name in method.options}
+            used = {**options_in_use(method, options), **settled}
             shown = values(measure(student))
             stages.append(RecoveryStage(method.name, shown, gained, tokens, round(seconds, 1), curve, used))
     finally:
@@ -399,11 +414,27 @@ def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[
 
 
 def recovery_made_by(
-    dense: Subject, steps: Stages, text: CalibrationSet, training: Training | None, seed: int
+    dense: Subject,
+    steps: Stages,
+    text: CalibrationSet,
+    training: Training | None,
+    seed: int,
+    window: int,
+    max_windows: int | None,
 ) -> RecoveryMadeBy:
-    """What makes the same repair again, besides the stages' options."""
+    """What makes the same repair, and its perplexities, again, besides the stages' options and the held-out texts."""
     repaired, trained = (None if read is None else read.identity for read in texts_read(steps, text, training))
-    return RecoveryMadeBy(dense.identity, repaired, trained, seed, __version__)
+    return RecoveryMadeBy(
+        dense.identity,
+        repaired,
+        trained,
+        seed,
+        __version__,
+        dtype=dense.dtype,
+        device=dense.model.device.type,
+        window=fitting(dense, window),
+        windows=max_windows,
+    )
 
 
 def recovery_card(stages: Sequence[RecoveryStage], dense: Mapping[str, float], made: RecoveryMadeBy) -> str:
@@ -417,4 +448,5 @@ def recovery_card(stages: Sequence[RecoveryStage], dense: Mapping[str, float], m
         lines.append(f"- `{stage.method}`" + (f": {options}" if options else ""))
     texts = {"Repaired": made.calibration, "Trained": made.training}
     lines += [f"- {done} on {text.title}, {text.tokens:,} tokens" for done, text in texts.items() if text is not None]
-    return "\n".join([*lines, f"- Seed {made.seed}"])
+    measured = [f"- Measured: {how}"] if (how := measured_how(made)) else []
+    return "\n".join([*lines, f"- Seed {made.seed}", *measured])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shallower.errors import UserError
+from shallower.errors import UserError, require_package
 from shallower.launched import spreads
 from shallower.registry import Method, share_options
 from shallower.registry import recovery as recoveries
@@ -34,9 +34,10 @@ def parse_recoveries(
     elsewhere: options that others read, too.
 
     Raises UserError when there is no name, UnknownName for one that does not exist, or an option that none has or none
-    reads, or a value out of range, or for an order that cannot be.
+    reads, or a value out of range, or for an order that cannot be, or a package that is not installed.
     """
     methods = named_recoveries(names)
+    require_packages(methods)
     steps = list(zip(methods, share_options(what or f"recovery {names!r}", methods, settings), strict=True))
     for method, given in steps:
         if method.trained:
@@ -44,6 +45,14 @@ def parse_recoveries(
     require_order(steps)
     require_read(steps, {*settings} - {*elsewhere})
     return steps
+
+
+def require_packages(methods: Iterable[Method]) -> None:
+    """Raise UserError where a recovery needs a package that is not installed."""
+    for method in methods:
+        for extra, packages in method.traits.get("packages", {}).items():
+            for package in packages:
+                require_package(package, extra, method.name, UserError)
 
 
 def require_order(steps: Stages) -> None:
