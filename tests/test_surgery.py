@@ -32,6 +32,7 @@ from shallower.errors import BudgetError, ModelError, OutputError, VerificationE
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify, verify_saved
 from shallower.surgery.card import model_card
+from shallower.surgery.cut import assemble
 from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.surgery.stations import layers_of
 from shallower.surgery.verify import load_stock
@@ -359,6 +360,24 @@ def test_positions_without_any_attention_are_refused() -> None:
         cut(dense("gpt2")[0], units("attn.0-5"))
 
 
+def test_tensors_made_from_a_place_are_refused() -> None:
+    anatomy = dissect(tiny_model("llama"))
+    for block in anatomy.blocks:
+        block.module.mlp.register_buffer("decay", torch.tensor(0.5**block.index), persistent=False)
+    with pytest.raises(ModelError, match=r"computes mlp\.decay from the place of the block"):
+        cut(anatomy, units("block.1"))
+
+
+def test_blocks_with_weights_of_their_own_are_not_joined() -> None:
+    anatomy = dissect(tiny_model("llama"))
+    for block in anatomy.blocks:
+        block.module.register_parameter("gain", nn.Parameter(torch.ones(())))
+    removed = units("mlp.1,attn.2")
+    with pytest.raises(ModelError, match="has weights of its own, which belong to neither half"):
+        assemble(anatomy, re_pair(anatomy, removed)[0], padded=False, thorough=True)
+    assert leftovers(require_same_as_passed_over(anatomy, removed)) == parse_units("mlp.1,attn.2")
+
+
 # The config.
 
 
@@ -418,6 +437,13 @@ def test_per_layer_config_is_renumbered() -> None:
     new = cut_config(config, [0, 2, 4, 5])
     assert new.to_dict()["per_layer_config"] == {"2": {"intermediate_size": 9}}
     assert set(config.to_dict()["per_layer_config"]) == {"1", "4"}
+
+
+def test_halves_of_blocks_that_have_a_config_of_their_own_are_not_joined() -> None:
+    config = tiny_config("llama")
+    config.per_layer_config = {4: {"intermediate_size": 24}}
+    with pytest.raises(ModelError, match="cannot join halves of different blocks of llama: it has a per_layer_config"):
+        cut_config(config, [0, 1, 3, 4, 5], mlp=[0, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("kept", [[], [0, 6], [2, 1], [1, 1]])
