@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,9 @@ def weigh(anatomy: Anatomy) -> Weights:
             kv_bytes=kv_bytes[unit.index] if holds_cache else 0,
             blocks=1.0 if unit.kind == "block" else 0.5,
         )
-    blocks = _sum(units[unit] for unit in anatomy.of_kind("block"))
+    summed = _sum(units[unit] for unit in anatomy.of_kind("block"))
+    parameters, stored = size(block.module for block in anatomy.blocks)  # of what blocks share, once (Zamba)
+    blocks = replace(summed, parameters=parameters, bytes=stored)
     whole = UnitWeight(*size((anatomy.model,)), flops[anatomy.model], blocks.kv_bytes, float(len(anatomy.blocks)))
     return Weights(units, blocks, whole)
 
