@@ -93,6 +93,7 @@ def test_bad_counts(options: dict[str, int], message: str) -> None:
 def test_a_model_without_a_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", blocks=1)
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda **options: forward(**{**options, "use_cache": False}))
+    without = {"use_cache": False, "past_key_values": None}
+    monkeypatch.setattr(model, "forward", lambda **options: forward(**options | without))
     with pytest.raises(ModelError, match="no KV cache"):
         measure_speed(model, prompt=4, generate=1)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.anatomy.dissect import PROBE_TOKENS, Anatomy, probe_ids
 from shallower.anatomy.patch import Patch
+from shallower.decoding import with_cache
 from shallower.packaged import LeavesOut
 from shallower.units import Unit
 
@@ -113,7 +114,7 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
     ]
     try:
         with torch.no_grad(), _frozen(anatomy.model), counter:
-            cache = anatomy.model(input_ids=ids, use_cache=True).get("past_key_values")
+            _, cache = with_cache(anatomy.model, ids)
     finally:
         for handle in handles:
             handle.remove()
