@@ -170,7 +170,8 @@ def _cached_bytes(layer: object) -> int:
     """Bytes that one more token takes (within the window, for sliding attention); fixed states of linear attention do
     not count.
     """
-    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(
-        tensor.nbytes // tensor.shape[-2] for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.numel()
-    )
+    keys = getattr(layer, "keys", None)
+    if not isinstance(keys, Tensor) or not keys.numel():
+        return 0
+    stored = [keys, *(getattr(layer, name, None) for name in ("values", "indexer_keys"))]
+    return sum(tensor.nbytes for tensor in stored if isinstance(tensor, Tensor)) // keys.shape[-2]
