@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shallower.anatomy import dissect
 from shallower.anatomy.weigh import weigh
+from shallower.decoding import with_cache
 from shallower.testing.families import (
     BLOCKS,
     CORE,
@@ -91,10 +92,9 @@ def test_forward_is_finite_and_spread_out(family: str) -> None:
 @pytest.mark.parametrize("family", EVERY)
 @torch.no_grad()
 def test_cached_decoding_gives_the_same_logits(family: str) -> None:
-    model, cached, steps = _model(family), None, []
+    model, cache, steps = _model(family), None, []
     for position in range(17):  # past the second window and the second chunk
-        output = model(IDS[:, position : position + 1], past_key_values=cached, use_cache=True)
-        cached = output.past_key_values
+        output, cache = with_cache(model, IDS[:, position : position + 1], cache, past=position)
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), _dense(family)[:, :17], rtol=0, atol=1e-4)
 

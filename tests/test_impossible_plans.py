@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shallower.anatomy import dissect
+from shallower.anatomy.weigh import weigh
 from shallower.corpus import CalibrationSet
 from shallower.errors import BudgetError, ModelError, PlanError
 from shallower.plan import MadeBy, PruningPlan
@@ -123,3 +124,18 @@ def test_an_mlp_beside_inputs_of_its_own_block_is_no_sublayer() -> None:
     assert all(block.attn is not None and block.mlp is None for block in anatomy.blocks)
     with pytest.raises(BudgetError, match="mlp is not a part of block 0"):
         anatomy.require([Unit(0, "mlp")])
+
+
+def test_what_gives_the_stream_itself_is_no_sublayer() -> None:
+    """Nothing in place of the Mamba of Zamba's hybrid blocks would wipe the stream out; blocks share a transformer."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    sizes = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}
+    anatomy = dissect(small("zamba", num_hidden_layers=5, **sizes, **heads))
+    kinds = anatomy.model.config.layer_types
+    assert kinds.count("hybrid") == 2
+    assert [block.attn is None for block in anatomy.blocks] == [kind == "hybrid" for kind in kinds]
+    weights = weigh(anatomy)
+    held = {parameter for block in anatomy.blocks for parameter in block.module.parameters()}
+    assert weights.blocks.parameters == sum(parameter.numel() for parameter in held)
+    assert weights.blocks.bytes == 4 * weights.blocks.parameters
+    assert weights.of(anatomy.of_kind("block")).parameters > weights.blocks.parameters

@@ -66,6 +66,7 @@ FAMILIES = (
     "llama4",
     "deepseek_v3",
     "qwen3_next",
+    "bamba",
 )
 
 

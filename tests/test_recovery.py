@@ -49,6 +49,7 @@ from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.reporting.data import RecoveryMadeBy, ReportData
 from shallower.surgery import cut, save
+from shallower.surgery.adopt import adopt
 from shallower.surgery.fold import fold_constant, fold_map, fold_scale
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import attach, patches
@@ -1202,6 +1203,19 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
         assert told[0].endswith("), but the default, python: name other text with --calibration.")
     of_another_python = asked_for(spec="python?part=train&sequences=2")
     assert (of_another_python.calibration, of_another_python.notes) == (None, ())
+
+
+def test_what_a_family_keeps_in_float32_is_stored_in_it(tmp_path: Path) -> None:
+    tiny_model("ernie4_5_moe").save_pretrained(tmp_path)
+    stored, repaired = (shallower.load(tmp_path, dtype=dtype, device="cpu") for dtype in ("bfloat16", "float32"))
+    before = list(repaired.parameters())
+    found, changed = ([model.model.layers[3].mlp.gate, model.lm_head] for model in (stored, repaired))
+    for module in changed:
+        module.weight = nn.Parameter(module.weight * 1.001)
+    adopt(stored, repaired, before)
+    for module, wanted, dtype in zip(found, changed, (torch.float32, torch.bfloat16), strict=True):
+        assert torch.equal(module.weight, wanted.weight.to(dtype))
+        assert module.weight.dtype is dtype
 
 
 @pytest.mark.parametrize("said", [None, "bfloat16"])

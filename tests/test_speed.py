@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from shallower.anatomy import dissect
+from shallower.anatomy.weigh import weigh
 from shallower.errors import ModelError, UserError
 from shallower.testing.families import tiny_model
 from shallower.timing import compare_speed, measure_speed
@@ -49,6 +52,26 @@ def test_cache_of_sliding_and_recurrent_models(family: str) -> None:
     short = measure_speed(model, prompt=8, generate=1, warmup=0, repeats=1).kv_cache_bytes
     long = measure_speed(model, prompt=64, generate=1, warmup=0, repeats=1).kv_cache_bytes
     assert 0 < short <= long < _expected_cache_bytes(model, 65, 1), "windows and states do not grow with the text"
+
+
+@pytest.mark.parametrize("family", ["mamba", "recurrent_gemma"])
+def test_models_that_return_no_kv_cache_are_timed(family: str) -> None:
+    """One keeps states under another name, the other returns nothing."""
+    short, long = (measure_speed(tiny_model(family), prompt=prompt, generate=1, repeats=1) for prompt in (8, 64))
+    assert 0 < short.kv_cache_bytes == long.kv_cache_bytes
+
+
+def test_cache_of_indexed_attention_weighs_what_it_takes() -> None:
+    latent = {"kv_lora_rank": 12, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8}
+    config = AutoConfig.for_model("deepseek_v32", num_hidden_layers=2, **latent, **experts, **sizes, **heads)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = weigh(dissect(model))
+    assert weights.model.kv_bytes == 2 * 4 * (12 + 4 + 8)
+    measured = measure_speed(model, prompt=16, generate=8, warmup=0, repeats=1).kv_cache_bytes
+    assert weights.model.kv_bytes * 24 == measured
 
 
 def test_runs_alternate_and_have_equal_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +116,7 @@ def test_bad_counts(options: dict[str, int], message: str) -> None:
 def test_a_model_without_a_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", blocks=1)
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda **options: forward(**{**options, "use_cache": False}))
+    without = {"use_cache": False, "past_key_values": None}
+    monkeypatch.setattr(model, "forward", lambda **options: forward(**options | without))
     with pytest.raises(ModelError, match="no KV cache"):
         measure_speed(model, prompt=4, generate=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -33,6 +42,7 @@ from shallower.errors import BudgetError, ModelError, OutputError, VerificationE
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify, verify_saved
 from shallower.surgery.card import model_card
+from shallower.surgery.cut import assemble
 from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.surgery.save import ordinary
 from shallower.surgery.stations import layers_of
@@ -59,7 +69,7 @@ def refusal(family: str, removed: Collection[Unit]) -> str | None:
     """The words of the error that removing blocks must give; None where it must work."""
     config = tiny_config(family)
     kept = [index for index in range(BLOCKS) if Unit(index, "block") not in removed]
-    if all(kind in ("linear_attention", "conv") for kind in [kind_of(config, index) for index in kept]):
+    if not any(counts(config, index) for index in kept) and any(counts(config, index) for index in range(BLOCKS)):
         return "no attention with a KV cache"
     if family == "diffllama" and kept != list(range(len(kept))):
         return "cannot describe block"  # lambda_init comes from the place
@@ -70,9 +80,9 @@ def refusal(family: str, removed: Collection[Unit]) -> str | None:
     return None
 
 
-def kind_of(config: PretrainedConfig, index: int) -> str:
+def counts(config: PretrainedConfig, index: int) -> bool:
     types = getattr(config, "layer_types", None)
-    return "full_attention" if types is None else str(types[index])
+    return types is None or types[index] not in ("linear_attention", "conv")
 
 
 def is_periodic(family: str, config: PretrainedConfig, kept: list[int]) -> bool:
@@ -122,12 +132,14 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def decoded(model: PreTrainedModel) -> Tensor:
+    """Logits of the tokens one by one, with the cache and the positions that `generate` gives."""
+    takes = inspect.signature(model.forward).parameters
+    cache, steps = DynamicCache(config=model.config), []
+    held: dict[str, Any] = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
     with torch.no_grad():
-        output = model(input_ids=IDS[:, :DECODED_FROM], use_cache=True)
-        steps = [output.logits]
-        for place in range(DECODED_FROM, IDS.shape[1]):
-            output = model(input_ids=IDS[:, place : place + 1], past_key_values=output.past_key_values, use_cache=True)
-            steps.append(output.logits)
+        for start, stop in pairwise([0, *range(DECODED_FROM, IDS.shape[1] + 1)]):
+            at = {"position_ids": torch.arange(start, stop).repeat(len(IDS), 1)} if "position_ids" in takes else {}
+            steps.append(model(input_ids=IDS[:, start:stop], use_cache=True, **held, **at).logits)
     return torch.cat(steps, dim=1)
 
 
@@ -161,8 +173,6 @@ def passed_over(anatomy: Anatomy, removed: Collection[Unit]) -> Iterator[None]:
 
 def nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Run a sublayer and throw its update away."""
-    import inspect
-
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     given = dict(zip(names, args, strict=False)) | kwargs
     hidden, *rest = output if isinstance(output, tuple) else (output,)
@@ -232,6 +242,11 @@ def test_sublayers(family: str) -> None:
     if family in ("falcon_h1", "dbrx"):
         with pytest.raises(BudgetError, match="told apart"):
             cut(anatomy, units("attn.0"))
+        return
+    if all(block.mlp is None for block in anatomy.blocks):  # Mamba's other half is the block
+        require_same_as_passed_over(anatomy, units("attn.0,attn.3"))
+        with pytest.raises(BudgetError, match="told apart"):
+            cut(anatomy, units("mlp.0"))
         return
     for text in ("attn.0,attn.3", "mlp.0,block.2,mlp.4", "attn.2,mlp.1,attn.5"):
         removed = units(text)
@@ -362,6 +377,24 @@ def test_positions_without_any_attention_are_refused() -> None:
         cut(dense("gpt2")[0], units("attn.0-5"))
 
 
+def test_tensors_made_from_a_place_are_refused() -> None:
+    anatomy = dissect(tiny_model("llama"))
+    for block in anatomy.blocks:
+        block.module.mlp.register_buffer("decay", torch.tensor(0.5**block.index), persistent=False)
+    with pytest.raises(ModelError, match=r"computes mlp\.decay from the place of the block"):
+        cut(anatomy, units("block.1"))
+
+
+def test_blocks_with_weights_of_their_own_are_not_joined() -> None:
+    anatomy = dissect(tiny_model("llama"))
+    for block in anatomy.blocks:
+        block.module.register_parameter("gain", nn.Parameter(torch.ones(())))
+    removed = units("mlp.1,attn.2")
+    with pytest.raises(ModelError, match="has weights of its own, which belong to neither half"):
+        assemble(anatomy, re_pair(anatomy, removed)[0], padded=False, thorough=True)
+    assert leftovers(require_same_as_passed_over(anatomy, removed)) == parse_units("mlp.1,attn.2")
+
+
 # The config.
 
 
@@ -385,7 +418,7 @@ def test_lists_that_only_happen_to_be_as_long_are_left_alone() -> None:
 
 
 def test_patterns_are_written_out() -> None:
-    from transformers import Gemma3TextConfig, Llama4TextConfig, Qwen2Config, SmolLM3Config
+    from transformers import Gemma3TextConfig, Llama4TextConfig, Qwen2Config, RecurrentGemmaConfig, SmolLM3Config
 
     gemma = Gemma3TextConfig(num_hidden_layers=12)
     assert cut_config(gemma, [0, 5, 6, 11]).layer_types == [gemma.layer_types[i] for i in (0, 5, 6, 11)]
@@ -399,6 +432,17 @@ def test_patterns_are_written_out() -> None:
     new = cut_config(llama, [0, 1, 2, 5])
     assert new.moe_layers == [1, 3]
     assert new.no_rope_layers == [llama.no_rope_layers[i] for i in (0, 1, 2, 5)]
+    recurrent = RecurrentGemmaConfig(num_hidden_layers=8)
+    assert cut_config(recurrent, [1, 2, 5, 6]).block_types == ["recurrent", "attention", "attention", "recurrent"]
+
+
+def test_numbers_of_blocks_in_a_dict_follow_their_blocks() -> None:
+    """Of Kimi Linear's two ways to say which attention is which, transformers reads one and llama.cpp the other."""
+    config = tiny_config("kimi_linear")
+    said = cut_config(config, [1, 3, 4]).to_dict()
+    assert said["layer_types"] == ["full_attention", "linear_attention", "full_attention"]
+    assert (said["linear_attn_config"]["full_attn_layers"], said["linear_attn_config"]["kda_layers"]) == ([1, 3], [2])
+    assert config.linear_attn_config["full_attn_layers"] == [2, 5]
 
 
 def test_routed_blocks_stay_routed() -> None:
@@ -421,6 +465,13 @@ def test_per_layer_config_is_renumbered() -> None:
     new = cut_config(config, [0, 2, 4, 5])
     assert new.to_dict()["per_layer_config"] == {"2": {"intermediate_size": 9}}
     assert set(config.to_dict()["per_layer_config"]) == {"1", "4"}
+
+
+def test_halves_of_blocks_that_have_a_config_of_their_own_are_not_joined() -> None:
+    config = tiny_config("llama")
+    config.per_layer_config = {4: {"intermediate_size": 24}}
+    with pytest.raises(ModelError, match="cannot join halves of different blocks of llama: it has a per_layer_config"):
+        cut_config(config, [0, 1, 3, 4, 5], mlp=[0, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("kept", [[], [0, 6], [2, 1], [1, 1]])

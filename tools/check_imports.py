@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     store units strict_json registry resources reduction
     plan budget forms
     scores exchange recipes
-    packaged
+    packaged decoding
     anatomy checkpoint
     corpus
     engine

@@ -185,6 +185,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     ]
     named = [(_attention_names(mix), _mlp_names(block, mix)) for block, mix in zip(modules, mixers, strict=True)]
     returned: dict[nn.Module, int | None] = {}
+    gave: dict[nn.Module, Tensor] = {}
     entangled: set[nn.Module] = (
         set()
     )  # give the stream besides their output (DBRX's attention), so nothing replaces them
@@ -194,6 +195,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
     def remember(module: nn.Module, args: Any, output: Any) -> None:
         returned[module] = len(output) if isinstance(output, tuple) else None
+        gave[module] = unpack(output)
         more = output[1:] if isinstance(output, tuple) else ()
         if any(isinstance(one, Tensor) and one.shape == output[0].shape for one in more):
             entangled.add(module)
@@ -214,8 +216,11 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         if any(linear[:-1]) and not all(linear):
             return None  # beside the MLP a map narrows the stream to what only the block knows (Gemma 4)
         last = block.get_submodule(called[-1])
+        adds_residual = "residual" in _arguments(last)
+        if gave[last] is gave.get(block) and not adds_residual:
+            return None  # what it returns is the block's own stream (Zamba), which would go with it
         arities = tuple(returned[block.get_submodule(name)] for name in called)
-        return Sublayer(called, arities, "residual" in _arguments(last))
+        return Sublayer(called, arities, adds_residual)
 
     blocks = []
     for index, (block, (attention, mlp)) in enumerate(zip(modules, named, strict=True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.anatomy.dissect import PROBE_TOKENS, Anatomy, probe_ids
 from shallower.anatomy.patch import Patch
+from shallower.decoding import with_cache
 from shallower.packaged import LeavesOut
 from shallower.units import Unit
 
@@ -67,7 +68,9 @@ def weigh(anatomy: Anatomy) -> Weights:
             kv_bytes=kv_bytes[unit.index] if holds_cache else 0,
             blocks=1.0 if unit.kind == "block" else 0.5,
         )
-    blocks = _sum(units[unit] for unit in anatomy.of_kind("block"))
+    summed = _sum(units[unit] for unit in anatomy.of_kind("block"))
+    parameters, stored = size(block.module for block in anatomy.blocks)  # of what blocks share, once (Zamba)
+    blocks = replace(summed, parameters=parameters, bytes=stored)
     whole = UnitWeight(*size((anatomy.model,)), flops[anatomy.model], blocks.kv_bytes, float(len(anatomy.blocks)))
     return Weights(units, blocks, whole)
 
@@ -111,7 +114,7 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
     ]
     try:
         with torch.no_grad(), _frozen(anatomy.model), counter:
-            cache = anatomy.model(input_ids=ids, use_cache=True).get("past_key_values")
+            _, cache = with_cache(anatomy.model, ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -167,7 +170,8 @@ def _cached_bytes(layer: object) -> int:
     """Bytes that one more token takes (within the window, for sliding attention); fixed states of linear attention do
     not count.
     """
-    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(
-        tensor.nbytes // tensor.shape[-2] for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.numel()
-    )
+    keys = getattr(layer, "keys", None)
+    if not isinstance(keys, Tensor) or not keys.numel():
+        return 0
+    stored = [keys, *(getattr(layer, name, None) for name in ("values", "indexer_keys"))]
+    return sum(tensor.nbytes for tensor in stored if isinstance(tensor, Tensor)) // keys.shape[-2]

@@ -39,6 +39,7 @@ class LacksSublayers:
     packaged: where the blocks are, and which stock class is meant.
     """
 
+    attribute_map: Mapping[str, str]
     num_hidden_layers: int
     layer_types: Sequence[str]
 
@@ -63,8 +64,9 @@ class LacksSublayers:
         cached.num_hidden_layers = len(kept)
         if types is not None:
             kinds = [types[place] for place in kept]
-            if isinstance(getattr(type(self), "layer_types", None), property):  # made of the block's place (Jamba)
-                cached.__class__ = type(type(self).__name__, (type(self),), {"layer_types": kinds})
+            name = self.attribute_map.get("layer_types", "layer_types")
+            if isinstance(getattr(type(self), name, None), property):  # made of the block's place (Jamba)
+                cached.__class__ = type(type(self).__name__, (type(self),), {name: kinds})
             else:
                 cached.layer_types = kinds
         return cached

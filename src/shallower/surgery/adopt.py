@@ -13,7 +13,8 @@ from shallower.surgery.patch import patches, repeat_patches
 
 
 def adopt(stored: PreTrainedModel, repaired: PreTrainedModel, before: Iterable[nn.Parameter]) -> None:
-    """Give `stored`, in place, every tensor of `repaired` that it did not have `before`, in its own type.
+    """Give `stored`, in place, every tensor of `repaired` that it did not have `before`, in the type of the one it has
+    there: some families keep a few in float32 (ERNIE's routers).
 
     stored: the cut model without the repair. before: the parameters that `repaired` had before the repair; a
     recovery gives what it changes another storage. Config fields that a repair sets (biases, tied embeddings) follow,
@@ -23,14 +24,15 @@ def adopt(stored: PreTrainedModel, repaired: PreTrainedModel, before: Iterable[n
     if maps:
         repeat_patches(dissect(repaired), dissect(stored))
     untouched = {parameter.data_ptr() for parameter in before}
-    kind = {"dtype": stored.dtype, "device": stored.device}
+    had = {name: (one.device, one.dtype) for name, one in stored.named_parameters(remove_duplicate=False)}
+    usual = (stored.device, stored.dtype)
     made: dict[int, nn.Parameter] = {}  # what is tied stays so
     for name, parameter in repaired.named_parameters(remove_duplicate=False):
         if parameter.data_ptr() in untouched or id(parameter) in maps:
             continue
         place, _, own = name.rpartition(".")
         if id(parameter) not in made:
-            values = parameter.detach().to(**kind, copy=True)
+            values = parameter.detach().to(*had.get(name, usual), copy=True)
             made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
         setattr(stored.get_submodule(place), own, made[id(parameter)])
     restate(stored, repaired)

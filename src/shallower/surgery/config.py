@@ -235,6 +235,23 @@ def _attention_types(cut: _Cut, name: str) -> None:
     cut.new.attention_types = [[[cut.dense.attention_layers[old] for old in cut.attn], 1]]
 
 
+def _repeated_types(cut: _Cut, name: str) -> None:
+    """RecurrentGemma: a list that is repeated to the number of blocks; as long as they are, it says all."""
+    types = cut.dense.block_types
+    cut.new.block_types = [types[old % len(types)] for old in cut.attn]
+
+
+def _numbered_in_dict(cut: _Cut, name: str) -> None:
+    """Kimi Linear: lists of block numbers, counted from 1, which other software reads instead of `layer_types`."""
+    dense = getattr(cut.dense, name)
+    numbers = {
+        kind: [new for new, old in enumerate(cut.attn, start=1) if old + 1 in dense[kind]]
+        for kind in ("kda_layers", "full_attn_layers")
+        if kind in dense
+    }
+    setattr(cut.new, name, dense | numbers)
+
+
 def _scale_depth(cut: _Cut, name: str) -> None:
     """MiniCPM: branches are scaled by scale_depth / sqrt(number of blocks)."""
     cut.new.scale_depth = cut.dense.scale_depth * math.sqrt(len(cut.attn) / cut.blocks)
@@ -254,6 +271,8 @@ _FORMULAS: dict[str, Callable[[_Cut, str], None]] = {
     "attn_layer_period": _period("attn_layer"),
     "expert_layer_period": _period("expert_layer"),
     "attention_types": _attention_types,
+    "block_types": _repeated_types,
+    "linear_attn_config": _numbered_in_dict,
     "scale_depth": _scale_depth,
     "num_nextn_predict_layers": _no_prediction_blocks,
 }

@@ -213,7 +213,7 @@ def assemble(anatomy: Anatomy, layers: Sequence[Layer], *, padded: bool, thoroug
     parent, _, name = anatomy.path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(blocks))
     if not padded:
-        _require_counting_attention(model.config.get_text_config(), layers)
+        _require_counting_attention(anatomy, model.config.get_text_config(), layers)
     if leftover and not padded:
         _become_shallow(anatomy, model, layers, served)
     _renumber(anatomy, layers, blocks, indices, padded=padded)
@@ -341,10 +341,15 @@ def _set(module: nn.Module, names: frozenset[str], value: int) -> None:
             setattr(inner, name, value)
 
 
-def _require_counting_attention(text: PretrainedConfig, layers: Sequence[Layer]) -> None:
-    """Raise ModelError unless an attention is left whose cache counts tokens."""
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * len(layers)
-    if not any(layer.attn is not None and kind not in _STATES for layer, kind in zip(layers, kinds, strict=True)):
+def _require_counting_attention(anatomy: Anatomy, text: PretrainedConfig, layers: Sequence[Layer]) -> None:
+    """Raise ModelError unless an attention is left whose cache counts tokens, or the model has none to begin with."""
+
+    def counts(config: PretrainedConfig, attentions: Sequence[int | None]) -> bool:
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(attentions)
+        return any(one is not None and kind not in _STATES for one, kind in zip(attentions, kinds, strict=True))
+
+    dense = anatomy.model.config.get_text_config()
+    if counts(dense, range(len(anatomy.blocks))) and not counts(text, [layer.attn for layer in layers]):
         raise ModelError(
             f"{text.model_type} without these units would have no attention with a KV cache, by which it tells "
             "positions: keep at least one."

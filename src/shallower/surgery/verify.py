@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shallower import progress
 from shallower.checkpoint.stock import evaluating, quiet
+from shallower.decoding import with_cache
 from shallower.errors import VerificationError, out_of_memory
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -33,18 +34,14 @@ def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def cached_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The same logits in the same form, the last few tokens one at a time with the KV cache that the model itself
-    makes.
-    """
+    """The same logits in the same form, the last few tokens one at a time with the cache."""
     ids = ids.to(model.device)
     start = max(ids.shape[1] - _DECODED, 1)
     with torch.no_grad(), evaluating(model):
-        output = model(input_ids=ids[:, :start], use_cache=True)
+        output, cache = with_cache(model, ids[:, :start])
         logits = [output.logits]
         for position in range(start, ids.shape[1]):
-            output = model(
-                input_ids=ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True
-            )
+            output, cache = with_cache(model, ids[:, position : position + 1], cache, past=position)
             logits.append(output.logits)
     return torch.cat(logits, dim=1).float().cpu()
 

@@ -103,6 +103,17 @@ def _places(places: str) -> Callable[[int], list[int]]:
     return lambda blocks: [i for i in range(blocks) if places[i % len(places)] == "x"]
 
 
+def _numbered_from_one(places: str) -> Callable[[int], dict[str, Any]]:
+    """Kimi Linear's kinds of attention: full in the blocks marked `x`."""
+    return lambda blocks: {
+        "full_attn_layers": [i + 1 for i in _places(places)(blocks)],
+        "kda_layers": [i + 1 for i in range(blocks) if i not in _places(places)(blocks)],
+        "head_dim": 8,
+        "num_heads": 4,
+        "short_conv_kernel_size": 4,
+    }
+
+
 _SLIDING: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": _alternate("sliding_attention")}
 _DENSE_OR_SPARSE = _pattern("sparse", "dense", "x..x..x.")
 
@@ -343,8 +354,33 @@ FAMILIES: dict[str, ConfigFactory] = {
     "falcon_h1": _family(
         "falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8
     ),
+    "kimi_linear": _family(
+        "kimi_linear",
+        mlp_layer_types=_DENSE_OR_SPARSE,
+        linear_attn_config=_numbered_from_one(".x..x.xx"),
+        moe_intermediate_size=24,
+        **_EXPERTS,
+        **_LATENT,
+    ),
+    "bamba": _family(
+        "bamba",
+        attn_layer_indices=_places(".x..x.xx"),
+        mamba_n_heads=4,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+    ),
+    "recurrent_gemma": _family(
+        "recurrent_gemma",
+        lru_width=32,
+        attention_window_size=WINDOW,
+        block_types=_pattern("recurrent", "attention", ".x..x.xx"),
+    ),
     "solar_open": _family("solar_open", **_ROUTED),
     "doge": _family("doge", keep_window_size=64),
+    # No attention at all.
+    "mamba": _family("mamba", state_size=8),
+    "mamba2": _family("mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=8),
+    "falcon_mamba": _family("falcon_mamba", state_size=8),
 }
 
 CORE: tuple[str, ...] = (

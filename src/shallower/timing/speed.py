@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.checkpoint.stock import evaluating
+from shallower.decoding import with_cache
 from shallower.errors import ModelError, UserError
 from shallower.evaluation.perplexity import context_limit
 from shallower.timing.memory import devices_of, peak_above
@@ -196,20 +197,17 @@ def _run(model: PreTrainedModel, ids: Tensor, generate: int) -> _Run:
     )
     with evaluating(model), torch.inference_mode():
         started = _now(model.device)
-        output = model(input_ids=ids, use_cache=True, **last_only)
+        output, cache = with_cache(model, ids, **last_only)
         chosen = output.logits[:, -1:].argmax(dim=-1)
         prefilled = _now(model.device)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            raise ModelError(
-                f"{type(model).__name__} returns no KV cache (past_key_values), so decoding cannot be timed fairly."
-            )
-        for _ in range(generate):
-            output = model(input_ids=chosen, past_key_values=cache, use_cache=True, **last_only)
-            cache = output.past_key_values
+        for past in range(ids.shape[1], ids.shape[1] + generate):
+            output, cache = with_cache(model, chosen, cache, past=past, **last_only)
             chosen = output.logits[:, -1:].argmax(dim=-1)
         ended = _now(model.device)
-    return _Run(prefilled - started, ended - prefilled, cache_bytes(cache))
+    held = cache_bytes(cache)
+    if not held:
+        raise ModelError(f"{type(model).__name__} keeps no KV cache, so decoding cannot be timed fairly.")
+    return _Run(prefilled - started, ended - prefilled, held)
 
 
 def _random_ids(model: PreTrainedModel, shape: tuple[int, int], seed: int) -> Tensor:
