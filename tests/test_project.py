@@ -11,8 +11,11 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 import shallower
@@ -20,10 +23,12 @@ from shallower.cli.main import app
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import Continuation, Generation
 from shallower.evaluation.perplexity import Perplexity
-from shallower.evaluation.tasks import TaskMetric, TaskResult
+from shallower.evaluation.tasks import LoadedTasks, TaskMetric, TaskResult, TaskSettings
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage, ReportData, Side
 from shallower.scores import Score, Scores, ScoreSheet
+from shallower.verbs.measured_by import measured_by, measured_model
+from shallower.verbs.questions import Questions
 from shallower.version import __version__
 
 LIGHT_MODULES = (
@@ -122,9 +127,13 @@ def test_the_page_on_files_has_every_key(root: Path) -> None:
     task = TaskResult("t", "1", 0, 1, "test", "folder", (TaskMetric("acc", 1.0, None, True, (1.0,)),))
     written = Generation(1.0, 1.0, 0.0, 1.0, 0.0, (Continuation("a", "b", 1, False, False),))
     evaluations = (Evaluation(name, 2, 9, text, (task,), written, removed=1) for name in "ab")
-    evaluation = Comparison(tuple(evaluations)).to_json()
+    subject: Any = SimpleNamespace(identity=model, dtype="float32", model=SimpleNamespace(device=torch.device("cpu")))
+    asked = Questions({"t": "a text"}, LoadedTasks((), {}, {}), TaskSettings(), generation=False)
+    how = measured_by([measured_model(subject)], asked, 1024, None, None)
+    evaluation = Comparison(tuple(evaluations), made_by=how).to_json()
     rows = [row for name in ("evaluations", "tasks", "generation", "differences") for row in evaluation[name]]
-    inner = (evaluation["tasks"][0]["metrics"]["acc"], evaluation["generation"][0]["continuations"][0])
+    inner = [how, *how["models"], *how["texts"], how["windows"], how["tasks"], how["versions"]]
+    inner += (evaluation["tasks"][0]["metrics"]["acc"], evaluation["generation"][0]["continuations"][0])
     found = missing("plan.json", PruningPlan(model, (), (), None, made_by).to_json(), MadeBy)
     found += missing("The", (), ModelIdentity, CalibrationIdentity)  # what comes again in several files
     found += missing("scores.json", {**scores.to_json(), **both.to_json()}, Score)
