@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -314,6 +315,24 @@ def test_a_file_s_name_may_be_no_utf_8(tmp_path: Path, tokenizer: Any) -> None:
     row = {"question": "Why?", "choices": ["So.", "Not."], "gold": 0}
     questions = _jsonl(folder / os.fsdecode(b"\xe9.jsonl"), [row])
     assert build_choices(questions, tokenizer, questions=1).questions == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("c4", "unknown text or domain 'c4', which is called 'web' here"),
+        ("wikitext2", "which is called 'hf:Salesforce/wikitext:wikitext-2-raw-v1:train' here"),
+        ("auto", "only 'shallower search' chooses texts (--calibration auto --for TEXT): name a text here"),
+        ("auto:web", "only 'shallower search' chooses texts"),
+    ],
+)
+def test_names_that_mean_a_text_elsewhere(name: str, said: str, tokenizer: Any, tmp_path: Path) -> None:
+    for spec in (name, f"{name}*0.5+{_texts(tmp_path / 'a.jsonl', 'x', 8)}"):
+        with pytest.raises(UserError, match=re.escape(said)):
+            build_calibration(spec, tokenizer, **SMALL)
+    with pytest.raises(UserError) as told:
+        read_evaluation_text(f"{name}*0.5+{tmp_path / 'a.jsonl'}")
+    assert ("Text to evaluate on is also" in str(told.value)) == (name == "auto")
 
 
 def test_domains(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path) -> None:
