@@ -647,20 +647,42 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_set_is_built_shown_and_used_again(
-    two: tuple[str, str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two: tuple[str, str],
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = str(tmp_path / "set")
     spec = f"{two[0]}+{two[1]}*3?sequences=8&length=24"
     built = _json(capsys, "corpus", "build", spec, "--model", model, "--out", out)
     assert [source["tokens"] for source in built["sources"]] == [2 * 24, 6 * 24]
     assert main.run(["corpus", "build", spec, "--model", model, "--out", out]) == 2
-    capsys.readouterr()
+    assert "exists; choose another folder, or add --force to replace it." in capsys.readouterr().err
+    Path(out, "old").touch()
+    assert (
+        _json(capsys, "corpus", "build", spec, "--model", model, "--out", out, "--force")["digest"] == built["digest"]
+    )
+    assert sorted(os.listdir(out)) == ["calibration.safetensors", "manifest.json"]
+    assert main.run(["corpus", "build", spec, "--model", model, "--out", model, "--force"]) == 2
+    assert "is not a calibration set, so --force does not replace it" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.corpus.calibration.write_json", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(spec, model, out=tmp_path / "half")
+    assert not list(tmp_path.glob("*half*"))
     assert _json(capsys, "corpus", "show", out)["digest"] == built["digest"]
     shown = _json(capsys, "corpus", "show", out, "--model", model, "--texts", "2")
     assert shown["beginnings"] == built["beginnings"][:2]
     assert main.run(["corpus", "show", spec]) == 2
     assert "add --model" in capsys.readouterr().err
+    assert main.run(["corpus", "show", out, "--texts", "5", "--sequences", "8"]) == 2
+    assert "--texts and --sequences are read only with a --model: name one" in capsys.readouterr().err
     scores = _json(capsys, "score", model, "--calibration", out)
     assert scores["made_by"]["calibration"]["digest"] == built["digest"]
     own = _json(capsys, "corpus", "build", "self?sequences=2&length=8", "--model", model)
