@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ import typer.main
 
 import shallower
 from shallower.cli.main import app
+from shallower.corpus import CalibrationSet, SourceRecord
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import Continuation, Generation
 from shallower.evaluation.perplexity import Perplexity
@@ -27,6 +29,9 @@ from shallower.evaluation.tasks import LoadedTasks, TaskMetric, TaskResult, Task
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage, ReportData, Side
 from shallower.scores import Score, Scores, ScoreSheet
+from shallower.timing import Speed, Spread
+from shallower.verbs.bench import Bench, Timed
+from shallower.verbs.corpus import clean
 from shallower.verbs.measured_by import measured_by, measured_model
 from shallower.verbs.questions import Questions
 from shallower.version import __version__
@@ -111,7 +116,7 @@ def test_value_types_load_nothing_heavy() -> None:
 # The pages on files and on Python: docs/files.md, docs/api.md
 
 
-def test_the_page_on_files_has_every_key(root: Path) -> None:
+def test_the_page_on_files_has_every_key(root: Path, tmp_path: Path) -> None:
     page = (root / "docs" / "files.md").read_text(encoding="utf-8")
     sections = {text.split(",")[0].split()[0]: text for text in page.removeprefix("# ").split("\n## ")}
 
@@ -140,6 +145,20 @@ def test_the_page_on_files_has_every_key(root: Path) -> None:
     found += missing("evaluation.json", {key for document in (evaluation, *rows, *inner) for key in document})
     found += missing("recovery.json", (), RecoveryData, RecoveryStage, RecoveryMadeBy)
     found += missing("report.json", (), ReportData, Side)
+    spread = Spread(1.0, 1.0, 1.0)
+    timed = [Timed(name, 2, 2, 2, 9, "float32", (Speed(spread, spread, 1, 1, 1, 1, 1, 1),)) for name in "ab"]
+    bench = Bench(tuple(timed), (), 1, 1, "float32", "cpu", 1, None).to_json()
+    found += missing("bench", {*bench, *bench["models"][1], *bench["models"][1]["speeds"][0]}, Spread)
+    found += missing("bench", bench["models"][1]["speeds"][0]["decode_faster"])
+    saved = CalibrationSet("s", torch.ones((1, 2), dtype=torch.int64), None, tokenizer="sha256:0").to_json()
+    found += missing("manifest.json", saved, SourceRecord)
+    assert not found
+    pytest.importorskip("datasketch")
+    same = [json.dumps({"id": name, "text": "the same words " * 9}) for name in ("one", "two")]
+    (tmp_path / "text.jsonl").write_text("\n".join(same))
+    clean(tmp_path / "text.jsonl", report=tmp_path / "report")
+    clusters = json.loads((tmp_path / "report" / "clusters.json").read_text())
+    found += missing("clusters.json", {*clusters, *clusters["clusters"][0], *clusters["clusters"][0]["members"][0]})
     assert not found
 
 

@@ -412,7 +412,9 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
 
 
-def test_a_study_measures_every_cell_and_writes_its_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_measures_every_cell_and_writes_its_page(
+    root: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("study", place / "grid.yaml", "--out", place / "out") == 0
     rows = lines_of(place / "out")
     assert len(rows) == 16
@@ -424,6 +426,8 @@ def test_a_study_measures_every_cell_and_writes_its_page(place: Path, capsys: py
     assert set(how["judged_on"]) == {"other", "quiz"}
     assert len({row["made_by"]["calibration"]["spec"] for row in rows}) == 4
     assert (place / "out" / "grid.yaml").read_text() == (place / "grid.yaml").read_text()
+    told_of = (root / "docs" / "files.md").read_text().partition("## cells.jsonl")[2].partition("\n## ")[0]
+    assert [key for key in (*rows[0], *how, *rows[0]["cell"]) if f"`{key}`" not in told_of] == []
     page = (place / "out" / "study.html").read_text()
     assert "The answer" in page
     assert "<svg" in page
