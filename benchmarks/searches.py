@@ -9,8 +9,8 @@ objective; `random` and `last` look at neither, and `random` is one draw, that o
         [--rows "greedy nll" "greedy,swap kl" "greedy kl sublayer"] [--sequences 32] [--length 128] [--json]
         [--questions arc_easy/test.jsonl]
 
-A row is a search, a metric or objective, and the kind of units where it is not blocks. `task` asks 4 questions for each
-sequence of text, from --questions, and is left out without these.
+A row is a search, a metric or objective, and the kind of units where it is not blocks. `task` asks as many
+questions as there are sequences of text, from --questions, and is left out without these.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ ROWS = (
     "contiguous angular sublayer",
     "greedy task",
 )
-QUESTIONS_A_SEQUENCE = 4
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,7 @@ def main() -> None:
     text = build_calibration(asked.calibration, subject.tokenizer, **shape, part="train")
     questions = None
     if asked.questions:
-        count = QUESTIONS_A_SEQUENCE * asked.sequences
-        sizes = {"sequences": count, "length": asked.length, "seed": asked.seed}
-        questions = calibrate(subject, asked.questions, objective="task", **sizes)
+        questions = calibrate(subject, asked.questions, objective="task", **shape)
     held_out = [Ablator(subject.anatomy, windows(subject, source, asked.windows)) for source in asked.held_out]
     dense = [math.exp(ablator.losses([frozenset()])[0]) for ablator in held_out]
     sources = ", ".join(os.path.basename(source) for source in asked.held_out)

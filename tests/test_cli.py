@@ -183,7 +183,9 @@ def test_what_a_race_may_get_wrong_is_told(cli: Cli, root: Path) -> None:
     from shallower.engine import Racing
 
     racing = Racing()
-    stated = f"each race may choose one more than {100 * racing.tie:g} % worse than the best, with a probability of "
+    stated = (
+        f"the winner of a race is more than {100 * racing.tie:g} % worse than the best with a probability of at most "
+    )
     stated += f"{100 * racing.error:g} %"
     for told in (cli("search", "--help").out, (root / "README.md").read_text(encoding="utf-8")):
         assert stated in " ".join(told.split())
@@ -1045,6 +1047,16 @@ def test_progress_of_work_that_ends_by_time(
     with progress.listening(lines()), progress.task("training", progress.PARTS) as step:
         step(250)
     assert capsys.readouterr().err.splitlines() == ["training: 25 % after 62 s", "training: 63.0 s"]
+
+
+@pytest.mark.parametrize("verb", [("score",), ("search", "--remove", 1), ("prune", "--remove", 1)])
+def test_who_names_no_text_is_told_what_is_read(cli: Cli, place: Path, tmp_path: Path, verb: tuple[Any, ...]) -> None:
+    name, *rest = verb
+    asked = (name, place / "tiny", *rest, *SMALL, "--out", tmp_path / "out.json")
+    brief = ("--window", 32, "--windows", 1, "--no-speed") if name == "prune" else ()
+    assert cli(*asked, *brief).err.count("No text was named") == 1
+    named = cli(*asked, *brief, "--force", "--calibration", place / "text.txt")
+    assert (named.code, "No text was named" in named.err) == (0, False)
 
 
 def test_progress_goes_to_stderr_or_nowhere(cli: Cli, place: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from shallower import progress, registry
+from shallower import progress, registry, store
 from shallower.anatomy import dissect
 from shallower.anatomy.dissect import unpack
 from shallower.budget import Budget, Limit
@@ -38,7 +38,9 @@ from shallower.engine.method_code import code_of
 from shallower.engine.race import looks, survivors
 from shallower.engine.states import DenseAnswers, States
 from shallower.engine.trace import Trace, trace
-from shallower.errors import BudgetError, CorpusError, ModelError
+from shallower.engine.workers import thread_count
+from shallower.errors import BudgetError, CorpusError, ModelError, OutputError
+from shallower.files import alone
 from shallower.registry import search as searches
 from shallower.store import Store
 from shallower.surgery import cut
@@ -630,6 +632,73 @@ def test_memo_does_not_take_a_changed_model_for_the_stock_one(how, tmp_path, mon
         assert bool(again.spent.recalled) == (how == "own class")
 
 
+@pytest.mark.parametrize("how", CHANGES)
+def test_one_thread_measures_what_a_copy_may_not_compute(how, monkeypatch):
+    """Autocast is one thread's own, and a forward that was put over another's calls the modules it was made of."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model = tiny_model("llama", blocks=2)
+    assert thread_count(dissect(model)) == 2
+    with _changed(model, how, monkeypatch):
+        assert thread_count(dissect(model)) == (2 if how == "own class" else 1)
+
+
+@pytest.mark.parametrize("hooked", ["hook", "pre-hook", "forward"])
+def test_what_hooks_on_to_the_head_is_measured(hooked, monkeypatch):
+    model = tiny_model("llama", blocks=3)
+    text, head = sample_text(model), model.lm_head
+    plain = stock_loss(model, text)
+    if hooked == "hook":
+        head.register_forward_hook(lambda module, args, output: output * 3)
+    elif hooked == "pre-hook":
+        head.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    else:
+        own = head.forward
+        monkeypatch.setattr(head, "forward", lambda rows: own(rows) * 3)
+    expected = stock_loss(model, text)
+    assert abs(expected - plain) > 1e-3
+    assert Ablator(dissect(model), text).dense == pytest.approx(expected, abs=1e-5)
+    assert Ablator(dissect(model), text, "top1").dense == 0
+
+
+def test_a_hook_that_a_replay_runs_twice_is_named():
+    model = tiny_model("llama", blocks=2)
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(ModelError, match=r"there are hooks on model\.layers\.1, which then run at other times: remove"):
+        prove(dissect(model))
+
+
+def test_candidates_do_not_share_a_stream_that_a_block_writes_into():
+    model = tiny_model("llama", blocks=2)
+    block = model.model.layers[0]
+
+    def in_place(hidden_states, *args, own=block.forward, **kwargs):
+        result = own(hidden_states.clone(), *args, **kwargs)
+        hidden_states.mul_(0)
+        return result
+
+    block.forward = in_place
+    prove(dissect(model))
+    with pytest.raises(ModelError, match="block 0 of this llama model writes into the residual stream"):
+        Ablator(dissect(model), sample_text(model))
+
+
+def test_an_objective_may_read_the_entropy_alone(monkeypatch):
+    anatomy = dissect(tiny_model("llama", blocks=3))
+    text = sample_text(anatomy.model)
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    registry.objective("excess")(lambda target_logits, log_normalizer, dense_entropy: dense_entropy)
+    registry.objective("sum")(lambda dense_mean_logit, log_normalizer, dense_entropy: dense_entropy)
+    without = [frozenset({Unit(1, "block")})]
+    assert Ablator(anatomy, text, "excess").losses(without) == Ablator(anatomy, text, "sum").losses(without)
+
+
+def test_an_objective_that_cannot_be_told_keeps_no_other_from_being_remembered(tmp_path, monkeypatch):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    registry.objective("mine")(_closing_over(_Factor(1.0)))
+    assert Ablator(anatomy, sample_text(anatomy.model), "nll", memo=Memo(tmp_path / "memo.sqlite")).memo is not None
+
+
 def test_a_model_in_training_mode_is_told_so():
     model = tiny_model("gpt2", blocks=2)
     for module in model.modules():
@@ -898,6 +967,40 @@ def test_processes_that_meet_a_damaged_memo_go_on_in_one_new_file(tmp_path):
     first.write("context", [("third", 0, np.ones(2))])
     assert {route for route, _ in Memo(path).read("context")} == {"first", "second", "third"}
     assert path.with_suffix(".damaged").read_bytes()[4096:] == bytes(pages[4096:])
+
+
+def test_one_process_at_a_time_sets_a_memo_aside(tmp_path):
+    came = []
+    with alone(tmp_path / "memo.sqlite"):
+        other = threading.Thread(target=lambda: came.append(_enter(tmp_path / "memo.sqlite")))
+        other.start()
+        other.join(0.2)
+        assert not came
+    other.join(10)
+    assert came
+
+
+def _enter(path):
+    with alone(path):
+        return True
+
+
+def test_a_memo_that_another_process_holds_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "WAIT_SECONDS", 0.1)
+    memo = Memo(tmp_path / "memo.sqlite")
+    with closing(sqlite3.connect(tmp_path / "memo.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OutputError, match=r"locked\. Another process held it for 0\.1 s: let it end"):
+            memo.write("context", [("route", 0, np.ones(2))])
+
+
+def test_a_memo_where_nothing_can_be_written_is_told_so(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    with pytest.raises(OutputError, match=r"file\. Set SHALLOWER_CACHE to a folder that can be written"):
+        Memo(tmp_path / "memo.sqlite")
 
 
 def test_a_new_memo_waits_while_another_process_makes_it(tmp_path, monkeypatch):

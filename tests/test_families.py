@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -173,6 +174,22 @@ def test_every_family_can_be_weighed(family: str) -> None:
     assert weights.blocks.parameters == sum(parameter.numel() for parameter in held)
     assert all(weights.units[unit].flops > 0 for unit in anatomy.of_kind("block"))
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "olmo_hybrid"])
+def test_linear_attention_is_weighed_by_whole_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It pads what it reads: eight tokens would count as sixty-four."""
+    anatomy = dissect(tiny_model(family))
+    types = anatomy.model.config.layer_types
+    [first, *_] = [unit for unit in anatomy.of_kind("attn") if types[unit.index] == "linear_attention"]
+
+    def flops(tokens: int) -> int:
+        monkeypatch.setattr(sys.modules["shallower.anatomy.weigh"], "CHUNK", tokens)
+        return weigh(anatomy).units[first].flops
+
+    usual = weigh(anatomy).units[first].flops
+    assert flops(128) == pytest.approx(usual, rel=0.01)  # but for what the convolution pads
+    assert flops(8) > 1.2 * usual
 
 
 def test_packed_weights_weigh_what_they_stand_for() -> None:

@@ -706,7 +706,9 @@ def test_a_model_of_code_of_its_own_says_how_it_loads(form: str, tmp_path: Path)
     found: dict[str, object] = {}
     exec(lines, found)
     assert type(found["model"]).__name__ == "OwnForCausalLM"
-    assert "trust_remote_code=True" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "trust_remote_code=True" in page
+    assert "AutoTokenizer" not in page  # there is none
 
 
 @pytest.mark.parametrize(("limit", "prompt"), [(100, 68), (33, 1), (32, None)])

@@ -21,6 +21,9 @@ from shallower.registry import REGISTRIES, Above, AtLeast, Method, Registry
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
+from shallower.testing.conformance import sample_text
+from shallower.testing.families import tiny_model
+from shallower.verbs.search import search
 
 
 def plain(before: float, after: float) -> float:
@@ -410,3 +413,14 @@ def test_what_the_framework_supplies_may_be_annotated_for_type_checkers_only() -
     registry = Registry("metric", "shallower.metrics", "before after")
     registry("mine")(namespace["mine"])
     assert registry._methods["mine"].options["power"].parse("2") == 2.0
+
+
+def test_a_search_that_ranks_by_no_metric_of_its_own_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searches, "_methods", {method.name: method for method in searches})
+    one_shot = searches.get("one-shot").function
+    searches("mine")(lambda scores, budget: one_shot(scores, budget))
+    model = tiny_model("llama")
+    given: dict[str, Any] = {"search": "mine", "calibration": sample_text(model)}
+    with pytest.raises(UserError, match="'mine' ranks units by a metric, and has none of its own: add --metric cosine"):
+        search(model, 2, **given)
+    assert len(search(model, 2, metric="cosine", **given).remove) == 2

@@ -308,6 +308,19 @@ def test_a_recovery_is_shown_with_what_came_before_it():
     ]
 
 
+def test_a_tokenizer_is_loaded_only_where_there_is_one():
+    given, repaired = replace(report(), tokenizer=False), recovered(tokenizer=False)
+    assert ReportData.from_json(json.loads(json.dumps(given.to_json()))) == given
+    assert RecoveryData.from_json(json.loads(json.dumps(repaired.to_json()))) == repaired
+    for data, loads in ((report(), True), (given, False), (recovered(), True), (repaired, False)):
+        page = render(data) if isinstance(data, ReportData) else render_recovery(report().plan, data, "healed")
+        assert ("AutoTokenizer" in page) == loads
+    early = {key: value for key, value in report().to_json().items() if key != "tokenizer"}
+    assert ReportData.from_json(early) == report()
+    with pytest.raises(UserError, match="'tokenizer' of the report is 1, not true or false"):
+        ReportData.from_json({**early, "tokenizer": 1})
+
+
 def test_what_recover_wrote_is_read_again_and_faults_are_named():
     data = recovered()
     assert RecoveryData.from_json(json.loads(json.dumps(data.to_json()))) == data

@@ -484,6 +484,14 @@ def test_weights_and_gradients_share_one_backward(llama: PreTrainedModel) -> Non
         assert weight_scores(anatomy, text, [statistic], anatomy.units)[0] == rows
 
 
+def test_weights_alone_beside_gates(llama: PreTrainedModel) -> None:
+    """Something flows back, but no gradient of a weight."""
+    anatomy, text = dissect(llama), sample_text(llama)
+    statistics = [WeightStatistic(metric.get(name)) for name in ("magnitude", "gate-gradient")]
+    rows, _ = weight_scores(anatomy, text, statistics, anatomy.units)
+    assert [rows] == weight_scores(anatomy, None, statistics[:1], anatomy.units)
+
+
 # Traps
 
 

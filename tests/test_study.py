@@ -129,8 +129,17 @@ def test_a_search_that_draws_is_still_a_search() -> None:
 
 
 def test_a_resample_without_a_value_is_not_a_zero() -> None:
-    interval = mean_interval([np.array([np.nan]), np.array([-1.0])])
+    interval = mean_interval([np.array([np.nan]), np.array([-1.0]), np.array([-1.0])])
     assert (interval.value, interval.low, interval.high) == (-1, -1, -1)
+
+
+def test_one_group_has_no_interval() -> None:
+    for groups in ([[0.2, 0.4]], [[0.3], [np.nan]]):
+        interval = mean_interval([np.array(group) for group in groups])
+        assert interval.value == pytest.approx(0.3)
+        assert math.isnan(interval.low)
+        assert math.isnan(interval.high)
+        assert interval.told("{:.1f}".format) == "0.3 [–]"
 
 
 def test_a_studys_own_results_are_not_taken_for_the_demo(tmp_path: Path) -> None:
@@ -186,11 +195,34 @@ def test_what_does_not_vary_is_due_to_nothing() -> None:
     assert sum(shares.values()) == pytest.approx(1)  # not halved by the ratio at which nothing varies
     written = markdown([*still, *moved], findings)
     text, search, crossed = (f"{100 * shares[term]:.0f} %" for term in ("text", "search", "text × search"))
-    assert f"| text | 33 % [33 %, 33 %] | {text} [{text}, {text}] |" in written
+    assert f"| text | 33 % [–] | {text} [–] |" in written  # four cells, and as many effects
     assert (
         f"Of the variance of the calibration loss, {text} is due to calibration, 0 % to the objective, {search} to the "
-        f"search, {crossed} to two of these together, and 0 % is left over."
+        f"search, {crossed} to two of these together, and nothing can be left over. Where a grid has as many cells as"
     ) in findings.answer
+
+
+def test_few_cells_do_not_say_what_changes_plans_more(tmp_path: Path) -> None:
+    from shallower.reporting.study import write_pages
+
+    def grid(texts: str, searches: Sequence[str]) -> list[Result]:
+        """Plans that texts change more than searches do."""
+        return [
+            result(block(10 * at, 10 * at + 1, 10 * at + 2 + shift), text=text, search=search)
+            for at, text in enumerate(texts)
+            for shift, search in enumerate(searches)
+        ]
+
+    few, many = find(grid("ab", ("greedy", "swap"))), find(grid("abcd", ("greedy", "swap", "last", "beam")))
+    assert "too few sets of cells (2, where 4 are needed)" in few.answer
+    assert "So here" not in few.answer
+    assert "So here calibration changes the plan more" in many.answer
+    alone = grid("ab", ("greedy",))
+    page, numbers, tables = write_pages(tmp_path, alone, find(alone))
+    [of_text] = json.loads(numbers.read_text())["agreements"]
+    assert of_text["jaccard"] == {"value": 0.0, "low": "nan", "high": "nan"}
+    assert "| text | 0.00 [–] | " in tables.read_text()
+    assert "nan" not in re.sub("<[^>]*>", "", page.read_text())  # of words and numbers that are shown
 
 
 def test_what_a_search_draws_is_no_effect_of_calibration() -> None:
@@ -283,6 +315,29 @@ def test_tables_tell_several_models_apart() -> None:
         assert f"{first}| Removed | Text | Task |" in told
     assert "| a/tiny | 2 | text | a | 30.00 | 50.0 % |" in told
     assert "| b/tiny | 2 | wiki | quiz |" in told
+
+
+def test_what_is_shown_of_all_cells_is_shown_of_each_model() -> None:
+    from shallower.reporting.study import markdown, spread
+
+    one = [
+        replace(each, cell=replace(each.cell, sequences=size, model="small"))
+        for size in (8, 32)
+        for each in made_up("text")
+    ]
+    other = [replace(each, cell=replace(each.cell, model="large"), held_out={"wiki": 5.0}) for each in one]
+    both = [*one, *other]
+    told = markdown(both, find(both))
+    assert "| Model | Calibration tokens | Shared units of two seeds | Held-out perplexity | Cells |" in told
+    assert "| small | 128 | 1.00 [1.00, 1.00] | 43.56 | 32 |" in told
+    assert "| large | 128 | 1.00 [1.00, 1.00] | 5.00 | 32 |" in told
+    assert "by its size, on average over models: 128 tokens 1.00, 512 tokens 1.00 (Jaccard)" in told
+    assert "by its size: 128 tokens 1.00, 512 tokens 1.00 (Jaccard)" in find(one).answer
+    for results, columns, names in ((one, 4, 0), (both, 8, 1)):
+        drawn = spread(results)
+        assert drawn is not None
+        assert len(re.findall(">(?:greedy|swap|last|beam)<", drawn)) == columns
+        assert len(re.findall(">large<", drawn)) == names
 
 
 def test_figures_of_a_study_have_captions_and_words_stand_left() -> None:

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+import shallower
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import load, load_model
@@ -33,8 +34,10 @@ from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPl
 from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify, verify_saved
 from shallower.surgery.card import model_card
 from shallower.surgery.ordinary_pairs import exact_pairs
+from shallower.surgery.save import ordinary
 from shallower.surgery.stations import layers_of
 from shallower.surgery.verify import load_stock
+from shallower.testing.conformance import sample_text
 from shallower.testing.families import BLOCKS, DEPTH_BOUND, FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
 
@@ -497,6 +500,54 @@ def test_the_card_tells_of_weights_that_were_rounded(plan: PruningPlan, tmp_path
         model = cut(dissect(load(tmp_path / "dense", dtype=dtype, device="cpu")), plan.removed)
         card = (save(model, tmp_path / dtype, plan=plan) / "README.md").read_text()
         assert ("Weights that the original holds in float32 were rounded to bfloat16." in card) == told
+
+
+def counted(family: str, period: int, blocks: int) -> PreTrainedModel:
+    """A model whose blocks are of a kind as their number says."""
+    config = tiny_config(family, blocks=blocks)
+    full = [at % period == period - 1 for at in range(blocks)]
+    windowed = "chunked_attention" if family == "llama4" else "sliding_attention"
+    config.layer_types = ["full_attention" if here else windowed for here in full]
+    if family in ("llama4", "smollm3"):
+        config.no_rope_layers = [int(not here) for here in full]
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "period"),
+    {"afmoe": 4, "cohere2": 4, "gemma2": 2, "gemma3": 6, "gpt_oss": 2, "llama4": 4, "smollm3": 4}.items(),
+)
+def test_what_other_software_takes_for_another_kind_is_told(family: str, period: int) -> None:
+    anatomy = dissect(counted(family, period, 2 * period))
+    for right in (f"block.{2 * period - 1}", f"block.0-{period - 1}"):
+        assert ordinary(cut(anatomy, units(right))).notes == ()
+    assert ordinary(tiny_model("olmo3")).notes == ()  # llama.cpp is told of its kinds
+    [note] = ordinary(cut(anatomy, units("block.0"))).notes
+    assert note.startswith("llama.cpp and vLLM, as" if family == "gpt_oss" else "llama.cpp, as")
+    rare = "no rotary positions" if family in ("llama4", "smollm3") else "full attention"
+    assert f"one block in {period} has {rare} there" in note
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("gemma2", 46), ("gemma3", 62)])
+def test_a_scale_that_other_software_takes_from_the_number_of_blocks_is_told(family: str, blocks: int) -> None:
+    config = tiny_config(family, blocks=blocks)
+    config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    told = f"scales this attention rightly only in a model of {blocks} blocks"
+    for of_all, left in ((False, range(blocks)), (True, range(blocks - 1))):
+        model = AutoModelForCausalLM.from_config(cut_config(config, left))
+        assert (told in str(ordinary(model).notes)) == of_all
+    config.query_pre_attn_scalar = config.head_dim  # of the smaller ones of the family
+    assert told not in str(ordinary(AutoModelForCausalLM.from_config(cut_config(config, range(4)))).notes)
+
+
+@pytest.mark.parametrize("form", ["auto", "padded"])
+def test_the_card_and_the_report_tell_what_other_software_computes(form: str, tmp_path: Path) -> None:
+    model = counted("gpt_oss", 2, 6)
+    removed = "block.1" if form == "auto" else "block.1,attn.3"
+    text = sample_text(model, padded=False)
+    done = shallower.prune(model, removed, out=tmp_path / "out", calibration=text, form=form, speed=False)
+    [note] = [note for note in done.report.notes if "vLLM" in note]
+    assert note in (tmp_path / "out" / "README.md").read_text()
 
 
 def umask() -> int:

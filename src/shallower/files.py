@@ -149,6 +149,18 @@ def settle(target: Path) -> None:
 
 
 @contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside the `with` no other process of this machine is in one for the same path; the file beside it that they
+    agree by stays.
+    """
+    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
     """Yields a new folder as in the module's docstring, which ends with the `with`."""
     place = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=_SUFFIX))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.errors import OutputError
+from shallower.files import alone
 
 WAIT_SECONDS = 60
 
@@ -94,11 +95,12 @@ class Store:
 
     def _set_aside(self) -> None:
         """Begin anew; with the new file of another process where that met the damage first."""
-        if _inode(self.path) == self._inode:
-            for companion in ("-wal", "-shm"):
-                Path(f"{self.path}{companion}").unlink(missing_ok=True)
-            with suppress(FileNotFoundError):  # the other process did it just now
-                self.path.replace(self.path.with_suffix(".damaged"))
+        with alone(self.path):
+            if _inode(self.path) == self._inode:
+                for companion in ("-wal", "-shm"):
+                    Path(f"{self.path}{companion}").unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # no locks here, and the other process did it just now
+                    self.path.replace(self.path.with_suffix(".damaged"))
         self._open()
 
     @contextmanager
@@ -106,10 +108,12 @@ class Store:
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:
-            raise OutputError(
-                f"cannot keep {self._what} in {self.path}: {error}. Free some room there, or set SHALLOWER_CACHE to a "
-                "folder on another disk."
-            ) from error
+            way = "Free some room there, or set SHALLOWER_CACHE to a folder on another disk."
+            if "locked" in str(error):
+                way = f"Another process held it for {WAIT_SECONDS} s: let it end, and run the same command again."
+            elif isinstance(error, PermissionError) or "readonly" in str(error) or "unable to open" in str(error):
+                way = "Set SHALLOWER_CACHE to a folder that can be written."
+            raise OutputError(f"cannot keep {self._what} in {self.path}: {error}. {way}") from error
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

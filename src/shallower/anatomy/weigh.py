@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shallower.anatomy.dissect import Anatomy, probe_ids
+from shallower.anatomy.dissect import PROBE_TOKENS, Anatomy, probe_ids
 from shallower.anatomy.patch import Patch
 from shallower.packaged import LeavesOut
 from shallower.units import Unit
 
+CHUNK = 64  # tokens, of transformers' gated delta rules
+
 
 @dataclass(frozen=True)
 class UnitWeight:
-    """parameters: count. bytes: as stored now. flops: floating-point operations a token, at a context of a few tokens.
-    kv_bytes: bytes that one token adds to the cache. blocks: 1 for a block, ½ for a sublayer.
+    """parameters: count. bytes: as stored now. flops: floating-point operations a token, at a context of a few tokens
+    (64 where the model has linear attention). kv_bytes: bytes that one token adds to the cache. blocks: 1 for a block,
+    ½ for a sublayer.
     """
 
     parameters: int
@@ -90,7 +93,7 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
     parts: list[nn.Module] = [anatomy.model]
     for block in anatomy.blocks:
         parts += [module for kind in ("block", "attn", "mlp") for module in block.modules_of(kind)]
-    ids = probe_ids(anatomy.model)
+    ids = _probe(anatomy)
     counter = FlopCounterMode(display=False, custom_mapping=_products())
     before: dict[nn.Module, int] = {}
     flops = dict.fromkeys(parts, 0)
@@ -117,6 +120,12 @@ def _observe(anatomy: Anatomy) -> tuple[dict[nn.Module, int], list[int]]:
     for layer, index in zip(layers, _with_cache(anatomy), strict=False):
         stored[index] = _cached_bytes(layer)
     return {part: count // ids.numel() for part, count in flops.items()}, stored
+
+
+def _probe(anatomy: Anatomy) -> Tensor:
+    """int64 [1, tokens]. Gated delta rules pad what they read to whole chunks, so there it is one chunk."""
+    types = getattr(anatomy.model.config.get_text_config(), "layer_types", None) or ()
+    return probe_ids(anatomy.model, CHUNK // PROBE_TOKENS if "linear_attention" in types else 1).view(1, -1)
 
 
 @contextmanager

@@ -61,15 +61,24 @@ def _attached(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
     for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
         yield from hooks.values()
     for module in model.modules():
-        for name in _HOOKS:
-            yield from getattr(module, name).values()
-        given = vars(module).get("forward")
-        if (spread := vars(module).get("_hf_hook")) is not None:  # accelerate's, which keeps the forward it replaced
-            yield from (type(hook).pre_forward for hook in (spread, *getattr(spread, "hooks", ())))
-            given = vars(module).get("_old_forward")
-        if given is not None:
-            yield given
+        yield from _attached_to(module)
     yield from (kind.forward for kind in {type(module) for module in model.modules()} - _own_kinds(model))
+
+
+def _attached_to(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    for name in _HOOKS:
+        yield from getattr(module, name).values()
+    given = vars(module).get("forward")
+    if (spread := vars(module).get("_hf_hook")) is not None:  # accelerate's, which keeps the forward it replaced
+        yield from (type(hook).pre_forward for hook in (spread, *getattr(spread, "hooks", ())))
+        given = vars(module).get("_old_forward")
+    if given is not None:
+        yield given
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module, its children aside, does what its class does: nothing foreign hooks on to it."""
+    return all(map(_is_known, _attached_to(module)))
 
 
 def _is_known(called: Callable[..., Any]) -> bool:

@@ -66,13 +66,19 @@ def copied(model: PreTrainedModel, shared: dict[int, Any]) -> PreTrainedModel:
     except (TypeError, RuntimeError, copy.Error, pickle.PicklingError) as error:
         if out_of_memory(error):
             raise
-        hooked = [name or "the model" for name, module in model.named_modules() if _has_hooks(module)]
-        names = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
-        found = f"there are hooks on {names}: remove them (handle.remove()), and" if hooked else "remove"
+        hooks = hooks_on(model)
+        found = f"{hooks}: remove them (handle.remove()), and" if hooks else "remove"
         raise ModelError(
             f"the modules of {type(model).__name__} cannot be copied, which measuring and cutting need "
             f"({first_line(error).rstrip('.')}); {found} what was attached to modules, or load the model anew."
         ) from error
+
+
+def hooks_on(model: PreTrainedModel) -> str:
+    """Where hooks are, in words; empty where there are none."""
+    hooked = [name or "the model" for name, module in model.named_modules() if _has_hooks(module)]
+    names = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+    return f"there are hooks on {names}" if hooked else ""
 
 
 def _has_hooks(module: nn.Module) -> bool:

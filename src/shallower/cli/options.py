@@ -133,7 +133,8 @@ Exact = Annotated[
     Option(
         "--exact",
         help="Measure every candidate on all of the text. Default: races, which drop those that are clearly worse "
-        "after part of it; each race may choose one more than 0.2 % worse than the best, with a probability of 5 %.",
+        "after part of it; the winner of a race is more than 0.2 % worse than the best with a probability of at most "
+        "5 %.",
     ),
 ]
 ScoresFile = Annotated[

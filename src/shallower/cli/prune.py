@@ -196,6 +196,6 @@ def pruned_answer(data: ReportData, folder: Path, of_blocks: int | None = None) 
             say(console, f"Note: {note}")
         console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)
         say(console, f"\nForm:  {form.name}. {form.meaning}")
-        console.print(f"\n{form.loading(str(folder))}", soft_wrap=True)
+        console.print(f"\n{form.loading(str(folder), tokenizer=data.tokenizer)}", soft_wrap=True)
 
     return Answer(answer, show)

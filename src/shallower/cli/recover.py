@@ -137,4 +137,4 @@ def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path 
     if data.form is not None:
         from shallower.forms import FORMS
 
-        console.print(f"\n{FORMS[data.form].loading(str(folder))}", soft_wrap=True)
+        console.print(f"\n{FORMS[data.form].loading(str(folder), tokenizer=data.tokenizer)}", soft_wrap=True)

@@ -78,6 +78,13 @@ class Batch:
         """Real tokens: padding is not counted."""
         return _real_tokens(self.input_ids, self.attention_mask)
 
+    @property
+    def with_next(self) -> Tensor:
+        """Where a real token has a real next one: bool [n, length - 1]."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids[:, 1:]).bool()
+        return (self.attention_mask[:, 1:] * self.attention_mask[:, :-1]).bool()
+
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:

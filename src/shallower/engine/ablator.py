@@ -116,7 +116,7 @@ class Ablator:
         sequences = _sequences_a_batch(calibration, anatomy.model.device.type, races=racing is not None)
         mixed, self._order = _mixed(calibration, self._questions is not None)
         self._batches = list(mixed.batches(sequences))
-        prove(anatomy, self._batches[0])
+        prove(anatomy, self._batches[0], shared=True)
         if memory is None:
             memory = int(free_beside(anatomy.model) * SHARE_OF_FREE_MEMORY)
         threads = threads or thread_count(anatomy)
@@ -131,7 +131,7 @@ class Ablator:
         )
         self._workers = _crew(evaluator, threads) if workers is None else workers(evaluator)
         each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
-        known = determined(anatomy.model) and all(told(method) for method, _ in each)
+        known = determined(anatomy.model) and told(self.objective)
         if memo is not None and not known:
             progress.note(
                 "What is measured now is not remembered: hooks, a replaced forward, autocast, or what the objective "

@@ -120,10 +120,10 @@ def _scores(
     for unit in units:
         parameters = _parameters(anatomy, unit)
         supply: dict[str, Any] = {"weights": [parameter.detach().float() for parameter in parameters], "fisher": None}
-        if flow is not None:
-            supply["gradients"] = [flow.gradients[parameter].to(parameter.device) for parameter in parameters]
-            if "fisher" in statistic.asked:
-                supply["fisher"] = [flow.fisher[parameter].to(parameter.device) for parameter in parameters]
+        if flow is not None:  # with what others asked for, perhaps
+            for name, kept in (("gradients", flow.gradients), ("fisher", flow.fisher)):
+                if name in statistic.asked:
+                    supply[name] = [kept[parameter].to(parameter.device) for parameter in parameters]
         rows.append(Score(unit, float(function(**{name: supply[name] for name in names}))))
     return tuple(rows)
 
@@ -167,7 +167,7 @@ def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[s
     parameters: list[nn.Parameter] = []
     if {"gradients", "fisher"} & set(asked):
         parameters = list(dict.fromkeys(parameter for unit in units for parameter in _parameters(anatomy, unit)))
-    counts = np.concatenate([_scored(batch).sum(1).numpy() for batch in batches]).astype(np.int64)
+    counts = np.concatenate([batch.with_next.sum(1).numpy() for batch in batches]).astype(np.int64)
     total = int(counts.sum())
     flow = _Flow(torch.zeros(len(counts), len(units), dtype=torch.float64, device=device), counts)
     wanted = [kept for kept, name in ((flow.gradients, "gradients"), (flow.fisher, "fisher")) if name in asked]
@@ -181,7 +181,7 @@ def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[s
         _needing_gradients(anatomy, parameters) as entry,
     ):
         for batch in batches:
-            share = int(_scored(batch).sum())  # the mean over the batch flows back: a sum could overflow float16
+            share = int(batch.with_next.sum())  # the mean over the batch flows back: a sum could overflow float16
             gates = flow.gates[first : first + len(batch.input_ids)]
 
             def watch(crossing: Crossing, *, gates: Tensor = gates, share: int = share) -> None:
@@ -265,19 +265,11 @@ def _watch_gates(crossing: Crossing, units: Sequence[Unit], gates: Tensor, share
         target.register_hook(note)  # type: ignore[no-untyped-call]
 
 
-def _scored(batch: Batch) -> Tensor:
-    """Where a real token has a real next one: bool [sequences, length - 1]."""
-    mask = batch.attention_mask
-    if mask is None:
-        return torch.ones_like(batch.input_ids[:, 1:]).bool()
-    return (mask[:, 1:] * mask[:, :-1]).bool()
-
-
 def _mean_loss(anatomy: Anatomy, batch: Batch) -> Tensor:
     ids = batch.input_ids.to(anatomy.model.device)
     mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask.to(ids.device)
     logits = anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    scored = _scored(batch).to(logits.device)
+    scored = batch.with_next.to(logits.device)
     targets = ids[:, 1:].to(logits.device)[scored]
     return nn.functional.cross_entropy(logits[:, :-1][scored].float(), targets)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.anatomy.dissect import Anatomy, probe_ids
+from shallower.checkpoint.determinants import is_bare
 from shallower.engine.trace import reach
 
 # Words of the vocabulary at a time: few stay in a core's cache, an accelerator wants larger products. The number does
@@ -54,7 +55,8 @@ class Head:
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """float32 [rows, vocabulary] for the output embedding's input [rows, hidden]; in `out` where it is given."""
         found = self._finish(self.output(rows))
-        return found.float().clamp_min(LOWEST) if out is None else out.copy_(found).clamp_min_(LOWEST)
+        out = torch.empty_like(found, dtype=torch.float32) if out is None else out
+        return out.copy_(found).clamp_min_(LOWEST)
 
     @property
     def has_chunks(self) -> bool:
@@ -196,9 +198,11 @@ def _mean(logits: Tensor, probabilities: Tensor, scratch: Tensor) -> Tensor:
 
 
 def find_head(anatomy: Anatomy) -> Head | None:
-    """The head of a model, or None when it does more than scale or soft-cap the output embedding's result."""
+    """The head of a model, or None when it does more than scale or soft-cap the output embedding's result, or something
+    hooks on to that, which products with its weights would pass by.
+    """
     output = anatomy.model.get_output_embeddings()
-    if output is None:
+    if output is None or not is_bare(output):
         return None
     raw: list[Tensor] = []
     handle = output.register_forward_hook(lambda module, args, result: raw.append(result.detach().clone()))

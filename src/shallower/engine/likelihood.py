@@ -58,7 +58,7 @@ class Likelihoods:
         Raises BudgetError when a candidate names a unit that the model does not have, ModelError when replay does not
         reproduce the model.
         """
-        prove(anatomy)
+        prove(anatomy, shared=True)
         self.anatomy = anatomy
         self.candidates = tuple(frozenset(candidate) for candidate in candidates)
         self.routes: list[Route] = [route_of(anatomy, candidate) for candidate in candidates]

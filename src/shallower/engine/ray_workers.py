@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy.dissect import dissect
+from shallower.checkpoint.determinants import beside_weights
 from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.stock import copied
@@ -38,12 +39,15 @@ PATIENCE = 600  # seconds that nothing happens while no worker has its model
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the weights can be read on another machine; `checksum` tells whether they are the same ones."""
+    """Where the weights can be read on another machine. `checksum` tells whether they are the same ones, and `config`,
+    their `beside_weights`, whether the model computes the same with them.
+    """
 
     folder: str
     name: str
     revision: str | None
     checksum: str
+    config: str
     dtype: str
     trust_remote_code: bool
 
@@ -69,7 +73,7 @@ class Checkpoint:
                 raise ModelTooLarge(f"{error} Each worker holds a copy{ours}: give fewer --workers.") from error
             except ShallowerError:
                 continue
-            if checksum(loaded.model) == self.checksum:
+            if (checksum(loaded.model), beside_weights(loaded.model)) == (self.checksum, self.config):
                 return loaded.model
         return None
 
@@ -189,9 +193,10 @@ class RayWorkers:
         """
         if not jobs:
             return
-        while len(self._places) < self.count:
-            self._places.append(_Place())
-            self._start(self._places[-1])
+        if all(place.actor is None for place in self._places):  # none yet, or all were given up
+            self._places = [_Place() for _ in range(self.count)]
+            for place in self._places:
+                self._start(place)
         left = self._assign(jobs)
         try:
             while left:

@@ -22,13 +22,15 @@ from torch import Tensor
 
 from shallower.corpus.answers import Answers
 from shallower.engine.head import LOWEST, ROW_CHUNK_BYTES_ELSEWHERE, Head
+from shallower.engine.method_code import told
 from shallower.engine.states import DenseRows
 from shallower.engine.trace import Trace, stacked
 from shallower.registry import Method
 from shallower.registry import objective as objectives
 
 STREAM = frozenset({"hidden", "dense_hidden"})
-REDUCED = frozenset({"log_normalizer", "target_logits", "dense_mean_logit", "dense_entropy"})
+OF_DENSE = frozenset({"dense_mean_logit", "dense_entropy"})
+REDUCED = OF_DENSE | {"log_normalizer", "target_logits"}
 # Logits of whole rows on a processor, where a comparison holds some ten tensors of this size, in each thread
 COMPARED_CHUNK_BYTES = 8 << 20
 ROWS_TOGETHER = 512  # as many as make the products of the head run at full speed; a batch of text may have half of it
@@ -47,13 +49,15 @@ def temperature_of(objective: Method, options: Mapping[str, Any]) -> float:
 
 
 def along_with(objective: Method, options: Mapping[str, Any]) -> tuple[Method, ...]:
-    """Objectives without options whose numbers are at hand when this one is measured: they cost nothing more."""
+    """Objectives without options whose numbers are at hand when this one is measured: they cost nothing more. Not those
+    that cannot be told from others of their name: nothing could be remembered beside them.
+    """
     asked = set(objective.parameters)
     if not asked or not asked <= REDUCED or temperature_of(objective, options) != 1.0:
         return ()
     at_hand = asked | {"log_normalizer", "target_logits"}
     others = (other for other in objectives if other.name != objective.name and not other.options)
-    return tuple(other for other in others if other.parameters and at_hand.issuperset(other.parameters))
+    return tuple(other for other in others if other.parameters and at_hand.issuperset(other.parameters) and told(other))
 
 
 def reads_choices(objective: Method) -> bool:
@@ -110,10 +114,11 @@ class Scorer:
     @property
     def together(self) -> int:
         """How many candidates are best scored at once: few rows use the head's weights badly."""
-        whole_rows = not self.reduces or ("dense_mean_logit" in self.asked and not self._fits)
+        whole_rows = not self.reduces or (self.asked & OF_DENSE and not self._fits)
         if whole_rows or not len(self.targets):
             return 1
-        return max(1, min(ROWS_TOGETHER // len(self.targets), self._memory // self.trace.entry.nbytes))
+        # beside the streams of so many stand the trace of as many copies, them as one batch, and what the head is given
+        return max(1, min(ROWS_TOGETHER // len(self.targets), self._memory // (4 * self.trace.entry.nbytes)))
 
     def __call__(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
         """The objective of candidates, summed over the tokens of each sequence, or of each question: float64 [1 +
@@ -186,7 +191,7 @@ class Scorer:
         temperature = temperature_of(self.objective, self.options)
         rows = self._head_rows(*hiddens)
         targets = self.targets.repeat(len(hiddens)).to(rows.device)
-        if "dense_mean_logit" not in self.asked:
+        if not self.asked & OF_DENSE:
             reduced = self.head.reduce(rows, targets, None, temperature, memory=self._memory)
             values = self._values(log_normalizer=reduced.log_normalizer, target_logits=reduced.target_logits)
             return values.chunk(len(hiddens), dim=1)
@@ -296,6 +301,5 @@ def scored_positions(trace: Trace, answers: Answers | None = None) -> Tensor:
     """Where a next token exists and is real, and is part of a choice if there are `answers`: bool [sequences, length -
     1].
     """
-    ids, mask = trace.batch.input_ids, trace.batch.attention_mask
-    real = torch.ones_like(ids[:, 1:]).bool() if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
+    real = trace.batch.with_next
     return (real if answers is None else real & answers.choice[:, 1:]).to(trace.entry.device)

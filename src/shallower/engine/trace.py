@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shallower.anatomy.dissect import Anatomy, Block, pack, probe_ids, unpack
 from shallower.checkpoint.dtype import dtype_name
+from shallower.checkpoint.stock import hooks_on
 from shallower.corpus.calibration import Batch
 from shallower.errors import ModelError, out_of_memory
 from shallower.units import Kind
@@ -110,11 +111,12 @@ def trace(anatomy: Anatomy, batch: Batch) -> Trace:
     return Trace(anatomy, batch, entries[0], tuple(calls))
 
 
-def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
-    """Check that trace and replay give the model's own logits on a few tokens.
+def prove(anatomy: Anatomy, batch: Batch | None = None, *, shared: bool = False) -> None:
+    """Check that trace and replay give the model's own logits on a few tokens. shared: several candidates go on from
+    the stream that one block left.
 
     Raises ModelError with what was seen when they do not, when blocks leave something for each other besides the
-    stream, and when the model overflows in its number format.
+    stream, when one writes into a `shared` stream, and when the model overflows in its number format.
     """
     if batch is None:
         batch = Batch(probe_ids(anatomy.model, 2), None)
@@ -129,7 +131,7 @@ def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
             raise _unsupported(anatomy, f"they are given {list(replay.entry.shape)} in place of one vector a token")
         beside = _collections(replay)
         try:
-            found = _replayed(replay).float()
+            found, written = _replayed(replay)
         except Exception as error:  # whatever a block raises that misses what another would have left for it
             if out_of_memory(error):
                 raise
@@ -140,7 +142,13 @@ def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
             "values besides the residual stream, which others read, so none can be judged or removed alone. Use a "
             "model whose blocks have keys and values of their own."
         )
-    difference = float((expected - found).abs().max())
+    if shared and written:
+        raise ModelError(
+            f"block {written[0]} of this {anatomy.family} model writes into the residual stream that it is given, from "
+            "which other candidates go on: score units by a metric of the stream, such as cosine, or let its forward "
+            "work on a copy."
+        )
+    difference = float((expected - found.float()).abs().max())
     if not difference <= 1e-3 * max(1.0, float(expected.abs().max())):
         raise _unsupported(
             anatomy,
@@ -148,12 +156,16 @@ def prove(anatomy: Anatomy, batch: Batch | None = None) -> None:
         )
 
 
-def _replayed(replay: Trace) -> Tensor:
-    """The logits of a trace, by running all of its blocks."""
-    hidden = replay.entry
+def _replayed(replay: Trace) -> tuple[Tensor, list[int]]:
+    """The logits of a trace, by running all of its blocks; and the blocks that write into what they are given."""
+    hidden, written = replay.entry, []
     for block in replay.anatomy.blocks:
-        hidden = replay.run(block.index, hidden)
-    return replay.logits(hidden)
+        given = hidden.clone()
+        left = replay.run(block.index, given)
+        if not torch.equal(given, hidden):
+            written.append(block.index)
+        hidden = left
+    return replay.logits(hidden), written
 
 
 def _collections(replay: Trace) -> list[list[Any]]:
@@ -172,6 +184,11 @@ def _unsupported(anatomy: Anatomy, seen: str) -> ModelError:
         return ModelError(
             f"this {anatomy.family} model is in training mode, in which dropout makes each pass another one ({seen}): "
             "call model.eval() first."
+        )
+    if hooks := hooks_on(anatomy.model):
+        return ModelError(
+            f"this {anatomy.family} model cannot be replayed block by block ({seen}), and {hooks}, which then run at "
+            "other times: remove them (handle.remove()) first."
         )
     return ModelError(
         f"{anatomy.family} is not supported: its {len(anatomy.blocks)} blocks ({anatomy.path}) pass on more than one "

@@ -10,6 +10,7 @@ from shallower.anatomy import Anatomy
 from shallower.errors import ModelError
 from shallower.packaged import has_maps
 from shallower.surgery.cut import cut
+from shallower.surgery.runtimes import misreadings
 from shallower.surgery.save import Export, form_of
 from shallower.units import Unit
 
@@ -24,4 +25,5 @@ def padded(anatomy: Anatomy, units: Collection[Unit], model: PreTrainedModel) ->
         raise ModelError(
             "a map stands where a sublayer was removed, and a padded checkpoint has no room for it: save it packaged."
         )
-    return Export(form_of("padded", anatomy.model), cut(anatomy, units, padded=True))
+    filled = cut(anatomy, units, padded=True)
+    return Export(form_of("padded", anatomy.model), filled, notes=misreadings(filled))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
@@ -17,8 +16,12 @@ def js(logits: Tensor, dense_logits: Tensor, *, temperature: Annotated[float, Ab
 
     logits, dense_logits: float32 [tokens, vocabulary]. Returns float32 [tokens], in nats, at most log 2.
     """
-    lowest = torch.finfo(logits.dtype).min  # of a word that is ruled out: infinity less infinity is not a number
-    pruned = torch.log_softmax((logits / temperature).clamp_min(lowest), dim=-1)
-    dense = torch.log_softmax((dense_logits / temperature).clamp_min(lowest), dim=-1)
-    middle = torch.logaddexp(pruned, dense) - math.log(2)
-    return ((pruned.exp() * (pruned - middle)).sum(-1) + (dense.exp() * (dense - middle)).sum(-1)) / 2
+    pruned = torch.softmax(logits / temperature, dim=-1)
+    dense = torch.softmax(dense_logits / temperature, dim=-1)
+    middle = ((pruned + dense) / 2).clamp_min_(torch.finfo(logits.dtype).tiny)  # 0 where both are: not 0 / 0
+    return (_divergence(pruned, middle) + _divergence(dense, middle)) / 2
+
+
+def _divergence(probabilities: Tensor, others: Tensor) -> Tensor:
+    """Kullback-Leibler. By quotients, not as a difference of entropies: it keeps its digits where both are alike."""
+    return torch.xlogy(probabilities, probabilities / others).sum(-1)

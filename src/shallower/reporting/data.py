@@ -115,6 +115,7 @@ class ReportData:
     there, a name of `shallower.forms`. recovery: the cut model, and the model behind each recovery, in order; none
     where nothing was repaired. recovery_made_by: what these worked with.
     dtype: the number format that was measured in, in which bytes are counted; the folder may be in another.
+    tokenizer: whether the folder has one.
     speed_setting: how speed was measured, in one line. seconds: by stage. notes: what the reader must know.
     """
 
@@ -133,6 +134,7 @@ class ReportData:
     recovery: tuple[RecoveryStage, ...] = ()
     recovery_made_by: RecoveryMadeBy | None = None
     dtype: str | None = None
+    tokenizer: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -152,6 +154,7 @@ class ReportData:
             "recovery": [stage.to_json() for stage in self.recovery],
             "recovery_made_by": None if self.recovery_made_by is None else self.recovery_made_by.to_json(),
             "dtype": self.dtype,
+            "tokenizer": self.tokenizer,
         }
 
     @classmethod
@@ -165,7 +168,7 @@ class ReportData:
                 "Update shallower or prune again with `shallower prune`."
             )
         fields = _fields(
-            {"recovery": [], **data}, where, _REPORT, optional=("recovery_made_by", "dtype")
+            {"recovery": [], **data}, where, _REPORT, optional=("recovery_made_by", "dtype", "tokenizer")
         )  # older reports
         del fields["format"]
         return cls(**fields)
@@ -193,7 +196,7 @@ class RecoveryData:
 
     dense: perplexities of the dense model, by name of the text. recovery: the cut model, and the model behind each
     recovery, in order. form: how it is stored, a name of `shallower.forms`; None in files of early versions. before:
-    `made_by` and `recovery` of what had been repaired already, and its `before`.
+    `made_by` and `recovery` of what had been repaired already, and its `before`. tokenizer: whether one is stored, too.
     """
 
     made_by: RecoveryMadeBy
@@ -202,6 +205,7 @@ class RecoveryData:
     notes: tuple[str, ...] = ()
     form: str | None = None
     before: Mapping[str, Any] | None = None
+    tokenizer: bool = True
 
     @property
     def stages_before(self) -> tuple[tuple[RecoveryStage, ...], ...]:
@@ -220,13 +224,14 @@ class RecoveryData:
             "recovery": [stage.to_json() for stage in self.recovery],
             "notes": list(self.notes),
             "form": self.form,
+            "tokenizer": self.tokenizer,
             **({} if self.before is None else {"before": self.before}),
         }
 
     @classmethod
     def from_json(cls, data: Any, where: str = "the recovery") -> RecoveryData:
         """Build from parsed JSON. Raises UserError naming every fault."""
-        fields = _fields(data, where, _RECOVERY, optional=("form", "before"))
+        fields = _fields(data, where, _RECOVERY, optional=("form", "before", "tokenizer"))
         if fields.pop("format") != RECOVERY_FORMAT:
             raise UserError(
                 f"{where} has another format than {RECOVERY_FORMAT!r}, which this version of shallower reads."
@@ -278,6 +283,12 @@ def _number(value: Any, where: str) -> float:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} is {value!r}, not a string.")
+    return value
+
+
+def _yes_or_no(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{where} is {value!r}, not true or false.")
     return value
 
 
@@ -347,6 +358,7 @@ _REPORT: dict[str, _Reader] = {
     "recovery": _many(RecoveryStage.from_json),
     "recovery_made_by": _or_none(RecoveryMadeBy.from_json),
     "dtype": _or_none(_text),
+    "tokenizer": _yes_or_no,
 }
 _RECOVERY: dict[str, _Reader] = {
     "format": _text,
@@ -356,4 +368,5 @@ _RECOVERY: dict[str, _Reader] = {
     "notes": _many(_text),
     "form": _or_none(_form),
     "before": _or_none(lambda value, where: value),
+    "tokenizer": _yes_or_no,
 }

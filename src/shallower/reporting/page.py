@@ -34,7 +34,7 @@ def render(data: ReportData) -> str:
         html_section("comparison", "Before and after", _comparison(data)),
         html_section("removed", "What was removed", _removed(data.plan)),
         html_section("recovery", "Recovery", _recovery(data)),
-        html_section("load", "How to load it", _loading(data.form, data.folder)),
+        html_section("load", "How to load it", _loading(data.form, data.folder, data.tokenizer)),
         html_section("figures", "Figures", _figures(data)),
         html_section("provenance", "How it was made", _provenance(data)),
         html_section("notes", "Notes", _notes(data.notes)),
@@ -44,11 +44,12 @@ def render(data: ReportData) -> str:
 
 def render_recovery(plan: PruningPlan, data: RecoveryData, folder: str) -> str:
     """The page of what `recover` wrote to `folder`, as a string."""
+    loading = "" if data.form is None else _loading(data.form, folder, data.tokenizer)
     sections = (
         html_section("recovery", "Recovery", _stages(data.recovery, data.dense)),
         html_section("before", "What had been repaired before", "".join(_stages(s, {}) for s in data.stages_before)),
         html_section("removed", "What was removed", _removed(plan)),
-        html_section("load", "How to load it", "" if data.form is None else _loading(data.form, folder)),
+        html_section("load", "How to load it", loading),
         html_section("provenance", "How it was made", _recovered_by(plan, data)),
         html_section("notes", "Notes", _notes(data.notes)),
     )
@@ -133,9 +134,9 @@ def _training(stage: RecoveryStage) -> str:
     return html_figure(training_curve(stage), f"While {stage.method} trained", told, table)
 
 
-def _loading(name: str, folder: str) -> str:
+def _loading(name: str, folder: str, tokenizer: bool) -> str:
     form = FORMS[name]
-    code = form.loading(folder)
+    code = form.loading(folder, tokenizer=tokenizer)
     return f'<pre><code>{escape(code)}</code></pre>\n<p class="quiet">{glued(form.meaning, code=True)}</p>\n'
 
 

@@ -74,7 +74,7 @@ _AGREEMENT_HEAD = ("Differing in", "Shared units (Jaccard)", "Same order (Kendal
 def agreement_rows(findings: Findings) -> Rows:
     """A line a factor, the one that changes plans most first."""
     ordered = sorted(findings.agreements, key=lambda item: item.jaccard.value)
-    return [(item.factor, _interval(item.jaccard), _interval(item.order), f"{item.pairs:,}") for item in ordered]
+    return [(item.factor, item.jaccard.told(number), item.order.told(number), f"{item.pairs:,}") for item in ordered]
 
 
 def share_head(findings: Findings) -> tuple[str, ...]:
@@ -97,7 +97,9 @@ def share_rows(findings: Findings) -> Rows:
     means = {term: {outcome: _mean(values) for outcome, values in found.items()} for term, found in table.items()}
     shown = [term for term in means if max(item.value for item in means[term].values()) >= _SMALLEST_SHARE]
     shown.sort(key=lambda term: (term == RESIDUAL, -means[term].get("plan", Interval(0, 0, 0)).value))
-    return [(term, *(_percents(means[term][name]) if name in means[term] else "–" for name in head)) for term in shown]
+    return [
+        (term, *(means[term][name].told(_percent) if name in means[term] else "–" for name in head)) for term in shown
+    ]
 
 
 def _mean(items: Sequence[Interval]) -> Interval:
@@ -110,7 +112,7 @@ _RANK_HEAD = ("Removed", "Text", "Task", "Rank correlation")
 def rank_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
     """Whether perplexity ranks cells as accuracy does. models: see `model_names`; the first column, where there are."""
     return [
-        (*_first(models, item.model), item.remove, item.text, item.task, _interval(item.correlation))
+        (*_first(models, item.model), item.remove, item.text, item.task, item.correlation.told(number))
         for item in findings.ranks
     ]
 
@@ -118,12 +120,13 @@ def rank_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
 _STABILITY_HEAD = ("Calibration tokens", "Shared units of two seeds", "Held-out perplexity", "Cells")
 
 
-def stability_rows(findings: Findings) -> Rows:
-    """How many tokens are enough."""
-    return [
-        (f"{item.tokens:,}", _interval(item.jaccard), _number(item.perplexity), str(item.cells))
-        for item in findings.stability
-    ]
+def stability_rows(findings: Findings, models: Mapping[str, str]) -> Rows:
+    """How many tokens are enough. models: see `model_names`; the first column, where there are."""
+    rows: Rows = []
+    for item in findings.stability:
+        row = (f"{item.tokens:,}", item.jaccard.told(number), _number(item.perplexity), str(item.cells))
+        rows.append((*_first(models, item.model), *row))
+    return rows
 
 
 _FAILURE_HEAD = ("Removed", "Search", "Objective", "Cells", "Why")
@@ -186,15 +189,8 @@ def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
 
 
-def _interval(interval: Interval) -> str:
-    if math.isnan(interval.value):
-        return "–"
-    return f"{number(interval.value)} [{number(interval.low)}, {number(interval.high)}]"
-
-
-def _percents(interval: Interval) -> str:
-    value, low, high = (percent(bound, 1, digits=0) for bound in (interval.value, interval.low, interval.high))
-    return f"{value} [{low}, {high}]"
+def _percent(share: float) -> str:
+    return percent(share, 1, digits=0)
 
 
 @dataclass(frozen=True)
@@ -230,7 +226,7 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
             share_head(findings),
             share_rows(findings),
             "Means over ratios and models. In brackets: 95 % intervals. Terms below "
-            f"{percent(_SMALLEST_SHARE, 1, digits=0)} of every outcome are in {NUMBERS} only.",
+            f"{_percent(_SMALLEST_SHARE)} of every outcome are in {NUMBERS} only.",
         ),
         _Table(
             "levels",
@@ -251,9 +247,10 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
         _Table(
             "stability",
             "How many tokens are enough?",
-            _STABILITY_HEAD,
-            stability_rows(findings),
+            (*several, *_STABILITY_HEAD),
+            stability_rows(findings, models),
             f"Perplexity: the geometric mean over {_OVER}; lower is better.",
+            len(several) + 1,
         ),
         _Table(
             "failures",
@@ -273,7 +270,9 @@ HOW = (
     "In brackets: 95 % intervals. Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
     "type II sums of squares of main effects and interactions of two factors, within one model and ratio, with redrawn "
     "residuals; of a plan, summed over sublayers. Searches that draw are not compared across seeds, and what they draw "
-    "is left over. Correlation: over distinct plans, bootstrap over these."
+    "is left over. Correlation: over distinct plans, bootstrap over these. No interval (–): what a single group of "
+    "cells says, and shares in a grid with as many cells as effects, where noise counts as an effect and nothing can "
+    "be left over."
 )
 
 
@@ -331,10 +330,9 @@ def agreement_bars(findings: Findings) -> str | None:
         figure = Figure(figsize=(WIDTH, 0.7 + 0.32 * len(items)), layout="constrained")
         axes: Axes = figure.subplots()
         values = [item.jaccard.value for item in items]
-        errors = [
-            [max(0.0, item.jaccard.value - item.jaccard.low) for item in items],
-            [max(0.0, item.jaccard.high - item.jaccard.value) for item in items],
-        ]
+        below = [item.jaccard.value - item.jaccard.low for item in items]
+        above = [item.jaccard.high - item.jaccard.value for item in items]
+        errors = np.fmax(0.0, [below, above])  # 0 where there is no interval
         colours = ["#D55E00" if item.factor == "search" else "#0072B2" for item in items]
         axes.barh([item.factor for item in items], values, xerr=errors, color=colours, height=0.62, ecolor="#334155")
         axes.set_xlim(0, 1)
@@ -383,11 +381,21 @@ def _stack(items: Sequence[Decomposition]) -> Mapping[str, float]:
 
 
 def spread(results: Sequence[Result]) -> str | None:
-    """Held-out perplexity of every cell: a panel a text, a column a search at a ratio, a colour a calibration text."""
+    """Held-out perplexity of every cell: a panel a text, a column a search at a ratio, of one model where there are
+    several, and a colour a calibration text.
+    """
     texts = [name for name in outcomes(results) if name in results[0].held_out]
     if not texts:
         return None
-    columns = list(dict.fromkeys((result.cell.remove, result.cell.search) for result in results))
+    by_model = [result for cells in grouped(results, lambda result: result.cell.model).values() for result in cells]
+    columns = list(dict.fromkeys(map(_column, by_model)))
+    labels = [f"{search}\n{remove}" for _, remove, search in columns]
+    models = model_names(results)
+    starts = []
+    for model, name in models.items():
+        among = [place for place, column in enumerate(columns) if column[0] == model]
+        starts.append(among[0])
+        labels[among[(len(among) - 1) // 2]] += f"\n{name}"
     sources = list(dict.fromkeys(result.cell.text for result in results))
     with styled():
         figure = Figure(figsize=(WIDTH, 0.9 + 2.1 * len(texts)), layout="constrained")
@@ -396,15 +404,23 @@ def spread(results: Sequence[Result]) -> str | None:
             for number, source in enumerate(sources):
                 own = [result for result in results if result.cell.text == source]
                 shift = (number - (len(sources) - 1) / 2) * 0.16
-                places = [columns.index((result.cell.remove, result.cell.search)) + shift for result in own]
+                places = [columns.index(_column(result)) + shift for result in own]
                 values = [result.held_out[text] for result in own]
                 colour = COLOURS[number % len(COLOURS)]
                 axes.plot(places, values, "o", color=colour, alpha=0.55, markersize=3.5, label=source)
+            for start in starts[1:]:
+                axes.axvline(start - 0.5, color="#94A3B8", linewidth=0.8)
             perplexity_axis(axes)
             axes.set_ylabel(f"perplexity, {text} (log scale)")
             axes.grid(axis="y")
-        panels[-1].set_xticks(range(len(columns)), [f"{search}\n{remove}" for remove, search in columns])
+        panels[-1].set_xticks(range(len(columns)), labels)
         panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sources), borderaxespad=0.2)
         return svg(
-            figure, "Held-out perplexity of every cell", "Dots by search and ratio, coloured by calibration text."
+            figure,
+            "Held-out perplexity of every cell",
+            f"Dots by search, {'ratio and model' if models else 'and ratio'}, coloured by calibration text.",
         )
+
+
+def _column(result: Result) -> tuple[str, str, str]:
+    return result.cell.model, result.cell.remove, result.cell.search

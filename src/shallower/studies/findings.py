@@ -14,7 +14,7 @@ from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement,
 from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, grouped
 from shallower.studies.variance import RESIDUAL, Share, decompose
 
-FEWEST = 4  # cells, or distinct plans, below which a share or a correlation says nothing
+FEWEST = 4  # cells, sets of them, or distinct plans, below which a share, a comparison or a correlation says nothing
 OWN_OUTCOMES = ("plan", "loss")  # names that no held-out text or task may have
 
 
@@ -32,6 +32,11 @@ class Decomposition:
     def share(self, factors: Sequence[str]) -> float:
         """What main effects of these factors, and interactions among them alone, explain together."""
         return sum(item.share.value for item in self.shares if _among(item, factors))
+
+    @property
+    def saturated(self) -> bool:
+        """Whether terms are as many as cells, so that nothing can be left over."""
+        return any(math.isnan(item.share.low) for item in self.shares)
 
     @property
     def together(self) -> float:
@@ -60,11 +65,13 @@ class RankAgreement:
 
 @dataclass(frozen=True)
 class Stability:
-    """Plans of calibration sets of one size that differ in their seed only: how alike, and how good they are.
+    """Plans of one model and calibration sets of one size that differ in their seed only: how alike, and how good they
+    are.
 
     tokens: sequences × length. perplexity: geometric mean over cells and held-out texts; nan without any.
     """
 
+    model: str
     tokens: int
     jaccard: Interval
     perplexity: float
@@ -161,14 +168,16 @@ def _spearman(first: Any, second: Any, seed: int) -> Interval:
 
 def _stability(results: Sequence[Result], seed: int) -> list[Stability]:
     found = []
-    sizes = grouped(results, lambda result: result.cell.sequences * result.cell.length)
-    for tokens, group in sorted(sizes.items(), key=lambda item: str(item[0]).zfill(12)):
-        across = [item for item in agreement(group, ["seed"], seed) if item.factor == "seed"]
-        if not across:
-            continue
-        logs = [math.log(value) for result in group for value in result.held_out.values()]
-        typical = math.exp(sum(logs) / len(logs)) if logs else float("nan")
-        found.append(Stability(int(str(tokens)), across[0].jaccard, typical, len(group)))
+    for of_model in grouped(results, lambda result: result.cell.model).values():
+        sizes = grouped(of_model, lambda result: result.cell.sequences * result.cell.length)
+        for tokens, group in sorted(sizes.items(), key=lambda item: str(item[0]).zfill(12)):
+            across = [item for item in agreement(group, ["seed"], seed) if item.factor == "seed"]
+            if not across:
+                continue
+            logs = [math.log(value) for result in group for value in result.held_out.values()]
+            typical = math.exp(sum(logs) / len(logs)) if logs else float("nan")
+            model = group[0].cell.model
+            found.append(Stability(model, int(str(tokens)), across[0].jaccard, typical, len(group)))
     return found
 
 
@@ -187,11 +196,17 @@ def _answer(
     if calibration and "search" in by_factor:
         least = min(calibration, key=lambda item: item.jaccard.value)
         search = by_factor["search"]
+        shared = [item.jaccard.told("{:.2f}".format) for item in (search, least)]
         sentences.append(
-            f"Plans that differ only in the search share {_within(search.jaccard)} of their units (Jaccard); plans "
-            f"that differ only in the calibration {least.factor} share {_within(least.jaccard)}."
+            f"Plans that differ only in the search share {shared[0]} of their units (Jaccard); plans that differ only "
+            f"in the calibration {least.factor} share {shared[1]}."
         )
-        if least.jaccard.high < search.jaccard.low:
+        if (groups := min(least.groups, search.groups)) < FEWEST:
+            sentences.append(
+                f"These are pairs from too few sets of cells ({groups}, where {FEWEST} are needed) to say which of the "
+                "two changes plans more."
+            )
+        elif least.jaccard.high < search.jaccard.low:
             sentences.append("So here calibration changes the plan more than the search does.")
         elif search.jaccard.high < least.jaccard.low:
             sentences.append("So here the search changes the plan more than calibration does.")
@@ -205,10 +220,16 @@ def _answer(
         what = {"plan": "plans", "loss": "the calibration loss"}.get(outcome, f"accuracy on {outcome}")
         if outcome in results[0].held_out:
             what = f"perplexity on {outcome}"
+        left = "nothing can be" if all(item.saturated for item in own) else f"{_percent(due[3])} is"
         sentences.append(
             f"Of the variance of {what}, {_percent(due[0])} is due to calibration, {_percent(due[1])} to the "
             f"objective, {_percent(due[2])} to the search, {_percent(together)} to two of these together, and "
-            f"{_percent(due[3])} is left over."
+            f"{left} left over."
+        )
+    if any(item.saturated for item in decompositions):
+        sentences.append(
+            "Where a grid has as many cells as effects, nothing can be left over: its noise counts as due to these, "
+            "and its shares have no intervals."
         )
     if ranks:
         typical = f"{np.mean([item.correlation.value for item in ranks]):.2f}".replace("-", "−")
@@ -217,14 +238,12 @@ def _answer(
             f"Perplexity ranks the distinct plans as task accuracy does with a rank correlation of {typical} on "
             f"average; the interval is above zero in {sure} of {len(ranks)} cases of a ratio, a text and a task."
         )
-    if len(stability) > 1:
-        parts = [f"{item.tokens:,} tokens {item.jaccard.value:.2f}" for item in stability]
-        sentences.append(f"Two seeds of the same calibration agree, by its size: {', '.join(parts)} (Jaccard).")
+    if len(sizes := sorted({item.tokens for item in stability})) > 1:
+        alike = [np.mean([item.jaccard.value for item in stability if item.tokens == size]) for size in sizes]
+        parts = [f"{size:,} tokens {value:.2f}" for size, value in zip(sizes, alike, strict=True)]
+        over = ", on average over models" if len({item.model for item in stability}) > 1 else ""
+        sentences.append(f"Two seeds of the same calibration agree, by its size{over}: {', '.join(parts)} (Jaccard).")
     return " ".join(sentences)
-
-
-def _within(interval: Interval) -> str:
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def _percent(share: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -33,8 +34,8 @@ def decompose(outcome: Matrix, levels: Mapping[str, Sequence[Hashable]], seed: i
 
     Sums of squares are of type II: what a term adds to all terms that do not contain it. In a balanced grid they add
     up. The intervals redraw the residuals on the same grid; what that adds to a share on average (noise looks like an
-    effect, and a redrawn outcome has it twice) is taken off the bounds. An outcome that does not vary has no shares:
-    all are 0.
+    effect, and a redrawn outcome has it twice) is taken off the bounds. Where terms are as many as cells, interactions
+    take in all noise, and bounds are nan. An outcome that does not vary has no shares: all are 0.
     """
     values = np.asarray(outcome, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
@@ -64,7 +65,7 @@ def decompose(outcome: Matrix, levels: Mapping[str, Sequence[Hashable]], seed: i
     result = []
     for column, name in enumerate([*names, RESIDUAL]):
         value = float(found[column])
-        bounds = (value, value)
+        bounds = (value, value) if free > 0 else (math.nan, math.nan)
         if len(drawn):
             centred = drawn[:, column] - drawn[:, column].mean() + value
             bounds = percentiles(np.clip(centred, 0, 1))

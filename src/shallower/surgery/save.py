@@ -34,6 +34,7 @@ from shallower.strict_json import write_json
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import leftovers
 from shallower.surgery.patch import patches
+from shallower.surgery.runtimes import misreadings
 from shallower.surgery.verify import Loader, load_stock, verify_saved
 from shallower.units import listed
 
@@ -60,7 +61,7 @@ class Export:
 def ordinary(model: PreTrainedModel) -> Export:
     """The model as a checkpoint that any software loads. Raises ModelError when sublayers are missing."""
     require_ordinary(model)
-    return Export(form_of("ordinary", model), model)
+    return Export(form_of("ordinary", model), model, notes=misreadings(model))
 
 
 def form_of(name: str, model: PreTrainedModel) -> Form:

@@ -272,6 +272,7 @@ def prune(
         recovery=stages,
         recovery_made_by=recovery_made_by(subject, steps, read.fitted, read.training, seed) if steps else None,
         dtype=subject.dtype,
+        tokenizer=subject.loaded.tokenizer is not None,
     )
     folder = None
     if out is not None:

@@ -16,7 +16,7 @@ from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import Training, repair_size, texts_read, training_text
 from shallower.verbs.recovery_steps import Stages, in_closed_form
 from shallower.verbs.repaired import SplitText, judging_text
-from shallower.verbs.subject import Subject, calibrate
+from shallower.verbs.subject import Subject, calibrate, note_default
 from shallower.verbs.texts import held_out, or_all_of_it
 
 SIZE = (32, 128)  # sequences and tokens of each, where nobody says how much is read
@@ -84,6 +84,7 @@ def texts_of_prune(
 ) -> JobTexts:
     """All texts, as `prune` says; `contents` are held out where there are any, else what calibration left out."""
     calibration, sequences, length = wanted.calibration, wanted.sequences, wanted.length
+    note_default(calibration)
     searched: CalibrationSet | SplitText
     if repair:
         searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)

@@ -38,11 +38,15 @@ def metric_of(stages: Sequence[Stage], metric: str | None) -> Method | None:
     """What a ranking search reads scores of: the metric that was named, or its own; None where nothing ranks, unless
     one was named all the same.
 
-    Raises UnknownName for a metric that does not exist.
+    Raises UnknownName for a metric that does not exist, and UserError where the search has none of its own.
     """
     ranking = that_rank(stages)
-    name = metric or (str(ranking[0].traits["metric"]) if ranking else None)
-    return None if name is None else metrics.get(name)
+    name = metric or (ranking[0].traits.get("metric") if ranking else None)
+    if ranking and name is None:
+        raise UserError(
+            f"search {ranking[0].name!r} ranks units by a metric, and has none of its own: add --metric cosine."
+        )
+    return None if name is None else metrics.get(str(name))
 
 
 def refuse_ranking(stages: Sequence[Stage]) -> NoReturn:

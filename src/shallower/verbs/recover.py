@@ -214,7 +214,7 @@ def recover(
             adopt(stored, student.model, before_repair)
         stored = with_maps_inside(stored, anatomy, given.removed)
         form = "packaged" if isinstance(stored, LeavesOut) else form_of("ordinary", stored).name
-        told = RecoveryData(made, before_cut, stages, notes, form, before)
+        told = RecoveryData(made, before_cut, stages, notes, form, before, dense.loaded.tokenizer is not None)
         folder = save(
             stored,
             out,

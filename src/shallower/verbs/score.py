@@ -32,7 +32,15 @@ from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import Unit
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, require_streamable, units_of
+from shallower.verbs.subject import (
+    Subject,
+    calibrate,
+    make_ablator,
+    note_default,
+    open_subject,
+    require_streamable,
+    units_of,
+)
 from shallower.version import __version__
 
 ALL = "all"
@@ -171,6 +179,7 @@ def score_many(
     text = None
     if adaptive or stream or backward:
         asked = objective if adaptive else "nll"
+        note_default(calibration)
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=asked)
     takes = [unit for unit in wanted if only is None or unit in only]
     rows: dict[str, tuple[Score, ...]] = {}

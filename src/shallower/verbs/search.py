@@ -30,7 +30,15 @@ from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.score import require_finite, require_no_gradients
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, require_streamable, units_of
+from shallower.verbs.subject import (
+    Subject,
+    calibrate,
+    make_ablator,
+    note_default,
+    open_subject,
+    require_streamable,
+    units_of,
+)
 from shallower.verbs.trail import removal_order, require_covered, run_search
 from shallower.version import __version__
 
@@ -182,6 +190,7 @@ def search(
         "ordinary": ordinary,
         "protect": protect,
         "dtype": subject.dtype,
+        "device": subject.model.device.type,  # a race looks at its batches, whose size depends on it
         **_of_races(measuring.racing, spent, repair),
         **_of_scores(ranking, text, objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
         **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
@@ -215,6 +224,7 @@ def _text(
         if not chosen.repairs:
             raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
         return calibration
+    note_default(calibration)
     if target is not None:
         advice = advise(
             subject,

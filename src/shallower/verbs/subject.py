@@ -18,7 +18,7 @@ from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.streamed import is_streamed, stream_from_processor
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.determinants import code_of_model, determinants, determined
+from shallower.checkpoint.determinants import beside_weights, code_of_model, determinants, determined
 from shallower.checkpoint.dtype import DTYPES, dtype_name, parse_device, parse_dtype, require_float64
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
@@ -314,6 +314,15 @@ def calibrate(
     return text
 
 
+def note_default(calibration: str | Path | CalibrationSet | None) -> None:
+    """Tell those who named no text what is read."""
+    if calibration is None:
+        progress.note(
+            "No text was named, so the documentation and the code of this Python are read. Text like what the model "
+            "will read serves better (--calibration text.jsonl)."
+        )
+
+
 def calibrate_most(
     subject: Subject, calibration: str | Path | CalibrationSet | None, *, sequences: int, length: int, seed: int
 ) -> tuple[CalibrationSet, int]:
@@ -458,6 +467,7 @@ def _checkpoint(subject: Subject) -> Checkpoint | None:
         loaded.name,
         loaded.revision,
         checksum(model),
+        beside_weights(model),
         subject.dtype,
         type(model).__module__.startswith("transformers_modules"),  # code of the Hub that the user trusted here
     )
