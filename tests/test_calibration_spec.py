@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -314,6 +315,24 @@ def test_a_file_s_name_may_be_no_utf_8(tmp_path: Path, tokenizer: Any) -> None:
     row = {"question": "Why?", "choices": ["So.", "Not."], "gold": 0}
     questions = _jsonl(folder / os.fsdecode(b"\xe9.jsonl"), [row])
     assert build_choices(questions, tokenizer, questions=1).questions == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("c4", "unknown text or domain 'c4', which is called 'web' here"),
+        ("wikitext2", "which is called 'hf:Salesforce/wikitext:wikitext-2-raw-v1:train' here"),
+        ("auto", "only 'shallower search' chooses texts (--calibration auto --for TEXT): name a text here"),
+        ("auto:web", "only 'shallower search' chooses texts"),
+    ],
+)
+def test_names_that_mean_a_text_elsewhere(name: str, said: str, tokenizer: Any, tmp_path: Path) -> None:
+    for spec in (name, f"{name}*0.5+{_texts(tmp_path / 'a.jsonl', 'x', 8)}"):
+        with pytest.raises(UserError, match=re.escape(said)):
+            build_calibration(spec, tokenizer, **SMALL)
+    with pytest.raises(UserError) as told:
+        read_evaluation_text(f"{name}*0.5+{tmp_path / 'a.jsonl'}")
+    assert ("Text to evaluate on is also" in str(told.value)) == (name == "auto")
 
 
 def test_domains(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path) -> None:
@@ -628,20 +647,42 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_set_is_built_shown_and_used_again(
-    two: tuple[str, str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two: tuple[str, str],
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = str(tmp_path / "set")
     spec = f"{two[0]}+{two[1]}*3?sequences=8&length=24"
     built = _json(capsys, "corpus", "build", spec, "--model", model, "--out", out)
     assert [source["tokens"] for source in built["sources"]] == [2 * 24, 6 * 24]
     assert main.run(["corpus", "build", spec, "--model", model, "--out", out]) == 2
-    capsys.readouterr()
+    assert "exists; choose another folder, or add --force to replace it." in capsys.readouterr().err
+    Path(out, "old").touch()
+    assert (
+        _json(capsys, "corpus", "build", spec, "--model", model, "--out", out, "--force")["digest"] == built["digest"]
+    )
+    assert sorted(os.listdir(out)) == ["calibration.safetensors", "manifest.json"]
+    assert main.run(["corpus", "build", spec, "--model", model, "--out", model, "--force"]) == 2
+    assert "is not a calibration set, so --force does not replace it" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.corpus.calibration.write_json", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(spec, model, out=tmp_path / "half")
+    assert not list(tmp_path.glob("*half*"))
     assert _json(capsys, "corpus", "show", out)["digest"] == built["digest"]
     shown = _json(capsys, "corpus", "show", out, "--model", model, "--texts", "2")
     assert shown["beginnings"] == built["beginnings"][:2]
     assert main.run(["corpus", "show", spec]) == 2
     assert "add --model" in capsys.readouterr().err
+    assert main.run(["corpus", "show", out, "--texts", "5", "--sequences", "8"]) == 2
+    assert "--texts and --sequences are read only with a --model: name one" in capsys.readouterr().err
     scores = _json(capsys, "score", model, "--calibration", out)
     assert scores["made_by"]["calibration"]["digest"] == built["digest"]
     own = _json(capsys, "corpus", "build", "self?sequences=2&length=8", "--model", model)

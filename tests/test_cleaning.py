@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Mapping
@@ -137,7 +139,11 @@ def test_short_texts_are_alike_only_as_copies() -> None:
 # --- clusters ------------------------------------------------------------------------------------------------------
 
 
-def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path) -> None:
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = PROSE * 2 + "He left it to his children, and they were not in the town at that time, but it had a garden."
     records = [
         {"id": "alone", "text": _text(1), "label": 3},
@@ -166,6 +172,19 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path) -> 
     )
     assert "<svg" in page
     assert main.run(["corpus", "clean", path, "--out", str(out), "--quiet"]) == 2, "nothing is overwritten"
+    with pytest.raises(OutputError, match="report exists; choose another folder"):
+        clean_file(path, report=folder)
+    (folder / "old").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.verbs.corpus.cluster_png", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            clean_file(path, report=folder, dedup=None, force=True)
+    assert json.loads((folder / "clusters.json").read_text()) == written, "what was there stays whole"
+    clean_file(path, report=folder, dedup=None, force=True)
+    assert sorted(os.listdir(folder)) == ["clusters.json", "report.html"], "of the one before, nothing"
+    (folder / "clusters.json").unlink()
+    with pytest.raises(OutputError, match=r"is not a report \(no clusters.json in it\), so --force does not"):
+        clean_file(path, report=folder, force=True)
 
 
 def test_the_next_command_is_printed_as_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,10 +363,16 @@ def test_known_overlap_of_real_text(tmp_path: Path) -> None:
     assert runs.found().shared == 2
 
 
-def test_a_page_that_cannot_be_written_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = _text(1)
     path = _jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": text}, {"text": _text(2)}])
-    (tmp_path / "report" / "clusters.png").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"cannot write .*clusters\.png: .* choose another place"):
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shallower.verbs.corpus.cluster_png", full)
+    with pytest.raises(OutputError, match=r"--report .*report cannot be written: No space left on device"):
         clean_file(path, report=tmp_path / "report")
-    assert not list((tmp_path / "report").glob(".*"))
+    assert os.listdir(tmp_path) == ["a.jsonl"]

@@ -673,7 +673,10 @@ def test_demo_ends_with_what_to_look_at(
             (["search", "{place}/no-model", "--remove", "2", *words], complaint)
             for words, complaint in (
                 (["--scores", "{attentions}"], r"takes no --metric or --scores; drop it or use one-shot"),
-                (["--search", "one-shot", "--scores", "{place}/none.json"], r"none\.json cannot be read as scores"),
+                (
+                    ["--search", "one-shot", "--scores", "{place}/none.json"],
+                    r"none\.json cannot be read as scores.*`shallower score MODEL --out FILE`",
+                ),
                 (["--search", "one-shot", "--scores", "{place}/text.txt"], r"text\.txt cannot be read as scores"),
                 (
                     ["--search", "one-shot", "--metric", "taylor", "--scores", "{attentions}"],

@@ -5,25 +5,35 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 import shallower
 from shallower.cli.main import app
+from shallower.corpus import CalibrationSet, SourceRecord
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import Continuation, Generation
 from shallower.evaluation.perplexity import Perplexity
-from shallower.evaluation.tasks import TaskMetric, TaskResult
+from shallower.evaluation.tasks import LoadedTasks, TaskMetric, TaskResult, TaskSettings
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage, ReportData, Side
 from shallower.scores import Score, Scores, ScoreSheet
+from shallower.timing import Speed, Spread
+from shallower.verbs.bench import Bench, Timed
+from shallower.verbs.corpus import clean
+from shallower.verbs.measured_by import measured_by, measured_model
+from shallower.verbs.questions import Questions
 from shallower.version import __version__
 
 LIGHT_MODULES = (
@@ -106,7 +116,7 @@ def test_value_types_load_nothing_heavy() -> None:
 # The pages on files and on Python: docs/files.md, docs/api.md
 
 
-def test_the_page_on_files_has_every_key(root: Path) -> None:
+def test_the_page_on_files_has_every_key(root: Path, tmp_path: Path) -> None:
     page = (root / "docs" / "files.md").read_text(encoding="utf-8")
     sections = {text.split(",")[0].split()[0]: text for text in page.removeprefix("# ").split("\n## ")}
 
@@ -122,15 +132,33 @@ def test_the_page_on_files_has_every_key(root: Path) -> None:
     task = TaskResult("t", "1", 0, 1, "test", "folder", (TaskMetric("acc", 1.0, None, True, (1.0,)),))
     written = Generation(1.0, 1.0, 0.0, 1.0, 0.0, (Continuation("a", "b", 1, False, False),))
     evaluations = (Evaluation(name, 2, 9, text, (task,), written, removed=1) for name in "ab")
-    evaluation = Comparison(tuple(evaluations)).to_json()
+    subject: Any = SimpleNamespace(identity=model, dtype="float32", model=SimpleNamespace(device=torch.device("cpu")))
+    asked = Questions({"t": "a text"}, LoadedTasks((), {}, {}), TaskSettings(), generation=False)
+    how = measured_by([measured_model(subject)], asked, 1024, None, None)
+    evaluation = Comparison(tuple(evaluations), made_by=how).to_json()
     rows = [row for name in ("evaluations", "tasks", "generation", "differences") for row in evaluation[name]]
-    inner = (evaluation["tasks"][0]["metrics"]["acc"], evaluation["generation"][0]["continuations"][0])
+    inner = [how, *how["models"], *how["texts"], how["windows"], how["tasks"], how["versions"]]
+    inner += (evaluation["tasks"][0]["metrics"]["acc"], evaluation["generation"][0]["continuations"][0])
     found = missing("plan.json", PruningPlan(model, (), (), None, made_by).to_json(), MadeBy)
     found += missing("The", (), ModelIdentity, CalibrationIdentity)  # what comes again in several files
     found += missing("scores.json", {**scores.to_json(), **both.to_json()}, Score)
     found += missing("evaluation.json", {key for document in (evaluation, *rows, *inner) for key in document})
     found += missing("recovery.json", (), RecoveryData, RecoveryStage, RecoveryMadeBy)
     found += missing("report.json", (), ReportData, Side)
+    spread = Spread(1.0, 1.0, 1.0)
+    timed = [Timed(name, 2, 2, 2, 9, "float32", (Speed(spread, spread, 1, 1, 1, 1, 1, 1),)) for name in "ab"]
+    bench = Bench(tuple(timed), (), 1, 1, "float32", "cpu", 1, None).to_json()
+    found += missing("bench", {*bench, *bench["models"][1], *bench["models"][1]["speeds"][0]}, Spread)
+    found += missing("bench", bench["models"][1]["speeds"][0]["decode_faster"])
+    saved = CalibrationSet("s", torch.ones((1, 2), dtype=torch.int64), None, tokenizer="sha256:0").to_json()
+    found += missing("manifest.json", saved, SourceRecord)
+    assert not found
+    pytest.importorskip("datasketch")
+    same = [json.dumps({"id": name, "text": "the same words " * 9}) for name in ("one", "two")]
+    (tmp_path / "text.jsonl").write_text("\n".join(same))
+    clean(tmp_path / "text.jsonl", report=tmp_path / "report")
+    clusters = json.loads((tmp_path / "report" / "clusters.json").read_text())
+    found += missing("clusters.json", {*clusters, *clusters["clusters"][0], *clusters["clusters"][0]["members"][0]})
     assert not found
 
 

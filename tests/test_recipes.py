@@ -89,6 +89,27 @@ def test_a_run_goes_on_after_the_step_that_failed(tmp_path: Path, capsys: pytest
     assert len(json.loads((out / "plan.json").read_text())["remove"]) == 1
 
 
+def test_device_and_number_format_are_given_to_the_steps_that_take_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = written(tmp_path), tmp_path / "out"
+    data = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps(data | {"steps": [*data["steps"], "plan cut {out}/plan.json --remove 1"]}))
+    asked = ["run", str(recipe), "--out", str(out), "--set", "remove=2", "--json"]
+    pin = ["--dtype", "float32", "--device", "cpu"]
+    assert main.run([*asked, *pin, "--dry-run"]) == 0
+    ends = [step.partition(" --device")[2] for step in json.loads(capsys.readouterr().out)["steps"]]
+    assert ends == [" cpu --dtype float32", " cpu --dtype float32", ""]
+    assert main.run([*asked, *pin]) == 0
+    assert json.loads((out / "plan.json").read_text())["made_by"]["options"]["dtype"] == "float32"
+    capsys.readouterr()
+    asked[3] = str(tmp_path / "other")
+    assert main.run([*asked, "--dtype", "fp16", "--debug"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in told
+    assert "unknown dtype 'fp16'" in told
+
+
 def test_a_step_is_done_once_its_work_is_whatever_becomes_of_its_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

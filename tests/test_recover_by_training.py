@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from shallower import evaluate, progress, prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
-from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UserError
+from shallower.errors import CorpusError, ModelError, OutputError, PlanError, TooLittleText, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.reporting.data import ReportData
 from shallower.surgery import cut, save
@@ -593,8 +593,14 @@ def test_pruning_repairs_and_trains_on_longer_text_where_asked(files: Path, monk
     (files / "dense" / "config.json").write_text(json.dumps(narrow))
     assert sizes(16, 32) == [(16, 32), (128, 200), (4, 200)]
     (files / "text.jsonl").write_text("".join(json.dumps({"text": "A cat and a dog. " * 40}) + "\n" for _ in range(9)))
-    with pytest.raises(CorpusError, match=r"A repair in prune reads 128 sequences of 200 .* with less"):
+    with pytest.raises(
+        TooLittleText,
+        match=r"but 128 sequences of 200 need .*, as a repair in prune reads: "
+        r"write .*text\.jsonl\?sequences=21, or repair with 'shallower recover', which can do with less\.$",
+    ):
         sizes(1, 32)
+    given = asked(files, trains=False, calibration=f"{files / 'text.jsonl'}?sequences=21")
+    assert prune(files / "dense", plan=files / "plan.json", recover="refit", speed=False, **given).report.recovery
 
 
 def test_trained_maps_are_saved_in_place_of_a_block(files: Path) -> None:

@@ -1633,8 +1633,14 @@ def test_candidates_are_judged_on_other_text_than_repairs_need(
     assert plan.spent["tokens"] == 6 * judge.fitted.tokens + 7 * judge.judged.tokens
     assert plan.spent["exhaustive"] == plan.spent["tokens"]
     few = {**asked, "sequences": 10**5}
-    with pytest.raises(CorpusError, match=r"fitted on 100000 sequences of 16 tokens and judged on 50000 others"):
+    with pytest.raises(
+        TooLittleText,
+        match=r"on 100000 sequences of 16 .* judged on 50000 others: write (.*\?sequences=\d+), or use more",
+    ) as told:
         search(tiny_model("llama"), 1, calibration=tmp_path / "text.txt", **few)
+    advised = re.search(r"write (.*\?sequences=\d+),", str(told.value))
+    assert advised is not None
+    assert search(tiny_model("llama"), 1, calibration=advised[1], **few).remove
     with pytest.raises(CorpusError, match=r"typo\.txt") as refused:
         search(tiny_model("llama"), 1, calibration=tmp_path / "typo.txt", **asked)
     assert "--repair" not in str(refused.value)  # it is not too little text that is wrong

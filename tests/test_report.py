@@ -153,7 +153,7 @@ def test_a_file_that_is_no_report(content, tmp_path):
     path.write_text(content)
     with pytest.raises(UserError, match=re.escape(str(path))):
         ReportData.load(path)
-    with pytest.raises(UserError, match="shallower prune"):
+    with pytest.raises(UserError, match="`shallower prune MODEL --remove 25% --out FOLDER` makes one"):
         ReportData.load(tmp_path / "none.json")
 
 

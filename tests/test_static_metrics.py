@@ -568,7 +568,7 @@ def test_scores_of_spans_of_blocks_are_refused_for_runs_of_sublayers() -> None:
         both = score(parallel, "angular", units="all", calibration=text, spans=True)
         search(parallel, 3, search="contiguous", units=units, scores=both, calibration=text)
     none = score(model, "cosine", units="all", calibration=text)
-    with pytest.raises(UserError, match="make them with `shallower score --units sublayer --spans`"):
+    with pytest.raises(UserError, match="make them with `shallower score MODEL --units sublayer --spans --out FILE`"):
         search(model, 3, search="contiguous", units="all", scores=none, calibration=text)
 
 

@@ -467,11 +467,22 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
 
 
-def test_a_study_measures_every_cell_and_writes_its_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_measures_every_cell_and_writes_its_page(
+    root: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("study", place / "grid.yaml", "--out", place / "out") == 0
     rows = lines_of(place / "out")
     assert len(rows) == 16
     assert all(set(row["held_out"]) == {"other"} and 0 <= row["tasks"]["quiz"] <= 1 for row in rows)
+    [how] = {json.dumps(row["made_by"] | {"calibration": None}) for row in rows}
+    how = json.loads(how)
+    assert (how["units"], how["protect"], how["settings"], how["exact"]) == ("block", "", {}, False)
+    assert (how["dtype"], how["held_out_sequences"], how["held_out_length"], how["questions"]) == ("float32", 2, 32, 8)
+    assert set(how["judged_on"]) == {"other", "quiz"}
+    assert len({row["made_by"]["calibration"]["spec"] for row in rows}) == 4
+    assert (place / "out" / "grid.yaml").read_text() == (place / "grid.yaml").read_text()
+    told_of = (root / "docs" / "files.md").read_text().partition("## cells.jsonl")[2].partition("\n## ")[0]
+    assert [key for key in (*rows[0], *how, *rows[0]["cell"]) if f"`{key}`" not in told_of] == []
     page = (place / "out" / "study.html").read_text()
     assert "The answer" in page
     assert "<svg" in page
@@ -493,6 +504,8 @@ def test_a_study_measures_every_cell_and_writes_its_page(place: Path, capsys: py
     text = build_calibration(str(place / "other.txt"), subject.tokenizer, sequences=2, length=32)
     loss = Ablator(subject.anatomy, text).losses([plan.removed])[0]
     assert row["held_out"]["other"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert how["judged_on"]["other"] == text.digest
+    assert how["model"]["fingerprint"] == plan.model.fingerprint
     assert torch.is_grad_enabled()
 
 
@@ -793,6 +806,9 @@ def test_a_study_that_was_killed_goes_on(place: Path) -> None:
     with (out / "cells.jsonl").open("a") as file:
         file.write('{"key": "cut sho')  # what a kill in the middle of a write leaves
     before = (out / "cells.jsonl").read_text().splitlines()[:-1]
+    rows = [json.loads(line) for line in before]
+    before = [json.dumps({name: row[name] for name in row if name != "made_by"}) for row in rows]  # as it once was
+    (out / "cells.jsonl").write_text("".join(f"{line}\n" for line in [*before, '{"key": "cut sho'])[:-1])
     assert run("study", place / "grid.yaml", "--out", out) == 0
     after = (out / "cells.jsonl").read_text().splitlines()
     assert after[: len(before)] == before  # nothing was measured again
@@ -959,6 +975,22 @@ def test_models_are_all_looked_at_first_and_one_is_in_memory_at_a_time(
     assert run("study", file, "--out", tmp_path / "out") == 0
     assert len(there) == 2 + 3
     assert json.loads((tmp_path / "out" / "findings.json").read_text())["cells"] == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--memory", "4XB"), "--memory '4XB' cannot be read"),
+        (("--workers", "0"), "--workers '0' cannot be read"),
+        (("--memory", "4GB", "--dry-run"), "leave --memory and --workers out"),
+    ],
+)
+def test_what_measures_is_read_before_models_are(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: tuple[str], said: str
+) -> None:
+    monkeypatch.setattr("shallower.verbs.study.open_subject", lambda *_, **__: pytest.fail("was loaded"))
+    assert run("study", place / "grid.yaml", "--out", place / "none", *asked) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_dry_run_measures_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

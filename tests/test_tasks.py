@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
 import random
 import re
+import shutil
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +27,7 @@ pytest.importorskip("lm_eval")
 
 from shallower import progress
 from shallower.anatomy import dissect
+from shallower.checkpoint.fingerprint import fingerprint
 from shallower.cli import main
 from shallower.corpus import build_calibration
 from shallower.corpus.overlap import rows_in
@@ -726,6 +729,8 @@ def test_prefixes_of_a_plan_give_what_their_cuts_give(model: Any, data: Path, tm
     assert (tmp_path / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads((tmp_path / "curve" / "evaluation.json").read_text())
     assert {row["removed"] for row in told["tasks"]} == {0, 1, 3}
+    assert told["made_by"]["order"] == ["block.3", "block.4", "block.1"]
+    assert [each["fingerprint"] for each in told["made_by"]["models"]] == [plan.model.fingerprint]
     assert len((tmp_path / "curve" / "items" / "3_removed" / "boolq.jsonl").read_text().splitlines()) == ITEMS
     with pytest.raises(OutputError, match="exists"):
         ratio_curve(model, plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), out=tmp_path / "curve")
@@ -979,6 +984,32 @@ def test_an_evaluation_is_replaced_when_the_new_one_is_in_its_place(
         write_comparison(comparison, out, force=True)
 
 
+def test_what_the_last_model_cannot_do_is_told_before_the_first_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text := tmp_path / "text.txt").write_text("some text")
+    planned, plain = shutil.copytree(folder, tmp_path / "planned"), shutil.copytree(folder, tmp_path / "plain")
+    (planned / "plan.json").write_text("{}")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(plain)
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    monkeypatch.setattr("shallower.verbs.evaluate.open_subject", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(PlanError, match=r"plan\.json has format None"):
+        evaluate([folder, planned], text)
+    monkeypatch.setattr("shallower.verbs.evaluate.read_questions", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match="the tokenizer of plain has none; leave it out"):
+        evaluate([folder, plain], tasks="boolq", chat=True)
+    with pytest.raises(UnknownName, match="unknown dtype 'fp16'; did you mean 'float16'"):
+        evaluate([folder, folder], text, dtype="fp16")
+    monkeypatch.setattr("shallower.verbs.ratio_curve.read_questions", lambda *_, **__: pytest.fail("was read"))
+    plan = make_plan(tiny_model("llama"), [3])
+    with pytest.raises(UnknownName, match="unknown device 'gpu'"):
+        ratio_curve(folder, plan, texts=text, device="gpu")
+    with pytest.raises(UserError, match="the tokenizer of plain has none; leave it out"):
+        ratio_curve(plain, plan, tasks="boolq", chat=True)
+
+
 def test_eval_on_the_command_line(
     model: Any, folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -993,6 +1024,13 @@ def test_eval_on_the_command_line(
     assert f"Wrote {tmp_path / 'out'}: evaluation.json, items/\n" in told
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert {row["test"] for row in written["differences"]} == {"McNemar, exact"}
+    how = written["made_by"]
+    assert [each["model"] for each in how["models"]] == [row["model"] for row in written["generation"]]
+    assert {(each["fingerprint"], each["dtype"], each["device"]) for each in how["models"]} == {
+        (fingerprint(model), "float32", "cpu")
+    }
+    assert (how["tasks"]["limit"], how["tasks"]["chat"], how["texts"], how["windows"]) == (6, False, [], None)
+    assert set(how["versions"]) == {"shallower", "torch", "transformers", "lm_eval"}
     assert len(list((tmp_path / "out" / "items").glob("*/arc_easy.jsonl"))) == 2
     assert main.run(["eval", str(folder), "--plan", str(tmp_path / "plan.json"), "--at", "2", *shared, "--json"]) == 0
     curve = json.loads(capsys.readouterr().out)
@@ -1021,6 +1059,9 @@ def test_eval_on_the_command_line(
 def test_a_comparison_needs_the_same_windows(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(words(random.Random(1), 400))
     found: Comparison = evaluate([folder, folder], [str(tmp_path / "text.txt")], window=32)
+    [text] = found.made_by["texts"]
+    assert text["digest"] == f"sha256:{hashlib.sha256((tmp_path / 'text.txt').read_bytes()).hexdigest()}"
+    assert found.made_by["windows"] == {"window": 32, "stride": None, "most": None}
     difference = found.text_difference(found.evaluations[1], "text.txt")
     assert difference is not None
     assert (difference.value, difference.p) == (0.0, 1.0)

@@ -535,7 +535,7 @@ def test_files_that_are_no_plan(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_plan_names_the_command_that_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="make one with `shallower search MODEL`"):
+    with pytest.raises(PlanError, match=r"make one with `shallower search MODEL --remove 25% --out .*`"):
         PruningPlan.load(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="cannot be read as a plan"):
         PruningPlan.load(tmp_path)

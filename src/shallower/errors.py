@@ -78,11 +78,14 @@ class CorpusError(UserError):
 
 
 class TooLittleText(CorpusError):
-    """There is text, but less than what was asked for: `share` of its sequences."""
+    """There is text, but less than what was asked for: `share` of its sequences.
 
-    def __init__(self, message: str, share: float = 0.0) -> None:
-        super().__init__(message)
-        self.share = share
+    fault: the message without what to do, for those who know better what that is.
+    """
+
+    def __init__(self, fault: str, advice: str = "", share: float = 0.0) -> None:
+        super().__init__(f"{fault}: {advice}." if advice else fault)
+        self.fault, self.share = fault, share
 
 
 class PlanError(UserError):

@@ -217,7 +217,9 @@ class PruningPlan:
         try:
             data = json.loads(expanded(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise PlanError(f"there is no plan at {path}; make one with `shallower search MODEL`.") from None
+            raise PlanError(
+                f"there is no plan at {path}; make one with `shallower search MODEL --remove 25% --out {path}`."
+            ) from None
         except (OSError, ValueError, RecursionError) as error:  # of JSON and UTF-8, too
             raise PlanError(f"{path} cannot be read as a plan: {error}.") from None
         return cls.from_json(data, str(path))

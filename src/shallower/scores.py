@@ -202,7 +202,7 @@ class ScoreSheet:
             data = json.loads(expanded(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # of JSON and UTF-8, too
             raise UserError(
-                f"{path} cannot be read as scores: {error}. Make them with `shallower score MODEL`."
+                f"{path} cannot be read as scores: {error}. Make them with `shallower score MODEL --out FILE`."
             ) from None
         return cls.from_json(data, str(path))
 

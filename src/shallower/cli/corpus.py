@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option, Typer
 
 from shallower.cli import options
-from shallower.cli.output import print_written, require_free, typed
+from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed
 from shallower.cli.verb import Answer, verb
-from shallower.errors import OutputError, UserError
-from shallower.files import require_writable
+from shallower.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +39,8 @@ def build(
         Path | None,
         Option("--out", metavar="FOLDER", help="Write the set here, for --calibration. Default: only show it."),
     ] = None,
-    sequences: options.TextSequences = 32,
-    length: options.Length = 128,
+    sequences: options.TextSequences = DEFAULT_SIZE[0],
+    length: options.Length = DEFAULT_SIZE[1],
     force: options.Force = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -49,7 +48,6 @@ def build(
     trust_remote_code: options.RemoteCode = False,
 ) -> Answer:
     """Build the calibration set that a specification describes, and save it for reuse byte for byte."""
-    _require_free_folder(out, force=force)
     from shallower.verbs.corpus import beginnings
     from shallower.verbs.corpus import build as run
 
@@ -59,12 +57,12 @@ def build(
         sequences=sequences,
         length=length,
         seed=seed,
+        out=out,
+        force=force,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    if out is not None:
-        made.save(out)
     first = beginnings(made, tokenizer, _SHOWN_TEXTS)
 
     def show(console: Console) -> None:
@@ -85,8 +83,8 @@ def show(
         Option("--model", metavar="MODEL", help="Decode with this model's tokenizer. Default: show no texts of a set."),
     ] = None,
     texts: Annotated[int, Option("--texts", metavar="N", min=0, help="How many sequences to show.")] = _SHOWN_TEXTS,
-    sequences: options.TextSequences = 32,
-    length: options.Length = 128,
+    sequences: options.TextSequences = DEFAULT_SIZE[0],
+    length: options.Length = DEFAULT_SIZE[1],
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -96,6 +94,18 @@ def show(
     from shallower.corpus import CalibrationSet, is_saved
 
     if model is None:
+        options.require_reader(
+            {
+                "--texts": None if texts == _SHOWN_TEXTS else texts,
+                "--sequences": None if sequences == DEFAULT_SIZE[0] else sequences,
+                "--length": None if length == DEFAULT_SIZE[1] else length,
+                "--seed": seed or None,
+                "--device": None if device == "auto" else device,
+                "--dtype": None if dtype == "auto" else dtype,
+                "--trust-remote-code": trust_remote_code or None,
+            },
+            "a --model",
+        )
         folder = os.path.expanduser(spec)
         if not is_saved(folder):
             raise UserError(f"{spec} is no saved set, and building it takes a tokenizer: add --model MODEL.")
@@ -170,7 +180,6 @@ def clean(
 ) -> Answer:
     """Leave out duplicates, near-duplicates and text of low quality."""
     require_free(out, force=force)
-    _require_free_folder(report, force=force, name="--report")
     if datatrove is not None:
         return _clean_on_disk(text, datatrove, out, dedup, min_quality, quality, against, report, workers or 1)
     if workers is not None:
@@ -186,6 +195,7 @@ def clean(
         quality=quality,
         against=against or (),
         report=report,
+        force=force,
     )
 
     def show(console: Console) -> None:
@@ -244,14 +254,3 @@ def _show_set(console: Console, made: CalibrationSet, first: list[str]) -> None:
     console.print(source_table(made))
     for number, text in enumerate(first):
         console.print(f"[{number}] {text}", soft_wrap=True)
-
-
-def _require_free_folder(folder: Path | None, *, force: bool, name: str = "--out") -> None:
-    """Refuse a folder before any work is done. Raises OutputError when it is a file, or not empty without `force`."""
-    if folder is None:
-        return
-    if folder.is_file():
-        raise OutputError(f"{name} {folder} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise OutputError(f"{name} {folder} holds files; name another folder, or add --force to write into it.")
-    require_writable(folder, f"{name} {folder}")

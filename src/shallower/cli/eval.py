@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -152,10 +151,12 @@ def evaluate(
     if not (names or suite):
         of_tasks = {"--limit": limit, "--fewshot": fewshot, "--batch": batch, "--task-data": task_data}
         given = {**of_tasks, "--chat-template": chat_template or None, "--truncate": truncate or None}
-        _require_reader({**given, "--task-seed": None if task_seed == TASK_SEED else task_seed}, "--tasks or a --suite")
+        options.require_reader(
+            {**given, "--task-seed": None if task_seed == TASK_SEED else task_seed}, "--tasks or a --suite"
+        )
     if not text:
         shape = {"--window": None if window == WINDOW else window, "--stride": stride, "--windows": windows}
-        _require_reader(shape, "a --text")
+        options.require_reader(shape, "a --text")
     from shallower.verbs.evaluate import evaluate as run
     from shallower.verbs.ratio_curve import ratio_curve
 
@@ -220,14 +221,6 @@ def evaluate(
             console.print(f"\nWrote {out}: {', '.join(files)}", soft_wrap=True)
 
     return Answer(found.to_json(), show)
-
-
-def _require_reader(given: Mapping[str, object], reader: str) -> None:
-    """Raise UserError when an option was given, which is not None here, that nothing reads without `reader`."""
-    named = [name for name, value in given.items() if value is not None]
-    if named:
-        told = f"{', '.join(named[:-1])} and {named[-1]} are" if len(named) > 1 else f"{named[0]} is"
-        raise UserError(f"{told} read only with {reader}: name one, or leave {'them' if named[1:] else 'it'} out.")
 
 
 def _counts(text: str | None) -> list[int]:

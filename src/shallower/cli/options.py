@@ -252,6 +252,14 @@ StreamBlocks = Annotated[
 Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]
 
 
+def require_reader(given: Mapping[str, object], reader: str) -> None:
+    """Raise UserError when an option was given, which is not None here, that nothing reads without `reader`."""
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        told = f"{', '.join(named[:-1])} and {named[-1]} are" if len(named) > 1 else f"{named[0]} is"
+        raise UserError(f"{told} read only with {reader}: name one, or leave {'them' if named[1:] else 'it'} out.")
+
+
 def with_distill(settings: dict[str, str], share: float | None, recoveries: str) -> dict[str, str]:
     """The settings with what `--distill` says.
 

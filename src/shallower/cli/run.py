@@ -6,16 +6,18 @@ import contextlib
 import io
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.main
 from typer import Argument, Option
 
 from shallower.cli import options
 from shallower.cli.output import print_json, screen
-from shallower.cli.verb import AsJson, Quiet, finished
+from shallower.cli.verb import AsJson, Debug, Quiet, finished
 from shallower.errors import UserError
 from shallower.recipes import read_recipe, shipped
 from shallower.strict_json import write_json
@@ -45,16 +47,21 @@ def run(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print the commands and run none of them. Default: run them.")
     ] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Repeat a paper's steps, on a small model or at the paper's size.
 
-    A recipe is a list of commands of this program. Commands that have finished are not run again.
+    A recipe is a list of commands of this program; --device and --dtype are given to those that take them. Commands
+    that have finished are not run again.
     """
     chosen = read_recipe(recipe)
     folder = Path(f"{Path(recipe).stem}-{size}") if out is None else out
-    commands = chosen.commands(size, folder, options.parse_settings(settings))
+    pinned = {name: value for name, value in (("--device", device), ("--dtype", dtype)) if value != "auto"}
+    commands = [_pinned(step, pinned) for step in chosen.commands(size, folder, options.parse_settings(settings))]
     told: dict[str, Any] = {"title": chosen.title, "source": chosen.source, "size": size, "out": str(folder)}
     console = screen()
     if not as_json:
@@ -69,7 +76,8 @@ def run(
     done = _done(ledger)
     found: list[Any] = []
     # what a step is, however the folders are spelled this time
-    steps = replace(chosen, here=chosen.here.resolve()).commands(size, "{out}", options.parse_settings(settings))
+    placeless = replace(chosen, here=chosen.here.resolve())
+    steps = [_pinned(step, pinned) for step in placeless.commands(size, "{out}", options.parse_settings(settings))]
     for number, (command, step) in enumerate(zip(commands, steps, strict=True), 1):
         if step not in done:
             _require_recoveries(command, f"step {number} of {recipe}")
@@ -84,7 +92,7 @@ def run(
         finished.clear()
         ended = False
         try:
-            answer = _step(command, as_json=as_json, quiet=quiet)
+            answer = _step(command, as_json=as_json, quiet=quiet, debug=debug)
             ended = True
         finally:
             # a verb's work counts even where nobody reads its answer any more; within another recipe it is one of many
@@ -118,11 +126,24 @@ def _require_recoveries(command: str, label: str) -> None:
         raise UserError(f"{label} cannot run: {error}") from None
 
 
-def _step(command: str, *, as_json: bool, quiet: bool) -> Any:
+def _pinned(command: str, options_given: Mapping[str, str]) -> str:
+    """The command line with what is given of the options that its verb has."""
+    from shallower.cli import main
+
+    verb, words = typer.main.get_command(main.app), shlex.split(command)
+    while words and (commands := getattr(verb, "commands", None)):  # of `corpus`, too
+        verb = commands.get(words.pop(0))
+    there = {name for parameter in getattr(verb, "params", ()) for name in parameter.opts}
+    added = [word for name, value in options_given.items() if name in there for word in (name, value)]
+    return f"{command} {shlex.join(added)}" if added else command
+
+
+def _step(command: str, *, as_json: bool, quiet: bool, debug: bool) -> Any:
     """Run one command line; with `as_json` what it prints is read, not shown. Raises Exit when it fails."""
     from shallower.cli import main
 
-    words = shlex.split(command) + (["--json"] if as_json else []) + (["--quiet"] if quiet else [])
+    common = {"--json": as_json, "--quiet": quiet, "--debug": debug}
+    words = shlex.split(command) + [name for name, wanted in common.items() if wanted]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed) if as_json else contextlib.nullcontext():
         code = main.run(words)

@@ -50,6 +50,11 @@ def study(
     from shallower.verbs.study_cost import estimate
 
     if dry_run:
+        if memory is not None or workers is not None:
+            raise UserError(
+                "--dry-run times some sets in this process, in the memory that is free: leave --memory and --workers "
+                "out, or run the study with them."
+            )
         cost = estimate(file, folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
         def tell(console: Console) -> None:

@@ -410,14 +410,15 @@ def _require_enough(rows: list[list[int]], source: str, options: BuildOptions, l
         what += f", without {ledger.dropped.total} documents that dedup and min_quality leave out,"
     if not options.pack:
         raise TooLittleText(
-            f"{what} holds {len(rows):,} documents, but {options.sequences:,} sequences were asked for without "
-            f"packing: use {fewer}pack=true or more text.",
+            f"{what} holds {len(rows):,} documents, but {options.sequences:,} sequences were asked for without packing",
+            f"use {fewer}pack=true or more text",
             whole / options.sequences,
         )
     have = sum(map(len, rows))
     raise TooLittleText(
         f"{what} holds {have:,} tokens, but {options.sequences:,} sequences of {options.length} need "
-        f"{options.sequences * options.length:,}: use {fewer}a shorter length, or more text.",
+        f"{options.sequences * options.length:,}",
+        f"use {fewer}a shorter length, or more text",
         whole / options.sequences,
     )
 

@@ -62,6 +62,8 @@ _KINDS = (
     f"a {', '.join(EXTENSIONS)} file (the first two also with {' or '.join(COMPRESSED)}), a folder of them, "
     f"hf:owner/name, arrow:PATH, python:docs, python:source, self, or a domain: {', '.join(DOMAINS)}"
 )
+# of the texts that `shallower eval` knows by name, the part that is trained on
+_TRAINED_ON = {"c4": "web", "wikitext2": "hf:Salesforce/wikitext:wikitext-2-raw-v1:train"}
 _TABLES = ("encodings", "pydoc_data")  # of the library's modules, those that are data and not code
 _STANDALONE_STRING = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTILINE)
 
@@ -136,6 +138,13 @@ def open_source(text: str, supply: Supply = NOTHING) -> Source:
         return Source(path.name, partial(_read_file, path, path.name, field))
     if _HUB_NAME.fullmatch(name) and path.suffix not in (*EXTENSIONS, *COMPRESSED):
         return _hub(name, field)
+    if name in _TRAINED_ON:
+        raise UnknownName("text or domain", name, DOMAINS, meant=_TRAINED_ON[name])
+    if name.partition(":")[0] == "auto":
+        raise CorpusError(
+            f"no text at {name!r}: there is no such file, and only 'shallower search' chooses texts (--calibration "
+            "auto --for TEXT): name a text here, or search first and go on with its plan."
+        )
     near = difflib.get_close_matches(name, DOMAINS, n=1)
     if near and "/" not in name and not path.suffix:
         raise UnknownName("text or domain", name, DOMAINS, f"Text is also {_KINDS.partition(', self')[0]}.")

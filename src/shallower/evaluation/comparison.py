@@ -36,10 +36,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on the same texts and items; all are compared with the first. notes: what the reader must know."""
+    """Models on the same texts and items; all are compared with the first.
+
+    notes: what the reader must know. made_by: as evaluation.json has it, everything needed to measure the same again.
+    """
 
     evaluations: tuple[Evaluation, ...]
     notes: tuple[str, ...] = ()
+    made_by: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -105,7 +109,7 @@ class Comparison:
         ]
         tasks = [{**_whose(each), **result.to_json()} for each in self.evaluations for result in each.tasks]
         written = [{**_whose(each), **each.generation.to_json()} for each in self.evaluations if each.generation]
-        told = {"format": FORMAT, "evaluations": rows, "tasks": tasks, "generation": written}
+        told = {"format": FORMAT, "made_by": self.made_by, "evaluations": rows, "tasks": tasks, "generation": written}
         return {**told, "differences": list(self._differences()), "notes": list(self.notes)}
 
     def _differences(self) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,8 @@ from shallower.evaluation.suites import suite as suite_named
 from shallower.evaluation.task_data import DataRecord, TaskData
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from shallower.evaluation.respondent import Respondent
 
 LM_EVAL_SEED = 1234
@@ -194,8 +196,8 @@ def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings
     """
     from lm_eval.evaluator import evaluate
 
-    if settings.chat and not respondent.tokenizer.chat_template:
-        raise UserError("--chat-template was asked for, but the model's tokenizer has none; leave it out.")
+    if settings.chat:
+        require_template(respondent.tokenizer)
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
@@ -215,6 +217,12 @@ def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings
     if respondent.cut:
         progress.note(f"{len(respondent.cut)} prompts were longer than the model's context and were cut from the left.")
     return _results(found, tasks)
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, whose: str = "the model") -> None:
+    """Raise UserError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(f"--chat-template was asked for, but the tokenizer of {whose} has none; leave it out.")
 
 
 def _set_shots(tasks: LoadedTasks, settings: TaskSettings) -> None:

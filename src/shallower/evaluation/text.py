@@ -69,7 +69,7 @@ def _documents(text: str, supply: Supply, part: Part) -> Iterator[str]:
     try:
         source = open_source(text, supply)
     except (CorpusError, UnknownName) as error:
-        if not text.isalnum():  # no misspelt name, but a path or a source of another kind
+        if not text.isalnum() or text in NAMED:  # no misspelt name, but a path, a source of another kind, or mixed
             raise
         raise CorpusError(f"{error} Text to evaluate on is also {', '.join(NAMED)}.") from None
     limit = _MOST_CHARACTERS if source.streamed or part == "held-out" else math.inf

@@ -194,7 +194,9 @@ class ReportData:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"there is no report at {path}; `shallower prune MODEL` makes one.") from None
+            raise UserError(
+                f"there is no report at {path}; `shallower prune MODEL --remove 25% --out FOLDER` makes one."
+            ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read as a report: {error}.") from None
         return cls.from_json(data, str(path))

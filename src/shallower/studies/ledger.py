@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shallower.errors import OutputError, UserError
+from shallower.strict_json import spelled
 from shallower.studies.result import Result
 
 
 class Ledger:
-    """A file of lines, each one result under the key of everything that it depends on."""
+    """A file of lines, each one result under the key of everything that it depends on, and with that in words."""
 
     def __init__(self, path: Path) -> None:
         """Read the file, where there is one; `add` makes it. A last line that a kill cut short is dropped.
@@ -42,12 +45,14 @@ class Ledger:
     def get(self, key: str) -> Result | None:
         return self._known.get(key)
 
-    def add(self, key: str, result: Result) -> None:
-        """Write a result, to the disk and not only to its cache.
+    def add(self, key: str, result: Result, made_by: Mapping[str, Any]) -> None:
+        """Write a result, to the disk and not only to its cache. made_by: what the key is of, for a reader.
 
         Raises OutputError when it cannot be written.
         """
-        line = json.dumps({"key": key, **result.to_json()}, ensure_ascii=False, allow_nan=False)
+        line = json.dumps(
+            {"key": key, "made_by": spelled(made_by), **result.to_json()}, ensure_ascii=False, allow_nan=False
+        )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # as strict_json.write_text: a name may hold bytes that are no UTF-8

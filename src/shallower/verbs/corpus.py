@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from shallower import files
 from shallower.checkpoint.load import load_tokenizer
 from shallower.corpus import (
     CalibrationSet,
@@ -20,10 +21,11 @@ from shallower.corpus import (
     Source,
     asks_model,
     build_calibration,
+    is_saved,
     open_source,
 )
 from shallower.corpus import clean as find
-from shallower.errors import CorpusError
+from shallower.errors import CorpusError, OutputError
 from shallower.files import expanded, replacing, write_text
 from shallower.progress import task
 from shallower.reporting.corpus import CleanReport, cluster_png, clusters_json, render, shown_places
@@ -41,18 +43,24 @@ def build(
     sequences: int = 32,
     length: int = 128,
     seed: int = 0,
+    out: str | Path | None = None,
+    force: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[CalibrationSet, PreTrainedTokenizerBase]:
     """The calibration set that a specification describes, and the tokenizer that made it.
 
-    The model's weights are read only when the specification asks for `self`, the model's own text.
+    The model's weights are read only when the specification asks for `self`, the model's own text. out: a folder for
+    the set; force: replace the one that is there.
 
     Raises CorpusError and UnknownName as `build_calibration` does, CorpusError, too, when the model's own text
-    would be longer than what it can read, ModelError when MODEL cannot be used.
+    would be longer than what it can read, ModelError when MODEL cannot be used, OutputError when the set cannot be
+    written.
     """
     spec = str(spec)
+    if out is not None:
+        _require_free(out, "--out", force=force, known=is_saved, what="a calibration set")
     if asks_model(spec):
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         require_room_to_write(subject.model, spec, length)
@@ -60,6 +68,9 @@ def build(
     else:
         tokenizer, given = load_tokenizer(model, trust_remote_code=trust_remote_code)[0], supply()
     made = build_calibration(spec, tokenizer, sequences=sequences, length=length, seed=seed, supply=given)
+    if out is not None:
+        with _folder(out, "--out") as folder:
+            made.save(folder)
     return made, tokenizer
 
 
@@ -90,17 +101,20 @@ def clean(
     quality: str = "rules",
     against: tuple[str, ...] | list[str] = (),
     report: str | Path | None = None,
+    force: bool = False,
 ) -> Cleaned:
     """Leave out duplicates and what is of low quality, and write the rest as JSON lines, rows as they were.
 
     text: a file, folder or data set. dedup: Jaccard similarity of five-word runs from which documents say the same;
     None keeps duplicates. min_quality: documents of lower quality leave. quality: the scorer. against: evaluation sets
     to be looked for in what stays, by runs of 13 words. report: a folder for `report.html`, `clusters.png` and
-    `clusters.json`.
+    `clusters.json`; force: replace the report that is there.
 
     Raises CorpusError when the text or an evaluation set cannot be read or nothing stays, UnknownName for a scorer that
     does not exist, OutputError when the result cannot be written.
     """
+    if report is not None:
+        _require_free(report, "--report", force=force, known=_is_report, what=f"a report (no {CLUSTERS} in it)")
     source = _source(text)
     sets = [EvaluationRuns(name, supply=supply()) for name in against]
     found = find(source, dedup=dedup, min_quality=min_quality, quality=quality)
@@ -122,7 +136,8 @@ def clean(
                     runs.look(document.text)
     overlaps = tuple(runs.found() for runs in sets)
     if report is not None:
-        _write_report(expanded(report), CleanReport(found, overlaps, texts))
+        with _folder(report, "--report") as folder:
+            _write_report(folder, CleanReport(found, overlaps, texts))
     return Cleaned(
         found, overlaps, None if out is None else expanded(out), None if report is None else expanded(report)
     )
@@ -192,6 +207,29 @@ def _lines(out: str | Path | None) -> Iterator[Callable[[str], None]]:
         return
     with replacing(out) as temporary, temporary.open("x", encoding="utf-8") as file:
         yield lambda line: print(line, file=file)
+
+
+def _is_report(folder: Path) -> bool:
+    return (folder / CLUSTERS).is_file()
+
+
+def _require_free(folder: str | Path, option: str, *, force: bool, known: Callable[[Path], bool], what: str) -> None:
+    """Raise OutputError unless the folder can be made, or `force` may replace it, which is `known` or empty."""
+
+    def replaceable(there: Path) -> bool:
+        return known(there) or not any(there.iterdir())
+
+    files.require_free(expanded(folder), f"{option} {folder}", force=force, replaceable=replaceable, what=what)
+
+
+@contextmanager
+def _folder(target: str | Path, option: str) -> Iterator[Path]:
+    """`replacing_folder`, which raises OutputError."""
+    try:
+        with files.replacing_folder(expanded(target).absolute()) as made:
+            yield made
+    except OSError as error:
+        raise OutputError(f"{option} {target} cannot be written: {error.strerror or error}.") from None
 
 
 def _write_report(folder: Path, report: CleanReport) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +20,17 @@ from shallower.plan import PruningPlan
 from shallower.reporting.wording import distinct_names
 from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
-from shallower.verbs.questions import model_tasks, open_answered, read_questions
-from shallower.verbs.subject import ModelLike, Subject, open_subject, path_of, require_there, several
+from shallower.verbs.measured_by import measured_by, measured_model
+from shallower.verbs.questions import model_tasks, open_answered, read_questions, require_templates
+from shallower.verbs.subject import (
+    ModelLike,
+    Subject,
+    open_subject,
+    path_of,
+    require_computable,
+    require_there,
+    several,
+)
 from shallower.verbs.texts import require_measurable, text_perplexity, tokens_read, windows_cut
 
 
@@ -74,6 +84,10 @@ def evaluate(
     if out is not None:
         require_free(out, force=force)
     require_there(models)
+    require_computable(models, device, dtype)
+    plans = [_plan_of(model) for model in models]
+    if chat and (tasks or suites):
+        require_templates(models, tokenizer, trust_remote_code=trust_remote_code)
     require_stride(window, stride)
     asked = read_questions(
         texts,
@@ -84,14 +98,14 @@ def evaluate(
         task_data=task_data,
     )
     found: list[Evaluation] = []
+    measured: list[dict[str, Any]] = []
     notes = [*asked.notes]
     with ExitStack() as stack:
         answered = stack.enter_context(open_answered()) if asked.tasks is not None else None
-        for model in models:
+        for model, applied in zip(models, plans, strict=True):
             subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             label = subject.identity.name
             tokens = tokens_read(subject, window, stride, max_windows)
-            applied = _plan_of(model)
             notes += contamination(
                 subject, applied, calibration, asked, tokens, cut=applied is not None, insist=not found
             )
@@ -117,11 +131,14 @@ def evaluate(
             if asked.generation:
                 written = continue_prompts(subject.model, subject.tokenizer, label=label)
             blocks, parameters = subject.identity.blocks, subject.weights.model.parameters
+            measured.append(measured_model(subject))
             found.append(Evaluation(label, blocks, parameters, perplexities, tuple(results), written))
             del subject
     labels = distinct_names([each.model for each in found], [path_of(model) for model in models])
     named = tuple(replace(each, model=label) for each, label in zip(found, labels, strict=True))
-    comparison = Comparison(named)
+    models_as_measured = [{**each, "model": label} for each, label in zip(measured, labels, strict=True)]
+    made_by = measured_by(models_as_measured, asked, window, stride, max_windows)
+    comparison = Comparison(named, made_by=made_by)
     told = (*dict.fromkeys(notes), *comparison.windows_apart(), *comparison.overflows())
     comparison = replace(comparison, notes=told)
     if out is not None:

@@ -17,7 +17,7 @@ from shallower.verbs.recoveries import Training, repair_size, texts_read, traini
 from shallower.verbs.recovery_steps import Stages, in_closed_form
 from shallower.verbs.repaired import SplitText, judging_text
 from shallower.verbs.subject import Subject, calibrate, note_default
-from shallower.verbs.texts import held_out
+from shallower.verbs.texts import held_out, or_all_of_it
 
 SIZE = (32, 128)  # sequences and tokens of each, where nobody says how much is read
 
@@ -102,10 +102,12 @@ def texts_of_prune(
             if in_closed_form(steps):
                 fitted = calibrate(subject, calibration, sequences=most, length=longest, seed=seed)
         except TooLittleText as error:
-            least = f"A repair in prune reads {most} sequences of {longest} tokens"
-            raise TooLittleText(
-                " ".join([f"{error} {least}; 'shallower recover' can do with less.", *wanted.notes])
-            ) from None
+            told = [
+                f"{error.fault}, as a repair in prune reads: {or_all_of_it(calibration, error, most)}repair with "
+                "'shallower recover', which can do with less.",
+                *wanted.notes,
+            ]
+            raise TooLittleText(" ".join(told)) from None
     training = training_text(
         subject,
         steps,

@@ -8,12 +8,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from shallower.checkpoint.cache import cache_root
+from shallower.checkpoint.load import load_tokenizer
 from shallower.errors import UserError
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.suites import suite as suite_named
-from shallower.evaluation.tasks import LoadedTasks, TaskResult, TaskSettings, open_tasks, run_tasks
-from shallower.verbs.subject import Subject, several_names
+from shallower.evaluation.tasks import (
+    LoadedTasks,
+    TaskResult,
+    TaskSettings,
+    open_tasks,
+    require_template,
+    run_tasks,
+)
+from shallower.verbs.subject import ModelLike, Subject, several_names
 from shallower.verbs.texts import read_texts
 
 if TYPE_CHECKING:
@@ -65,6 +75,21 @@ def read_questions(
     if tasks or chosen:
         loaded = open_tasks(tasks, suites, data=task_data, limit=settings.limit)
     return Questions(contents, loaded, settings, generation, notes)
+
+
+def require_templates(
+    models: Sequence[ModelLike], tokenizer: PreTrainedTokenizerBase | None, *, trust_remote_code: bool
+) -> None:
+    """Raise UserError unless prompts can take the chat template of each model: before task data is read, and before one
+    model is measured that is compared with another that has none.
+    """
+    for model in models:
+        if tokenizer is not None:
+            require_template(tokenizer)
+        elif isinstance(model, Subject):
+            require_template(model.tokenizer, model.loaded.name)
+        elif not isinstance(model, PreTrainedModel):
+            require_template(*load_tokenizer(str(model), trust_remote_code=trust_remote_code))
 
 
 def model_tasks(subject: Subject, asked: Questions, answered: Answered | None, label: str) -> list[TaskResult]:

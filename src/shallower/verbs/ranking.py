@@ -157,8 +157,8 @@ def read_scores(
         )
     if reads_spans(stages, units) and not given.spans:
         raise UserError(
-            f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score --units "
-            f"{_scored_for(units)} --spans`."
+            f"search {ranking[0].name!r} needs scores of spans; make them with `shallower score MODEL "
+            f"--units {_scored_for(units)} --spans --out FILE`."
         )
     return given
 

@@ -27,8 +27,9 @@ from shallower.surgery import cut
 from shallower.units import Unit
 from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
-from shallower.verbs.questions import Questions, open_answered, read_questions
-from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.measured_by import measured_by, measured_model
+from shallower.verbs.questions import Questions, open_answered, read_questions, require_templates
+from shallower.verbs.subject import Subject, open_subject, require_computable
 from shallower.verbs.texts import require_measurable, tokens_read, windows_cut, windows_of
 
 
@@ -74,6 +75,9 @@ def ratio_curve(
     if out is not None:
         require_free(out, force=force)
     room = parse_memory(memory)
+    require_computable([model], device, dtype)
+    if chat and (tasks or suites):
+        require_templates([model], tokenizer, trust_remote_code=trust_remote_code)
     require_stride(window, stride)
     asked = read_questions(
         texts,
@@ -100,7 +104,8 @@ def ratio_curve(
         Evaluation(label, *_size(subject, gone), measured, tuple(found), None, len(gone))
         for label, gone, measured, found in zip(labels, removed, perplexities, results, strict=True)
     ]
-    comparison = Comparison(tuple(evaluations))
+    made_by = measured_by([measured_model(subject)], asked, window, stride, max_windows, given)
+    comparison = Comparison(tuple(evaluations), made_by=made_by)
     comparison = replace(comparison, notes=(*notes, *comparison.overflows()))
     if out is not None:
         kinds = {unit.kind for unit in removed[-1]}

@@ -35,6 +35,7 @@ from shallower.units import Unit
 from shallower.verbs.recoveries import repair_size
 from shallower.verbs.recovery_steps import Stages
 from shallower.verbs.subject import Subject, calibrate
+from shallower.verbs.texts import or_all_of_it
 
 REPAIRED_AS = 4  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
 JUDGED = 4  # of a ready-made set one sequence in so many judges, the others are what repairs are fitted on
@@ -84,8 +85,8 @@ def judging_text(
         whole = calibrate(subject, calibration, sequences=most + judges, length=longest, seed=seed)
     except TooLittleText as error:
         raise TooLittleText(
-            f"{error} With --repair a candidate is fitted on {most} sequences of {longest} tokens and judged on "
-            f"{judges} others; a text that says how many it has (text.txt?sequences=64) is split as it is."
+            f"{error.fault}, as with --repair a candidate is fitted on {most} sequences of {longest} tokens and judged "
+            f"on {judges} others: {or_all_of_it(calibration, error, most + judges, JUDGED)}use more text."
         ) from None
     if whole.sequences != most + judges:
         return split(whole)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ from shallower.engine.method_code import code_of
 from shallower.engine.ray_session import connect
 from shallower.engine.trace import prove
 from shallower.errors import BudgetError, CorpusError, ModelError, UserError
-from shallower.files import expanded, require_writable
+from shallower.files import expanded, require_writable, write_text
 from shallower.plan import PruningPlan
 from shallower.registry import objective as objectives
-from shallower.resources import parse_workers
+from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.studies.findings import Findings, find
 from shallower.studies.grid import Study, read_study
@@ -84,15 +84,19 @@ def study(
 ) -> Finished:
     """Measure every cell of a grid, and analyse them.
 
-    A cell is a plan with its loss, held-out perplexities and task accuracies. What is done is on disk in `out`, so that
-    the same call goes on where it was interrupted, and cells share what the engine remembers. A cell whose text is too
+    A cell is a plan with its loss, held-out perplexities and task accuracies. What is done is on disk in `out`, beside
+    a copy of the file, so that the same call goes on where it was interrupted, and cells share what the engine
+    remembers. A cell whose text is too
     short, or whose search finds nothing that can be removed, is told in the findings, and the others are measured.
 
     file: STUDY.yaml, see `shallower.studies.grid`. memory, workers, device, dtype: as for `search`.
 
     Raises UserError for a study that cannot be read or run, before anything is measured, and where no cell could be.
     """
+    parse_memory(memory)
+    parse_workers(workers)
     given = file if isinstance(file, Study) else read_study(file)
+    copied = None if isinstance(file, Study) else (expanded(file).name, expanded(file).read_text(encoding="utf-8"))
     require_runnable(given)
     folder = expanded(out)
     require_writable(folder / CELLS, str(folder))
@@ -103,7 +107,7 @@ def study(
     found: list[CellOutcome] = []
     with progress.task(f"study of {len(given.cells)} cells", len(given.cells)) as step:
         for model in given.models:
-            found += _measure(opened(model), model, given, ledger, memory, workers, step)
+            found += _measure(opened(model), model, given, ledger, memory, workers, step, copied)
     order = {cell: number for number, cell in enumerate(given.cells)}  # whatever was measured first
     found.sort(key=lambda outcome: order[outcome.cell])
     results = tuple(outcome for outcome in found if isinstance(outcome, Result))
@@ -121,12 +125,18 @@ def _measure(
     memory: int | str | None,
     workers: int | str | None,
     step: progress.Step,
+    copied: tuple[str, str] | None,
 ) -> list[CellOutcome]:
-    """The cells of one model. All that holds it ends with the call, so that the next one has its memory."""
+    """The cells of one model. All that holds it ends with the call, so that the next one has its memory.
+
+    copied: name and text of a file to put beside the results, once it is known that there may be some.
+    """
     require_sound(subject, given)
     texts = judging_texts(subject, given)
     judges = _judges(subject, texts, memory, workers)
     runner = Runner(subject, given, ledger, digests(texts), judges, memory, workers, texts)
+    if copied is not None:
+        write_text(ledger.path.with_name(copied[0]), copied[1])
     return [outcome for axes, cells in by_text(given, model).items() for outcome in runner.run(axes, cells, step)]
 
 
@@ -185,11 +195,12 @@ class Runner:
         keys = {cell: self.key(cell, text) for cell in cells}
         known = {cell: result for cell, key in keys.items() if (result := self.ledger.get(key)) is not None}
         missing = [cell for cell in cells if cell not in known]
+        made_by = self.made_by(text) if missing else {}
         with self._ray() if missing else nullcontext():
             fresh = self._searched(missing, text)
             for result in self._judged([each for each in fresh.values() if isinstance(each, Result)]):
                 fresh[result.cell] = result
-                self.ledger.add(keys[result.cell], result)
+                self.ledger.add(keys[result.cell], result, made_by)
         return [fresh[cell] if cell in fresh else replace(known[cell], cell=cell) for cell in cells]
 
     def _judged(self, results: Sequence[Result]) -> list[Result]:
@@ -229,6 +240,24 @@ class Runner:
                 "version": __version__,
             }
         )
+
+    def made_by(self, text: CalibrationSet) -> dict[str, Any]:
+        """What cells depend on besides themselves, as their lines say it: a key does not tell what it is of."""
+        study = self.study
+        return {
+            "model": asdict(self.subject.identity),
+            "dtype": self.subject.dtype,
+            "calibration": asdict(text.identity),
+            "units": study.units,
+            "protect": study.protect,
+            "settings": study.settings,
+            "exact": study.exact,
+            "judged_on": self.judged_on,
+            "held_out_sequences": study.held_out_sequences,
+            "held_out_length": study.held_out_length,
+            "questions": study.questions,
+            "version": __version__,
+        }
 
     def _ray(self) -> AbstractContextManager[object]:
         """Keeps Ray for one crew of workers after another, each of which would start and end it."""

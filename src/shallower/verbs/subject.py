@@ -231,6 +231,12 @@ def require_there(models: Iterable[ModelLike]) -> None:
             locate(str(model))
 
 
+def require_computable(models: Iterable[ModelLike], device: str, dtype: str) -> None:
+    """Raise UserError for a device or number format that models which are given by name cannot be loaded with."""
+    if not all(isinstance(model, (Subject, PreTrainedModel)) for model in models):
+        parse_dtype(dtype, parse_device(device))
+
+
 def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | Subject | None, force: bool) -> None:
     """Raise OutputError unless a checkpoint can be written to `out`: it is free, or may be replaced and is none of the
     `models` that are read. Before anything is loaded.

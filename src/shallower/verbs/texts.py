@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of
-from shallower.errors import CorpusError
+from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of, with_options, without_options
+from shallower.corpus.options import OPTIONS
+from shallower.errors import CorpusError, TooLittleText
 from shallower.evaluation.perplexity import Perplexity, TextWindows, context_limit, cut_windows, perplexity
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import text_name, without_folders
@@ -41,6 +43,20 @@ def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
         # too few documents to leave any out, a saved set, the model's own text, or questions that are no text: such
         # calibration was read all the same, and the report then shows no perplexity
         return {}
+
+
+def or_all_of_it(
+    calibration: str | Path | CalibrationSet | None, error: TooLittleText, sequences: int, least: int = 1
+) -> str:
+    """Advice to read all there is of a text that holds less than `sequences`, as its specification says it, which wins
+    over what a verb asks for; empty where that is less than `least`.
+    """
+    spec = str(calibration or DEFAULT_CALIBRATION)
+    asked = OPTIONS["sequences"].parse(named_options(spec).get("sequences", str(sequences)))
+    there = math.floor(asked * error.share + 1e-9)
+    if there < least:
+        return ""
+    return f"write {with_options(without_options(spec, ['sequences']), {'sequences': str(there)})}, or "
 
 
 def nothing_held_out(contents: Mapping[str, str], calibration: str | Path | CalibrationSet | None) -> tuple[str, ...]:
