@@ -664,13 +664,16 @@ def test_a_set_is_built_shown_and_used_again(
     assert [source["tokens"] for source in built["sources"]] == [2 * 24, 6 * 24]
     assert main.run(["corpus", "build", spec, "--model", model, "--out", out]) == 2
     assert "exists; choose another folder, or add --force to replace it." in capsys.readouterr().err
-    Path(out, "old").touch()
     assert (
         _json(capsys, "corpus", "build", spec, "--model", model, "--out", out, "--force")["digest"] == built["digest"]
     )
     assert sorted(os.listdir(out)) == ["calibration.safetensors", "manifest.json"]
+    Path(out, "mine.txt").touch()
+    assert main.run(["corpus", "build", spec, "--model", model, "--out", out, "--force"]) == 2
+    assert "(it holds other files than manifest.json, calibration.safetensors), so --force" in capsys.readouterr().err
+    Path(out, "mine.txt").unlink()
     assert main.run(["corpus", "build", spec, "--model", model, "--out", model, "--force"]) == 2
-    assert "is not a calibration set, so --force does not replace it" in capsys.readouterr().err
+    assert "is not a calibration set (it holds other files" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr("shallower.corpus.calibration.write_json", _killed)
         with pytest.raises(KeyboardInterrupt):
@@ -681,8 +684,10 @@ def test_a_set_is_built_shown_and_used_again(
     assert shown["beginnings"] == built["beginnings"][:2]
     assert main.run(["corpus", "show", spec]) == 2
     assert "add --model" in capsys.readouterr().err
-    assert main.run(["corpus", "show", out, "--texts", "5", "--sequences", "8"]) == 2
-    assert "--texts and --sequences are read only with a --model: name one" in capsys.readouterr().err
+    assert main.run(["corpus", "show", out, "--texts", "5"]) == 2
+    assert "--texts is read only with a --model: name one" in capsys.readouterr().err
+    assert main.run(["corpus", "show", out, "--model", model, "--sequences", "8", "--seed", "1"]) == 2
+    assert "is a saved set, and shown as it is: leave out --sequences, --seed." in capsys.readouterr().err
     scores = _json(capsys, "score", model, "--calibration", out)
     assert scores["made_by"]["calibration"]["digest"] == built["digest"]
     own = _json(capsys, "corpus", "build", "self?sequences=2&length=8", "--model", model)

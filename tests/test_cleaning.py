@@ -174,7 +174,6 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path, mon
     assert main.run(["corpus", "clean", path, "--out", str(out), "--quiet"]) == 2, "nothing is overwritten"
     with pytest.raises(OutputError, match="report exists; choose another folder"):
         clean_file(path, report=folder)
-    (folder / "old").touch()
     with monkeypatch.context() as patch:
         patch.setattr("shallower.verbs.corpus.cluster_png", _killed)
         with pytest.raises(KeyboardInterrupt):
@@ -182,9 +181,14 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path, mon
     assert json.loads((folder / "clusters.json").read_text()) == written, "what was there stays whole"
     clean_file(path, report=folder, dedup=None, force=True)
     assert sorted(os.listdir(folder)) == ["clusters.json", "report.html"], "of the one before, nothing"
-    (folder / "clusters.json").unlink()
-    with pytest.raises(OutputError, match=r"is not a report \(no clusters.json in it\), so --force does not"):
+    with pytest.raises(OutputError, match=r"of\.jsonl is inside of --report .*report, a folder that is written whole"):
+        clean_file(path, folder / "part" / "of.jsonl", report=folder, force=True)
+    (folder / "mine.jsonl").touch()  # such as the text that is cleaned
+    with pytest.raises(
+        OutputError, match=r"is not a report \(it holds other files than report\.html, .*so --force does"
+    ):
         clean_file(path, report=folder, force=True)
+    assert (folder / "mine.jsonl").exists()
 
 
 def test_the_next_command_is_printed_as_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

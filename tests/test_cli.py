@@ -973,6 +973,12 @@ def test_what_errors_are_told_as(error: BaseException, code: int, told: str) -> 
         ("recover", "recover", ["--with", "refit", "--memory=4GB"], "give less --memory, a smaller --set"),
         ("prune", "prune", ["--plan", "p", "--out", "o"], "give a smaller --length, a smaller --window"),
         ("prune", "prune", ["--remove", "2", "--out", "o"], "give less --memory, a smaller --length"),
+        (
+            "prune",
+            "prune",
+            ["--plan", "p", "--recover", "refit", "--memory=4GB", "--out", "o"],
+            "give less --memory, a smaller --set",
+        ),
         ("evaluate", "evaluate", ["--text", "t"], "give a smaller --window, another --dtype"),
         ("evaluate", "evaluate", ["--tasks", "boolq", "--batch", "8"], "give a smaller --batch, another --dtype"),
         ("ratio_curve", "ratio_curve", ["--tasks", "boolq", "--plan", "p"], "give less --memory, another --dtype"),

@@ -509,6 +509,14 @@ def test_a_study_measures_every_cell_and_writes_its_page(
     assert torch.is_grad_enabled()
 
 
+def test_a_study_that_is_beside_its_results_is_not_copied_onto_itself(tmp_path: Path) -> None:
+    from shallower.verbs.study import _copy_of
+
+    (tmp_path / "s.yaml").write_text("remove: 1")
+    assert _copy_of(tmp_path / "s.yaml", tmp_path) is None
+    assert _copy_of(tmp_path / "s.yaml", tmp_path / "out") == (tmp_path / "out" / "s.yaml", "remove: 1")
+
+
 def test_a_search_may_rank_by_another_metric_than_its_own(place: Path) -> None:
     from shallower.verbs.search import search
 

@@ -730,7 +730,8 @@ def test_prefixes_of_a_plan_give_what_their_cuts_give(model: Any, data: Path, tm
     told = json.loads((tmp_path / "curve" / "evaluation.json").read_text())
     assert {row["removed"] for row in told["tasks"]} == {0, 1, 3}
     assert told["made_by"]["order"] == ["block.3", "block.4", "block.1"]
-    assert [each["fingerprint"] for each in told["made_by"]["models"]] == [plan.model.fingerprint]
+    of_models = told["made_by"]["models"]
+    assert [(each["model"], each["fingerprint"]) for each in of_models] == [("dense", plan.model.fingerprint)]
     assert len((tmp_path / "curve" / "items" / "3_removed" / "boolq.jsonl").read_text().splitlines()) == ITEMS
     with pytest.raises(OutputError, match="exists"):
         ratio_curve(model, plan, tasks=["boolq"], tokenizer=tiny_tokenizer(), out=tmp_path / "curve")

@@ -61,7 +61,8 @@ def require_free(folder: Path, told: str, *, force: bool, replaceable: Callable[
     """Raise OutputError unless the folder can be made, or `force` may replace it. What a process that was killed left
     there is removed first.
 
-    told: what to call it. replaceable: whether a folder may be replaced; what: such a folder in words.
+    told: what to call it. replaceable: whether a folder with something in it may be replaced; what: such a folder in
+    words.
     """
     folder = expanded(folder)
     require_writable(folder, told)
@@ -77,7 +78,7 @@ def require_free(folder: Path, told: str, *, force: bool, replaceable: Callable[
         raise OutputError(
             f"{told} is, or holds, the current folder or your home, so --force does not replace it; choose another."
         )
-    if not replaceable(folder):
+    if any(folder.iterdir()) and not replaceable(folder):
         raise OutputError(
             f"{told} is not {what}, so --force does not replace it; choose another folder or remove it yourself."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ class UnitWeight:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weight of every unit, of all blocks together, and of the whole model."""
+    """Weight of every unit, of all blocks together, and of the whole model. What blocks share (Zamba's transformer)
+    weighs in each of them, and so in their sum, of which a budget takes its share; in the model it weighs once.
+    """
 
     units: dict[Unit, UnitWeight]
     blocks: UnitWeight
@@ -68,9 +70,7 @@ def weigh(anatomy: Anatomy) -> Weights:
             kv_bytes=kv_bytes[unit.index] if holds_cache else 0,
             blocks=1.0 if unit.kind == "block" else 0.5,
         )
-    summed = _sum(units[unit] for unit in anatomy.of_kind("block"))
-    parameters, stored = size(block.module for block in anatomy.blocks)  # of what blocks share, once (Zamba)
-    blocks = replace(summed, parameters=parameters, bytes=stored)
+    blocks = _sum(units[unit] for unit in anatomy.of_kind("block"))
     whole = UnitWeight(*size((anatomy.model,)), flops[anatomy.model], blocks.kv_bytes, float(len(anatomy.blocks)))
     return Weights(units, blocks, whole)
 

@@ -49,11 +49,12 @@ def determined(model: PreTrainedModel) -> bool:
     """Whether digests tell all that the model computes. Hooks, forwards that were put over a class's or an instance's
     own, classes without a file and autocast change it, too, and nothing tells them from others of their kind.
     """
-    if torch.is_autocast_enabled(model.device.type):
-        return False
-    if not all(map(_is_known, _attached(model))):
-        return False
-    return all(_file_of(kind) is not None for kind in _own_kinds(model))
+    return is_untouched(model) and all(_file_of(kind) is not None for kind in _own_kinds(model))
+
+
+def is_untouched(model: PreTrainedModel) -> bool:
+    """Whether a model computes what its classes say: without foreign hooks, other forwards or autocast."""
+    return not torch.is_autocast_enabled(model.device.type) and all(map(_is_known, _attached(model)))
 
 
 def _attached(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:

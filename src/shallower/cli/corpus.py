@@ -93,20 +93,23 @@ def show(
     """Show where the tokens of a set come from, and its first texts."""
     from shallower.corpus import CalibrationSet, is_saved
 
+    folder = os.path.expanduser(spec)
+    of_building = {
+        "--sequences": None if sequences == DEFAULT_SIZE[0] else sequences,
+        "--length": None if length == DEFAULT_SIZE[1] else length,
+        "--seed": seed or None,
+        "--device": None if device == "auto" else device,
+        "--dtype": None if dtype == "auto" else dtype,
+    }
+    given = [name for name, value in of_building.items() if value is not None]
+    if given and is_saved(folder):
+        raise UserError(f"{spec} is a saved set, and shown as it is: leave out {', '.join(given)}.")
     if model is None:
-        options.require_reader(
-            {
-                "--texts": None if texts == _SHOWN_TEXTS else texts,
-                "--sequences": None if sequences == DEFAULT_SIZE[0] else sequences,
-                "--length": None if length == DEFAULT_SIZE[1] else length,
-                "--seed": seed or None,
-                "--device": None if device == "auto" else device,
-                "--dtype": None if dtype == "auto" else dtype,
-                "--trust-remote-code": trust_remote_code or None,
-            },
-            "a --model",
-        )
-        folder = os.path.expanduser(spec)
+        of_texts = {
+            "--texts": None if texts == _SHOWN_TEXTS else texts,
+            "--trust-remote-code": trust_remote_code or None,
+        }
+        options.require_reader(of_texts, "a --model")
         if not is_saved(folder):
             raise UserError(f"{spec} is no saved set, and building it takes a tokenizer: add --model MODEL.")
         made, first = CalibrationSet.load(folder), list[str]()

@@ -55,16 +55,16 @@ _SAVERS = {
 """By a verb's option what to give when memory does not suffice."""
 
 _HEEDED_WITH = {
-    ("score", "--memory"): "--memory",
-    ("prune", "--memory"): "--remove",
-    ("prune", "--train-sequences"): "--recover",
-    ("recover", "--memory"): "--memory",
-    ("eval", "--memory"): "--plan",
-    ("eval", "--batch"): "--batch",
-    ("eval", "--window"): "--text",
+    ("score", "--memory"): {"--memory"},
+    ("prune", "--memory"): {"--remove", "--memory"},
+    ("prune", "--train-sequences"): {"--recover"},
+    ("recover", "--memory"): {"--memory"},
+    ("eval", "--memory"): {"--plan"},
+    ("eval", "--batch"): {"--batch"},
+    ("eval", "--window"): {"--text"},
 }
-"""By verb and option the one that it is heeded with, or itself where that depends on more: then it is, if it was given
-and not refused.
+"""By verb and option those that it is heeded with. One that is among its own is heeded where it was given and not
+refused.
 """
 
 RESUME = "nothing half-written. Run the same command again: it goes on with what was kept"
@@ -164,16 +164,25 @@ def _as_a_word_of_its_own(word: str) -> str:
     return name + sign + os.path.expanduser(value) if name.startswith("--") and value.startswith("~") else word
 
 
+def verb_of(command: Any, words: Sequence[str]) -> Any:
+    """The verb that the words begin with; None where there is none. command: of all verbs."""
+    verb, rest = command, iter(words)
+    while commands := getattr(verb, "commands", None):  # of `corpus`, too
+        verb = commands.get(next(rest, None))
+    return verb
+
+
+def options_of(verb: Any) -> set[str]:
+    """Such as `--out`."""
+    return {name for option in getattr(verb, "params", ()) for name in option.opts}
+
+
 def _savers(command: Any, arguments: Sequence[str]) -> list[str]:
     """What would save memory, of the options of the verb that ran and heeds them. command: of all verbs."""
-    verb, words = command, iter(word for word in arguments if not word.startswith("-"))
-    while commands := getattr(verb, "commands", None):  # of `corpus`, too
-        verb = commands.get(next(words, None))
-    there = {name for option in getattr(verb, "params", ()) for name in option.opts}
+    verb = verb_of(command, [word for word in arguments if not word.startswith("-")])
+    there = options_of(verb)
     given = {word.partition("=")[0] for word in arguments if word.startswith("-")}
-    idle = {
-        name for (of, name), other in _HEEDED_WITH.items() if of == getattr(verb, "name", "") and other not in given
-    }
+    idle = {name for (of, name), other in _HEEDED_WITH.items() if of == getattr(verb, "name", "") and not other & given}
     return [saver for name, saver in _SAVERS.items() if name in there - idle]
 
 

@@ -120,7 +120,9 @@ def recover(
     def show(console: Console) -> None:
         from shallower.reporting.data import RecoveryData
 
-        data = RecoveryData(found.made_by, found.dense, found.stages, found.notes, found.form or None)
+        data = RecoveryData(
+            found.made_by, found.dense, found.stages, found.notes, found.form or None, None, found.tokenizer
+        )
         _show(console, found.plan, data, out if found.folder is not None else None)
 
     page = {} if found.folder is None else {"page": str(found.folder / "report.html")}

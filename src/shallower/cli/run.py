@@ -56,7 +56,7 @@ def run(
     """Repeat a paper's steps, on a small model or at the paper's size.
 
     A recipe is a list of commands of this program; --device and --dtype are given to those that take them. Commands
-    that have finished are not run again.
+    that have finished with the same options are not run again.
     """
     chosen = read_recipe(recipe)
     folder = Path(f"{Path(recipe).stem}-{size}") if out is None else out
@@ -114,7 +114,7 @@ def _require_recoveries(command: str, label: str) -> None:
     words = shlex.split(command)
     if words[:1] not in (["prune"], ["recover"]):
         return
-    verb = typer.main.get_command(main.app).commands[words[0]]  # type: ignore[attr-defined]
+    verb = main.verb_of(typer.main.get_command(main.app), words)
     asked = verb.make_context(words[0], words[1:], resilient_parsing=True).params
     if not (names := asked.get("recover") or asked.get("methods")):
         return
@@ -130,10 +130,9 @@ def _pinned(command: str, options_given: Mapping[str, str]) -> str:
     """The command line with what is given of the options that its verb has."""
     from shallower.cli import main
 
-    verb, words = typer.main.get_command(main.app), shlex.split(command)
-    while words and (commands := getattr(verb, "commands", None)):  # of `corpus`, too
-        verb = commands.get(words.pop(0))
-    there = {name for parameter in getattr(verb, "params", ()) for name in parameter.opts}
+    if not options_given:
+        return command
+    there = main.options_of(main.verb_of(typer.main.get_command(main.app), shlex.split(command)))
     added = [word for name, value in options_given.items() if name in there for word in (name, value)]
     return f"{command} {shlex.join(added)}" if added else command
 

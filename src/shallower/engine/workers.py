@@ -19,7 +19,7 @@ from torch import nn
 
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.streamed import is_streamed
-from shallower.checkpoint.determinants import determined
+from shallower.checkpoint.determinants import is_untouched
 from shallower.engine.evaluator import Evaluator, Job, Measured, shares
 
 SHARE_OF_FREE_MEMORY = 0.25  # for what the engine keeps besides the model, unless told
@@ -116,13 +116,13 @@ def thread_count(anatomy: Anatomy) -> int:
     """How many threads are best: one a core on a processor, one for an accelerator, and for a model that is spread out
     or streamed.
 
-    One, too, for a model that is not `determined`: autocast is a thread's own, and what was put over a module's forward
-    may still call the modules it was made of, not a replica's.
+    One, too, for a model that is not `is_untouched`: autocast is a thread's own, and what hooks on to a module or was
+    put over its forward may call the modules it was made of, not a replica's.
     """
     model = anatomy.model
     if model.device.type != "cpu" or getattr(model, "hf_device_map", None) or is_streamed(model):
         return 1
-    if not determined(model):
+    if not is_untouched(model):
         return 1
     return max(1, min(torch.get_num_threads(), MOST_THREADS))
 

@@ -219,7 +219,7 @@ def _provenance(data: ReportData) -> str:
     if made.calibration is not None:
         rows.append(("Calibration text", f"{made.calibration.title}, {made.calibration.tokens:,} tokens"))
         rows.append(("Digest of its token ids", made.calibration.digest))
-    if measured := measured_how(data):
+    if data.dense.perplexity and (measured := measured_how(data)):
         rows.append(("Measured", measured))
     rows.append(("shallower", made.version))
     if data.seconds:
@@ -243,7 +243,7 @@ def _recovered_by(plan: PruningPlan, data: RecoveryData) -> str:
         if text is not None:
             rows += [(label, f"{text.title}, {text.tokens:,} tokens"), ("Digest of its token ids", text.digest)]
     rows.append(("Seed", str(made.seed)))
-    if measured := measured_how(made):
+    if data.recovery[0].perplexity and (measured := measured_how(made)):
         rows.append(("Measured", measured))
     rows.append(("shallower", made.version))
     return html_table((), rows, "What made this model", style="facts")

@@ -122,8 +122,8 @@ def measured_how(made: RecoveryMadeBy | ReportData) -> str:
     """In what, on what and on how much of each text perplexity was measured; empty where early versions made it."""
     if made.dtype is None or made.device is None or made.window is None:
         return ""
-    first = "all" if made.windows is None else f"the first {made.windows}"
-    return f"{made.dtype} on {made.device}, {first} windows of {made.window:,} tokens of each text"
+    first = "all windows" if made.windows is None else f"the first {plural(made.windows, 'window')}"
+    return f"{made.dtype} on {made.device}, {first} of {made.window:,} tokens of each text"
 
 
 def distinct_names(names: Sequence[str], given: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ from shallower.corpus import (
     Source,
     asks_model,
     build_calibration,
-    is_saved,
     open_source,
 )
 from shallower.corpus import clean as find
+from shallower.corpus.calibration import MANIFEST, TENSORS
 from shallower.errors import CorpusError, OutputError
 from shallower.files import expanded, replacing, write_text
 from shallower.progress import task
@@ -60,7 +60,7 @@ def build(
     """
     spec = str(spec)
     if out is not None:
-        _require_free(out, "--out", force=force, known=is_saved, what="a calibration set")
+        _require_free(out, "--out", force=force, names=(MANIFEST, TENSORS), what="a calibration set")
     if asks_model(spec):
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         require_room_to_write(subject.model, spec, length)
@@ -114,7 +114,11 @@ def clean(
     does not exist, OutputError when the result cannot be written.
     """
     if report is not None:
-        _require_free(report, "--report", force=force, known=_is_report, what=f"a report (no {CLUSTERS} in it)")
+        _require_free(report, "--report", force=force, names=(PAGE, FIGURE, CLUSTERS), what="a report")
+        if out is not None and expanded(report).resolve() in expanded(out).resolve().parents:
+            raise OutputError(
+                f"--out {out} is inside of --report {report}, a folder that is written whole: choose another place."
+            )
     source = _source(text)
     sets = [EvaluationRuns(name, supply=supply()) for name in against]
     found = find(source, dedup=dedup, min_quality=min_quality, quality=quality)
@@ -209,16 +213,13 @@ def _lines(out: str | Path | None) -> Iterator[Callable[[str], None]]:
         yield lambda line: print(line, file=file)
 
 
-def _is_report(folder: Path) -> bool:
-    return (folder / CLUSTERS).is_file()
-
-
-def _require_free(folder: str | Path, option: str, *, force: bool, known: Callable[[Path], bool], what: str) -> None:
-    """Raise OutputError unless the folder can be made, or `force` may replace it, which is `known` or empty."""
+def _require_free(folder: str | Path, option: str, *, force: bool, names: Collection[str], what: str) -> None:
+    """Raise OutputError unless the folder can be made, or `force` may replace it, which holds such files alone."""
 
     def replaceable(there: Path) -> bool:
-        return known(there) or not any(there.iterdir())
+        return {path.name for path in there.iterdir()} <= {*names}
 
+    what += f" (it holds other files than {', '.join(names)})"
     files.require_free(expanded(folder), f"{option} {folder}", force=force, replaceable=replaceable, what=what)
 
 

@@ -53,7 +53,7 @@ def write_comparison(
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    return (folder / FILE).is_file() or not any(folder.iterdir())
+    return (folder / FILE).is_file()
 
 
 def _folders(comparison: Comparison) -> list[str]:

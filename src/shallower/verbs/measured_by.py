@@ -14,11 +14,11 @@ from shallower.verbs.subject import Subject
 from shallower.version import __version__
 
 
-def measured_model(subject: Subject) -> dict[str, Any]:
-    """A model as it was measured, under its own name."""
+def measured_model(subject: Subject, label: str | None = None) -> dict[str, Any]:
+    """A model as it was measured, under a label or its own name."""
     identity = subject.identity
     device = subject.model.device.type
-    return {"model": identity.name, **asdict(identity), "dtype": subject.dtype, "device": device}
+    return {"model": label or identity.name, **asdict(identity), "dtype": subject.dtype, "device": device}
 
 
 def measured_by(

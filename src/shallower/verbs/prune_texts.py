@@ -85,7 +85,8 @@ def texts_of_prune(
 ) -> JobTexts:
     """All texts, as `prune` says; `contents` are held out where there are any, else what calibration left out."""
     calibration, sequences, length = wanted.calibration, wanted.sequences, wanted.length
-    note_default(calibration)
+    if not wanted.notes:  # else that was told with the reason
+        note_default(calibration)
     searched: CalibrationSet | SplitText
     if repair:
         searched = parts = judging_text(subject, calibration, sequences=sequences, length=length, seed=seed)

@@ -104,7 +104,7 @@ def ratio_curve(
         Evaluation(label, *_size(subject, gone), measured, tuple(found), None, len(gone))
         for label, gone, measured, found in zip(labels, removed, perplexities, results, strict=True)
     ]
-    made_by = measured_by([measured_model(subject)], asked, window, stride, max_windows, given)
+    made_by = measured_by([measured_model(subject, labels[0])], asked, window, stride, max_windows, given)
     comparison = Comparison(tuple(evaluations), made_by=made_by)
     comparison = replace(comparison, notes=(*notes, *comparison.overflows()))
     if out is not None:

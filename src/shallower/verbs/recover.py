@@ -59,7 +59,14 @@ from shallower.verbs.recovery_steps import (
     require_training,
     that_need_plain,
 )
-from shallower.verbs.subject import Subject, calibrate, open_subject, require_place_for, require_space_for
+from shallower.verbs.subject import (
+    Subject,
+    calibrate,
+    note_default,
+    open_subject,
+    require_place_for,
+    require_space_for,
+)
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
 
 PLAN = "plan.json"
@@ -69,7 +76,8 @@ PLAN = "plan.json"
 class Recovered:
     """A repaired model. stages: the cut model, then what each recovery made of it. dense: perplexities of the dense
     model, by name of the text. made_by: what the recoveries worked with.
-    folder: None when not saved; form: that of the checkpoint (`shallower.forms`), then empty.
+    folder: None when not saved; form: that of the checkpoint (`shallower.forms`), then empty. tokenizer: whether the
+    folder has one.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -80,6 +88,7 @@ class Recovered:
     made_by: RecoveryMadeBy
     dense: Mapping[str, float] = field(default_factory=dict)
     form: str = ""
+    tokenizer: bool = True
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -126,10 +135,10 @@ def recover(
     then, unless a `seed` is given. texts: held-out text; without any, the documents that calibration left out. out:
     folder to write; without it nothing is written. train_sequences: what recoveries that train read of the calibration
     text (default: 4,096, or all of a shorter text), as the others read `sequences` (default: 128); a ready-made set is
-    read whole by all. instructions: .jsonl file of conversations to train on instead.
-    They keep the weights that do best on the documents that calibration left out, or on the answers of every 20th
-    conversation, never by `texts`. After a kill the same call resumes, from a folder beside `out`, or in the cache. Of
-    processes that `accelerate launch` started together, all train, and the first one writes.
+    read whole by all. instructions: .jsonl file of conversations to train on instead. Trainings keep the weights that
+    do best on the documents that calibration left out, or on the answers of every 20th conversation, never by `texts`.
+    After a kill the same call resumes, from a folder beside `out`, or in the cache. Of processes that `accelerate
+    launch` started together, all train, and the first one writes.
 
     Raises UserError (PlanError, ModelError, CorpusError, OutputError, …) before anything is written.
     """
@@ -155,6 +164,8 @@ def recover(
     if calibration is None and (in_closed_form(steps) or instructions is None or not contents):
         own = text_of_plan(dense, given, seed)
         calibration = own.spec
+        if not own.notes:
+            note_default(calibration)
     seed = seed or 0
     text = None
     if in_closed_form(steps):
@@ -210,7 +221,7 @@ def recover(
     )
     notes = (*shared, *own.notes, *nothing_held_out(contents, calibration), *said)
     wait()  # until all have read what the trainings left
-    folder, form = None, None
+    folder, form, has_tokenizer = None, None, dense.loaded.tokenizer is not None
     if leads() and out is not None:
         anatomy, stored = dense.anatomy, student.model
         if (again := reload()) is not None:
@@ -218,7 +229,7 @@ def recover(
             adopt(stored, student.model, before_repair)
         stored = with_maps_inside(stored, anatomy, given.removed)
         form = "packaged" if isinstance(stored, LeavesOut) else form_of("ordinary", stored).name
-        told = RecoveryData(made, before_cut, stages, notes, form, before, dense.loaded.tokenizer is not None)
+        told = RecoveryData(made, before_cut, stages, notes, form, before, has_tokenizer)
         folder = save(
             stored,
             out,
@@ -236,7 +247,7 @@ def recover(
     if leads():
         resume.clear()
     wait()
-    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form or "")
+    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form or "", has_tokenizer)
 
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:

@@ -448,5 +448,5 @@ def recovery_card(stages: Sequence[RecoveryStage], dense: Mapping[str, float], m
         lines.append(f"- `{stage.method}`" + (f": {options}" if options else ""))
     texts = {"Repaired": made.calibration, "Trained": made.training}
     lines += [f"- {done} on {text.title}, {text.tokens:,} tokens" for done, text in texts.items() if text is not None]
-    measured = [f"- Measured: {how}"] if (how := measured_how(made)) else []
+    measured = [f"- Measured: {how}"] if stages[0].perplexity and (how := measured_how(made)) else []
     return "\n".join([*lines, f"- Seed {made.seed}", *measured])

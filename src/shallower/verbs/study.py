@@ -86,8 +86,8 @@ def study(
 
     A cell is a plan with its loss, held-out perplexities and task accuracies. What is done is on disk in `out`, beside
     a copy of the file, so that the same call goes on where it was interrupted, and cells share what the engine
-    remembers. A cell whose text is too
-    short, or whose search finds nothing that can be removed, is told in the findings, and the others are measured.
+    remembers. A cell whose text is too short, or whose search finds nothing that can be removed, is told in the
+    findings, and the others are measured.
 
     file: STUDY.yaml, see `shallower.studies.grid`. memory, workers, device, dtype: as for `search`.
 
@@ -96,10 +96,10 @@ def study(
     parse_memory(memory)
     parse_workers(workers)
     given = file if isinstance(file, Study) else read_study(file)
-    copied = None if isinstance(file, Study) else (expanded(file).name, expanded(file).read_text(encoding="utf-8"))
     require_runnable(given)
     folder = expanded(out)
     require_writable(folder / CELLS, str(folder))
+    copied = None if isinstance(file, Study) else _copy_of(expanded(file), folder)
     ledger = Ledger(folder / CELLS)
     opened = partial(open_subject, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for model in given.models[1:]:  # not after the first was measured; it is loaded again then, and one at a time
@@ -108,6 +108,7 @@ def study(
     with progress.task(f"study of {len(given.cells)} cells", len(given.cells)) as step:
         for model in given.models:
             found += _measure(opened(model), model, given, ledger, memory, workers, step, copied)
+            copied = None
     order = {cell: number for number, cell in enumerate(given.cells)}  # whatever was measured first
     found.sort(key=lambda outcome: order[outcome.cell])
     results = tuple(outcome for outcome in found if isinstance(outcome, Result))
@@ -115,6 +116,12 @@ def study(
     if not results:
         raise UserError(f"no cell of the study could be measured; the first of {len(failures)}: {failures[0].why}")
     return Finished(given, results, find(results, failures), folder)
+
+
+def _copy_of(file: Path, folder: Path) -> tuple[Path, str] | None:
+    """Where beside the results a copy of the study's file is to be, and what is in it; None where that is the file."""
+    copy = folder / file.name
+    return None if copy.exists() and copy.samefile(file) else (copy, file.read_text(encoding="utf-8"))
 
 
 def _measure(
@@ -125,18 +132,18 @@ def _measure(
     memory: int | str | None,
     workers: int | str | None,
     step: progress.Step,
-    copied: tuple[str, str] | None,
+    copied: tuple[Path, str] | None,
 ) -> list[CellOutcome]:
     """The cells of one model. All that holds it ends with the call, so that the next one has its memory.
 
-    copied: name and text of a file to put beside the results, once it is known that there may be some.
+    copied: a file to be written, and what is in it, once it is known that there may be results.
     """
     require_sound(subject, given)
     texts = judging_texts(subject, given)
     judges = _judges(subject, texts, memory, workers)
     runner = Runner(subject, given, ledger, digests(texts), judges, memory, workers, texts)
     if copied is not None:
-        write_text(ledger.path.with_name(copied[0]), copied[1])
+        write_text(*copied)
     return [outcome for axes, cells in by_text(given, model).items() for outcome in runner.run(axes, cells, step)]
 
 
