@@ -34,6 +34,7 @@ from shallower.corpus.overlap import rows_in
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UnknownName, UserError
 from shallower.evaluation import generation, task_data
+from shallower.evaluation import tasks as tasks_module
 from shallower.evaluation.answered import Answered
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import continue_prompts
@@ -342,6 +343,47 @@ def test_a_memory_that_is_full_while_writing_is_so_once(
     [found] = run_tasks(respondent(model), writing(data), TaskSettings(shots=0))
     assert (rows, found.count) == ([2, 1, 1], 3)
     assert len(said) == 1
+
+
+def test_what_is_drawn_does_not_depend_on_what_is_known(
+    data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from shallower.evaluation.respondent import Respondent
+
+    real, drawn = HFLM.generate_until, []
+
+    def watched(self: Any, requests: Sequence[Any], disable_tqdm: bool = True) -> Any:
+        kinds = [bool(request.args[1].get("do_sample")) for request in requests]
+        assert len(set(kinds)) == 1, "greedy and drawn answers are not written together"
+        drawn.extend([kinds[0]] * len(kinds))
+        return real(self, requests, disable_tqdm=True)
+
+    monkeypatch.setattr(HFLM, "generate_until", watched)
+    how = [{"until": ["x"], "max_gen_toks": 3, **draw} for draw in ({"do_sample": True, "temperature": 1.0}, {})]
+    requests = [Instance("generate_until", {}, (f"{number} is", how[number % 2]), 0) for number in range(6)]
+    store = Answered(tmp_path / "answered.sqlite")
+    for known in (False, True):
+        Respondent(model, tiny_tokenizer(), answered=store).generate_until(requests)
+        assert drawn == ([True] * 3 if known else [False] * 3 + [True] * 3)
+        drawn.clear()
+
+
+def test_choices_that_a_task_shuffles_as_it_is_read_have_one_order(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPQA does."""
+    real, orders = tasks_module.load_tasks, []
+
+    def shuffling(*given: Any) -> Any:
+        orders.append(random.sample(range(100), 9))
+        return real(*given)
+
+    monkeypatch.setattr(tasks_module, "load_tasks", shuffling)
+    for seed in (1, 2):
+        random.seed(seed)
+        open_tasks(["arc_easy"], data=data)
+    assert orders == [random.Random(0).sample(range(100), 9)] * 2
 
 
 def test_other_errors_are_no_full_memory(tasks: LoadedTasks, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -861,6 +903,18 @@ def test_continuations_are_greedy_and_the_same_for_all(model: Any) -> None:
     assert first.text == tiny_tokenizer().decode(new, skip_special_tokens=True)
     assert (first.tokens, first.ended) == (len(new), int(new[-1]) == 2)
     assert found.length == pytest.approx(sum(each.tokens for each in found.continuations) / 2)
+
+
+def test_a_continuation_ends_with_the_tokenizers_eos_where_the_model_names_none(model: Any) -> None:
+    model, tokenizer = copy.deepcopy(model), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    [plain] = continue_prompts(model, tokenizer, ["one two"], tokens=10).continuations
+    ids = tokenizer("one two", return_tensors="pt").input_ids
+    third = int(model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, -1])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(third)
+    [found] = continue_prompts(model, tokenizer, ["one two"], tokens=10).continuations
+    assert (plain.tokens, found.ended) == (10, True)
+    assert found.tokens <= 3
 
 
 def test_prompts_are_continued_to_the_end_of_the_context() -> None:

@@ -368,6 +368,20 @@ def test_what_the_launch_says_of_mixed_precision_changes_nothing(monkeypatch: py
     assert rounded == [False, False]
 
 
+def test_what_the_environment_says_of_gradients_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = logits(run("full", tiny_model("llama"), clip=1e-3))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4096")
+    assert torch.equal(logits(run("full", tiny_model("llama"), clip=1e-3)), expected)
+
+
+def test_weights_that_are_no_numbers_are_not_trained(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    next(model.model.layers[1].mlp.parameters()).data[0, 0] = math.nan
+    for folder in (None, tmp_path):
+        with pytest.raises(ModelError, match="are no finite numbers, so nothing can be learned with them"):
+            run("full", model, folder=folder)
+
+
 def test_parameters_without_gradients_resume_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"remove": "attn.2,mlp.4", "save_minutes": 0.0}
     expected = run("full", tiny_model("bloom"), **options)
@@ -1256,6 +1270,15 @@ def test_every_twentieth_conversation_measures_by_its_answers(tmp_path: Path) ->
         model.get_output_embeddings().weight.mul_(3e4)
     assert answer_perplexity(model, held) == math.inf
     assert split(whole.subset(range(79)))[1] is None
+
+
+def test_no_copy_of_a_conversation_that_measures_is_trained_on(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {n // 2}.", "output": f"It is {n // 2}."} for n in range(80)]
+    train, held = split(build_instructions(_jsonl(tmp_path / "rows.jsonl", rows), tiny_tokenizer(), length=120))
+    assert held is not None
+    assert (train.sequences, held.sequences) == (72, 4)
+    measured = {tuple(ids) for ids in held.input_ids.tolist()}
+    assert not measured & {tuple(ids) for ids in train.input_ids.tolist()}
 
 
 @pytest.mark.parametrize(

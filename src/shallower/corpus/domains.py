@@ -60,8 +60,9 @@ def resolve(name: str, supply: Supply) -> str:
 
 def _unreachable(spec: str) -> str | None:
     """Why a data set cannot be reached; None when it can."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return "HF_HUB_OFFLINE is set"
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        if os.environ.get(name, "0").lower() in ("1", "true", "yes", "on"):
+            return f"{name} is set"
     try:
         import datasets  # noqa: F401
         from huggingface_hub import HfApi

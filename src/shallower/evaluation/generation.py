@@ -97,6 +97,7 @@ def continue_prompts(
                 top_p=None,
                 top_k=None,
                 repetition_penalty=1.0,
+                eos_token_id=sorted(stops) or None,
                 pad_token_id=padding,
             )
             new = output[0, ids.shape[1] :].tolist()

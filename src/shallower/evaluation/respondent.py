@@ -191,10 +191,13 @@ class Respondent(HFLM):  # type: ignore[misc]
                 todo[place] = key
         with progress.task(f"{self.label} writing".strip(), total=len(requests)) as step:
             step(len(found))
-            places = list(todo)
+            # what is drawn comes last, and alone: what else is known already must not change who is drawn with whom
+            places = sorted(todo, key=lambda place: place in sampled)
             while places:
                 rows = self.batch or WRITTEN_TOGETHER  # fewer once memory was full
-                part, places = places[:rows], places[rows:]
+                drawn = places[0] in sampled
+                part = [place for place in places[:rows] if (place in sampled) == drawn]
+                places = places[len(part) :]
 
                 def write(size: int, part: list[int] = part) -> list[str]:
                     self.batch_size_per_gpu = size

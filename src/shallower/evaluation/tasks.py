@@ -143,6 +143,7 @@ def open_tasks(
         raise UserError("no task was named: give --tasks, such as arc_easy,boolq, or a --suite.")
     source = TaskData(data)
     with progress.task(f"reading the data of {', '.join(every)}"):
+        _seed(0, 1234)  # as lm-eval does, whose GPQA shuffles choices while it is read
         try:
             loaded = load_tasks(every, source.prepare)
         except ShallowerError:
@@ -188,6 +189,12 @@ def _unreadable(name: str, route: str, error: Exception) -> str:
     return f"task {name} (data from the {route}) cannot be read: {type(error).__name__}: {first_line(error)} {why}"
 
 
+def _seed(of_python: int, of_arrays: int) -> None:
+    random.seed(of_python)
+    np.random.seed(of_arrays)
+    torch.manual_seed(of_arrays)
+
+
 def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings) -> list[TaskResult]:
     """Ask a model all tasks. Groups come before their members.
 
@@ -198,9 +205,7 @@ def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings
 
     if settings.chat:
         require_template(respondent.tokenizer)
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
+    _seed(settings.seed, settings.seed)
     _set_shots(tasks, settings)
     for task in tasks.loaded["tasks"].values():
         task.set_fewshot_seed(seed=settings.seed)

@@ -17,11 +17,14 @@ AT_ONCE = 1024  # tokens, as all of their logits are in memory
 
 
 def split(conversations: InstructionSet) -> tuple[InstructionSet, InstructionSet | None]:
-    """Conversations to train on, and those to measure on: every 20th; None where that makes fewer than four."""
+    """Conversations to train on, and those to measure on: every 20th, whose copies are in neither; None where that
+    makes fewer than four, or leaves none to train on.
+    """
     held = range(HELD_OUT - 1, conversations.sequences, HELD_OUT)
-    if len(held) < FEWEST:
+    said = {conversations.input_ids[row].numpy().tobytes() for row in held}
+    rest = [row for row, ids in enumerate(conversations.input_ids) if ids.numpy().tobytes() not in said]
+    if len(held) < FEWEST or not rest:
         return conversations, None
-    rest = [row for row in range(conversations.sequences) if row not in set(held)]
     return conversations.subset(rest), conversations.subset(held)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ from shallower import progress
 from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.stock import copied
-from shallower.errors import UserError
+from shallower.errors import ModelError, UserError
 from shallower.launched import agreed, world_size
 from shallower.training.divergence import LossTrend
 from shallower.training.feed import SEEDS, Feed, Portion
@@ -110,7 +110,11 @@ class _Loop:
         # what `accelerate launch` was told of mixed precision would come over the recipe's number format
         try:
             self.accelerator = Accelerator(
-                cpu=launched and on_cpu, device_placement=moves, mixed_precision="no", kwargs_handlers=[unused]
+                cpu=launched and on_cpu,
+                device_placement=moves,
+                mixed_precision="no",
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop adds up by itself
+                kwargs_handlers=[unused],
             )
         except ValueError as error:
             if "already been initialized" not in str(error):
@@ -262,7 +266,13 @@ class _Loop:
         state.curve.append(row)
         state.measured = math.floor(self._share() * self.recipe.evaluations) + 1
         weights = self._weights()
-        if self._better(row.get("held_out")) and all(bool(torch.isfinite(each).all()) for each in weights.values()):
+        finite = all(bool(torch.isfinite(each).all()) for each in weights.values())
+        if not finite and not state.step:
+            raise ModelError(
+                "weights of the model that is to be trained are no finite numbers, so nothing can be learned with "
+                "them: repair or cut it anew in float32 (--dtype float32)."
+            )
+        if self._better(row.get("held_out")) and finite:
             state.best, state.worse, state.kept = row.get("held_out"), 0, state.step
             if self.task.folder is None or self.accelerator.is_main_process:
                 self.store.keep(weights, state)
