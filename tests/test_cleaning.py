@@ -181,14 +181,18 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path, mon
     assert json.loads((folder / "clusters.json").read_text()) == written, "what was there stays whole"
     clean_file(path, report=folder, dedup=None, force=True)
     assert sorted(os.listdir(folder)) == ["clusters.json", "report.html"], "of the one before, nothing"
-    with pytest.raises(OutputError, match=r"of\.jsonl is inside of --report .*report, a folder that is written whole"):
-        clean_file(path, folder / "part" / "of.jsonl", report=folder, force=True)
     (folder / "mine.jsonl").touch()  # such as the text that is cleaned
-    with pytest.raises(
-        OutputError, match=r"is not a report \(it holds other files than report\.html, .*so --force does"
-    ):
+    only = r"is not a report \(clusters\.json, clusters\.png, report\.html\) and nothing else, so --force does"
+    with pytest.raises(OutputError, match=only):
         clean_file(path, report=folder, force=True)
     assert (folder / "mine.jsonl").exists()
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report.html").touch()
+    with pytest.raises(OutputError, match=only):
+        clean_file(path, report=tmp_path / "page", force=True)
+    for result in (tmp_path / "new", tmp_path / "new" / "part" / "of.jsonl"):
+        with pytest.raises(OutputError, match=r"is, or is inside of, --report .*new, a folder that is written whole"):
+            clean_file(path, result, report=tmp_path / "new")
 
 
 def test_the_next_command_is_printed_as_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

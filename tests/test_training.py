@@ -1279,6 +1279,8 @@ def test_no_copy_of_a_conversation_that_measures_is_trained_on(tmp_path: Path) -
     assert (train.sequences, held.sequences) == (72, 4)
     measured = {tuple(ids) for ids in held.input_ids.tolist()}
     assert not measured & {tuple(ids) for ids in train.input_ids.tolist()}
+    same = build_instructions(_jsonl(tmp_path / "same.jsonl", rows[:20] * 4), tiny_tokenizer(), length=120)
+    assert split(same)[1] is None, "one conversation, four times, is not four"
 
 
 @pytest.mark.parametrize(

@@ -193,9 +193,10 @@ class Respondent(HFLM):  # type: ignore[misc]
             step(len(found))
             # what is drawn comes last, and alone: what else is known already must not change who is drawn with whom
             places = sorted(todo, key=lambda place: place in sampled)
+            usual = self.batch or WRITTEN_TOGETHER
             while places:
-                rows = self.batch or WRITTEN_TOGETHER  # fewer once memory was full
                 drawn = places[0] in sampled
+                rows = usual if drawn else self.batch or WRITTEN_TOGETHER  # fewer once memory was full
                 part = [place for place in places[:rows] if (place in sampled) == drawn]
                 places = places[len(part) :]
 

@@ -17,15 +17,17 @@ AT_ONCE = 1024  # tokens, as all of their logits are in memory
 
 
 def split(conversations: InstructionSet) -> tuple[InstructionSet, InstructionSet | None]:
-    """Conversations to train on, and those to measure on: every 20th, whose copies are in neither; None where that
-    makes fewer than four, or leaves none to train on.
+    """Conversations to train on, and those to measure on: every 20th, without copies of these in either; None where
+    that makes fewer than four, or leaves none to train on.
     """
-    held = range(HELD_OUT - 1, conversations.sequences, HELD_OUT)
-    said = {conversations.input_ids[row].numpy().tobytes() for row in held}
-    rest = [row for row, ids in enumerate(conversations.input_ids) if ids.numpy().tobytes() not in said]
+    said = [ids.numpy().tobytes() for ids in conversations.input_ids]
+    held: dict[bytes, int] = {}
+    for row in range(HELD_OUT - 1, len(said), HELD_OUT):
+        held.setdefault(said[row], row)
+    rest = [row for row, words in enumerate(said) if words not in held]
     if len(held) < FEWEST or not rest:
         return conversations, None
-    return conversations.subset(rest), conversations.subset(held)
+    return conversations.subset(rest), conversations.subset([*held.values()])
 
 
 @torch.no_grad()

@@ -79,8 +79,9 @@ def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: G
     objective: module whose forward (portion, guide) gives sums over scored tokens: the loss, and two parts of it.
     student: what held-out perplexity is measured of.
 
-    Raises CorpusError when the text is too short for a step, OutputError when a state cannot be written, UserError when
-    the folder holds another training. One that diverges stops, and goes back to the best weights it had.
+    Raises CorpusError when the text is too short for a step, ModelError when weights are no finite numbers from the
+    start, OutputError when a state cannot be written, UserError when the folder holds another training. One that
+    diverges stops, and goes back to the best weights it had.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return _Loop(objective, student, task, teacher).run()
@@ -270,7 +271,8 @@ class _Loop:
         if not finite and not state.step:
             raise ModelError(
                 "weights of the model that is to be trained are no finite numbers, so nothing can be learned with "
-                "them: repair or cut it anew in float32 (--dtype float32)."
+                "them: its checkpoint is damaged, or it was repaired in a number format that is too small for it "
+                "(--dtype float32)."
             )
         if self._better(row.get("held_out")) and finite:
             state.best, state.worse, state.kept = row.get("held_out"), 0, state.step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ def build(
     """
     spec = str(spec)
     if out is not None:
-        _require_free(out, "--out", force=force, names=(MANIFEST, TENSORS), what="a calibration set")
+        _require_free(out, "--out", force=force, needed={MANIFEST, TENSORS}, what="a calibration set")
     if asks_model(spec):
         subject = open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         require_room_to_write(subject.model, spec, length)
@@ -114,10 +114,11 @@ def clean(
     does not exist, OutputError when the result cannot be written.
     """
     if report is not None:
-        _require_free(report, "--report", force=force, names=(PAGE, FIGURE, CLUSTERS), what="a report")
-        if out is not None and expanded(report).resolve() in expanded(out).resolve().parents:
+        _require_free(report, "--report", force=force, needed={CLUSTERS}, others={PAGE, FIGURE}, what="a report")
+        if out is not None and expanded(report).resolve() in (there := expanded(out).resolve(), *there.parents):
             raise OutputError(
-                f"--out {out} is inside of --report {report}, a folder that is written whole: choose another place."
+                f"--out {out} is, or is inside of, --report {report}, a folder that is written whole: choose another "
+                "place."
             )
     source = _source(text)
     sets = [EvaluationRuns(name, supply=supply()) for name in against]
@@ -213,13 +214,17 @@ def _lines(out: str | Path | None) -> Iterator[Callable[[str], None]]:
         yield lambda line: print(line, file=file)
 
 
-def _require_free(folder: str | Path, option: str, *, force: bool, names: Collection[str], what: str) -> None:
-    """Raise OutputError unless the folder can be made, or `force` may replace it, which holds such files alone."""
+def _require_free(
+    folder: str | Path, option: str, *, force: bool, needed: Set[str], others: Set[str] = frozenset(), what: str
+) -> None:
+    """Raise OutputError unless the folder can be made, or `force` may replace it: one with the needed files, and
+    perhaps the others, and nothing else.
+    """
 
     def replaceable(there: Path) -> bool:
-        return {path.name for path in there.iterdir()} <= {*names}
+        return needed <= {path.name for path in there.iterdir()} <= needed | others
 
-    what += f" (it holds other files than {', '.join(names)})"
+    what += f" ({', '.join(sorted(needed | others))}) and nothing else"
     files.require_free(expanded(folder), f"{option} {folder}", force=force, replaceable=replaceable, what=what)
 
 

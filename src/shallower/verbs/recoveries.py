@@ -237,6 +237,8 @@ def training_text(
         notes = tuple(_left_out(conversations, length, sequences))
         text, held = split(conversations)
         if held is not None:
+            if copies := conversations.sequences - text.sequences - held.sequences:
+                notes += (f"{plural(copies, 'conversation')} that say what one to measure by says are left out.",)
             return Training(
                 text, lambda model: answer_perplexity(model, held), (held.digest,), notes, of_calibration=False
             )
@@ -244,8 +246,8 @@ def training_text(
             "do best on the documents that calibration left out" if held_out(calibration) else "the training ends with"
         )
         notes += (
-            f"all {plural(text.sequences, 'conversation')} are trained on, as {HELD_OUT * FEWEST} or more are needed "
-            f"to keep some to measure by: the weights are those that {kept}.",
+            f"all {plural(text.sequences, 'conversation')} are trained on, as {HELD_OUT * FEWEST} or more, not all "
+            f"alike, are needed to keep some to measure by: the weights are those that {kept}.",
         )
     elif sequences is None:
         text, most = calibrate_most(dense, calibration, sequences=TRAIN_SEQUENCES, length=length, seed=seed)
