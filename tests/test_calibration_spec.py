@@ -350,6 +350,11 @@ def test_domains(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path
     assert build_calibration(field.spec, tokenizer, supply=supply).digest == field.digest
     with pytest.raises(CorpusError, match=r"'books' is hf:emozilla/pg19.*HF_HUB_OFFLINE is set.*Without a hub"):
         open_source("books")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        with pytest.raises(CorpusError, match="HF_DATASETS_OFFLINE is set"):
+            open_source("books")
     with pytest.raises(CorpusError, match="domain 'wiki'"):
         open_source("wiki")
     with pytest.raises(UnknownName, match="did you mean 'science'"):

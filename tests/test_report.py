@@ -308,6 +308,14 @@ def test_a_recovery_is_shown_with_what_came_before_it():
     ]
 
 
+def test_what_was_measured_is_told_where_something_was():
+    made = replace(recovered().made_by, dtype="float32", device="cpu", window=64, windows=1)
+    shown = recovered(made_by=made)
+    assert "float32 on cpu, the first window of 64 tokens of each text" in render_recovery(report().plan, shown, "x")
+    bare = [replace(stage, perplexity={}) for stage in shown.recovery]
+    assert "float32 on cpu" not in render_recovery(report().plan, replace(shown, recovery=tuple(bare)), "x")
+
+
 def test_a_tokenizer_is_loaded_only_where_there_is_one():
     given, repaired = replace(report(), tokenizer=False), recovered(tokenizer=False)
     assert ReportData.from_json(json.loads(json.dumps(given.to_json()))) == given

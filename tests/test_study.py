@@ -509,12 +509,19 @@ def test_a_study_measures_every_cell_and_writes_its_page(
     assert torch.is_grad_enabled()
 
 
-def test_a_study_that_is_beside_its_results_is_not_copied_onto_itself(tmp_path: Path) -> None:
-    from shallower.verbs.study import _copy_of
-
-    (tmp_path / "s.yaml").write_text("remove: 1")
-    assert _copy_of(tmp_path / "s.yaml", tmp_path) is None
-    assert _copy_of(tmp_path / "s.yaml", tmp_path / "out") == (tmp_path / "out" / "s.yaml", "remove: 1")
+def test_a_study_that_is_beside_its_results_is_not_copied_onto_itself(place: Path, tmp_path: Path) -> None:
+    for name in ("tiny", "a.txt", "other.txt"):
+        (tmp_path / name).symlink_to(place / name)
+    given = (
+        "models: tiny\ntexts: {a: a.txt}\nsequences: 2\nlength: 24\nobjectives: nll\nsearches: one-shot\nremove: 1\n"
+    )
+    (tmp_path / "s.yaml").write_text(
+        f"{given}held_out: {{other: other.txt}}\nheld_out_sequences: 1\nheld_out_length: 32\n"
+    )
+    before = (tmp_path / "s.yaml").stat()
+    assert run("study", tmp_path / "s.yaml", "--out", tmp_path) == 0
+    after = (tmp_path / "s.yaml").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_a_search_may_rank_by_another_metric_than_its_own(place: Path) -> None:

@@ -122,7 +122,8 @@ def measured_how(made: RecoveryMadeBy | ReportData) -> str:
     """In what, on what and on how much of each text perplexity was measured; empty where early versions made it."""
     if made.dtype is None or made.device is None or made.window is None:
         return ""
-    first = "all windows" if made.windows is None else f"the first {plural(made.windows, 'window')}"
+    first = "all windows" if made.windows is None else f"the first {made.windows} windows"
+    first = "the first window" if made.windows == 1 else first
     return f"{made.dtype} on {made.device}, {first} of {made.window:,} tokens of each text"
 
 
