@@ -98,7 +98,7 @@ class PruningPlan:
     a repair the loss after that; None where it was not measured, and as read from a file where it overflowed.
     dense: the objective of the dense model, None in the same cases.
     spent: what a search just cost, else None. `tokens` were read (calibration tokens times candidate sets), in place of
-    the `exhaustive` ones that it would have read if races had dropped nobody (as many where none was run); `recalled`
+    the `exhaustive` ones that it would have read if nobody had been dropped before the end of the text; `recalled`
     measurements were kept from before. No part of the plan or its file: the same search again costs less.
     """
 

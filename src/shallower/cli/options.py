@@ -132,9 +132,9 @@ Exact = Annotated[
     bool,
     Option(
         "--exact",
-        help="Measure every candidate on all of the text. Default: races, which drop those that are clearly worse "
-        "after part of it; the winner of a race is more than 0.2 % worse than the best with a probability of at most "
-        "5 %.",
+        help="Choose by all of the text: a candidate is dropped only when the rest of it could not help any more. "
+        "Default: races, which drop those that are clearly worse after part of it; the winner of a race is more than "
+        "0.2 % worse than the best with a probability of at most 5 %.",
     ),
 ]
 ScoresFile = Annotated[

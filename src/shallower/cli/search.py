@@ -58,8 +58,8 @@ def search(
     """Choose what to remove, and show what each removal costs. Cuts nothing.
 
     --json prints the plan and what the search cost: spent.tokens (tokens read: calibration tokens times candidate
-    sets), spent.exhaustive (tokens that it would have read if races had dropped no candidate; as many as spent.tokens
-    where none was run) and spent.recalled (measurements known from before, which neither counts). made_by.options says
+    sets), spent.exhaustive (tokens that it would have read if it had dropped no candidate before the end of the
+    text) and spent.recalled (measurements known from before, which neither counts). made_by.options says
     how many races dropped candidates, and what each was allowed to get wrong (races, error_a_race, tie_of_a_race).
     """
     require_free(out, force=force)

@@ -40,6 +40,8 @@ from shallower.units import Unit
 TOKENS_A_BATCH = {"cpu": 256}  # enough rows for matrix products at full speed, few enough for races to end early
 TOKENS_A_BATCH_ELSEWHERE = 8192
 BATCHES_A_RACE = 8  # at least, if these are not shorter than a race's first look: a look comes after a whole batch
+EXACT_LOOKS = 8  # how often it is asked, at most, who has already lost for certain
+ROUNDED = 1e-5  # an objective in float32 may come out that far below its floor, each token
 ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted (of streamed blocks, a sweep)
 MEASURED_AS = 5  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
 
@@ -50,7 +52,7 @@ class Spent:
 
     tokens: calibration tokens × candidates measured, without padding. block_tokens: tokens run through one block, with
     padding. recalled: measurements of one candidate on one batch that were asked for and that the memo had kept from
-    before. exhaustive: what `tokens` would be if races had dropped nobody: never less, and the same where none was run.
+    before. exhaustive: what `tokens` would be if nobody had been dropped before the end of the text: never less.
     races: those that dropped someone before the end of the text, so that they may have erred.
     """
 
@@ -112,9 +114,12 @@ class Ablator:
         else:
             calibration.require_next()
         self.racing = racing
+        # each question about streamed blocks would load them again
+        self._floor: float | None = None if is_streamed(anatomy.model) else self.objective.traits.get("floor")
         self.spent = Spent()
         sequences = _sequences_a_batch(calibration, anatomy.model.device.type, races=racing is not None)
         mixed, self._order = _mixed(calibration, self._questions is not None)
+        self._draws, self._mixed_draws = (_draws(text, self._questions is not None) for text in (calibration, mixed))
         self._batches = list(mixed.batches(sequences))
         prove(anatomy, self._batches[0], shared=True)
         if memory is None:
@@ -194,12 +199,15 @@ class Ablator:
 
         keep: only the `keep` best matter. With racing on, candidates that are clearly not among them are dropped after
         a part of the text and come back as infinity; the others are then comparable among themselves, measured on the
-        same tokens.
+        same tokens. Without, only those come back as infinity that are certainly not among them, since the objective is
+        never below its `floor` (a trait of it), and the others were measured on all of the text.
         """
-        if keep is not None and self.racing is not None:
+        if keep is not None:
             routes = [self.route(candidate) for candidate in candidates]
-            if len(set(routes)) > keep:
+            if len(set(routes)) > keep and self.racing is not None:
                 return self._race(routes, keep, self.racing)
+            if len(set(routes)) > keep and self._floor is not None:
+                return self._best_in_full(routes, keep, self._floor)
         tokens = int(self.counts.sum())
         return [_finite(float(sums.sum()) / tokens) for sums in self.sums(candidates)]
 
@@ -207,11 +215,12 @@ class Ablator:
         """For each candidate how much higher its objective is than the dense model's, and the standard error of that
         over sequences or questions, which were the same for both; None for a single one.
 
-        The error takes items for independent draws. Sequences cut from one document are alike, so where documents are
-        longer than sequences the true error is larger.
+        The error takes items for independent draws, the choices of one question together. Sequences cut from one
+        document are alike, so where documents are longer than sequences the true error is larger.
         """
         dense, *without = self.sums([frozenset(), *candidates])
-        found = [mean_and_error(sums - dense, self.counts) for sums in without]
+        counts = np.add.reduceat(self.counts, self._draws)
+        found = [mean_and_error(np.add.reduceat(sums - dense, self._draws), counts) for sums in without]
         return [(_finite(mean), error if math.isfinite(mean) else None) for mean, error in found]
 
     def sums(self, candidates: Sequence[Collection[Unit]]) -> list[NDArray[np.float64]]:
@@ -239,6 +248,8 @@ class Ablator:
         self.spent.exhaustive += self._unread(running)
         total = len(self._batches)
         counts = self.counts[self._order]
+        draws = self._mixed_draws
+        of_draws = np.add.reduceat(counts, draws)
         measured, early = 0, False
         with progress.task(f"racing {len(running)} candidates", len(running) * total) as step:
             for upto in self._looks:
@@ -247,7 +258,8 @@ class Ablator:
                 self._measure(running, range(measured, upto), step)
                 measured = upto
                 sums = np.stack([self._joined(route, measured) for route in running])
-                alive = survivors(sums, counts[: sums.shape[1]], keep, racing, len(counts))
+                sums = np.add.reduceat(sums, draws[draws < sums.shape[1]], axis=1)
+                alive = survivors(sums, of_draws[: sums.shape[1]], keep, racing, len(draws))
                 step(int((~alive).sum()) * (total - measured))
                 early = early or (measured < total and not bool(alive.all()))
                 running = [route for route, stays in zip(running, alive, strict=True) if stays]
@@ -256,6 +268,43 @@ class Ablator:
         for route in running:
             sums = self._joined(route, measured)
             losses[route] = _finite(float(sums.sum() / counts[: len(sums)].sum()))
+        return [losses.get(route, math.inf) for route in routes]
+
+    def _best_in_full(self, routes: list[Route], keep: int, floor: float) -> list[float]:
+        """Losses of the `keep` best on all of the text, and of whom else was read in full; infinity for the rest.
+
+        Exact, by abandoning early: a candidate goes when what was read of it comes to more than all of the `keep`-th
+        best of those that were read in full, so that values of `floor` on the rest would not help it. The leaders are
+        read in full as soon as somebody would go if they kept their mean.
+        """
+        running = list(dict.fromkeys(routes))
+        self.spent.exhaustive += self._unread(running)
+        total, counts = len(self._batches), self.counts[self._order]
+        finished: dict[Route, float] = {}
+        stride = -(-total // (EXACT_LOOKS * self._workers.count)) * self._workers.count
+        with progress.task(f"measuring {len(running)} candidates", len(running) * total) as step:
+            for start in range(0, total, stride):
+                upto = min(start + stride, total)
+                self._measure([route for route in running if route not in finished], range(start, upto), step)
+                if upto == total:
+                    break
+                read = {route: self._joined(route, upto) for route in running}
+                sums = {route: _finite(float(items.sum())) for route, items in read.items()}
+                unread = counts[len(read[running[0]]) :].sum()
+                at_least = {route: found + unread * (floor - ROUNDED) for route, found in sums.items()}
+                leaders = sorted(running, key=sums.__getitem__)[:keep]
+                expected = sums[leaders[-1]] * counts.sum() / (counts.sum() - unread)
+                if not max(at_least.values()) > expected:
+                    continue
+                ahead = [route for route in leaders if route not in finished]
+                self._measure(ahead, range(upto, total), step)
+                finished |= {route: _finite(float(self._joined(route, total).sum())) for route in ahead}
+                mark = sorted(finished.values())[keep - 1]
+                stay = [route for route in running if route in finished or not at_least[route] > mark]
+                step((len(running) - len(stay)) * (total - upto))
+                running = stay
+        tokens = int(counts.sum())
+        losses = {route: _finite(float(self._in_order(self._joined(route, total)).sum()) / tokens) for route in running}
         return [losses.get(route, math.inf) for route in routes]
 
     def _unread(self, routes: Sequence[Route]) -> int:
@@ -271,8 +320,7 @@ class Ablator:
     def _looks(self) -> list[int]:
         """After how many batches a race asks who can go, the last time after all of them."""
         per_batch = [
-            len(batch.input_ids) if self._questions is None or batch.answers is None else batch.answers.questions
-            for batch in self._batches
+            len(batch.input_ids) if batch.answers is None else batch.answers.questions for batch in self._batches
         ]
         ends = np.cumsum(per_batch)
         return sorted({int(np.searchsorted(ends, count)) + 1 for count in (*looks(int(ends[-1])), ends[-1])})
@@ -343,6 +391,15 @@ def _mixed(calibration: CalibrationSet, asks: bool) -> tuple[CalibrationSet, NDA
         question = calibration.answers.question.numpy()
         return mixed, np.concatenate([np.flatnonzero(question == group) for group in order])
     return mixed, np.array(order, dtype=np.int64)
+
+
+def _draws(text: CalibrationSet, asks: bool) -> NDArray[np.int64]:
+    """Where each independent draw of the items begins, int64 [draws]: choices of one question have a context in common.
+    asks: items are questions.
+    """
+    if asks or not isinstance(text, ChoiceSet):
+        return np.arange(text.questions if isinstance(text, ChoiceSet) else text.sequences)
+    return np.flatnonzero(np.diff(text.answers.question.numpy(), prepend=-1))
 
 
 def _crew(evaluator: Evaluator, threads: int) -> Workers:

@@ -30,6 +30,10 @@ MOST_THREADS = 8  # beyond this Python itself, of which one thread runs at a tim
 class Workers(Protocol):
     """Runs jobs, in any order and on anything."""
 
+    @property
+    def count(self) -> int:
+        """How many jobs run at a time."""
+
     def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
         """Yield each job's result when it is there; `tick` is called for each route that is done."""
 
@@ -100,6 +104,8 @@ class Sweeps:
 
     Nothing is known of any route before all have passed the last block, so a sweep that is interrupted is lost.
     """
+
+    count = 1
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator

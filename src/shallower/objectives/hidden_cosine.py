@@ -8,7 +8,7 @@ from torch import Tensor
 from shallower.registry import objective
 
 
-@objective("hidden-cosine")
+@objective("hidden-cosine", floor=0.0)
 def hidden_cosine(hidden: Tensor, dense_hidden: Tensor) -> Tensor:
     """One minus the cosine of the stream leaving the last block, pruned against dense; skips the head.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from shallower.registry import Above, objective
 
 
-@objective("js")
+@objective("js", floor=0.0)
 def js(logits: Tensor, dense_logits: Tensor, *, temperature: Annotated[float, Above(0)] = 1.0) -> Tensor:
     """Jensen-Shannon divergence of the pruned and the dense model's next-token distributions.
 

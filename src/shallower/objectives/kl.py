@@ -9,7 +9,7 @@ from torch import Tensor
 from shallower.registry import Above, objective
 
 
-@objective("kl", source="arXiv:2410.14649")
+@objective("kl", source="arXiv:2410.14649", floor=0.0)
 def kl(
     log_normalizer: Tensor,
     dense_mean_logit: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 from shallower.registry import objective
 
 
-@objective("logit-l2", source="arXiv:2407.16286")
+@objective("logit-l2", source="arXiv:2407.16286", floor=0.0)
 def logit_l2(logits: Tensor, dense_logits: Tensor) -> Tensor:
     """Euclidean distance of the pruned and the dense model's logits.
 

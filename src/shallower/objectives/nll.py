@@ -7,7 +7,7 @@ from torch import Tensor
 from shallower.registry import objective
 
 
-@objective("nll", source="arXiv:2402.02834", published=("perplexity", "cross-entropy"))
+@objective("nll", source="arXiv:2402.02834", published=("perplexity", "cross-entropy"), floor=0.0)
 def nll(target_logits: Tensor, log_normalizer: Tensor) -> Tensor:
     """Negative log-likelihood of the next token.
 

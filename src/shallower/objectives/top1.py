@@ -8,7 +8,7 @@ from torch import Tensor
 from shallower.registry import objective
 
 
-@objective("top1")
+@objective("top1", floor=0.0)
 def top1(logits: Tensor, dense_logits: Tensor) -> Tensor:
     """Share of positions where the likeliest token differs from the dense model's.
 

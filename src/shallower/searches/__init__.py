@@ -30,8 +30,9 @@ class Losses(Protocol):
     def __call__(self, candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
         """The objective of the model without each candidate's units; lower is better.
 
-        keep: only the `keep` best matter; candidates that are clearly not among them may come back as infinity, and
-        what comes back as the best may be a little worse than that (a race). None measures all of them in full.
+        keep: only the `keep` best matter; others may come back as infinity, and where candidates race what comes back
+        as the best may be a little worse than that, and is the mean over a part of the text: compare it with nothing
+        but what came with it. None measures all of them in full.
         """
 
 

@@ -82,10 +82,11 @@ def search(
     are by several metrics, `metric` names the one.
     settings: options of the search, the metric, the objective and the repair as text. search: one, or several that
     improve on each other (`greedy,swap`), of which all but the first start from what was found before them
-    (`annealing`, `evolutionary`, `swap`). exact: measure every candidate on all of the text. Otherwise they race, and
-    those are dropped that are clearly worse after a part of it: what a race chooses may be worse than the best by more
-    than 0.2 % of the loss with a probability of 5 %, which is each race's own; `made_by.options` of the plan says how
-    many races dropped any (`races`), and both numbers (`error_a_race`, `tie_of_a_race`). repair: judge every candidate
+    (`annealing`, `evolutionary`, `swap`). exact: drop a candidate only when the rest of the text could not help it.
+    Otherwise they race, and those are dropped that are clearly worse after a part of it: what a race chooses may be
+    worse than the best by more than 0.2 % of the loss with a probability of 5 %, which is each race's own;
+    `made_by.options` of the plan says how many races dropped any (`races`), and both numbers (`error_a_race`,
+    `tie_of_a_race`). repair: judge every candidate
     after these recoveries (`linear-fold`), by its loss on as much text as is asked for; they are fitted on other text,
     of at least 128 sequences of 256 tokens. Of a ready-made set, and one whose specification says how many sequences it
     has, a quarter judges.
@@ -396,7 +397,7 @@ def _cost(spent: Spent, *, repaired: bool) -> str:
     if spent.recalled:
         sentence += f"; {spent.recalled:,} measurements were remembered from before"
     if spent.exhaustive > spent.tokens:
-        sentence += f"; if its races had dropped no candidate early, it would have read {spent.exhaustive:,}"
+        sentence += f"; if it had dropped no candidate early, it would have read {spent.exhaustive:,}"
     return sentence + "."
 
 
