@@ -9,8 +9,11 @@ PIP_ARGS ?=
 LOWEST_TORCH ?=
 # More for pytest, e.g. ARGS="-k greedy -x"
 ARGS ?=
+# Test files that run at a time: one a core, but each takes some GB of memory
+JOBS ?= auto
 
 BIN := $(VENV)/bin
+PARALLEL = --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile
 # Compiling all of torch at once takes longer than compiling what gets imported
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS)
 
@@ -26,10 +29,10 @@ demo: $(VENV)/.demo ## Remove a fifth of a real 135M model's blocks, and show wh
 	$(BIN)/shallower demo --force
 
 test: $(VENV)/.dev ## All tests; none needs a model hub or a GPU (ARGS="-k name" for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 unit: $(VENV)/.dev ## The tests that need no model download
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not model" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not model" $(ARGS)
 
 check: $(VENV)/.dev ## Format, lint, types, and which way imports go
 	$(BIN)/ruff format --check .
@@ -43,7 +46,7 @@ format: $(VENV)/.dev ## Format, and fix what the linter can
 
 lowest: $(LOWEST_VENV)/.lowest ## The unit tests with the oldest versions that pyproject.toml allows
 	@# old libraries warn of new ones: here warnings are no errors
-	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -W default -m "not model" $(ARGS)
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest $(PARALLEL) -W default -m "not model" $(ARGS)
 
 docs: $(VENV)/.dev ## Write the pages that are made from the code: docs/cli.md, docs/api.md
 	$(BIN)/python tools/make_cli_reference.py

@@ -1168,12 +1168,19 @@ def test_no_objective_falls_below_its_floor(objective):
     assert min(sums.min() for sums in measured) >= method.traits["floor"] - ablators.ROUNDED
 
 
-def test_choices_of_one_question_are_one_draw_of_a_race():
+def test_choices_of_one_question_are_one_draw(monkeypatch):
     anatomy = dissect(tiny_model("llama"))
     questions = sample_choices(anatomy.model)
-    ablator = Ablator(anatomy, questions, "nll")
-    assert len(ablator._draws) == questions.questions < questions.sequences
-    assert ablator._looks[0] >= 1
+    drawn = []
+
+    def watched(sums, counts, keep, racing, whole):
+        drawn.append((sums.shape[1], len(counts), whole))
+        return survivors(sums, counts, keep, racing, whole)
+
+    monkeypatch.setattr(ablators, "survivors", watched)
+    ablator = Ablator(anatomy, questions, "nll", racing=Racing())
+    ablator.losses([frozenset({unit}) for unit in anatomy.of_kind("block")], keep=1)
+    assert drawn[-1] == (questions.questions,) * 3 < (questions.sequences,) * 3
     [(mean, error)] = ablator.differences([frozenset({anatomy.of_kind("block")[2]})])
     dense, without = ablator.sums([frozenset(), frozenset({anatomy.of_kind("block")[2]})])
     of_questions = [
