@@ -557,26 +557,44 @@ def counted(family: str, period: int, blocks: int) -> PreTrainedModel:
     """A model whose blocks are of a kind as their number says."""
     config = tiny_config(family, blocks=blocks)
     full = [at % period == period - 1 for at in range(blocks)]
-    windowed = "chunked_attention" if family == "llama4" else "sliding_attention"
-    config.layer_types = ["full_attention" if here else windowed for here in full]
+    [usual] = set(config.layer_types) - {"full_attention"}
+    config.layer_types = ["full_attention" if here else usual for here in full]
     if family in ("llama4", "smollm3"):
         config.no_rope_layers = [int(not here) for here in full]
+    if family == "llama4":
+        config.moe_layers = [*range(blocks)]
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize(
-    ("family", "period"),
-    {"afmoe": 4, "cohere2": 4, "gemma2": 2, "gemma3": 6, "gpt_oss": 2, "llama4": 4, "smollm3": 4}.items(),
-)
+PERIODICAL = {"afmoe": 4, "cohere2": 4, "gemma2": 2, "gemma3": 6, "gpt_oss": 2, "llama4": 4, "smollm3": 4}
+OF_OTHER_WEIGHTS = {"qwen3_5": 4, "qwen3_5_moe": 4, "qwen3_next": 4}
+
+
+@pytest.mark.parametrize(("family", "period"), (PERIODICAL | OF_OTHER_WEIGHTS).items())
 def test_what_other_software_takes_for_another_kind_is_told(family: str, period: int) -> None:
     anatomy = dissect(counted(family, period, 2 * period))
     for right in (f"block.{2 * period - 1}", f"block.0-{period - 1}"):
         assert ordinary(cut(anatomy, units(right))).notes == ()
-    assert ordinary(tiny_model("olmo3")).notes == ()  # llama.cpp is told of its kinds
     [note] = ordinary(cut(anatomy, units("block.0"))).notes
     assert note.startswith("llama.cpp and vLLM, as" if family == "gpt_oss" else "llama.cpp, as")
+    assert ("refuses this model" in note) == (family in OF_OTHER_WEIGHTS)
+    assert ("something else, without a warning" in note) == (family in PERIODICAL)
     rare = "no rotary positions" if family in ("llama4", "smollm3") else "full attention"
     assert f"one block in {period} has {rare} there" in note
+
+
+def test_a_step_of_routed_blocks_is_rewritten_or_told_of() -> None:
+    config = tiny_config("llama4", blocks=8)
+    config.layer_types, config.no_rope_layers = ["full_attention"] * 8, [1, 1, 1, 0] * 2
+    config.interleave_moe_layer_step, config.moe_layers = 2, [1, 3, 5, 7]
+    anatomy = dissect(AutoModelForCausalLM.from_config(config).eval())
+    for removed, step, routed in (("block.4-7", 2, [1, 3]), ("block.0,block.2,block.4,block.6", 1, [0, 1, 2, 3])):
+        model = cut(anatomy, units(removed))
+        assert (model.config.interleave_moe_layer_step, model.config.moe_layers) == (step, routed)
+        assert "interleave_moe_layer_step" not in str(ordinary(model).notes)
+    [told] = [note for note in ordinary(cut(anatomy, units("block.0,block.5-7"))).notes if "moe" in note]
+    assert told.startswith("llama.cpp and vLLM, as of early 2026, refuse this model")
+    assert "interleave_moe_layer_step=2" in told
 
 
 @pytest.mark.parametrize(("family", "blocks"), [("gemma2", 46), ("gemma3", 62)])
@@ -589,6 +607,32 @@ def test_a_scale_that_other_software_takes_from_the_number_of_blocks_is_told(fam
         assert (told in str(ordinary(model).notes)) == of_all
     config.query_pre_attn_scalar = config.head_dim  # of the smaller ones of the family
     assert told not in str(ordinary(AutoModelForCausalLM.from_config(cut_config(config, range(4)))).notes)
+
+
+def test_windows_that_other_software_has_at_one_number_of_blocks_are_told_of() -> None:
+    told = "in a model of 64 blocks alone does its attention have windows"
+    config = tiny_config("exaone4", blocks=64)
+    for left, window, wrong in ((64, 6, False), (63, 6, True), (63, None, False)):
+        smaller = cut_config(config, range(left))
+        smaller.sliding_window = window
+        assert (told in str(ordinary(AutoModelForCausalLM.from_config(smaller)).notes)) == wrong
+
+
+def test_a_scale_that_other_software_computes_by_a_constant_is_told_of() -> None:
+    anatomy = dissect(tiny_model("minicpm3"))
+    assert ordinary(cut(anatomy, ())).notes == ()
+    [note] = ordinary(cut(anatomy, units("block.1,block.4"))).notes
+    assert "it scales what blocks add by 1.4 / √4, and this model's scale_depth is 1.143." in note
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_a_rank_that_other_software_expects_by_the_number_of_blocks_is_told_of(family: str) -> None:
+    for rank, right, wrong in ((None, (27, 26), (25,)), (16, (28, 25), (27, 26))):
+        config = tiny_config(family, blocks=28)
+        config.q_lora_rank = rank
+        for left in (*right, *wrong):
+            notes = ordinary(AutoModelForCausalLM.from_config(cut_config(config, range(left)))).notes
+            assert ("refuses this model: by its number of blocks" in str(notes)) == (left in wrong)
 
 
 @pytest.mark.parametrize("form", ["auto", "padded"])
