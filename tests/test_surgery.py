@@ -347,7 +347,7 @@ def test_depth_scale_is_compensated() -> None:
 
 
 def test_depth_bound_families_are_all_known() -> None:
-    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", *SOMETIMES}
+    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", "minimax", *SOMETIMES}
 
 
 @pytest.mark.parametrize(
@@ -623,6 +623,20 @@ def test_a_scale_that_other_software_computes_by_a_constant_is_told_of() -> None
     assert ordinary(cut(anatomy, ())).notes == ()
     [note] = ordinary(cut(anatomy, units("block.1,block.4"))).notes
     assert "it scales what blocks add by 1.4 / √4, and this model's scale_depth is 1.143." in note
+
+
+def test_stored_tensors_that_other_software_computes_from_the_place_are_told_of(tmp_path: Path) -> None:
+    anatomy = dissect(tiny_model("minimax"))
+    assert ordinary(cut(anatomy, ())).notes == ()
+    model = cut(anatomy, units("block.2"))
+    with passed_over(anatomy, units("block.2")):
+        wanted = logits(anatomy.model)
+    save(model, tmp_path / "out", plan=None)
+    assert close(logits(load_stock(tmp_path / "out", model)[0]), wanted)
+    [note] = ordinary(model.to(torch.bfloat16)).notes
+    assert "computes diagonal_decay, key_decay, query_decay, slope_rate from the place of a block" in note
+    for family in ("minimax_m2", "apertus"):  # biases that are trained, constants
+        assert ordinary(cut(dissect(tiny_model(family)), units("block.2"))).notes == ()
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shallower.surgery.config import routed_by_step, stored_text
+from shallower.surgery.skeleton import buffers_of_other_places
 
 # llama.cpp, early 2026: `swa_period` or `n_no_rope_layer_step` in src/models/ of cohere2, openai-moe, afmoe, gemma2,
 # gemma3, llama4 and smollm3, for which conversion/ writes no pattern, and `full_attn_interval` of qwen3next, qwen35 and
@@ -46,7 +47,7 @@ _BOTH = "llama.cpp and vLLM, as of early 2026,"
 def misreadings(model: PreTrainedModel) -> tuple[str, ...]:
     """What llama.cpp and vLLM take for something else in this model, one sentence each."""
     text = stored_text(model.config)
-    return (*_by_number(text), *_by_count(text))
+    return (*_by_number(text), *_by_count(text), *_by_place(model))
 
 
 def _by_number(text: Any) -> Iterator[str]:
@@ -91,6 +92,16 @@ def _by_count(text: Any) -> Iterator[str]:
                 f"{_LLAMA_CPP} refuses this model: by its number of blocks it takes it for one "
                 f"{'without' if lite else 'with'} a q_lora_rank, and that is {text.q_lora_rank}."
             )
+
+
+def _by_place(model: PreTrainedModel) -> Iterator[str]:
+    """Of tensors in the checkpoint that are made from a block's place."""
+    if names := buffers_of_other_places(model):
+        yield (
+            f"software that computes {', '.join(names)} from the place of a block gets something else, without a "
+            "warning: blocks have moved. transformers reads them from the checkpoint; vLLM, as of early 2026, computes "
+            "what MiniMax has of these."
+        )
 
 
 def _wrong(who: str) -> str:
