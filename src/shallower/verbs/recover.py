@@ -200,7 +200,10 @@ def recover(
     resume = Resume(out)
     require_recoverable(student, dense, given.removed, steps, text, training, resume)
     before = told_before(student.loaded.path) if teacher is not None else None
-    before_repair = [*student.model.parameters()]
+    of = dense if teacher is None else student
+    # only to tell what changed where it is loaded again: held, they take memory through a whole training
+    loads_again = leads() and out is not None and of.stored_dtype != of.dtype
+    before_repair = [*student.model.parameters()] if loads_again else []
     made = recovery_made_by(dense, steps, text, training, seed, window, max_windows)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = tokens_read(dense, window, None, max_windows)
