@@ -507,6 +507,24 @@ def test_processes_train_what_is_not_plain(
             torch.testing.assert_close(weights[key], parameter, rtol=1e-4, atol=1e-5, msg=f"{family} {key}")
 
 
+APART = """
+import os
+import sys
+import test_training
+from shallower.testing.families import tiny_model
+
+test_training.run("full", tiny_model("llama"), folder=f"{sys.argv[1]}/{os.environ['RANK']}", epochs=0.5)
+"""
+
+
+def test_processes_that_share_no_disk_are_refused_before_the_first_step(tmp_path: Path, start_together: Any) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    for code, _, said in start_together("-c", APART, str(tmp_path), PYTHONPATH=path):
+        assert code == 1
+        assert "OutputError: only 1 of 2 processes see what the first one writes in" in said
+    assert not [each for each in tmp_path.rglob("*") if each.is_file()]
+
+
 def test_a_student_that_was_spread_comes_back_to_its_device() -> None:
     student = cut(dissect(tiny_model("llama")), parse_units("block.2"))
     student.model.embed_tokens.weight.requires_grad_(False)  # what is not trained is not spread
