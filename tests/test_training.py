@@ -1032,6 +1032,8 @@ def test_what_the_teacher_said_is_asked_once(
         asked.append(portion.rows)
         return guide(self, portion)
 
+    listed: list[str] = []
+    monkeypatch.setattr("shallower.files.settle", lambda path: listed.append(path.parent.name))
     monkeypatch.setattr(teacher.Teacher, "guide", counted)
     monkeypatch.setattr(torch.optim, "AdamW", _Plain)  # which makes no step of a gradient that is all rounding
     given: dict[str, Any] = {"distill": 1.0, "temperature": temperature, "lr": 0.1}
@@ -1040,6 +1042,8 @@ def test_what_the_teacher_said_is_asked_once(
         for cache in ("", "1MB")
     ]
     assert len(asked) == 40 + 20
+    assert listed  # but not for each of as many files as there are sequences
+    assert not [name for name in listed if name.startswith("teacher-")]
     assert any("holds 128 words a token, 100.0% of the probability" in note for note in notes)
     for one, other in zip(*(model.parameters() for model in told), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-4)  # the cache is float16
@@ -1452,10 +1456,11 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
         run("full", tiny_model("llama"), folder=tmp_path, save_minutes=0.0)
     assert [path.name for path in tmp_path.iterdir() if "state" in path.name] == ["state-00000002"]
     assert set(load_file(tmp_path / "state-00000002" / "weights.safetensors"))
-    del calls[6:]
-    with pytest.raises(OutputError, match=r"the disk is full: .*part.safetensors was not written; .* resumes"):
-        state.write_tensors(tmp_path / "part.safetensors", {"x": torch.ones(2)})
-    assert not [path for path in tmp_path.iterdir() if "part" in path.name]
+    for write in (state.write_tensors, state.write_one_of_many):
+        del calls[6:]
+        with pytest.raises(OutputError, match=r"the disk is full: .*part.safetensors was not written; .* resumes"):
+            write(tmp_path / "part.safetensors", {"x": torch.ones(2)})
+        assert not [path for path in tmp_path.iterdir() if "part" in path.name]
 
 
 # What a user may get wrong
