@@ -329,6 +329,29 @@ def test_moments_are_those_of_weighted_data() -> None:
     assert np.allclose(matrix, np.linalg.solve(joint[:4, :4] + penalty * np.eye(4), joint[:4, 4:]), atol=1e-4)
 
 
+def test_products_are_of_all_bits_where_the_caller_chose_fewer() -> None:
+    settings = torch.backends.cuda.matmul
+    seen: list[bool] = []
+
+    def fewer() -> bool:
+        return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.mm.default:
+                seen.append(fewer())
+            return function(*args, **(kwargs or {}))
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Watch():
+            Moments().add(torch.ones(4, 3), torch.ones(4, 2), torch.ones(4))
+        assert seen == [False, False]
+        assert fewer()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_fit_makes_no_copy_that_it_does_not_need() -> None:
     """Of a large model's inner activations one matrix of products has gigabytes."""
     x, y = torch.randn(50, 6), torch.randn(50, 3)
