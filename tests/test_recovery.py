@@ -1110,6 +1110,16 @@ def test_what_is_stored_keeps_the_precision_of_the_checkpoint(files: Path) -> No
     assert torch.equal(changed.bfloat16(), found.model.model.layers[1].mlp.down_proj.weight)
 
 
+def test_what_is_made_of_float64_is_stored_in_float32(files: Path) -> None:
+    tiny_model("llama").double().save_pretrained(files / "dense")
+    for dtype in ("bfloat16", "float32"):
+        prune(files / "dense", "block.2", out=files / dtype, speed=False, **asked(files, dtype=dtype))
+        stored = load_file(files / dtype / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+        card = (files / dtype / "README.md").read_text()
+        assert "Weights that the original holds in float64 were rounded to float32." in card
+
+
 @pytest.mark.parametrize("by", ["name", "amount", "plan", "pruned", "cut"])
 def test_a_disk_that_is_too_small_is_told_of_before_the_work(
     files: Path, monkeypatch: pytest.MonkeyPatch, by: str
