@@ -305,6 +305,12 @@ def _student(
                 f"{error} It is loaded whole beside its teacher. For a plain cut give the dense model and the plan "
                 f"instead (--plan {PLAN}): then both share their weights."
             ) from error
+        if student.model.device != dense.model.device:
+            raise UserError(
+                f"{student.loaded.name} is on {student.model.device} and its teacher {dense.loaded.name} on "
+                f"{dense.model.device}, and what one computes is compared with what the other does: put both on one "
+                "device (model.to(…), or device=… for what is given by name)."
+            )
         if not isinstance(model, (str, Path)):
             student = student.shared()
         _require_kin(student, dense)
