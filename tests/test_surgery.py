@@ -40,7 +40,7 @@ from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
-from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify, verify_saved
+from shallower.surgery import cut, cut_config, leftovers, re_pair, runtimes, save, verify, verify_saved
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import assemble
 from shallower.surgery.ordinary_pairs import exact_pairs
@@ -595,6 +595,47 @@ def test_a_step_of_routed_blocks_is_rewritten_or_told_of() -> None:
     [told] = [note for note in ordinary(cut(anatomy, units("block.0,block.5-7"))).notes if "moe" in note]
     assert told.startswith("llama.cpp and vLLM, as of early 2026, refuse this model")
     assert "interleave_moe_layer_step=2" in told
+
+
+# What llama.cpp, and vLLM, make of the families whose blocks differ, as far as their sources say: here by `runtimes`, …
+TOLD = {*runtimes._PERIODS, *runtimes._LARGEST, "deepseek_v2", "deepseek_v3", "exaone4", "minicpm3", "minimax"}
+# … read from the file, which its converter writes them to, or seen by the tensors that are there; …
+READ = {"bamba", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "granite_swa", "granitemoehybrid", "hy_v3", "jamba"}
+READ |= {"kimi_linear", "laguna", "lfm2", "lfm2_moe", "mellum", "mimo_v2_flash", "olmo3"}
+# … taken for one kind, or refused, in the dense model as well; …
+AS_DENSE = {"gpt2", "hunyuan_v1_moe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+# … not known to its converter; …
+UNKNOWN = {
+    "cwm",
+    "diffllama",
+    "gpt_neo",
+    "ministral",
+    "modernbert-decoder",
+    "olmo_hybrid",
+    "recurrent_gemma",
+    "vaultgemma",
+}
+# … or never cut.
+NEVER_CUT = {"gemma3n_text", "gemma4_text"}
+
+
+def has_blocks_that_differ(family: str) -> bool:
+    """Whether the family's config says anything of blocks that is not the same of all."""
+    config = tiny_config(family)
+    try:
+        smaller = cut_config(config, range(1, BLOCKS)).to_dict()
+    except ModelError:
+        return True
+    number = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changed = [value for name, value in config.to_dict().items() if name != number and value != smaller[name]]
+    return any(not isinstance(value, list) or len(set(map(str, value))) > 1 for value in changed)
+
+
+def test_of_every_family_whose_blocks_differ_it_was_looked_up_what_other_software_reads() -> None:
+    there = {*DEPTH_BOUND, *filter(has_blocks_that_differ, FAMILIES)}
+    looked_up = [TOLD, READ, AS_DENSE, UNKNOWN, NEVER_CUT]
+    assert {tiny_config(family).model_type for family in there} == set().union(*looked_up)
+    assert sum(map(len, looked_up)) == len(set().union(*looked_up))
 
 
 @pytest.mark.parametrize(("family", "blocks"), [("gemma2", 46), ("gemma3", 62)])
