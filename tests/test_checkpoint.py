@@ -224,6 +224,8 @@ def test_the_stored_precision_is_that_of_most_weights(shard: str, tmp_path: Path
     model.bfloat16().save_pretrained(tmp_path, max_shard_size=shard)
     change_config(tmp_path, dtype="float32")
     assert shards.stored_dtype(tmp_path) == "bfloat16"
+    model.double().save_pretrained(tmp_path, max_shard_size=shard)
+    assert shards.stored_dtype(tmp_path) == "float64"
 
 
 def test_which_stored_precisions_are_rounded(tmp_path: Path) -> None:
@@ -239,6 +241,10 @@ def test_which_stored_precisions_are_rounded(tmp_path: Path) -> None:
     assert rounded(**{"model.layers.0.mlp.up_proj": "float16"}) == ("bfloat16", "float32")
     assert rounded(**{"model.norm": "float32", "position_ids": "int64"}) == ()
     assert rounded(**{"model.norm": "float64", "model.layers.0.mlp.up_proj": "float32"}) == ()
+    model.model.norm.double()
+    model.save_pretrained(tmp_path)
+    assert rounded(**{"model.norm": "float32"}) == ("float64",)
+    assert rounded(**{"model.norm": "float64"}) == ()
     change_config(tmp_path, quantization_config={})
     assert rounded() == ()
 

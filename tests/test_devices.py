@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -25,7 +26,9 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, StreamStatistic, WeightStatistic, ablator, stream_scores, weight_scores
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import ModelError, UserError
+from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
+from shallower.surgery import cut
 from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.units import parse_units
 from shallower.verbs.subject import make_ablator, open_subject
@@ -214,3 +217,15 @@ def test_streamed_blocks_are_on_the_device_while_they_run(family: str, monkeypat
     if family != "gpt2":  # has no linear maps, but convolutions
         assert set(ran) == {(FIRST, FIRST)}
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_a_teacher_on_another_device_than_its_student_is_refused() -> None:
+    teacher, removed = tiny_model("llama"), parse_units("block.2")
+    made_by = MadeBy(None, None, None, {}, 0, None, "0")
+    plan = PruningPlan(open_subject(teacher).identity, removed, ((removed[0], None),), None, made_by)
+    student = copy.deepcopy(cut(dissect(teacher), removed))
+    with Devices() as devices:
+        for weight in (*student.parameters(), *student.buffers()):
+            devices.places[weight] = FIRST
+        with pytest.raises(UserError, match=r"is on privateuseone:0 and its teacher .* on cpu, .*: put both on one"):
+            shallower.recover(student, "refit", teacher=teacher, plan=plan, calibration=TEXT)

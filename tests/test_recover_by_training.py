@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import re
 import sys
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -35,7 +37,7 @@ from shallower.verbs import subject
 from shallower.verbs.prune import _recoveries
 from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume
 from shallower.verbs.recovery_steps import parse_recoveries, require_launch
-from shallower.verbs.subject import open_subject
+from shallower.verbs.subject import Subject, open_subject
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
 
@@ -87,6 +89,25 @@ def test_one_command_repairs_trains_and_writes_an_ordinary_checkpoint(files: Pat
     assert torch.equal(loaded.model.embed_tokens.weight, dense.embed_tokens.weight)  # not rounded on the way
     assert not torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, dense.layers[0].self_attn.q_proj.weight)
     assert not list(files.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_from_before_a_training_go_unless_they_are_compared_later(
+    files: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    run, left = verb.run_recoveries, []
+
+    def watched(student: Subject, *given: Any, **named: Any) -> Any:
+        before = [weakref.ref(parameter) for parameter in student.model.parameters()]
+        done = run(student, *given, **named)
+        gc.collect()
+        left.append(sum(one() is not None for one in before))
+        return done
+
+    monkeypatch.setattr(verb, "run_recoveries", watched)
+    given = asked(files, dtype=dtype, settings={**SMALL, "compute": "auto"}, out=files / "out")
+    verb.recover(files / "pruned", "full", teacher=files / "dense", **given)
+    assert (left == [0]) == (dtype == "float32")  # as it is stored
 
 
 @pytest.mark.parametrize(

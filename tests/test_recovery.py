@@ -329,6 +329,29 @@ def test_moments_are_those_of_weighted_data() -> None:
     assert np.allclose(matrix, np.linalg.solve(joint[:4, :4] + penalty * np.eye(4), joint[:4, 4:]), atol=1e-4)
 
 
+def test_products_are_of_all_bits_where_the_caller_chose_fewer() -> None:
+    settings = torch.backends.cuda.matmul
+    seen: list[bool] = []
+
+    def fewer() -> bool:
+        return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.mm.default:
+                seen.append(fewer())
+            return function(*args, **(kwargs or {}))
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Watch():
+            Moments().add(torch.ones(4, 3), torch.ones(4, 2), torch.ones(4))
+        assert seen == [False, False]
+        assert fewer()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_fit_makes_no_copy_that_it_does_not_need() -> None:
     """Of a large model's inner activations one matrix of products has gigabytes."""
     x, y = torch.randn(50, 6), torch.randn(50, 3)
@@ -1085,6 +1108,16 @@ def test_what_is_stored_keeps_the_precision_of_the_checkpoint(files: Path) -> No
     assert torch.equal(loaded.model.layers[0].mlp.down_proj.weight, dense[0].mlp.down_proj.weight)
     changed = loaded.model.layers[1].mlp.down_proj.weight
     assert torch.equal(changed.bfloat16(), found.model.model.layers[1].mlp.down_proj.weight)
+
+
+def test_what_is_made_of_float64_is_stored_in_float32(files: Path) -> None:
+    tiny_model("llama").double().save_pretrained(files / "dense")
+    for dtype in ("bfloat16", "float32"):
+        prune(files / "dense", "block.2", out=files / dtype, speed=False, **asked(files, dtype=dtype))
+        stored = load_file(files / dtype / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+        card = (files / dtype / "README.md").read_text()
+        assert "Weights that the original holds in float64 were rounded to float32." in card
 
 
 @pytest.mark.parametrize("by", ["name", "amount", "plan", "pruned", "cut"])

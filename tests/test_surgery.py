@@ -40,7 +40,7 @@ from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
-from shallower.surgery import cut, cut_config, leftovers, re_pair, save, verify, verify_saved
+from shallower.surgery import cut, cut_config, leftovers, re_pair, runtimes, save, verify, verify_saved
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import assemble
 from shallower.surgery.ordinary_pairs import exact_pairs
@@ -347,7 +347,7 @@ def test_depth_scale_is_compensated() -> None:
 
 
 def test_depth_bound_families_are_all_known() -> None:
-    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", *SOMETIMES}
+    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", "minimax", *SOMETIMES}
 
 
 @pytest.mark.parametrize(
@@ -557,26 +557,85 @@ def counted(family: str, period: int, blocks: int) -> PreTrainedModel:
     """A model whose blocks are of a kind as their number says."""
     config = tiny_config(family, blocks=blocks)
     full = [at % period == period - 1 for at in range(blocks)]
-    windowed = "chunked_attention" if family == "llama4" else "sliding_attention"
-    config.layer_types = ["full_attention" if here else windowed for here in full]
+    [usual] = set(config.layer_types) - {"full_attention"}
+    config.layer_types = ["full_attention" if here else usual for here in full]
     if family in ("llama4", "smollm3"):
         config.no_rope_layers = [int(not here) for here in full]
+    if family == "llama4":
+        config.moe_layers = [*range(blocks)]
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize(
-    ("family", "period"),
-    {"afmoe": 4, "cohere2": 4, "gemma2": 2, "gemma3": 6, "gpt_oss": 2, "llama4": 4, "smollm3": 4}.items(),
-)
+PERIODICAL = {"afmoe": 4, "cohere2": 4, "gemma2": 2, "gemma3": 6, "gpt_oss": 2, "llama4": 4, "smollm3": 4}
+OF_OTHER_WEIGHTS = {"qwen3_5": 4, "qwen3_5_moe": 4, "qwen3_next": 4}
+
+
+@pytest.mark.parametrize(("family", "period"), (PERIODICAL | OF_OTHER_WEIGHTS).items())
 def test_what_other_software_takes_for_another_kind_is_told(family: str, period: int) -> None:
     anatomy = dissect(counted(family, period, 2 * period))
     for right in (f"block.{2 * period - 1}", f"block.0-{period - 1}"):
         assert ordinary(cut(anatomy, units(right))).notes == ()
-    assert ordinary(tiny_model("olmo3")).notes == ()  # llama.cpp is told of its kinds
     [note] = ordinary(cut(anatomy, units("block.0"))).notes
     assert note.startswith("llama.cpp and vLLM, as" if family == "gpt_oss" else "llama.cpp, as")
+    assert ("refuses this model" in note) == (family in OF_OTHER_WEIGHTS)
+    assert ("something else, without a warning" in note) == (family in PERIODICAL)
     rare = "no rotary positions" if family in ("llama4", "smollm3") else "full attention"
     assert f"one block in {period} has {rare} there" in note
+
+
+def test_a_step_of_routed_blocks_is_rewritten_or_told_of() -> None:
+    config = tiny_config("llama4", blocks=8)
+    config.layer_types, config.no_rope_layers = ["full_attention"] * 8, [1, 1, 1, 0] * 2
+    config.interleave_moe_layer_step, config.moe_layers = 2, [1, 3, 5, 7]
+    anatomy = dissect(AutoModelForCausalLM.from_config(config).eval())
+    for removed, step, routed in (("block.4-7", 2, [1, 3]), ("block.0,block.2,block.4,block.6", 1, [0, 1, 2, 3])):
+        model = cut(anatomy, units(removed))
+        assert (model.config.interleave_moe_layer_step, model.config.moe_layers) == (step, routed)
+        assert "interleave_moe_layer_step" not in str(ordinary(model).notes)
+    [told] = [note for note in ordinary(cut(anatomy, units("block.0,block.5-7"))).notes if "moe" in note]
+    assert told.startswith("llama.cpp and vLLM, as of early 2026, refuse this model")
+    assert "interleave_moe_layer_step=2" in told
+
+
+# What llama.cpp, and vLLM, make of the families whose blocks differ, as far as their sources say: here by `runtimes`, …
+TOLD = {*runtimes._PERIODS, *runtimes._LARGEST, "deepseek_v2", "deepseek_v3", "exaone4", "minicpm3", "minimax"}
+# … read from the file, which its converter writes them to, or seen by the tensors that are there; …
+READ = {"bamba", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "granite_swa", "granitemoehybrid", "hy_v3", "jamba"}
+READ |= {"kimi_linear", "laguna", "lfm2", "lfm2_moe", "mellum", "mimo_v2_flash", "olmo3"}
+# … taken for one kind, or refused, in the dense model as well; …
+AS_DENSE = {"gpt2", "hunyuan_v1_moe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+# … not known to its converter; …
+UNKNOWN = {
+    "cwm",
+    "diffllama",
+    "gpt_neo",
+    "ministral",
+    "modernbert-decoder",
+    "olmo_hybrid",
+    "recurrent_gemma",
+    "vaultgemma",
+}
+# … or never cut.
+NEVER_CUT = {"gemma3n_text", "gemma4_text"}
+
+
+def has_blocks_that_differ(family: str) -> bool:
+    """Whether the family's config says anything of blocks that is not the same of all."""
+    config = tiny_config(family)
+    try:
+        smaller = cut_config(config, range(1, BLOCKS)).to_dict()
+    except ModelError:
+        return True
+    number = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changed = [value for name, value in config.to_dict().items() if name != number and value != smaller[name]]
+    return any(not isinstance(value, list) or len(set(map(str, value))) > 1 for value in changed)
+
+
+def test_of_every_family_whose_blocks_differ_it_was_looked_up_what_other_software_reads() -> None:
+    there = {*DEPTH_BOUND, *filter(has_blocks_that_differ, FAMILIES)}
+    looked_up = [TOLD, READ, AS_DENSE, UNKNOWN, NEVER_CUT]
+    assert {tiny_config(family).model_type for family in there} == set().union(*looked_up)
+    assert sum(map(len, looked_up)) == len(set().union(*looked_up))
 
 
 @pytest.mark.parametrize(("family", "blocks"), [("gemma2", 46), ("gemma3", 62)])
@@ -589,6 +648,46 @@ def test_a_scale_that_other_software_takes_from_the_number_of_blocks_is_told(fam
         assert (told in str(ordinary(model).notes)) == of_all
     config.query_pre_attn_scalar = config.head_dim  # of the smaller ones of the family
     assert told not in str(ordinary(AutoModelForCausalLM.from_config(cut_config(config, range(4)))).notes)
+
+
+def test_windows_that_other_software_has_at_one_number_of_blocks_are_told_of() -> None:
+    told = "in a model of 64 blocks alone does its attention have windows"
+    config = tiny_config("exaone4", blocks=64)
+    for left, window, wrong in ((64, 6, False), (63, 6, True), (63, None, False)):
+        smaller = cut_config(config, range(left))
+        smaller.sliding_window = window
+        assert (told in str(ordinary(AutoModelForCausalLM.from_config(smaller)).notes)) == wrong
+
+
+def test_a_scale_that_other_software_computes_by_a_constant_is_told_of() -> None:
+    anatomy = dissect(tiny_model("minicpm3"))
+    assert ordinary(cut(anatomy, ())).notes == ()
+    [note] = ordinary(cut(anatomy, units("block.1,block.4"))).notes
+    assert "it scales what blocks add by 1.4 / √4, and this model's scale_depth is 1.143." in note
+
+
+def test_stored_tensors_that_other_software_computes_from_the_place_are_told_of(tmp_path: Path) -> None:
+    anatomy = dissect(tiny_model("minimax"))
+    assert ordinary(cut(anatomy, ())).notes == ()
+    model = cut(anatomy, units("block.2"))
+    with passed_over(anatomy, units("block.2")):
+        wanted = logits(anatomy.model)
+    save(model, tmp_path / "out", plan=None)
+    assert close(logits(load_stock(tmp_path / "out", model)[0]), wanted)
+    [note] = ordinary(model.to(torch.bfloat16)).notes
+    assert "computes diagonal_decay, key_decay, query_decay, slope_rate from the place of a block" in note
+    for family in ("minimax_m2", "apertus"):  # biases that are trained, constants
+        assert ordinary(cut(dissect(tiny_model(family)), units("block.2"))).notes == ()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_a_rank_that_other_software_expects_by_the_number_of_blocks_is_told_of(family: str) -> None:
+    for rank, right, wrong in ((None, (27, 26), (25,)), (16, (28, 25), (27, 26))):
+        config = tiny_config(family, blocks=28)
+        config.q_lora_rank = rank
+        for left in (*right, *wrong):
+            notes = ordinary(AutoModelForCausalLM.from_config(cut_config(config, range(left)))).notes
+            assert ("refuses this model: by its number of blocks" in str(notes)) == (left in wrong)
 
 
 @pytest.mark.parametrize("form", ["auto", "padded"])

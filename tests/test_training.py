@@ -507,6 +507,24 @@ def test_processes_train_what_is_not_plain(
             torch.testing.assert_close(weights[key], parameter, rtol=1e-4, atol=1e-5, msg=f"{family} {key}")
 
 
+APART = """
+import os
+import sys
+import test_training
+from shallower.testing.families import tiny_model
+
+test_training.run("full", tiny_model("llama"), folder=f"{sys.argv[1]}/{os.environ['RANK']}", epochs=0.5)
+"""
+
+
+def test_processes_that_share_no_disk_are_refused_before_the_first_step(tmp_path: Path, start_together: Any) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    for code, _, said in start_together("-c", APART, str(tmp_path), PYTHONPATH=path):
+        assert code == 1
+        assert "OutputError: only 1 of 2 processes see what the first one writes in" in said
+    assert not [each for each in tmp_path.rglob("*") if each.is_file()]
+
+
 def test_a_student_that_was_spread_comes_back_to_its_device() -> None:
     student = cut(dissect(tiny_model("llama")), parse_units("block.2"))
     student.model.embed_tokens.weight.requires_grad_(False)  # what is not trained is not spread
@@ -1014,6 +1032,8 @@ def test_what_the_teacher_said_is_asked_once(
         asked.append(portion.rows)
         return guide(self, portion)
 
+    listed: list[str] = []
+    monkeypatch.setattr("shallower.files.settle", lambda path: listed.append(path.parent.name))
     monkeypatch.setattr(teacher.Teacher, "guide", counted)
     monkeypatch.setattr(torch.optim, "AdamW", _Plain)  # which makes no step of a gradient that is all rounding
     given: dict[str, Any] = {"distill": 1.0, "temperature": temperature, "lr": 0.1}
@@ -1022,6 +1042,8 @@ def test_what_the_teacher_said_is_asked_once(
         for cache in ("", "1MB")
     ]
     assert len(asked) == 40 + 20
+    assert listed  # but not for each of as many files as there are sequences
+    assert not [name for name in listed if name.startswith("teacher-")]
     assert any("holds 128 words a token, 100.0% of the probability" in note for note in notes)
     for one, other in zip(*(model.parameters() for model in told), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-4)  # the cache is float16
@@ -1434,10 +1456,11 @@ def test_a_disk_that_fills_up_leaves_the_state_before(tmp_path: Path, monkeypatc
         run("full", tiny_model("llama"), folder=tmp_path, save_minutes=0.0)
     assert [path.name for path in tmp_path.iterdir() if "state" in path.name] == ["state-00000002"]
     assert set(load_file(tmp_path / "state-00000002" / "weights.safetensors"))
-    del calls[6:]
-    with pytest.raises(OutputError, match=r"the disk is full: .*part.safetensors was not written; .* resumes"):
-        state.write_tensors(tmp_path / "part.safetensors", {"x": torch.ones(2)})
-    assert not [path for path in tmp_path.iterdir() if "part" in path.name]
+    for write in (state.write_tensors, state.write_one_of_many):
+        del calls[6:]
+        with pytest.raises(OutputError, match=r"the disk is full: .*part.safetensors was not written; .* resumes"):
+            write(tmp_path / "part.safetensors", {"x": torch.ones(2)})
+        assert not [path for path in tmp_path.iterdir() if "part" in path.name]
 
 
 # What a user may get wrong

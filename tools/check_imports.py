@@ -24,8 +24,8 @@ PACKAGE = "shallower"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in """
-    errors version progress launched
-    files
+    errors version progress
+    files launched
     store units strict_json registry resources reduction
     plan budget forms
     scores exchange recipes

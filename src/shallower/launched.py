@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shallower.errors import OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +50,31 @@ def agreed(value: float, device: torch.device) -> float:
     shared = torch.tensor(value, dtype=torch.float64, device=device)
     torch.distributed.broadcast(shared, 0)
     return float(shared)
+
+
+def require_shared(folder: Path, device: torch.device) -> None:
+    """Raise OutputError unless all processes see what the first one writes in `folder`, which is there: all of them
+    have to come here. device: that they compute on.
+    """
+    if world_size() == 1:
+        return
+    import torch
+
+    mark = folder / f".shared-{int(agreed(secrets.randbits(48), device)):012x}"  # of this very moment
+    if leads():
+        with suppress(OSError):  # then nobody sees it
+            mark.touch()
+    wait()
+    seeing = torch.tensor(float(mark.exists()), device=device)
+    torch.distributed.all_reduce(seeing)
+    if leads():
+        mark.unlink(missing_ok=True)
+    if seeing < world_size():
+        raise OutputError(
+            f"only {int(seeing)} of {world_size()} processes see what the first one writes in {folder}, and all read "
+            "there how far the training is: name a place on a disk that their machines share (--out, and "
+            "SHALLOWER_CACHE for what is kept in the cache), or train on one machine."
+        )
 
 
 def wait() -> None:

@@ -16,7 +16,7 @@ from shallower.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_FLOATING = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_FLOATING = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
@@ -81,10 +81,11 @@ def rounded_formats(folder: Path, kept: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     held = {_of_any_block(name): number_format for name, number_format in kept.items()}
     rounded = set()
+    finer = {"float64": ("float64",)}  # what rounds nothing of a format; for the others float32, too
     for file in weight_files(folder):
         for name, tensor in _header(file).items():
             stored, now = _FLOATING.get(tensor.get("dtype", "")), held.get(_of_any_block(name))
-            if stored is not None and now not in (None, stored, "float32", "float64"):
+            if stored is not None and now not in (None, stored, *finer.get(stored, ("float32", "float64"))):
                 rounded.add(stored)
     return tuple(sorted(rounded))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,20 @@ def require_tokens(tokens: int, inputs: int, *, least: str, instead: str = "") -
         )
 
 
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Inside the `with`, CUDA multiplies all bits of float32 numbers, also where the caller chose TF32 with its 10."""
+    settings = torch.backends.cuda.matmul
+    # torch before 2.9 has the second alone, and later ones refuse to tell it where the first was used
+    name, whole = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    chosen = getattr(settings, name)
+    setattr(settings, name, whole)
+    try:
+        yield
+    finally:
+        setattr(settings, name, chosen)
+
+
 class Moments:
     """Weighted sums of x, y, x xᵀ, x yᵀ and y², in float64; all that a least-squares fit needs.
 
@@ -42,11 +59,12 @@ class Moments:
         if x.device.type == "cpu":  # beside a massive activation float32 products lose what all other tokens say
             x, y, weights = x.double(), y.double(), weights.double()
         weighted = x * weights[:, None]
+        with _whole_products():
+            products = [weighted.T @ x, weighted.T @ y]
         parts = [
             weighted.sum(0, dtype=torch.float64),
             (y * weights[:, None]).sum(0, dtype=torch.float64),
-            weighted.T @ x,
-            weighted.T @ y,
+            *products,
             (y.double().square() * weights[:, None]).sum(),
         ]
         if not self._sums:

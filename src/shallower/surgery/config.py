@@ -252,6 +252,20 @@ def _numbered_in_dict(cut: _Cut, name: str) -> None:
     setattr(cut.new, name, dense | numbers)
 
 
+def routed_by_step(step: int, blocks: int) -> list[int]:
+    """Llama 4: places of the MLPs that are routed where every `step`-th of them is; 0 for none."""
+    return [at for at in range(blocks) if step > 0 and (at + 1) % step == 0]
+
+
+def _routed_step(cut: _Cut, name: str) -> None:
+    """Llama 4: `moe_layers` says it all, and other software reads the step instead: one that says the same, if any."""
+    blocks = len(cut.mlp)
+    for step in (cut.dense.interleave_moe_layer_step, *range(1, blocks + 2)):
+        if routed_by_step(step, blocks) == cut.new.moe_layers:
+            cut.new.interleave_moe_layer_step = step
+            return
+
+
 def _scale_depth(cut: _Cut, name: str) -> None:
     """MiniCPM: branches are scaled by scale_depth / sqrt(number of blocks)."""
     cut.new.scale_depth = cut.dense.scale_depth * math.sqrt(len(cut.attn) / cut.blocks)
@@ -273,6 +287,7 @@ _FORMULAS: dict[str, Callable[[_Cut, str], None]] = {
     "attention_types": _attention_types,
     "block_types": _repeated_types,
     "linear_attn_config": _numbered_in_dict,
+    "interleave_moe_layer_step": _routed_step,
     "scale_depth": _scale_depth,
     "num_nextn_predict_layers": _no_prediction_blocks,
 }

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -111,6 +112,34 @@ def require_place_free_buffers(blocks: nn.ModuleList, indices: frozenset[str]) -
                         f"{type(block).__name__} computes {path}.{name} from the place of the block, so that no "
                         "checkpoint can hold a block that moved."
                     )
+
+
+def buffers_of_other_places(model: PreTrainedModel) -> tuple[str, ...]:
+    """Tensors of the checkpoint that the class makes from the place of a block, and that are those of another place in
+    this model: the last parts of their names.
+
+    What was trained, such as a bias by which experts are chosen, begins alike in all blocks and is not among them.
+    """
+    stored = model.state_dict().keys()
+    held = {name: tensor for name, tensor in model.named_buffers() if name in stored}
+    if not held:
+        return ()
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+    first: dict[str, torch.Tensor] = {}
+    by_place = set()
+    for name in held.keys() & made.keys():
+        same = re.sub(r"\d+", "N", name)
+        if not _same_numbers(first.setdefault(same, made[name]), made[name]):
+            by_place.add(same)
+    wrong = [name for name in held.keys() & made.keys() if not _same_numbers(held[name], made[name])]
+    return tuple(sorted({name.rpartition(".")[2] for name in wrong if re.sub(r"\d+", "N", name) in by_place}))
+
+
+def _same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are the same, as far as half precision shows."""
+    return one.shape == other.shape and torch.allclose(one.detach().cpu().float(), other.cpu().float(), rtol=0.01)
 
 
 def _settings(modules: dict[str, nn.Module], path: str, indices: frozenset[str]) -> str:

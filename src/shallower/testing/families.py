@@ -421,6 +421,14 @@ DEPTH_BOUND: dict[str, ConfigFactory] = {
     "gpt2_inverse_scale": _family("gpt2", n_inner=48, scale_attn_by_inverse_layer_idx=True),
     "diffllama": _family("diffllama"),
     "minicpm3": _family("minicpm3", scale_emb=2, dim_model_base=16, **_LATENT),
+    # Decays made of the place, and stored.
+    "minimax": _family(
+        "minimax",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        block_size=8,
+        layer_types=_alternate("linear_attention"),
+    ),
     # Kinds that follow from a place by a formula, and cannot be listed.
     "ernie4_5_moe_interval": _family(
         "ernie4_5_moe",

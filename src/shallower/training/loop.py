@@ -31,7 +31,7 @@ from shallower.checkpoint.dtype import DTYPES, choose_dtype
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.stock import copied
 from shallower.errors import ModelError, UserError
-from shallower.launched import agreed, world_size
+from shallower.launched import agreed, require_shared, world_size
 from shallower.training.divergence import LossTrend
 from shallower.training.feed import SEEDS, Feed, Portion
 from shallower.training.head_loss import Guide
@@ -80,8 +80,8 @@ def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: G
     student: what held-out perplexity is measured of.
 
     Raises CorpusError when the text is too short for a step, ModelError when weights are no finite numbers from the
-    start, OutputError when a state cannot be written, UserError when the folder holds another training. One that
-    diverges stops, and goes back to the best weights it had.
+    start, OutputError when a state cannot be written or processes do not see the same folder, UserError when that holds
+    another training. One that diverges stops, and goes back to the best weights it had.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return _Loop(objective, student, task, teacher).run()
@@ -128,6 +128,8 @@ class _Loop:
         self.steps = self.feed.total(self.recipe.epochs)
         settings = task.settings() | {"student": fingerprint(student)}
         self.store = StateStore(task.folder, settings)
+        if task.folder is not None:
+            require_shared(task.folder, self.device)
         whole = _Whole(objective, student)
         names = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
         if not names:

@@ -221,6 +221,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         _write(temporary, tensors)
 
 
+def write_one_of_many(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The same without a look at what killed processes left beside it, which reads the whole folder: that goes with the
+    folder.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _one_sentence(path):
+        try:
+            _write(temporary, tensors)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from shallower.engine.head import Head, find_head
 from shallower.errors import ModelError, OutputError, UserError
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide
-from shallower.training.state import write_tensors
+from shallower.training.state import write_one_of_many
 
 FEWEST_WORDS = 8  # fewer say too little of a distribution to learn from
 MOST_WORDS = 256
@@ -119,7 +119,7 @@ class CachedTeacher:
         words = torch.cat([part.indices for part in parts]).int()
         start = 0
         for path, count in zip(paths, counts, strict=True):
-            write_tensors(path, {"logs": logs[start : start + count], "words": words[start : start + count]})
+            write_one_of_many(path, {"logs": logs[start : start + count], "words": words[start : start + count]})
             start += count
 
     def close(self) -> None:

@@ -200,7 +200,10 @@ def recover(
     resume = Resume(out)
     require_recoverable(student, dense, given.removed, steps, text, training, resume)
     before = told_before(student.loaded.path) if teacher is not None else None
-    before_repair = [*student.model.parameters()]
+    of = dense if teacher is None else student
+    # only to tell what changed where it is loaded again: held, they take memory through a whole training
+    loads_again = leads() and out is not None and of.stored_dtype != of.dtype
+    before_repair = [*student.model.parameters()] if loads_again else []
     made = recovery_made_by(dense, steps, text, training, seed, window, max_windows)
     read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
     tokens = tokens_read(dense, window, None, max_windows)
@@ -302,6 +305,12 @@ def _student(
                 f"{error} It is loaded whole beside its teacher. For a plain cut give the dense model and the plan "
                 f"instead (--plan {PLAN}): then both share their weights."
             ) from error
+        if student.model.device != dense.model.device:
+            raise UserError(
+                f"{student.loaded.name} is on {student.model.device} and its teacher {dense.loaded.name} on "
+                f"{dense.model.device}, and what one computes is compared with what the other does: put both on one "
+                "device (model.to(…), or device=… for what is given by name)."
+            )
         if not isinstance(model, (str, Path)):
             student = student.shared()
         _require_kin(student, dense)

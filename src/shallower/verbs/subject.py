@@ -72,9 +72,10 @@ class Subject:
     @property
     def stored_dtype(self) -> str:
         """The number format that its checkpoint has, and that what is made of it is written in; it may be in memory in
-        another.
+        another. float32 for float64, in which no checkpoint is loaded.
         """
-        return (None if self.loaded.path is None else stored_dtype(self.loaded.path)) or self.dtype
+        found = None if self.loaded.path is None else stored_dtype(self.loaded.path)
+        return "float32" if found == "float64" else found or self.dtype
 
     def holding(self, model: PreTrainedModel) -> Subject:
         """A model that was made of this one, with its tokenizer and name."""
