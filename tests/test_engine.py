@@ -20,7 +20,8 @@ from functools import wraps
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from shallower import progress, registry, store
 from shallower.anatomy import dissect
@@ -578,6 +579,11 @@ class Halved(LlamaForCausalLM):
         return output
 
 
+def _tripled_attention(*args, **kwargs):
+    output, weights = sdpa_attention_forward(*args, **kwargs)
+    return 3 * output, weights
+
+
 @contextmanager
 def _changed(model, how, patch):
     block = model.model.layers[0]
@@ -596,6 +602,10 @@ def _changed(model, how, patch):
         elif how == "forward of a module":
             # says of itself that it is transformers'
             patch.setattr(block, "forward", wraps(own)(lambda *args, **kwargs: 3 * own(block, *args, **kwargs)))
+        elif how == "attention":
+            patch.setitem(AttentionInterface._global_mapping, "mine", _tripled_attention)
+            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
+            model.set_attn_implementation("mine")
         else:
             patch.setattr(type(block), "forward", lambda *args, **kwargs: 3 * own(*args, **kwargs))
         yield
@@ -610,6 +620,7 @@ CHANGES = (
     "own class",
     "forward of a module",
     "forward of a class",
+    "attention",
 )
 
 
@@ -633,6 +644,24 @@ def test_memo_does_not_take_a_changed_model_for_the_stock_one(how, tmp_path, mon
         again = Ablator(dissect(model), text, memo=memo, threads=1)
         assert again.dense == pytest.approx(first)
         assert bool(again.spent.recalled) == (how == "own class")
+
+
+def test_a_model_is_also_how_its_attention_and_experts_are_computed():
+    model = tiny_model("qwen3_moe", blocks=2)
+    keys = [determinants(model)]
+    model.set_attn_implementation("eager")
+    keys.append(determinants(model))
+    model.set_experts_implementation("eager")
+    keys.append(determinants(model))
+    assert all(one != other for one, other in itertools.combinations(keys, 2))
+    assert determined(model)
+
+
+def test_a_model_with_adapters_is_not_remembered():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama", blocks=2)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    assert not determined(model)  # disabled or not, the weights are the same
 
 
 @pytest.mark.parametrize("how", CHANGES)

@@ -15,7 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shallower.checkpoint.fingerprint import checksum
 
@@ -28,6 +31,7 @@ _KNOWN_CODE = frozenset({"torch", "transformers", "transformers_modules", "accel
 """Packages whose hooks and forwards change nothing that weights or digests do not say. The third has code that came
 with models.
 """
+_IMPLEMENTATIONS = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # read once, as a file may be edited after it was imported
 _sources: WeakKeyDictionary[type, dict[str, bytes]] = WeakKeyDictionary()
@@ -47,13 +51,19 @@ def determinants(model: PreTrainedModel) -> list[str]:
 
 def determined(model: PreTrainedModel) -> bool:
     """Whether digests tell all that the model computes. Hooks, forwards that were put over a class's or an instance's
-    own, classes without a file and autocast change it, too, and nothing tells them from others of their kind.
+    own, another package's attention, classes without a file, adapters of peft (which of them are on, and how much they
+    count) and autocast change it, too, and nothing tells them from others of their kind.
     """
-    return is_untouched(model) and all(_file_of(kind) is not None for kind in _own_kinds(model))
+    own = _own_kinds(model)
+    return is_untouched(model) and all(
+        _package(kind.__module__) != "peft" and _file_of(kind) is not None for kind in own
+    )
 
 
 def is_untouched(model: PreTrainedModel) -> bool:
-    """Whether a model computes what its classes say: without foreign hooks, other forwards or autocast."""
+    """Whether a model computes what its classes say: without foreign hooks, other forwards, attention that is not
+    transformers' own, or autocast.
+    """
     return not torch.is_autocast_enabled(model.device.type) and all(map(_is_known, _attached(model)))
 
 
@@ -64,6 +74,8 @@ def _attached(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
     for module in model.modules():
         yield from _attached_to(module)
     yield from (kind.forward for kind in {type(module) for module in model.modules()} - _own_kinds(model))
+    for name in {name for names in _implementations(model.config) for name in names}:
+        yield from (held[name] for held in _IMPLEMENTATIONS if name in held)
 
 
 def _attached_to(module: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -110,9 +122,19 @@ def _file_of(kind: type) -> bytes | None:
 
 def beside_weights(model: PreTrainedModel) -> str:
     """Digest of what a model computes with besides its weights and buffers (see `checksum`): its config, but for names,
-    places, number formats and versions. The same in every process and for every place it is loaded from.
+    places, number formats and versions, and how attention and experts are computed. The same in every process and for
+    every place it is loaded from.
     """
-    return hashlib.sha256(json.dumps(_plain(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
+    told = [_plain(model.config.to_dict()), list(_implementations(model.config))]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _implementations(config: PretrainedConfig) -> Iterator[tuple[str | None, str | None]]:
+    """Names of how attention and experts are computed, of a config and those in it: it does not write them down."""
+    yield config._attn_implementation, config._experts_implementation
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _implementations(part)
 
 
 def code_of_model(model: PreTrainedModel) -> list[str]:
