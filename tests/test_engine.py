@@ -787,16 +787,20 @@ def test_a_class_without_a_file_is_not_remembered(tmp_path):
     assert not determined(model)
 
 
-def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(tmp_path, monkeypatch):
-    path = tmp_path / "own_model.py"
-    path.write_text("from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = 1\n")
+@pytest.mark.parametrize("edited", ["own_model", "own_parts"])
+def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
+    own = "import own_parts\nfrom transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = 1\n"
+    (tmp_path / "own_model.py").write_text(own)
+    path = tmp_path / f"{edited}.py"
     monkeypatch.syspath_prepend(tmp_path)
     model = tiny_model("llama", blocks=2)
     model.__class__ = importlib.import_module("own_model").Own
     open_subject(model)
     path.write_text(path.read_text().replace("1", "2.5"))
     before = determinants(model)
-    monkeypatch.delitem(sys.modules, "own_model")
+    for name in ("own_model", "own_parts"):
+        monkeypatch.delitem(sys.modules, name)
     importlib.invalidate_caches()
     model.__class__ = importlib.import_module("own_model").Own
     assert determinants(model) != before
@@ -915,6 +919,39 @@ def test_an_objective_is_what_it_closes_over(make, request, tmp_path, monkeypatc
     known = request.node.callspec.id not in ("object", "closed function")
     assert recalled == [False, known, False]
     assert (ablator.memo is not None) == known
+
+
+@pytest.mark.parametrize(
+    ("imports", "factor"),
+    [
+        ("from mine_parts.helper import helped", "helped()"),
+        ("import mine_parts.helper", "mine_parts.helper.helped()"),
+        ("from mine_parts import helper", "helper.helped()"),
+        ("from mine_parts.helper import Factor", "Factor().value"),
+        ("from mine_parts.helper import FACTOR", "FACTOR.value"),
+    ],
+)
+def test_an_objective_is_what_its_helpers_in_other_files_are(imports, factor, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    parts = tmp_path / "mine_parts"
+    parts.mkdir()
+    (parts / "helper.py").write_text(
+        "from . import deep\ndef helped():\n    return deep.scale()\n"
+        "class Factor:\n    value = deep.scale()\nFACTOR = Factor()\n"
+    )
+    (tmp_path / "mine.py").write_text(
+        f"{imports}\ndef mine(target_logits, log_normalizer):\n    return {factor} * (log_normalizer - target_logits)\n"
+    )
+    codes = []
+    for scale in (1, 1, 35):
+        (parts / "deep.py").write_text(f"def scale():\n    return {scale}\n")
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("mine", "mine_parts")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        registry.objective("mine")(importlib.import_module("mine").mine)
+        codes.append(code_of(registry.objective.get("mine")))
+    assert codes[0] == codes[1] != codes[2]
 
 
 def test_an_objective_is_the_code_that_was_imported_not_what_its_file_became(tmp_path, monkeypatch):
