@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,12 @@ from shallower.engine.memo import Memo
 from shallower.engine.ray_session import connect
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
 from shallower.engine.states import States
-from shallower.errors import ModelTooLarge, UserError
+from shallower.errors import ModelError, ModelTooLarge, UserError
 from shallower.resources import cluster, parse_memory, parse_workers
+from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
+from shallower.verbs.subject import make_ablator, open_subject
 
 
 @pytest.fixture(scope="module")
@@ -479,17 +481,56 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
         crew.close()
 
 
+@pytest.mark.parametrize("how", ["autocast", "hook on all modules"])
+def test_what_holds_in_this_process_alone_is_refused_with_workers(how: str) -> None:
+    subject = open_subject(tiny_model("llama", blocks=2))
+    text = sample_text(subject.model)
+    with ExitStack() as stack:
+        if how == "autocast":
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        else:
+            hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+            stack.callback(hook.remove)
+        with pytest.raises(ModelError, match=r"holds in this process alone, and workers \(--workers 2\)"):
+            make_ablator(subject, text, "nll", workers=2)
+    subject.model.model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)  # goes with the model
+    make_ablator(subject, text, "nll", workers=2).close()
+
+
+def test_products_are_as_exact_in_workers_as_here(ray: Any) -> None:
+    anatomy, text = dissect(tiny_model("llama", blocks=2)), long_text(1)
+    before = torch.get_float32_matmul_precision()
+    seen: list[Any] = []
+    try:
+        torch.set_float32_matmul_precision("medium")
+
+        def told(hidden: torch.Tensor) -> torch.Tensor:
+            return torch.full(hidden.shape[:1], float(torch.get_float32_matmul_precision() == "medium"))
+
+        method = registry.Method("objective", "told", told, "", {})
+        evaluator = Evaluator(anatomy, list(text.batches(1)), method, {}, states=States(0), memory=0)
+        with closing(RayWorkers(evaluator, 1)) as crew:
+            [done] = crew.run([Job(0, ("..",))], lambda: None)
+            seen.append(done.sums[".."].sum())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [text.length - 1]
+
+
 def test_a_checkpoint_of_another_model_is_not_taken(folder: Path) -> None:
     model = tiny_model("llama")
     mine = Checkpoint(str(folder / "tiny"), "tiny", None, checksum(model), beside_weights(model), "float32", False)
     assert mine.load("cpu") is not None
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
     model.config.rms_norm_eps *= 2  # read by a forward, in some families
     others = (
+        replace(mine, config=beside_weights(eager)),
         replace(mine, checksum="sha256:0"),
         replace(mine, folder=str(folder / "gone")),
         replace(mine, config=beside_weights(model)),
     )
-    assert [other.load("cpu") for other in others] == [None, None, None]
+    assert [other.load("cpu") for other in others] == [None] * 4
 
 
 @pytest.mark.parametrize(

@@ -62,15 +62,21 @@ def is_untouched(model: PreTrainedModel) -> bool:
     """Whether a model computes what its classes say: without foreign hooks, other forwards, attention that is not
     transformers' own, or autocast.
     """
-    return not torch.is_autocast_enabled(model.device.type) and all(map(_is_known, _attached(model)))
+    attached = (called for module in model.modules() for called in _attached_to(module))
+    return is_portable(model) and all(map(_is_known, attached))
 
 
-def _attached(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
-    """Whatever runs in or around the modules of a model besides the classes' code as it is in their files."""
+def is_portable(model: PreTrainedModel) -> bool:
+    """Whether a copy in another process computes the same. Hooks and forwards of a module go with it; autocast, hooks
+    on all modules, another forward of a class and another package's attention hold in the process that set them.
+    """
+    return not torch.is_autocast_enabled(model.device.type) and all(map(_is_known, _attached_here(model)))
+
+
+def _attached_here(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
+    """Whatever runs in or around the modules of a model in this process alone."""
     for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
         yield from hooks.values()
-    for module in model.modules():
-        yield from _attached_to(module)
     yield from (kind.forward for kind in {type(module) for module in model.modules()} - _own_kinds(model))
     for name in {name for names in _implementations(model.config) for name in names}:
         yield from (held[name] for held in _IMPLEMENTATIONS if name in held)

@@ -34,6 +34,7 @@ from shallower.errors import ModelTooLarge, ShallowerError, UserError
 from shallower.registry import Method
 
 MOST_DEATHS = 3  # of one worker in a row, with nothing measured in between
+_MKLDNN: Any = torch.backends.mkldnn  # whose types lack `matmul`
 PATIENCE = 600  # seconds that nothing happens while no worker has its model
 
 
@@ -83,7 +84,8 @@ class Setup:
     """All that a worker needs besides the model. memory: bytes on each machine, which `neighbours` workers divide; None
     for a share of what is free on its device, which `sharing` workers divide.
 
-    besides: objectives that come along; a worker's own registry may lack those of the user's script.
+    besides: objectives that come along; a worker's own registry may lack those of the user's script. rounding: see
+    `_rounding`.
     """
 
     batches: Sequence[Batch]
@@ -96,6 +98,7 @@ class Setup:
     memory: int | None
     neighbours: int
     sharing: int
+    rounding: str | tuple[str, str] = field(default_factory=lambda: _rounding())
 
     def memory_of_one(self, model: PreTrainedModel) -> int:
         """Bytes for one worker, which holds `model`."""
@@ -117,6 +120,7 @@ class Worker:
     def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> bool:
         """Get ready to measure; False when the checkpoint is not to be had here."""
         torch.set_num_threads(setup.threads)
+        _round_as(setup.rounding)
         model = source.load(setup.device) if isinstance(source, Checkpoint) else source.to(setup.device)
         if model is None:
             return False
@@ -344,6 +348,22 @@ class RayWorkers:
                 f"every worker died {MOST_DEATHS} times in a row; the last said: {reason[:300].rstrip('.')}. When "
                 "memory was short, give fewer --workers or less --memory."
             ) from error
+
+
+def _rounding() -> str | tuple[str, str]:
+    """How exact products of float32 are in this process."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each kind of device, as torch has it since 2.9
+        return torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision
+
+
+def _round_as(rounding: str | tuple[str, str]) -> None:
+    """Compute products of float32 as exactly as the process that `_rounding` is of."""
+    if isinstance(rounding, str):
+        torch.set_float32_matmul_precision(rounding)
+    else:
+        torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision = rounding
 
 
 def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
