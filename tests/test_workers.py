@@ -38,6 +38,7 @@ from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
 from shallower.verbs.subject import make_ablator, open_subject
+from shallower.version import __version__
 
 
 @pytest.fixture(scope="module")
@@ -479,6 +480,22 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
             _ = crew.count
         assert asked.pop()["address"] == "auto"
         crew.close()
+
+
+def test_a_worker_with_other_code_is_refused(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = Evaluator(
+        dissect(tiny_model("llama", blocks=2)),
+        list(long_text(1).batches(1)),
+        registry.objective.get("nll"),
+        {},
+        states=States(0),
+        memory=0,
+    )
+    monkeypatch.setattr(ray_workers, "__version__", "0.0")
+    with closing(RayWorkers(evaluator, 1)) as crew:
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"other code than this process \(shallower {__version__}\): install"):
+                list(crew.run([Job(0, ("..",))], lambda: None))
 
 
 @pytest.mark.parametrize("how", ["autocast", "hook on all modules"])

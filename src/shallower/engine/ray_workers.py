@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy.dissect import dissect
-from shallower.checkpoint.determinants import beside_weights
+from shallower.checkpoint.determinants import beside_weights, code_of_model
 from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.stock import copied
@@ -32,6 +32,7 @@ from shallower.engine.states import States
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
 from shallower.errors import ModelTooLarge, ShallowerError, UserError
 from shallower.registry import Method
+from shallower.version import __version__
 
 MOST_DEATHS = 3  # of one worker in a row, with nothing measured in between
 _MKLDNN: Any = torch.backends.mkldnn  # whose types lack `matmul`
@@ -117,13 +118,13 @@ class Worker:
         """Its id, to tell which process this is."""
         return os.getpid()
 
-    def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> bool:
-        """Get ready to measure; False when the checkpoint is not to be had here."""
+    def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> list[str] | None:
+        """Get ready to measure, and tell with what `_code`; None when the checkpoint is not to be had here."""
         torch.set_num_threads(setup.threads)
         _round_as(setup.rounding)
         model = source.load(setup.device) if isinstance(source, Checkpoint) else source.to(setup.device)
         if model is None:
-            return False
+            return None
         share = setup.memory_of_one(model)
         self._evaluator = Evaluator(
             dissect(model),
@@ -135,7 +136,7 @@ class Worker:
             order=setup.order,
             besides=setup.besides,
         )
-        return True
+        return _code(model)
 
     def measure(self, job: Job) -> Measured:
         """Measure the job's routes on its batch."""
@@ -325,10 +326,16 @@ class RayWorkers:
         if isinstance(answer, Measured):
             job, place.job, place.deaths = place.job, None, 0
             return answer if job is not None else None
-        if answer:
-            place.ready = True
-        else:
+        if answer is None:
             place.waiting = place.actor.prepare.remote(self._setup, self._model)
+        elif other := sorted({*answer} - {*_code(self._evaluator.anatomy.model)}):
+            self._prepare(place)
+            raise UserError(
+                f"a worker runs other code than this process ({', '.join(other)}): install the same versions of "
+                "shallower and transformers, and put the same files of the model's own code, on every machine."
+            )
+        else:
+            place.ready = True
         return None
 
     def _bury(self, place: _Place, error: Exception) -> None:
@@ -348,6 +355,13 @@ class RayWorkers:
                 f"every worker died {MOST_DEATHS} times in a row; the last said: {reason[:300].rstrip('.')}. When "
                 "memory was short, give fewer --workers or less --memory."
             ) from error
+
+
+def _code(model: PreTrainedModel) -> list[str]:
+    """What measures a model: versions, and digests of its own code. Classes of a script go with it to a worker."""
+    version, *files = code_of_model(model)
+    own = [name for name in files if not name.startswith("__main__.")]
+    return [f"shallower {__version__}", f"transformers {version}", *own]
 
 
 def _rounding() -> str | tuple[str, str]:
