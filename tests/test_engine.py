@@ -724,11 +724,16 @@ def test_an_objective_may_read_the_entropy_alone(monkeypatch):
     assert Ablator(anatomy, text, "excess").losses(without) == Ablator(anatomy, text, "sum").losses(without)
 
 
-def test_an_objective_that_cannot_be_told_keeps_no_other_from_being_remembered(tmp_path, monkeypatch):
+def test_an_objective_that_nobody_asked_for_fails_no_other(tmp_path, monkeypatch):
     anatomy = dissect(tiny_model("llama", blocks=2))
+    text = sample_text(anatomy.model)
+    expected = Ablator(anatomy, text).dense
     monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    registry.objective("mean")(lambda target_logits, log_normalizer: (log_normalizer - target_logits).mean())
     registry.objective("mine")(_closing_over(_Factor(1.0)))
-    assert Ablator(anatomy, sample_text(anatomy.model), "nll", memo=Memo(tmp_path / "memo.sqlite")).memo is not None
+    remembering = Ablator(anatomy, text, memo=Memo(tmp_path / "memo.sqlite"))
+    assert remembering.dense == expected
+    assert remembering.memo is not None
 
 
 def test_a_model_in_training_mode_is_told_so():

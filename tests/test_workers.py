@@ -122,9 +122,9 @@ def test_an_objective_that_only_this_process_knows_comes_along(
         return 2 * (log_normalizer - target_logits)
 
     monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
-    registry.objective("a-double")(doubled)  # the first by name of those that come along
+    registry.objective("a-double")(doubled)
     anatomy, text, memo = dissect(tiny_model("llama")), long_text(1), Memo(tmp_path / "memo.sqlite")
-    with closing(Ablator(anatomy, text, "kl", memo=memo, workers=lambda own: RayWorkers(own, 1))) as far:
+    with closing(Ablator(anatomy, text, "a-double", memo=memo, workers=lambda own: RayWorkers(own, 1))) as far:
         far.losses([frozenset()])
     for name in ("a-double", "nll"):
         recalling = Ablator(anatomy, text, name, memo=memo)
@@ -331,7 +331,6 @@ def test_each_worker_has_its_share_of_the_memory_it_is_in(monkeypatch: pytest.Mo
             batches=[],
             objective=registry.objective.get("nll"),
             options={},
-            besides=[],
             order=None,
             device=device.type,
             threads=1,

@@ -94,19 +94,18 @@ class Evaluator:
         states: States,
         memory: int,
         order: Order | None = None,
-        besides: Sequence[Method] | None = None,
         dense_answers: DenseAnswers | None = None,
     ) -> None:
         """states: what is kept between questions. memory: bytes for what a visit of one batch needs besides: half for
         the streams of a layer-major walk, half for the dense model's logits, which stay while there is room. order:
-        None takes layer-major where the streams of a few candidates fit, else depth-first. besides: objectives that
-        come along; None takes those that are registered here (`along_with`). dense_answers: shared with others.
+        None takes layer-major where the streams of a few candidates fit, else depth-first. dense_answers: shared with
+        others.
         """
         self.anatomy = anatomy
         self.batches = batches
         self.objective = objective
         self.options = options
-        self.besides = along_with(objective, options) if besides is None else tuple(besides)
+        self.besides = along_with(objective, options)
         self.memory = memory
         self.states = states
         self._share(DenseAnswers() if dense_answers is None else dense_answers)
@@ -142,7 +141,6 @@ class Evaluator:
             states=self.states,
             memory=self.memory,
             order=self.order,
-            besides=self.besides,
             dense_answers=self._dense_answers,
         )
 

@@ -31,6 +31,11 @@ def told(method: Method) -> bool:
     return _values(method) is not None
 
 
+def is_ours(method: Method) -> bool:
+    """Whether a method was written in this package."""
+    return inspect.isfunction(method.function) and package_of(_home(method.function)) == package_of(__name__)
+
+
 class _Untold(Exception):
     """A value that has no words."""
 

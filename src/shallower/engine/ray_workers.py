@@ -85,14 +85,12 @@ class Setup:
     """All that a worker needs besides the model. memory: bytes on each machine, which `neighbours` workers divide; None
     for a share of what is free on its device, which `sharing` workers divide.
 
-    besides: objectives that come along; a worker's own registry may lack those of the user's script. rounding: see
-    `_rounding`.
+    rounding: see `_rounding`.
     """
 
     batches: Sequence[Batch]
     objective: Method
     options: Mapping[str, Any]
-    besides: Sequence[Method]
     order: Order | None
     device: str
     threads: int
@@ -134,7 +132,6 @@ class Worker:
             states=States(share // 2),
             memory=share // 2,
             order=setup.order,
-            besides=setup.besides,
         )
         return _code(model)
 
@@ -243,7 +240,6 @@ class RayWorkers:
                 evaluator.batches,
                 evaluator.objective,
                 evaluator.options,
-                evaluator.besides,
                 evaluator.order,
                 device,
                 session.threads,
