@@ -273,21 +273,40 @@ def test_a_worker_lost_in_whatever_way_is_replaced(name: str, monkeypatch: pytes
     assert asked == [place], "one that had no room for the model is asked again"
 
 
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
 @pytest.mark.parametrize(
-    ("files", "free"),
+    ("groups", "names", "limits", "free"),
     [
-        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 500\ninactive_file 300\n"}, 400),
-        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 500\n"}, 100),
-        ({"memory.max": "max\n", "memory.current": "900\n", "memory.stat": "inactive_file 300\n"}, 5000),
-        ({}, 5000),
+        ("0::/", V2, {"": (1000, 900, 300)}, 400),
+        ("0::/", V2, {"": (1000, 900, 0)}, 100),
+        ("0::/", V2, {"": ("max", 900, 300)}, 5000),
+        ("0::/", V2, {}, 5000),
+        ("1:cpu:/\n0::/job/step", V2, {"job": (1000, 900, 0), "job/step": ("max", 900, 0), "other": (9, 9, 0)}, 100),
+        ("0::/job/step", V2, {"job": (2000, 900, 0), "job/step": (1000, 900, 50)}, 150),
+        ("4:cpu,memory:/job", V1, {"memory/job": (1000, 900, 300), "memory": (1 << 63, 2000, 0)}, 400),
+        ("4:memory:/docker/of/the/host", V1, {"memory": (1000, 900, 0)}, 100),
     ],
 )
-def test_files_that_a_container_has_read_take_no_memory(
-    files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_limits_leave_is_free_and_so_are_files_that_were_read(
+    groups: str,
+    names: tuple[str, str, str],
+    limits: dict[str, tuple[int | str, int, int]],
+    free: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(workers, "CGROUP", tmp_path)
+    for group, (limit, used, files) in limits.items():
+        folder = tmp_path / "cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 500\n{names[2]} {files}\n")
+    (tmp_path / "own").write_text(groups)
+    monkeypatch.setattr(workers, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(workers, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(workers, "_available", lambda: 5000)
     assert workers.free_memory(torch.device("cpu")) == free
 
