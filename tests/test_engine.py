@@ -1095,6 +1095,22 @@ def test_a_new_memo_waits_while_another_process_makes_it(tmp_path, monkeypatch):
     memo.close()
 
 
+@pytest.mark.parametrize(("kind", "mode"), [("nfs4", "delete"), ("ext4", "wal")])
+def test_machines_that_share_a_memo_use_no_write_ahead_log(kind, mode, tmp_path, monkeypatch):
+    path = tmp_path / "my cache" / "memo.sqlite"
+    before = Memo(path)
+    before.write("context", [("route", 0, np.ones(2))])
+    before.close()
+    mounts = (f"/dev/sda {tmp_path} xfs rw", f"server:/x {tmp_path}/my\\040cache {kind} rw 0 0", "none /other nfs rw")
+    (tmp_path / "mounts").write_text("\n".join(mounts))
+    monkeypatch.setattr(store, "MOUNTS", tmp_path / "mounts")
+    memo = Memo(path)
+    assert memo.read("context")
+    memo.close()
+    with closing(sqlite3.connect(path)) as found:
+        assert found.execute("PRAGMA journal_mode").fetchone() == (mode,)
+
+
 def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> tuple[bool, float]:
     """Whether a race for the `keep` best of losses [candidates, sequences] ends wrong, as one that is not chosen is
     better than one that is by more than a tie, and which share of them it reads. batch: sequences read at once.
