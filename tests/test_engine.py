@@ -345,6 +345,41 @@ def test_groups_on_a_processor_are_of_their_batch(monkeypatch):
         assert sequences[5] == expected
 
 
+def test_a_group_has_as_many_tokens_and_bytes_of_one_batch_as_of_another():
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text = CalibrationSet("x", torch.randint(3, 120, (10, 32)), None, ())
+    batches = [*text.subset(range(2)).batches(2), *text.subset(range(8)).batches(8), *text.subset([9]).batches(1)]
+    stream = trace(anatomy, batches[1]).entry.nbytes
+    nll = registry.objective.get("nll")
+    for memory, expected in ((1 << 30, [8, 2, 16]), (4 * stream, [4, 1, 8])):
+        own = Evaluator(anatomy, batches, nll, {}, states=States(0), memory=memory)
+        own._tokens_together = 2 * batches[1].input_ids.numel()
+        assert [own._fitting(number) for number in range(3)] == expected
+
+
+def test_states_for_which_there_is_no_room_together_go_in_halves(monkeypatch):
+    anatomy = dissect(tiny_model("llama"))
+    [batch] = CalibrationSet("x", torch.randint(3, 120, (1, 64)), None, ()).batches(1)
+    routes = tuple("".join(chosen) + "..." for chosen in itertools.product(".x", repeat=3))
+    nll, run = registry.objective.get("nll"), Trace.run
+
+    def measured():
+        own = Evaluator(anatomy, [batch], nll, {}, states=States(0), memory=1 << 30, order="layer-major")
+        return own.measure(Job(0, routes))
+
+    def narrow(own, index, hidden, *more):
+        if len(hidden) > 3:
+            raise torch.OutOfMemoryError
+        return run(own, index, hidden, *more)
+
+    expected = measured()
+    monkeypatch.setattr(Trace, "run", narrow)
+    found = measured()
+    assert found.block_tokens == expected.block_tokens
+    for route in routes:
+        assert found.sums[route] == pytest.approx(expected.sums[route], rel=1e-5)
+
+
 def _killed(memo):
     """An ablator, and what it is asked for by a process that is killed, and by one that resumes."""
     anatomy = dissect(tiny_model("llama"))
@@ -390,8 +425,7 @@ def test_as_many_states_go_together_as_an_accelerator_makes_good_use_of(monkeypa
 
         monkeypatch.setattr(Evaluator, "_seconds", seconds)
         own = Evaluator(anatomy, [batch], nll, {}, states=States(0), memory=memory)
-        found = own._measure_group(0)
-        assert own._group == found  # measured once
+        found = own._measure_together(0) // batch.input_ids.numel()
         assert max(times for _, times in own._traces) <= found
         return found, max(tried)
 
