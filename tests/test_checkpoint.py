@@ -378,18 +378,39 @@ def test_a_device_without_float64_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
 )
 def test_half_precision_has_to_be_worth_it(monkeypatch: pytest.MonkeyPatch, half: float, chosen: torch.dtype) -> None:
     monkeypatch.setattr(dtype, "_seconds", lambda device, size: (1.0, half))
-    assert dtype._measured(torch.device("cpu"), 1) == chosen
+    assert dtype._measured(torch.device("cpu")) == chosen
 
 
-def test_processes_launched_together_compute_in_one_format(start_together: Any) -> None:
+def test_a_number_format_is_kept_for_the_kind_of_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def chosen(fastest: torch.dtype) -> torch.dtype:
+        monkeypatch.setattr(dtype, "_measured", lambda device: fastest)
+        dtype._chosen.cache_clear()  # as in a new process
+        return dtype.choose_dtype(torch.device("cpu"))
+
+    try:
+        monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "cache"))
+        assert chosen(torch.bfloat16) == chosen(torch.float32) == torch.bfloat16
+        [kept] = (tmp_path / "cache" / "dtype").iterdir()
+        kept.write_bytes(b"\xff")
+        assert chosen(torch.float32) == torch.float32
+        monkeypatch.setattr("platform.machine", lambda: "another")
+        assert chosen(torch.bfloat16) == torch.bfloat16
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "file" / "cache"))  # where nothing can be kept
+        assert [chosen(fastest) for fastest in (torch.bfloat16, torch.float32)] == [torch.bfloat16, torch.float32]
+    finally:
+        dtype._chosen.cache_clear()
+
+
+def test_processes_launched_together_compute_in_one_format(start_together: Any, tmp_path: Path) -> None:
     code = """
 import atexit, os, torch.distributed
 atexit.register(lambda: print(torch.distributed.is_initialized()))  # the first to be registered is the last to be run
 from shallower.checkpoint import dtype
-dtype._measured = lambda device, threads: torch.bfloat16 if os.environ["RANK"] == "1" else torch.float32
+dtype._measured = lambda device: torch.bfloat16 if os.environ["RANK"] == "1" else torch.float32
 print([str(dtype.choose_dtype(torch.device("cpu"))) for _ in range(2)])
 """
-    for status, said, errors in start_together("-c", code):
+    for status, said, errors in start_together("-c", code, SHALLOWER_CACHE=str(tmp_path)):
         assert (status, said) == (0, "['torch.float32', 'torch.float32']\nFalse\n"), errors
 
 

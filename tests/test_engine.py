@@ -21,7 +21,8 @@ from functools import wraps
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from shallower import progress, registry, store
 from shallower.anatomy import dissect
@@ -348,6 +349,41 @@ def test_groups_on_a_processor_are_of_their_batch(monkeypatch):
         assert sequences[5] == expected
 
 
+def test_a_group_has_as_many_tokens_and_bytes_of_one_batch_as_of_another():
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text = CalibrationSet("x", torch.randint(3, 120, (10, 32)), None, ())
+    batches = [*text.subset(range(2)).batches(2), *text.subset(range(8)).batches(8), *text.subset([9]).batches(1)]
+    stream = trace(anatomy, batches[1]).entry.nbytes
+    nll = registry.objective.get("nll")
+    for memory, expected in ((1 << 30, [8, 2, 16]), (4 * stream, [4, 1, 8])):
+        own = Evaluator(anatomy, batches, nll, {}, states=States(0), memory=memory)
+        own._tokens_together = 2 * batches[1].input_ids.numel()
+        assert [own._fitting(number) for number in range(3)] == expected
+
+
+def test_states_for_which_there_is_no_room_together_go_in_halves(monkeypatch):
+    anatomy = dissect(tiny_model("llama"))
+    [batch] = CalibrationSet("x", torch.randint(3, 120, (1, 64)), None, ()).batches(1)
+    routes = tuple("".join(chosen) + "..." for chosen in itertools.product(".x", repeat=3))
+    nll, run = registry.objective.get("nll"), Trace.run
+
+    def measured():
+        own = Evaluator(anatomy, [batch], nll, {}, states=States(0), memory=1 << 30, order="layer-major")
+        return own.measure(Job(0, routes))
+
+    def narrow(own, index, hidden, *more):
+        if len(hidden) > 3:
+            raise torch.OutOfMemoryError
+        return run(own, index, hidden, *more)
+
+    expected = measured()
+    monkeypatch.setattr(Trace, "run", narrow)
+    found = measured()
+    assert found.block_tokens == expected.block_tokens
+    for route in routes:
+        assert found.sums[route] == pytest.approx(expected.sums[route], rel=1e-5)
+
+
 def _killed(memo):
     """An ablator, and what it is asked for by a process that is killed, and by one that resumes."""
     anatomy = dissect(tiny_model("llama"))
@@ -393,8 +429,7 @@ def test_as_many_states_go_together_as_an_accelerator_makes_good_use_of(monkeypa
 
         monkeypatch.setattr(Evaluator, "_seconds", seconds)
         own = Evaluator(anatomy, [batch], nll, {}, states=States(0), memory=memory)
-        found = own._measure_group(0)
-        assert own._group == found  # measured once
+        found = own._measure_together(0) // batch.input_ids.numel()
         assert max(times for _, times in own._traces) <= found
         return found, max(tried)
 
@@ -582,6 +617,11 @@ class Halved(LlamaForCausalLM):
         return output
 
 
+def _tripled_attention(*args, **kwargs):
+    output, weights = sdpa_attention_forward(*args, **kwargs)
+    return 3 * output, weights
+
+
 @contextmanager
 def _changed(model, how, patch):
     block = model.model.layers[0]
@@ -600,6 +640,10 @@ def _changed(model, how, patch):
         elif how == "forward of a module":
             # says of itself that it is transformers'
             patch.setattr(block, "forward", wraps(own)(lambda *args, **kwargs: 3 * own(block, *args, **kwargs)))
+        elif how == "attention":
+            patch.setitem(AttentionInterface._global_mapping, "mine", _tripled_attention)
+            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
+            model.set_attn_implementation("mine")
         else:
             patch.setattr(type(block), "forward", lambda *args, **kwargs: 3 * own(*args, **kwargs))
         yield
@@ -614,6 +658,7 @@ CHANGES = (
     "own class",
     "forward of a module",
     "forward of a class",
+    "attention",
 )
 
 
@@ -637,6 +682,24 @@ def test_memo_does_not_take_a_changed_model_for_the_stock_one(how, tmp_path, mon
         again = Ablator(dissect(model), text, memo=memo, threads=1)
         assert again.dense == pytest.approx(first)
         assert bool(again.spent.recalled) == (how == "own class")
+
+
+def test_a_model_is_also_how_its_attention_and_experts_are_computed():
+    model = tiny_model("qwen3_moe", blocks=2)
+    keys = [determinants(model)]
+    model.set_attn_implementation("eager")
+    keys.append(determinants(model))
+    model.set_experts_implementation("eager")
+    keys.append(determinants(model))
+    assert all(one != other for one, other in itertools.combinations(keys, 2))
+    assert determined(model)
+
+
+def test_a_model_with_adapters_is_not_remembered():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama", blocks=2)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    assert not determined(model)  # disabled or not, the weights are the same
 
 
 @pytest.mark.parametrize("how", CHANGES)
@@ -699,11 +762,16 @@ def test_an_objective_may_read_the_entropy_alone(monkeypatch):
     assert Ablator(anatomy, text, "excess").losses(without) == Ablator(anatomy, text, "sum").losses(without)
 
 
-def test_an_objective_that_cannot_be_told_keeps_no_other_from_being_remembered(tmp_path, monkeypatch):
+def test_an_objective_that_nobody_asked_for_fails_no_other(tmp_path, monkeypatch):
     anatomy = dissect(tiny_model("llama", blocks=2))
+    text = sample_text(anatomy.model)
+    expected = Ablator(anatomy, text).dense
     monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    registry.objective("mean")(lambda target_logits, log_normalizer: (log_normalizer - target_logits).mean())
     registry.objective("mine")(_closing_over(_Factor(1.0)))
-    assert Ablator(anatomy, sample_text(anatomy.model), "nll", memo=Memo(tmp_path / "memo.sqlite")).memo is not None
+    remembering = Ablator(anatomy, text, memo=Memo(tmp_path / "memo.sqlite"))
+    assert remembering.dense == expected
+    assert remembering.memo is not None
 
 
 def test_a_model_in_training_mode_is_told_so():
@@ -762,16 +830,20 @@ def test_a_class_without_a_file_is_not_remembered(tmp_path):
     assert not determined(model)
 
 
-def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(tmp_path, monkeypatch):
-    path = tmp_path / "own_model.py"
-    path.write_text("from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = 1\n")
+@pytest.mark.parametrize("edited", ["own_model", "own_parts"])
+def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
+    own = "import own_parts\nfrom transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = 1\n"
+    (tmp_path / "own_model.py").write_text(own)
+    path = tmp_path / f"{edited}.py"
     monkeypatch.syspath_prepend(tmp_path)
     model = tiny_model("llama", blocks=2)
     model.__class__ = importlib.import_module("own_model").Own
     open_subject(model)
     path.write_text(path.read_text().replace("1", "2.5"))
     before = determinants(model)
-    monkeypatch.delitem(sys.modules, "own_model")
+    for name in ("own_model", "own_parts"):
+        monkeypatch.delitem(sys.modules, name)
     importlib.invalidate_caches()
     model.__class__ = importlib.import_module("own_model").Own
     assert determinants(model) != before
@@ -890,6 +962,39 @@ def test_an_objective_is_what_it_closes_over(make, request, tmp_path, monkeypatc
     known = request.node.callspec.id not in ("object", "closed function")
     assert recalled == [False, known, False]
     assert (ablator.memo is not None) == known
+
+
+@pytest.mark.parametrize(
+    ("imports", "factor"),
+    [
+        ("from mine_parts.helper import helped", "helped()"),
+        ("import mine_parts.helper", "mine_parts.helper.helped()"),
+        ("from mine_parts import helper", "helper.helped()"),
+        ("from mine_parts.helper import Factor", "Factor().value"),
+        ("from mine_parts.helper import FACTOR", "FACTOR.value"),
+    ],
+)
+def test_an_objective_is_what_its_helpers_in_other_files_are(imports, factor, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    parts = tmp_path / "mine_parts"
+    parts.mkdir()
+    (parts / "helper.py").write_text(
+        "from . import deep\ndef helped():\n    return deep.scale()\n"
+        "class Factor:\n    value = deep.scale()\nFACTOR = Factor()\n"
+    )
+    (tmp_path / "mine.py").write_text(
+        f"{imports}\ndef mine(target_logits, log_normalizer):\n    return {factor} * (log_normalizer - target_logits)\n"
+    )
+    codes = []
+    for scale in (1, 1, 35):
+        (parts / "deep.py").write_text(f"def scale():\n    return {scale}\n")
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("mine", "mine_parts")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        registry.objective("mine")(importlib.import_module("mine").mine)
+        codes.append(code_of(registry.objective.get("mine")))
+    assert codes[0] == codes[1] != codes[2]
 
 
 def test_an_objective_is_the_code_that_was_imported_not_what_its_file_became(tmp_path, monkeypatch):
@@ -1026,6 +1131,22 @@ def test_a_new_memo_waits_while_another_process_makes_it(tmp_path, monkeypatch):
     assert memo.read("context")
     assert len(refused) == 3
     memo.close()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("nfs4", "delete"), ("ext4", "wal")])
+def test_machines_that_share_a_memo_use_no_write_ahead_log(kind, mode, tmp_path, monkeypatch):
+    path = tmp_path / "my cache" / "memo.sqlite"
+    before = Memo(path)
+    before.write("context", [("route", 0, np.ones(2))])
+    before.close()
+    mounts = (f"/dev/sda {tmp_path} xfs rw", f"server:/x {tmp_path}/my\\040cache {kind} rw 0 0", "none /other nfs rw")
+    (tmp_path / "mounts").write_text("\n".join(mounts))
+    monkeypatch.setattr(store, "MOUNTS", tmp_path / "mounts")
+    memo = Memo(path)
+    assert memo.read("context")
+    memo.close()
+    with closing(sqlite3.connect(path)) as found:
+        assert found.execute("PRAGMA journal_mode").fetchone() == (mode,)
 
 
 def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> tuple[bool, float]:

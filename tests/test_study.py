@@ -734,7 +734,10 @@ def test_a_place_that_cannot_be_written_is_told_first(
 
 
 def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
+    import torch
+
     from shallower.engine import Ablator
+    from shallower.verbs.score import score_many
     from shallower.verbs.search import search
     from shallower.verbs.subject import calibrate, open_subject
 
@@ -751,10 +754,17 @@ def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
     assert search(subject, "1", calibration=text, exact=True, ablator=shared).order == plan.order[:1]
     assert shared.spent.tokens == spent  # all of it was measured before
     for what, wrong in [("calibration", {"calibration": other}), ("objective", {"objective": "kl"})]:
+        given = {"calibration": text, "ablator": shared, **wrong}
         with pytest.raises(UserError, match=f"made for another {what}"):
-            search(subject, "2", **{"calibration": text, "ablator": shared, **wrong})
+            search(subject, "2", **given)
+        with pytest.raises(UserError, match=f"made for another {what}"):
+            score_many(subject, "loss", **given)
     with pytest.raises(UserError, match="made for another model"):
         search(str(place / "tiny"), "2", calibration=text, ablator=shared)
+    with torch.no_grad():
+        subject.model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    with pytest.raises(UserError, match="before its weights were changed; make a new one"):
+        search(subject, "2", calibration=text, ablator=shared)
 
 
 def test_one_crew_of_workers_is_there_at_a_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

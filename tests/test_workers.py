@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,13 @@ from shallower.engine.memo import Memo
 from shallower.engine.ray_session import connect
 from shallower.engine.ray_workers import Checkpoint, RayWorkers
 from shallower.engine.states import States
-from shallower.errors import ModelTooLarge, UserError
+from shallower.errors import ModelError, ModelTooLarge, UserError
 from shallower.resources import cluster, parse_memory, parse_workers
+from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
+from shallower.verbs.subject import make_ablator, open_subject
+from shallower.version import __version__
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +122,9 @@ def test_an_objective_that_only_this_process_knows_comes_along(
         return 2 * (log_normalizer - target_logits)
 
     monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
-    registry.objective("a-double")(doubled)  # the first by name of those that come along
+    registry.objective("a-double")(doubled)
     anatomy, text, memo = dissect(tiny_model("llama")), long_text(1), Memo(tmp_path / "memo.sqlite")
-    with closing(Ablator(anatomy, text, "kl", memo=memo, workers=lambda own: RayWorkers(own, 1))) as far:
+    with closing(Ablator(anatomy, text, "a-double", memo=memo, workers=lambda own: RayWorkers(own, 1))) as far:
         far.losses([frozenset()])
     for name in ("a-double", "nll"):
         recalling = Ablator(anatomy, text, name, memo=memo)
@@ -270,21 +273,40 @@ def test_a_worker_lost_in_whatever_way_is_replaced(name: str, monkeypatch: pytes
     assert asked == [place], "one that had no room for the model is asked again"
 
 
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
 @pytest.mark.parametrize(
-    ("files", "free"),
+    ("groups", "names", "limits", "free"),
     [
-        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 500\ninactive_file 300\n"}, 400),
-        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 500\n"}, 100),
-        ({"memory.max": "max\n", "memory.current": "900\n", "memory.stat": "inactive_file 300\n"}, 5000),
-        ({}, 5000),
+        ("0::/", V2, {"": (1000, 900, 300)}, 400),
+        ("0::/", V2, {"": (1000, 900, 0)}, 100),
+        ("0::/", V2, {"": ("max", 900, 300)}, 5000),
+        ("0::/", V2, {}, 5000),
+        ("1:cpu:/\n0::/job/step", V2, {"job": (1000, 900, 0), "job/step": ("max", 900, 0), "other": (9, 9, 0)}, 100),
+        ("0::/job/step", V2, {"job": (2000, 900, 0), "job/step": (1000, 900, 50)}, 150),
+        ("4:cpu,memory:/job", V1, {"memory/job": (1000, 900, 300), "memory": (1 << 63, 2000, 0)}, 400),
+        ("4:memory:/docker/of/the/host", V1, {"memory": (1000, 900, 0)}, 100),
     ],
 )
-def test_files_that_a_container_has_read_take_no_memory(
-    files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_limits_leave_is_free_and_so_are_files_that_were_read(
+    groups: str,
+    names: tuple[str, str, str],
+    limits: dict[str, tuple[int | str, int, int]],
+    free: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(workers, "CGROUP", tmp_path)
+    for group, (limit, used, files) in limits.items():
+        folder = tmp_path / "cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 500\n{names[2]} {files}\n")
+    (tmp_path / "own").write_text(groups)
+    monkeypatch.setattr(workers, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(workers, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(workers, "_available", lambda: 5000)
     assert workers.free_memory(torch.device("cpu")) == free
 
@@ -328,7 +350,6 @@ def test_each_worker_has_its_share_of_the_memory_it_is_in(monkeypatch: pytest.Mo
             batches=[],
             objective=registry.objective.get("nll"),
             options={},
-            besides=[],
             order=None,
             device=device.type,
             threads=1,
@@ -479,17 +500,72 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
         crew.close()
 
 
+def test_a_worker_with_other_code_is_refused(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = Evaluator(
+        dissect(tiny_model("llama", blocks=2)),
+        list(long_text(1).batches(1)),
+        registry.objective.get("nll"),
+        {},
+        states=States(0),
+        memory=0,
+    )
+    monkeypatch.setattr(ray_workers, "__version__", "0.0")
+    with closing(RayWorkers(evaluator, 1)) as crew:
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"other code than this process \(shallower {__version__}\): install"):
+                list(crew.run([Job(0, ("..",))], lambda: None))
+
+
+@pytest.mark.parametrize("how", ["autocast", "hook on all modules"])
+def test_what_holds_in_this_process_alone_is_refused_with_workers(how: str) -> None:
+    subject = open_subject(tiny_model("llama", blocks=2))
+    text = sample_text(subject.model)
+    with ExitStack() as stack:
+        if how == "autocast":
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        else:
+            hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+            stack.callback(hook.remove)
+        with pytest.raises(ModelError, match=r"holds in this process alone, and workers \(--workers 2\)"):
+            make_ablator(subject, text, "nll", workers=2)
+    subject.model.model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)  # goes with the model
+    make_ablator(subject, text, "nll", workers=2).close()
+
+
+def test_products_are_as_exact_in_workers_as_here(ray: Any) -> None:
+    anatomy, text = dissect(tiny_model("llama", blocks=2)), long_text(1)
+    before = torch.get_float32_matmul_precision()
+    seen: list[Any] = []
+    try:
+        torch.set_float32_matmul_precision("medium")
+
+        def told(hidden: torch.Tensor) -> torch.Tensor:
+            return torch.full(hidden.shape[:1], float(torch.get_float32_matmul_precision() == "medium"))
+
+        method = registry.Method("objective", "told", told, "", {})
+        evaluator = Evaluator(anatomy, list(text.batches(1)), method, {}, states=States(0), memory=0)
+        with closing(RayWorkers(evaluator, 1)) as crew:
+            [done] = crew.run([Job(0, ("..",))], lambda: None)
+            seen.append(done.sums[".."].sum())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [text.length - 1]
+
+
 def test_a_checkpoint_of_another_model_is_not_taken(folder: Path) -> None:
     model = tiny_model("llama")
     mine = Checkpoint(str(folder / "tiny"), "tiny", None, checksum(model), beside_weights(model), "float32", False)
     assert mine.load("cpu") is not None
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
     model.config.rms_norm_eps *= 2  # read by a forward, in some families
     others = (
+        replace(mine, config=beside_weights(eager)),
         replace(mine, checksum="sha256:0"),
         replace(mine, folder=str(folder / "gone")),
         replace(mine, config=beside_weights(model)),
     )
-    assert [other.load("cpu") for other in others] == [None, None, None]
+    assert [other.load("cpu") for other in others] == [None] * 4
 
 
 @pytest.mark.parametrize(

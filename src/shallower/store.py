@@ -1,4 +1,7 @@
-"""One SQLite file, in write-ahead mode: safe against several processes and against a kill at any moment."""
+"""One SQLite file: safe against several processes and against a kill at any moment.
+
+Where machines may share it there is no write-ahead log, whose readers share memory.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from shallower.errors import OutputError
 from shallower.files import alone
 
 WAIT_SECONDS = 60
+MOUNTS = Path("/proc/self/mounts")
+# kinds of file systems, or how their names begin, that several machines may have mounted
+_SHARED = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "gfs2", "ocfs2", "9p", "virtiofs", "fuse.")
 
 
 class Store:
@@ -77,16 +83,19 @@ class Store:
             if before in (None, self._inode):
                 break
             self._connection.close()
-        self._write_ahead()
-        self._connection.execute("PRAGMA synchronous = NORMAL")
+        if _is_shared(self.path):
+            self._set_mode("DELETE")
+        else:
+            self._set_mode("WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute(self._schema)
 
-    def _write_ahead(self) -> None:
+    def _set_mode(self, mode: str) -> None:
         """SQLite does not wait, whatever its timeout, when several processes change the mode of a new file at once."""
         until = time.monotonic() + WAIT_SECONDS
         while True:
             try:
-                self._connection.execute("PRAGMA journal_mode = WAL")  # no change where another process was first
+                self._connection.execute(f"PRAGMA journal_mode = {mode}")  # no change where another process was first
                 return
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > until:
@@ -97,7 +106,7 @@ class Store:
         """Begin anew; with the new file of another process where that met the damage first."""
         with alone(self.path):
             if _inode(self.path) == self._inode:
-                for companion in ("-wal", "-shm"):
+                for companion in ("-wal", "-shm", "-journal"):
                     Path(f"{self.path}{companion}").unlink(missing_ok=True)
                 with suppress(FileNotFoundError):  # no locks here, and the other process did it just now
                     self.path.replace(self.path.with_suffix(".damaged"))
@@ -123,6 +132,16 @@ def _inode(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _is_shared(path: Path) -> bool:
+    """Whether other machines may write the file, too: it is on a file system of the network."""
+    try:
+        mounts = [line.split() for line in MOUNTS.read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not Linux
+        return False
+    kinds = {Path(place.replace(r"\040", " ")): kind for _, place, kind, *_ in mounts}  # a later one lies over others
+    return next((kinds[folder] for folder in path.resolve().parents if folder in kinds), "").startswith(_SHARED)
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:

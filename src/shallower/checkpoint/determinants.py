@@ -15,22 +15,24 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shallower.checkpoint.fingerprint import checksum
+from shallower.checkpoint.own_code import FRAMEWORKS, KNOWN, own_code, package_of
 
 NOT_OF_THE_MODEL = frozenset(
     {"_name_or_path", "name_or_path", "_commit_hash", "auto_map", "architectures"}
     | {"dtype", "torch_dtype", "transformers_version"}
 )
 """Entries of a config, at any depth, that two copies of one model may differ in."""
-_KNOWN_CODE = frozenset({"torch", "transformers", "transformers_modules", "accelerate", "shallower"})
-"""Packages whose hooks and forwards change nothing that weights or digests do not say. The third has code that came
-with models.
-"""
+_IMPLEMENTATIONS = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # read once, as a file may be edited after it was imported
 _sources: WeakKeyDictionary[type, dict[str, bytes]] = WeakKeyDictionary()
+_codes: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
 
 
 def determinants(model: PreTrainedModel) -> list[str]:
@@ -47,23 +49,37 @@ def determinants(model: PreTrainedModel) -> list[str]:
 
 def determined(model: PreTrainedModel) -> bool:
     """Whether digests tell all that the model computes. Hooks, forwards that were put over a class's or an instance's
-    own, classes without a file and autocast change it, too, and nothing tells them from others of their kind.
+    own, another package's attention, classes without a file, adapters of peft (which of them are on, and how much they
+    count) and autocast change it, too, and nothing tells them from others of their kind.
     """
-    return is_untouched(model) and all(_file_of(kind) is not None for kind in _own_kinds(model))
+    own = _own_kinds(model)
+    return is_untouched(model) and all(
+        package_of(kind.__module__) != "peft" and _code_of(kind) is not None for kind in own
+    )
 
 
 def is_untouched(model: PreTrainedModel) -> bool:
-    """Whether a model computes what its classes say: without foreign hooks, other forwards or autocast."""
-    return not torch.is_autocast_enabled(model.device.type) and all(map(_is_known, _attached(model)))
+    """Whether a model computes what its classes say: without foreign hooks, other forwards, attention that is not
+    transformers' own, or autocast.
+    """
+    attached = (called for module in model.modules() for called in _attached_to(module))
+    return is_portable(model) and all(map(_is_known, attached))
 
 
-def _attached(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
-    """Whatever runs in or around the modules of a model besides the classes' code as it is in their files."""
+def is_portable(model: PreTrainedModel) -> bool:
+    """Whether a copy in another process computes the same. Hooks and forwards of a module go with it; autocast, hooks
+    on all modules, another forward of a class and another package's attention hold in the process that set them.
+    """
+    return not torch.is_autocast_enabled(model.device.type) and all(map(_is_known, _attached_here(model)))
+
+
+def _attached_here(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
+    """Whatever runs in or around the modules of a model in this process alone."""
     for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
         yield from hooks.values()
-    for module in model.modules():
-        yield from _attached_to(module)
     yield from (kind.forward for kind in {type(module) for module in model.modules()} - _own_kinds(model))
+    for name in {name for names in _implementations(model.config) for name in names}:
+        yield from (held[name] for held in _IMPLEMENTATIONS if name in held)
 
 
 def _attached_to(module: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -87,37 +103,42 @@ def _is_known(called: Callable[..., Any]) -> bool:
     function = getattr(called, "__func__", called)
     home = function.__globals__.get("__name__", "") if inspect.isfunction(function) else type(function).__module__
     wrapped = getattr(function, "__wrapped__", None)
-    return _package(home) in _KNOWN_CODE and (wrapped is None or _is_known(wrapped))
+    return package_of(home) in FRAMEWORKS and (wrapped is None or _is_known(wrapped))
 
 
 def _own_kinds(model: PreTrainedModel) -> set[type]:
     """Classes of a model's modules, and what they inherit from, that the user wrote or another package has."""
-    known = _KNOWN_CODE | sys.stdlib_module_names
     inherited = {kind for module in model.modules() for kind in type(module).__mro__}
-    return {kind for kind in inherited if _package(kind.__module__) not in known}
+    return {kind for kind in inherited if package_of(kind.__module__) not in KNOWN}
 
 
-def _file_of(kind: type) -> bytes | None:
-    """The file of code that a class is in, as it was when the class was first seen; None for one without."""
-    if kind not in _sources:
-        try:
-            path = Path(inspect.getfile(kind))
-            _sources[kind] = {str(path): path.read_bytes()}
-        except (OSError, TypeError):  # typed into an interpreter
-            _sources[kind] = {}
-    return next(iter(_sources[kind].values()), None)
+def _code_of(kind: type) -> str | None:
+    """Digest of the files that a class is written in, as they were when it was first seen; None for one without."""
+    if kind not in _codes:
+        _codes[kind] = own_code(kind.__module__)
+    return _codes[kind]
 
 
 def beside_weights(model: PreTrainedModel) -> str:
     """Digest of what a model computes with besides its weights and buffers (see `checksum`): its config, but for names,
-    places, number formats and versions. The same in every process and for every place it is loaded from.
+    places, number formats and versions, and how attention and experts are computed. The same in every process and for
+    every place it is loaded from.
     """
-    return hashlib.sha256(json.dumps(_plain(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
+    told = [_plain(model.config.to_dict()), list(_implementations(model.config))]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _implementations(config: PretrainedConfig) -> Iterator[tuple[str | None, str | None]]:
+    """Names of how attention and experts are computed, of a config and those in it: it does not write them down."""
+    yield config._attn_implementation, config._experts_implementation
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _implementations(part)
 
 
 def code_of_model(model: PreTrainedModel) -> list[str]:
-    """What runs the model: the version of transformers, and a digest of each file of code that came with a model, or
-    that has classes of its modules which are neither torch's nor transformers'.
+    """What runs the model: the version of transformers, and a digest of each file of code that came with a model, and
+    one for each class of its modules that is neither torch's nor transformers', of its file and what that imports.
 
     A model computes otherwise under another version or once its own code is edited, with the same config and weights.
     The files are read when their classes are first seen here: call this as soon as a model is loaded.
@@ -126,11 +147,11 @@ def code_of_model(model: PreTrainedModel) -> list[str]:
     files: dict[str, bytes] = {}
     for kind in filter(_is_remote, kinds):
         files |= _remote_files(kind)
-    own = {f"{kind.__module__}.{kind.__qualname__}": _file_of(kind) for kind in _own_kinds(model)}
+    own = {f"{kind.__module__}.{kind.__qualname__}": _code_of(kind) for kind in _own_kinds(model)}
     return [
         transformers.__version__,
         *(hashlib.sha256(source).hexdigest() for source in sorted(files.values())),
-        *(f"{name} {hashlib.sha256(source or b'').hexdigest()}" for name, source in sorted(own.items())),
+        *(f"{name} {code}" for name, code in sorted(own.items())),
     ]
 
 
@@ -147,12 +168,8 @@ def _remote_files(kind: type) -> dict[str, bytes]:
     return _sources[kind]
 
 
-def _package(module: str) -> str:
-    return module.partition(".")[0]
-
-
 def _is_remote(kind: type) -> bool:
-    return _package(kind.__module__) == "transformers_modules"
+    return package_of(kind.__module__) == "transformers_modules"
 
 
 def _plain(value: Any) -> Any:

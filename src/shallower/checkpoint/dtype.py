@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import platform
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from shallower.errors import UnknownName, UserError
+from shallower.checkpoint.cache import cache_root
+from shallower.errors import OutputError, UnknownName, UserError
+from shallower.files import write_text
 from shallower.launched import agreed, local_rank, world_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,22 +70,45 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """The format in which `device` multiplies matrices fastest; bfloat16 only where it is clearly faster than float32.
 
-    CUDA: bfloat16 where the hardware has it, else float16. On a processor measured once a process, which takes some
-    hundredths of a second on one thread; of processes that were launched together all follow the first one. Never
-    float16 there: several families overflow in it.
+    CUDA: bfloat16 where the hardware has it, else float16. On a processor measured once, which takes some hundredths of
+    a second on one thread, and kept in the cache for its kind and this torch, so that what is resumed goes on in the
+    same format; of processes that were launched together all follow the first one. Never float16 there: several
+    families overflow in it.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return _chosen(device, torch.get_num_threads())
+    return _chosen(device)
 
 
 @functools.cache
-def _chosen(device: torch.device, threads: int) -> torch.dtype:
-    half = agreed(_measured(device, threads) == torch.bfloat16, device)  # two measurements may not come to the same
-    return torch.bfloat16 if half else torch.float32
+def _chosen(device: torch.device) -> torch.dtype:
+    kept = _kept(device)
+    half = agreed((kept or _measured(device)) == torch.bfloat16, device)  # two measurements may not come to the same
+    chosen = torch.bfloat16 if half else torch.float32
+    if kept is None:
+        with suppress(OutputError):  # it only serves a later process
+            write_text(_place(device), dtype_name(chosen))
+    return chosen
 
 
-def _measured(device: torch.device, threads: int) -> torch.dtype:
+def _kept(device: torch.device) -> torch.dtype | None:
+    """What was chosen before; None where nothing is known of that."""
+    with suppress(OSError, OutputError):
+        return DTYPES.get(_place(device).read_text(encoding="utf-8", errors="replace"))
+    return None
+
+
+def _place(device: torch.device) -> Path:
+    """Where the choice is kept for processors of this kind, which machines that share a cache may differ in."""
+    told = {platform.machine(), platform.processor()}
+    with suppress(OSError):  # not Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        told |= {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    key = "\n".join([str(device), torch.__version__, *sorted(told)])
+    return cache_root() / "dtype" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _measured(device: torch.device) -> torch.dtype:
     # Without hardware support bfloat16 can be a hundred times slower: the small product finds that out cheaply.
     for size in (256, 1024):
         try:

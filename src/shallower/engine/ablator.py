@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.streamed import is_streamed
 from shallower.checkpoint.determinants import determinants, determined
+from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
@@ -137,6 +139,8 @@ class Ablator:
         self._workers = _crew(evaluator, threads) if workers is None else workers(evaluator)
         each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
         known = determined(anatomy.model) and told(self.objective)
+        told_model = determinants(anatomy.model) if memo is not None and known else [checksum(anatomy.model)]
+        self._weights = told_model[0]
         if memo is not None and not known:
             progress.note(
                 "What is measured now is not remembered: hooks, a replaced forward, autocast, or what the objective "
@@ -146,7 +150,7 @@ class Ablator:
         self._contexts: list[str] = []
         if memo is not None:
             same = {
-                "model": determinants(anatomy.model),
+                "model": told_model,
                 "calibration": calibration.digest,
                 "sequences_a_batch": sequences,
                 "measured_as": MEASURED_AS,
@@ -158,6 +162,22 @@ class Ablator:
         self._measured: dict[tuple[Route, int], NDArray[np.float64]] = memo.read(self._contexts[0]) if memo else {}
         self._kept_before = set(self._measured)  # less what was asked for since
         self._asked: set[Route] = set()  # in `spent.exhaustive` with all that was unknown of them
+
+    def require_measures(
+        self, model: nn.Module, calibration: CalibrationSet, objective: str, options: Mapping[str, Any]
+    ) -> None:
+        """Raise UserError unless this was made for a model, with the weights that it has now, text and objective."""
+        others = {
+            "model": self.anatomy.model is not model,
+            "calibration": self.calibration.digest != calibration.digest,
+            "objective": (self.objective.name, self.options) != (objective, dict(options)),
+        }
+        if other := next((name for name in others if others[name]), None):
+            raise UserError(f"the ablator was made for another {other}; give one that was made for this, or none.")
+        if checksum(self.anatomy.model) != self._weights:
+            raise UserError(
+                "the ablator knows what the model computed before its weights were changed; make a new one, or none."
+            )
 
     def account(self) -> Spent:
         """What was spent so far, to be given to `Spent.since` later. Of candidates that are asked for again from here

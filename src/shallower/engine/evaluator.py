@@ -94,19 +94,18 @@ class Evaluator:
         states: States,
         memory: int,
         order: Order | None = None,
-        besides: Sequence[Method] | None = None,
         dense_answers: DenseAnswers | None = None,
     ) -> None:
         """states: what is kept between questions. memory: bytes for what a visit of one batch needs besides: half for
         the streams of a layer-major walk, half for the dense model's logits, which stay while there is room. order:
-        None takes layer-major where the streams of a few candidates fit, else depth-first. besides: objectives that
-        come along; None takes those that are registered here (`along_with`). dense_answers: shared with others.
+        None takes layer-major where the streams of a few candidates fit, else depth-first. dense_answers: shared with
+        others.
         """
         self.anatomy = anatomy
         self.batches = batches
         self.objective = objective
         self.options = options
-        self.besides = along_with(objective, options) if besides is None else tuple(besides)
+        self.besides = along_with(objective, options)
         self.memory = memory
         self.states = states
         self._share(DenseAnswers() if dense_answers is None else dense_answers)
@@ -114,7 +113,7 @@ class Evaluator:
         self._traces: dict[tuple[int, int], Trace] = {}
         self._visited: Collection[int] = ()
         self.order = order
-        self._group = 0
+        self._tokens_together = 0
         self._block_tokens = 0
 
     def _share(self, answers: DenseAnswers) -> None:
@@ -142,7 +141,6 @@ class Evaluator:
             states=self.states,
             memory=self.memory,
             order=self.order,
-            besides=self.besides,
             dense_answers=self._dense_answers,
         )
 
@@ -340,7 +338,7 @@ class Evaluator:
         elif len(self._visited) > 1:
             size = 1  # each group size takes a trace of each batch
         else:
-            size = self._group or self._measure_group(number)
+            size = self._fitting(number)
         start = 0
         while start < len(prefixes):
             while size > len(prefixes) - start:
@@ -348,16 +346,37 @@ class Evaluator:
             yield prefixes[start : start + size]
             start += size
 
+    def _fitting(self, number: int) -> int:
+        """How many states of a batch are best run together on an accelerator: a power of two, as each size takes a
+        trace.
+        """
+        self._tokens_together = self._tokens_together or self._measure_together(number)
+        entry = self._trace(number).entry
+        size = min(self._tokens_together // self.batches[number].input_ids.numel(), self.memory // (4 * entry.nbytes))
+        return 1 << (max(1, size).bit_length() - 1)
+
     def _together(self, number: int, index: int, states: list[Tensor], action: str) -> Sequence[Tensor]:
         if len(states) == 1:
             return [self._run(self._trace(number), index, states[0], action)]
-        found = self._run(self._trace(number, len(states)), index, stacked(states), action)
-        return [part.clone() for part in found.chunk(len(states))]  # else one that is kept keeps all of them
+        try:
+            found = self._run(self._trace(number, len(states)), index, stacked(states), action)
+            return [part.clone() for part in found.chunk(len(states))]  # else one that is kept keeps all of them
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # not while the error is there, which keeps what was in memory when it was raised
+        self._traces.pop((number, len(states)), None)
+        half = len(states) // 2
+        self._tokens_together = min(self._tokens_together, half * self.batches[number].input_ids.numel())
+        return [
+            *self._together(number, index, states[:half], action),
+            *self._together(number, index, states[half:], action),
+        ]
 
-    def _measure_group(self, number: int) -> int:
-        """How many states are best run together on an accelerator: seconds a state of a block in the middle."""
+    def _measure_together(self, number: int) -> int:
+        """How many tokens are best run together on an accelerator: seconds a state of a block in the middle."""
         entry = self._trace(number).entry
-        best, self._group = float("inf"), 1
+        best, group = float("inf"), 1
         for size in GROUPS:
             if size > 1 and 4 * size * entry.nbytes > self.memory:
                 break
@@ -371,10 +390,10 @@ class Evaluator:
                 raise
             if seconds * WORTHWHILE > best:
                 break
-            best, self._group = seconds, size
-        for tried in [key for key in self._traces if key[1] > self._group]:
+            best, group = seconds, size
+        for tried in [key for key in self._traces if key[1] > group]:
             del self._traces[tried]
-        return self._group
+        return group * self.batches[number].input_ids.numel()
 
     @property
     def _middle(self) -> Block:
@@ -390,8 +409,9 @@ class Evaluator:
             self.states.keep(number, prefix, hidden)
 
     def _run(self, replay: Trace, index: int, hidden: Tensor, action: str) -> Tensor:
+        found = replay.run(index, hidden, ACTIONS[action])
         self._block_tokens += hidden.shape[0] * hidden.shape[1]
-        return replay.run(index, hidden, ACTIONS[action])
+        return found
 
 
 def _batched(walk: Iterator[tuple[Route, Tensor]], size: int) -> Iterator[list[tuple[Route, Tensor]]]:

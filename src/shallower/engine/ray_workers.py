@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy.dissect import dissect
-from shallower.checkpoint.determinants import beside_weights
+from shallower.checkpoint.determinants import beside_weights, code_of_model
 from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.stock import copied
@@ -32,8 +32,10 @@ from shallower.engine.states import States
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
 from shallower.errors import ModelTooLarge, ShallowerError, UserError
 from shallower.registry import Method
+from shallower.version import __version__
 
 MOST_DEATHS = 3  # of one worker in a row, with nothing measured in between
+_MKLDNN: Any = torch.backends.mkldnn  # whose types lack `matmul`
 PATIENCE = 600  # seconds that nothing happens while no worker has its model
 
 
@@ -83,19 +85,19 @@ class Setup:
     """All that a worker needs besides the model. memory: bytes on each machine, which `neighbours` workers divide; None
     for a share of what is free on its device, which `sharing` workers divide.
 
-    besides: objectives that come along; a worker's own registry may lack those of the user's script.
+    rounding: see `_rounding`.
     """
 
     batches: Sequence[Batch]
     objective: Method
     options: Mapping[str, Any]
-    besides: Sequence[Method]
     order: Order | None
     device: str
     threads: int
     memory: int | None
     neighbours: int
     sharing: int
+    rounding: str | tuple[str, str] = field(default_factory=lambda: _rounding())
 
     def memory_of_one(self, model: PreTrainedModel) -> int:
         """Bytes for one worker, which holds `model`."""
@@ -114,12 +116,13 @@ class Worker:
         """Its id, to tell which process this is."""
         return os.getpid()
 
-    def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> bool:
-        """Get ready to measure; False when the checkpoint is not to be had here."""
+    def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> list[str] | None:
+        """Get ready to measure, and tell with what `_code`; None when the checkpoint is not to be had here."""
         torch.set_num_threads(setup.threads)
+        _round_as(setup.rounding)
         model = source.load(setup.device) if isinstance(source, Checkpoint) else source.to(setup.device)
         if model is None:
-            return False
+            return None
         share = setup.memory_of_one(model)
         self._evaluator = Evaluator(
             dissect(model),
@@ -129,9 +132,8 @@ class Worker:
             states=States(share // 2),
             memory=share // 2,
             order=setup.order,
-            besides=setup.besides,
         )
-        return True
+        return _code(model)
 
     def measure(self, job: Job) -> Measured:
         """Measure the job's routes on its batch."""
@@ -238,7 +240,6 @@ class RayWorkers:
                 evaluator.batches,
                 evaluator.objective,
                 evaluator.options,
-                evaluator.besides,
                 evaluator.order,
                 device,
                 session.threads,
@@ -321,10 +322,16 @@ class RayWorkers:
         if isinstance(answer, Measured):
             job, place.job, place.deaths = place.job, None, 0
             return answer if job is not None else None
-        if answer:
-            place.ready = True
-        else:
+        if answer is None:
             place.waiting = place.actor.prepare.remote(self._setup, self._model)
+        elif other := sorted({*answer} - {*_code(self._evaluator.anatomy.model)}):
+            self._prepare(place)
+            raise UserError(
+                f"a worker runs other code than this process ({', '.join(other)}): install the same versions of "
+                "shallower and transformers, and put the same files of the model's own code, on every machine."
+            )
+        else:
+            place.ready = True
         return None
 
     def _bury(self, place: _Place, error: Exception) -> None:
@@ -344,6 +351,29 @@ class RayWorkers:
                 f"every worker died {MOST_DEATHS} times in a row; the last said: {reason[:300].rstrip('.')}. When "
                 "memory was short, give fewer --workers or less --memory."
             ) from error
+
+
+def _code(model: PreTrainedModel) -> list[str]:
+    """What measures a model: versions, and digests of its own code. Classes of a script go with it to a worker."""
+    version, *files = code_of_model(model)
+    own = [name for name in files if not name.startswith("__main__.")]
+    return [f"shallower {__version__}", f"transformers {version}", *own]
+
+
+def _rounding() -> str | tuple[str, str]:
+    """How exact products of float32 are in this process."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each kind of device, as torch has it since 2.9
+        return torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision
+
+
+def _round_as(rounding: str | tuple[str, str]) -> None:
+    """Compute products of float32 as exactly as the process that `_rounding` is of."""
+    if isinstance(rounding, str):
+        torch.set_float32_matmul_precision(rounding)
+    else:
+        torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision = rounding
 
 
 def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:

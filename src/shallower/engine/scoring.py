@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shallower.corpus.answers import Answers
 from shallower.engine.head import LOWEST, ROW_CHUNK_BYTES_ELSEWHERE, Head
-from shallower.engine.method_code import told
+from shallower.engine.method_code import is_ours
 from shallower.engine.states import DenseRows
 from shallower.engine.trace import Trace, stacked
 from shallower.registry import Method
@@ -49,15 +49,15 @@ def temperature_of(objective: Method, options: Mapping[str, Any]) -> float:
 
 
 def along_with(objective: Method, options: Mapping[str, Any]) -> tuple[Method, ...]:
-    """Objectives without options whose numbers are at hand when this one is measured: they cost nothing more. Not those
-    that cannot be told from others of their name: nothing could be remembered beside them.
+    """Our own objectives without options whose numbers are at hand when this one is measured: they cost nothing more.
+    Nobody asked for those of other packages here, and one that fails would take this one with it.
     """
     asked = set(objective.parameters)
     if not asked or not asked <= REDUCED or temperature_of(objective, options) != 1.0:
         return ()
     at_hand = asked | {"log_normalizer", "target_logits"}
-    others = (other for other in objectives if other.name != objective.name and not other.options)
-    return tuple(other for other in others if other.parameters and at_hand.issuperset(other.parameters) and told(other))
+    others = (other for other in objectives if is_ours(other) and other.name != objective.name)
+    return tuple(other for other in others if not other.options and at_hand.issuperset(other.parameters))
 
 
 def reads_choices(objective: Method) -> bool:

@@ -24,6 +24,7 @@ from shallower.engine.evaluator import Evaluator, Job, Measured, shares
 
 SHARE_OF_FREE_MEMORY = 0.25  # for what the engine keeps besides the model, unless told
 CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 MOST_THREADS = 8  # beyond this Python itself, of which one thread runs at a time, holds them up
 
 
@@ -161,12 +162,34 @@ def _available() -> int:
 
 
 def _allowed() -> int:
-    """What a container's limit (cgroup version 2) leaves. Pages of files that were not read lately count as free: they
-    make way.
+    """What limits of a container, a job or a service (cgroups) leave: the smallest of this process's group and of those
+    that it is in.
     """
+    free = sys.maxsize
     try:
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return free
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, files = CGROUP, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, files = CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = root / path.lstrip("/")  # in a container it may be one of the host's, and `root` is the container's
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                free = min(free, _left(folder, *files))
+    return free
+
+
+def _left(group: Path, limit: str, used: str, unread: str) -> int:
+    """Bytes that a group may still take. Pages of files that were not read lately count as free: they make way."""
+    try:
+        most, now = (int((group / name).read_text()) for name in (limit, used))
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such limit
         return sys.maxsize
-    return limit - used + int(held.get("inactive_file", 0))
+    return most - now + int(held.get(unread, 0))

@@ -136,7 +136,7 @@ def score_many(
     this model, text and objective, for adaptive metrics; it stays open. only: of the units those that may go, which are
     all that an adaptive metric takes away and scores (default: all). The rest is as for `score`.
 
-    Raises what `score` raises.
+    Raises what `score` raises, and UserError for an ablator of something else.
     """
     methods = chosen_metrics(names)
     adaptive = [method for method in methods if _is_adaptive(method)]
@@ -181,6 +181,8 @@ def score_many(
         asked = objective if adaptive else "nll"
         note_default(calibration)
         text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=asked)
+        if adaptive and ablator is not None:
+            ablator.require_measures(subject.model, text, objective, judged)
     takes = [unit for unit in wanted if only is None or unit in only]
     rows: dict[str, tuple[Score, ...]] = {}
     if stream:

@@ -459,13 +459,5 @@ def _ablator(
         ) as own:
             yield own
         return
-    if given.anatomy.model is not subject.model:
-        other = "model"
-    elif given.calibration.digest != text.digest:
-        other = "calibration"
-    elif (given.objective.name, given.options) != (objective, dict(options)):
-        other = "objective"
-    else:
-        yield given
-        return
-    raise UserError(f"the ablator was made for another {other}; give this search one of its own, or none.")
+    given.require_measures(subject.model, text, objective, options)
+    yield given

@@ -18,7 +18,13 @@ from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.streamed import is_streamed, stream_from_processor
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.determinants import beside_weights, code_of_model, determinants, determined
+from shallower.checkpoint.determinants import (
+    beside_weights,
+    code_of_model,
+    determinants,
+    determined,
+    is_portable,
+)
 from shallower.checkpoint.dtype import DTYPES, dtype_name, parse_device, parse_dtype, require_float64
 from shallower.checkpoint.fingerprint import checksum, fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
@@ -433,7 +439,7 @@ def make_ablator(
     number of Ray workers on this machine, or the address of a Ray cluster; by default threads of this process measure.
 
     Raises UserError when either cannot be read, Ray is not installed, or workers are asked for and the model is
-    streamed, and ModelError when it is spread over devices.
+    streamed, and ModelError when it is spread over devices, or computes what it does in this process alone.
     """
     limit, asked = parse_memory(memory), parse_workers(workers)
     crew = None
@@ -444,6 +450,12 @@ def make_ablator(
             raise ModelError(
                 f"the model is spread over devices by accelerate, and each worker (--workers {asked}) would need it "
                 "all: drop --workers, or load it on one device."
+            )
+        if not is_portable(subject.model):
+            raise ModelError(
+                "autocast, a hook on all modules, another forward of a class, or an attention that transformers does "
+                f"not have holds in this process alone, and workers (--workers {asked}) would measure another model: "
+                "undo it, or drop --workers."
             )
         crew = partial(RayWorkers, asked=asked, memory=limit, checkpoint=_checkpoint(subject))
     return Ablator(
