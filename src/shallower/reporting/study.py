@@ -68,7 +68,7 @@ def _terminal(head: Sequence[str], rows: Rows, caption: str) -> Table:
     return table
 
 
-_AGREEMENT_HEAD = ("Differing in", "Shared units (Jaccard)", "Same order (Kendall)", "Pairs of cells")
+_AGREEMENT_HEAD = ("Differing in", "Shared units (Jaccard)", "Same order (Kendall)", "Pairs")
 
 
 def agreement_rows(findings: Findings) -> Rows:
@@ -169,6 +169,7 @@ def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
     for stratum in grouped(results, lambda result: result.cell.stratum).values():
         for factor in FACTORS:
             levels = grouped(stratum, lambda result, factor=factor: result.cell.level(factor))  # type: ignore[misc]
+            levels.pop(None, None)  # plans that do not depend on it
             if len(levels) < 2:
                 continue
             for level, group in levels.items():
@@ -218,7 +219,7 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
             "Plans that differ in one thing only",
             _AGREEMENT_HEAD,
             agreement_rows(findings),
-            "1 is the same plan, or the same order. In brackets: 95 % intervals.",
+            "Of plans that depend on it. 1 is the same plan, or the same order. In brackets: 95 % intervals.",
         ),
         _Table(
             "shares",
@@ -267,7 +268,9 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
 _OVER = "cells and held-out texts"
 
 HOW = (
-    "In brackets: 95 % intervals. Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
+    "In brackets: 95 % intervals. Plans are compared across a factor if they depend on it: a ranking by cosine, for "
+    "instance, asks no objective. Cells that have the same plan for this reason count once. "
+    "Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
     "type II sums of squares of main effects and interactions of two factors, within one model and ratio, with redrawn "
     "residuals; of a plan, summed over sublayers. Searches that draw are not compared across seeds, and what they draw "
     "is left over. Correlation: over distinct plans, bootstrap over these. No interval (–): what a single group of "

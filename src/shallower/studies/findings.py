@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement, percentiles
-from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, grouped
+from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, distinct, grouped
 from shallower.studies.variance import RESIDUAL, Share, decompose
 
 FEWEST = 4  # cells, sets of them, or distinct plans, below which a share, a comparison or a correlation says nothing
@@ -120,26 +120,33 @@ def outcomes(results: Sequence[Result]) -> dict[str, Callable[[Result], float]]:
 
 def _decompositions(results: Sequence[Result], seed: int) -> list[Decomposition]:
     found = []
-    for (model, remove), group in _strata(results).items():
-        if len(group) < FEWEST:
-            continue
-        levels = {factor: [_level(result.cell, factor) for result in group] for factor in FACTORS}
-        parts = sorted({part for result in group for part in result.sublayers})
-        measured = {"plan": np.array([[float(part in result.sublayers) for part in parts] for result in group])}
-        for name, value in outcomes(group).items():
-            if name == "loss" and len(set(levels["objective"])) > 1:
+    for (model, remove), cells in _strata(results).items():
+        plans = distinct(cells)
+        parts = sorted({part for result in plans for part in result.sublayers})
+        of_plans = np.array([[float(part in result.sublayers) for part in parts] for result in plans])
+        measured = {"plan": (plans, of_plans)}
+        for name, value in outcomes(cells).items():
+            if name == "loss" and len({result.cell.objective for result in cells}) > 1:
                 continue  # losses of different objectives cannot be compared
-            measured[name] = np.array([value(result) for result in group])
-        for name, values in measured.items():
+            group = cells if name == "loss" else plans  # the loss of one plan depends on the text
+            measured[name] = (group, np.array([value(result) for result in group]))
+        for name, (group, values) in measured.items():
+            if len(group) < FEWEST:
+                continue
+            levels = {factor: [_level(result.cell, factor, name) for result in group] for factor in FACTORS}
             shares = tuple(decompose(values, levels, seed)) if np.isfinite(values).all() else ()
             if any(item.share.value for item in shares):  # what does not vary is due to nothing
                 found.append(Decomposition(model, remove, name, shares))
     return found
 
 
-def _level(cell: Cell, factor: str) -> Hashable:
-    """The level of a factor; of the seed none where a search draws with it: what it draws is then left over."""
-    return None if factor == "seed" and cell.draws else cell.level(factor)
+def _level(cell: Cell, factor: str, outcome: str) -> Hashable:
+    """The level of a factor, None where the outcome does not depend on it; of the seed none where a search draws with
+    it: what it draws is then left over.
+    """
+    if factor == "seed" and cell.draws:
+        return None
+    return getattr(cell, factor) if outcome == "loss" else cell.level(factor)
 
 
 def _ranks(results: Sequence[Result], seed: int) -> list[RankAgreement]:
