@@ -393,6 +393,45 @@ def test_what_is_shown_of_all_cells_is_shown_of_each_model() -> None:
         assert len(re.findall(">large<", drawn)) == names
 
 
+def test_means_are_over_cells_that_are_there_at_every_level() -> None:
+    from shallower.reporting.study import markdown
+
+    results = [
+        result(block("abcd".index(text), seed + 6), text=text, sequences=size, seed=seed, held_out={"wiki": worth})
+        for text, worth in (("a", 10.0), ("b", 20.0), ("c", 40.0), ("d", 80.0))
+        for size in (16, 64)
+        for seed in (0, 1)
+        if (text, size) != ("d", 64)  # too short
+    ]
+    found = find(results)
+    told = markdown(results, found)
+    assert "| 2 | sequences | 16 | 20.00 |\n| 2 | sequences | 64 | 20.00 |" in told
+    assert "at each level: 6 where text is compared, 2 where sequences is compared." in told
+    assert [(item.tokens, item.perplexity, item.cells, item.left_out) for item in found.stability] == [
+        (256, pytest.approx(20), 6, 2),
+        (1024, pytest.approx(20), 6, 0),
+    ]
+    assert "at each level: 2 where size is compared." in told
+    assert found.omitted == ()
+
+
+def test_a_cell_that_lost_the_model_is_in_no_mean_and_what_it_drops_is_named() -> None:
+    from shallower.reporting.study import markdown
+
+    results = [
+        replace(each, held_out={"wiki": math.inf}) if each.cell.text == "a" and each.cell.search == "swap" else each
+        for each in made_up("text")
+    ]
+    found = find(results)
+    told = markdown(results, found)
+    assert "inf |" not in told
+    assert "| 2 | text | a | 30.00 |" in told  # of the other three searches
+    assert "| 2 | search | swap | 49.32 |" in told  # of the other three texts
+    assert [(item.outcome, item.cells) for item in found.omitted] == [("wiki", 2)]
+    assert {item.outcome for item in found.decompositions} == {"plan", "loss", "quiz"}
+    assert "The variance of perplexity on wiki at 2 is left out: it is infinite or unknown in 2 cells." in found.answer
+
+
 def test_figures_of_a_study_have_captions_and_words_stand_left() -> None:
     from shallower.reporting.study import markdown, render
 
