@@ -445,7 +445,7 @@ def test_names_stay_whole_in_80_columns():
     from shallower.reporting.tables import bench_table
     from shallower.timing.speed import Speed, Spread
 
-    spread = Spread(0.1806, 0.1783, 0.1901)
+    spread = Spread(0.1806, 0.1783, 0.1901, 5)
     speed = Speed(spread, spread, 23_592_960, 538_060_032, 99_000_000, 128, 32, 1)
     name = "SmolLM2-135M-Instruct"
     told = shown(bench_table({name: (speed,), "smaller": (speed,)}, "Measured on a processor. Medians of five runs."))
