@@ -26,7 +26,7 @@ from shallower.reporting.tables import (
     perplexity_table,
     scores_table,
 )
-from shallower.reporting.wording import count, duration, headline, number, score, size
+from shallower.reporting.wording import comparison, count, duration, headline, number, score, size
 from shallower.scores import Score, Scores
 from shallower.units import Span, Unit, parse_units
 
@@ -169,6 +169,29 @@ def test_headline():
     told = "Removed 2 of 10 blocks (20.0 % of blocks, 15.8 % of parameters): "
     assert headline(report()) == told + "perplexity on news 26.2 → 70.0, decoding 1.22× faster."
     assert headline(bare()) == "Removed 2 of 10 blocks (20.0 % of blocks, 20.0 % of parameters)."
+
+
+def test_a_speed_within_the_spread_of_the_runs_is_told_as_such(tmp_path):
+    def timed(slowest: float, fastest: float) -> ReportData:
+        """Decoding at 24.1 tokens/s, between 20 and 25, against 29.4."""
+        data = report()
+        dense = replace(data.dense, decode_range=(20.0, 25.0))
+        return replace(data, dense=dense, pruned=replace(data.pruned, decode_range=(slowest, fastest)))
+
+    assert headline(timed(24.0, 31.0)).endswith("decoding 1.22× faster (within the spread).")
+    assert headline(timed(26.0, 31.0)).endswith("decoding 1.22× faster.")
+    told = {row.label: row.difference for row in comparison(timed(24.0, 31.0))}
+    assert told["Decoding, tokens/s"] == "1.22× faster (within the spread)"
+    assert told["Prefill, tokens/s"] == "1.24× faster"  # of an early version, which kept no ranges
+    (tmp_path / "report.json").write_text(json.dumps(timed(24.0, 31.0).to_json()))
+    assert ReportData.load(tmp_path / "report.json") == timed(24.0, 31.0)
+    data = timed(24.0, 31.0).to_json()
+    for side in ("dense", "pruned"):
+        del data[side]["decode_range"], data[side]["prefill_range"]
+    assert ReportData.from_json(data) == report()
+    data["dense"]["decode_range"] = [25.0, 20.0]
+    with pytest.raises(UserError, match=r"'decode_range' of 'dense' of the report is \[25.0, 20.0\], not the least"):
+        ReportData.from_json(data)
 
 
 def test_headline_of_sublayers_and_many_texts():

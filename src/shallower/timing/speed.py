@@ -85,6 +85,18 @@ class Speed:
         return self.generate * self.batch / self.decode_s.median
 
     @property
+    def prefill_range(self) -> tuple[float, float]:
+        """Tokens a second in the slowest and the fastest run."""
+        tokens = self.prompt * self.batch
+        return tokens / self.prefill_s.most, tokens / self.prefill_s.least
+
+    @property
+    def decode_range(self) -> tuple[float, float]:
+        """Tokens a second in the slowest and the fastest run."""
+        tokens = self.generate * self.batch
+        return tokens / self.decode_s.most, tokens / self.decode_s.least
+
+    @property
     def peak_bytes(self) -> int | None:
         """Weights and what a run holds above them."""
         return None if self.working_bytes is None else self.parameter_bytes + self.working_bytes

@@ -26,7 +26,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.page import render
-from shallower.reporting.wording import size
+from shallower.reporting.wording import size, speed_rows
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_together, require_unquantized, require_whole, save
@@ -441,12 +441,11 @@ def _card(data: ReportData) -> str:
         rows.append((f"perplexity, {name} ({tokens:,} tokens)", f"{value:.2f}", f"{data.pruned.perplexity[name]:.2f}"))
     for name, value in data.dense.tasks.items():
         rows.append((name, f"{value:.3f}", f"{data.pruned.tasks[name]:.3f}"))
-    for label, before, after in (
-        ("prefill, tokens/s", data.dense.prefill_tokens_per_s, data.pruned.prefill_tokens_per_s),
-        ("decoding, tokens/s", data.dense.decode_tokens_per_s, data.pruned.decode_tokens_per_s),
-    ):
-        if before is not None and after is not None:
-            rows.append((label, f"{before:.1f}", f"{after:.1f}"))
+    rows += [
+        (f"{row.label.lower()}, tokens/s", row.dense, f"{row.pruned}: {row.difference}")
+        for row in speed_rows(data)
+        if row.difference
+    ]
     lines = ["## Before and after", "", "| | dense | pruned |", "|---|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     if data.speed_setting:
