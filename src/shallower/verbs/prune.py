@@ -57,6 +57,7 @@ from shallower.verbs.recovery_steps import (
     require_training,
 )
 from shallower.verbs.repairable import keep_repairable, naming
+from shallower.verbs.repaired import left_unrepaired
 from shallower.verbs.request import Request, parameters_left, resolve, takes_all
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
@@ -264,7 +265,7 @@ def prune(
             *text.notes,
             *nothing_held_out(read.held_out, text.calibration),
             *measured.of_tasks,
-            *(() if steps else _left_unrepaired(given)),
+            *(() if steps else left_unrepaired(given, "this model was", "Add --recover {}.")),
             *measured.of_speed,
             *stored.notes,
             *said,
@@ -392,17 +393,6 @@ def _recoveries(
     theirs = {key: text for key, text in settings.items() if key in known}
     others = {key: text for key, text in settings.items() if key not in known or key in wanted}
     return parse_recoveries(names, theirs, elsewhere=wanted), others
-
-
-def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
-    """What to know of a plan that was chosen after a repair, where the cut model gets none."""
-    repair = plan.made_by.repair
-    if not repair:
-        return ()
-    return (
-        f"The plan was chosen by what {repair} makes of the cut (--repair), and this model was not repaired: losses "
-        f"in the plan are not its own, and without repair another may be better. Add --recover {repair}.",
-    )
 
 
 def _kinds(request: Request) -> frozenset[Kind]:
