@@ -114,7 +114,7 @@ def ratio_curve(
     comparison = Comparison(tuple(evaluations), made_by=made_by)
     comparison = replace(comparison, notes=(*notes, *comparison.overflows()))
     if out is not None:
-        kinds = {unit.kind for unit in removed[-1]}
+        kinds = {unit.kind: len(subject.anatomy.of_kind(unit.kind)) for unit in removed[-1]}
         curve = curve_files(comparison.evaluations, subject.identity.name, kinds)
         write_comparison(comparison, out, force=force, more=curve)
     return comparison
