@@ -379,6 +379,22 @@ def test_same_data_same_bytes_whatever_the_settings():
     assert matplotlib.rcParams == before
 
 
+def test_a_logarithmic_axis_has_dots_as_bars_would_have_an_arbitrary_length():
+    scores = report().influence[0]
+    rows = {
+        "Bar chart": [0.1 + 0.01 * index for index in range(10)],
+        "Dots": [0.01 * 4**index for index in range(10)],
+        "Dots over": [0.01 * (-4) ** index for index in range(10)],
+    }
+    for shape, values in rows.items():
+        listed = tuple(Score(Unit(index, "block"), value, 0.001) for index, value in enumerate(values))
+        drawn = influence_bars(replace(scores, rows=listed), frozenset({Unit(2, "block")}))
+        assert f">{shape}" in drawn
+        assert ("log scale" in drawn) == shape.startswith("Dots")
+        assert len(re.findall("#d55e00", drawn)) >= 2  # what is removed, and its shade
+    assert "The higher, the more a unit matters to the model." in render(report())
+
+
 def test_nothing_to_draw():
     data = report()
     empty = replace(data.influence[0], rows=(Score(Unit(0, "block"), math.nan),))
