@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,12 @@ def test_one_process_takes_turns_at_each_size(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_differences_within_the_spread_are_not_significant() -> None:
-    first, same, twice = Spread(2.0, 1.8, 2.2), Spread(1.9, 1.7, 1.8 + 1e-9), Spread(1.0, 0.9, 1.7)
+    first, same, twice = Spread(2.0, 1.8, 2.2, 4), Spread(1.9, 1.7, 1.8 + 1e-9, 4), Spread(1.0, 0.9, 1.7, 4)
     assert same.overlaps(first)
     assert first.overlaps(same)
     assert not twice.overlaps(first)
+    assert (same.differs_from(first), twice.differs_from(first)) == (False, True)
+    assert replace(twice, runs=3).differs_from(first) is None  # apart by chance in one of ten
     assert twice.faster_than(first) == pytest.approx(100.0)
     assert first.faster_than(twice) == pytest.approx(-50.0)
 
@@ -226,6 +229,9 @@ def test_table_and_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     speed = data["models"][1]["speeds"][1]
     assert speed["decode_tokens_per_s"] == pytest.approx(3 * 2 / speed["decode_s"]["median"])
     assert speed["kv_cache_percent"] == -50
+    assert speed["decode_s"]["runs"] == 2
+    assert speed["decode_faster"]["significant"] is None
+    assert "? marks all, as fewer than 4 runs say little" in " ".join(printed.split())
     assert data["models"][0]["speeds"][1]["kv_cache_bytes"] == 2 * speed["kv_cache_bytes"]
     assert run(folder / "dense", *sizes, "--out", out) == 2
     assert "exists" in capsys.readouterr().err
@@ -257,5 +263,5 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], arguments: t
 
 
 def test_speeds_know_their_peak() -> None:
-    spread = Spread(1.0, 1.0, 1.0)
+    spread = Spread(1.0, 1.0, 1.0, 4)
     assert Speed(spread, spread, 1, 100, 20, 1, 1, 1).peak_bytes == 120

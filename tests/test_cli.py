@@ -390,6 +390,14 @@ def test_prune_says_what_it_cost_and_how_to_load_it(cli: Cli, place: Path, tmp_p
     exec(load, found)
     assert found["model"].config.num_hidden_layers == 4
     assert [path.name for path in tmp_path.iterdir()] == ["smaller"]
+    told = json.loads((out / "report.json").read_text())
+    assert told["speed_setting"].endswith("medians of 5 alternating runs")
+    for side in ("dense", "pruned"):
+        least, most = told[side]["decode_range"]
+        assert least <= told[side]["decode_tokens_per_s"] <= most
+    assert re.search(
+        r"\| decoding, tokens/s \| \S+ \| \S+: (\S+× (faster|slower)|unchanged)", (out / "README.md").read_text()
+    )
 
 
 def test_prune_by_plan_and_json(cli: Cli, place: Path, plan: Path, tmp_path: Path) -> None:

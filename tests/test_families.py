@@ -192,6 +192,16 @@ def test_linear_attention_is_weighed_by_whole_chunks(family: str, monkeypatch: p
     assert flops(8) > 1.2 * usual
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "deepseek_v3"])  # llama's keys are shared by queries
+def test_attention_weighs_the_same_however_it_is_computed(family: str) -> None:
+    model = tiny_model(family, blocks=2)
+    weighed = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        weighed.append(weigh(dissect(model)))
+    assert weighed[0] == weighed[1]
+
+
 def test_packed_weights_weigh_what_they_stand_for() -> None:
     pytest.importorskip("bitsandbytes")
     anatomy = dissect(tiny_model("llama", blocks=2))

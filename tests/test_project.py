@@ -145,7 +145,7 @@ def test_the_page_on_files_has_every_key(root: Path, tmp_path: Path) -> None:
     found += missing("evaluation.json", {key for document in (evaluation, *rows, *inner) for key in document})
     found += missing("recovery.json", (), RecoveryData, RecoveryStage, RecoveryMadeBy)
     found += missing("report.json", (), ReportData, Side)
-    spread = Spread(1.0, 1.0, 1.0)
+    spread = Spread(1.0, 1.0, 1.0, 4)
     timed = [Timed(name, 2, 2, 2, 9, "float32", (Speed(spread, spread, 1, 1, 1, 1, 1, 1),)) for name in "ab"]
     bench = Bench(tuple(timed), (), 1, 1, "float32", "cpu", 1, None).to_json()
     found += missing("bench", {*bench, *bench["models"][1], *bench["models"][1]["speeds"][0]}, Spread)

@@ -61,6 +61,7 @@ from shallower.verbs import recoveries, repaired
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
 from shallower.verbs.prune_texts import Wanted, wanted_of_prune
+from shallower.verbs.ratio_curve import ratio_curve
 from shallower.verbs.recover import recover
 from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repairable import keep_repairable
@@ -1543,6 +1544,11 @@ def test_a_cut_by_a_plan_that_was_chosen_behind_a_repair_says_that_none_was_made
         told[repair, recover_by] = [note for note in notes if "was not repaired" in note]
     assert [len(notes) for notes in told.values()] == [0, 1, 0]
     assert told["low-rank", ""][0].endswith("Add --recover low-rank.")
+    text_file = str(files / "text.jsonl")
+    curve = ratio_curve(files / "dense", plan, texts=text_file, window=32, max_windows=1, dtype="float32")
+    [note] = [note for note in curve.notes if "not repaired" in note]
+    assert note.startswith("The plan was chosen by what low-rank makes of the cut (--repair), and its prefixes are not")
+    assert "`shallower prune --recover low-rank` makes them." in note
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from shallower.reporting.tables import (
     perplexity_table,
     scores_table,
 )
-from shallower.reporting.wording import count, duration, headline, number, score, size
+from shallower.reporting.wording import comparison, count, duration, headline, number, score, size
 from shallower.scores import Score, Scores
 from shallower.units import Span, Unit, parse_units
 
@@ -169,6 +169,29 @@ def test_headline():
     told = "Removed 2 of 10 blocks (20.0 % of blocks, 15.8 % of parameters): "
     assert headline(report()) == told + "perplexity on news 26.2 → 70.0, decoding 1.22× faster."
     assert headline(bare()) == "Removed 2 of 10 blocks (20.0 % of blocks, 20.0 % of parameters)."
+
+
+def test_a_speed_within_the_spread_of_the_runs_is_told_as_such(tmp_path):
+    def timed(slowest: float, fastest: float) -> ReportData:
+        """Decoding at 24.1 tokens/s, between 20 and 25, against 29.4."""
+        data = report()
+        dense = replace(data.dense, decode_range=(20.0, 25.0))
+        return replace(data, dense=dense, pruned=replace(data.pruned, decode_range=(slowest, fastest)))
+
+    assert headline(timed(24.0, 31.0)).endswith("decoding 1.22× faster (within the spread).")
+    assert headline(timed(26.0, 31.0)).endswith("decoding 1.22× faster.")
+    told = {row.label: row.difference for row in comparison(timed(24.0, 31.0))}
+    assert told["Decoding, tokens/s"] == "1.22× faster (within the spread)"
+    assert told["Prefill, tokens/s"] == "1.24× faster"  # of an early version, which kept no ranges
+    (tmp_path / "report.json").write_text(json.dumps(timed(24.0, 31.0).to_json()))
+    assert ReportData.load(tmp_path / "report.json") == timed(24.0, 31.0)
+    data = timed(24.0, 31.0).to_json()
+    for side in ("dense", "pruned"):
+        del data[side]["decode_range"], data[side]["prefill_range"]
+    assert ReportData.from_json(data) == report()
+    data["dense"]["decode_range"] = [25.0, 20.0]
+    with pytest.raises(UserError, match=r"'decode_range' of 'dense' of the report is \[25.0, 20.0\], not the least"):
+        ReportData.from_json(data)
 
 
 def test_headline_of_sublayers_and_many_texts():
@@ -356,6 +379,22 @@ def test_same_data_same_bytes_whatever_the_settings():
     assert matplotlib.rcParams == before
 
 
+def test_a_logarithmic_axis_has_dots_as_bars_would_have_an_arbitrary_length():
+    scores = report().influence[0]
+    rows = {
+        "Bar chart": [0.1 + 0.01 * index for index in range(10)],
+        "Dots": [0.01 * 4**index for index in range(10)],
+        "Dots over": [0.01 * (-4) ** index for index in range(10)],
+    }
+    for shape, values in rows.items():
+        listed = tuple(Score(Unit(index, "block"), value, 0.001) for index, value in enumerate(values))
+        drawn = influence_bars(replace(scores, rows=listed), frozenset({Unit(2, "block")}))
+        assert f">{shape}" in drawn
+        assert ("log scale" in drawn) == shape.startswith("Dots")
+        assert len(re.findall("#d55e00", drawn)) >= 2  # what is removed, and its shade
+    assert "The higher, the more a unit matters to the model." in render(report())
+
+
 def test_nothing_to_draw():
     data = report()
     empty = replace(data.influence[0], rows=(Score(Unit(0, "block"), math.nan),))
@@ -445,7 +484,7 @@ def test_names_stay_whole_in_80_columns():
     from shallower.reporting.tables import bench_table
     from shallower.timing.speed import Speed, Spread
 
-    spread = Spread(0.1806, 0.1783, 0.1901)
+    spread = Spread(0.1806, 0.1783, 0.1901, 5)
     speed = Speed(spread, spread, 23_592_960, 538_060_032, 99_000_000, 128, 32, 1)
     name = "SmolLM2-135M-Instruct"
     told = shown(bench_table({name: (speed,), "smaller": (speed,)}, "Measured on a processor. Medians of five runs."))

@@ -35,7 +35,7 @@ from shallower.registry import Method
 from shallower.studies.findings import find
 from shallower.studies.grid import Study, parse_study, read_study
 from shallower.studies.overlap import agreement, jaccard, mean_interval, order_agreement
-from shallower.studies.result import Cell, Result
+from shallower.studies.result import CALIBRATION, Cell, Result
 from shallower.studies.variance import RESIDUAL, decompose
 from shallower.units import Unit
 
@@ -77,6 +77,59 @@ def test_only_cells_that_differ_in_one_factor_are_compared() -> None:
         "search": (pytest.approx(1 / 3), 1),
         "seed": (1.0, 1),
     }
+
+
+def test_a_factor_is_compared_among_plans_that_depend_on_it_and_each_once() -> None:
+    """Greedy asks the objective; one-shot ranks by cosine, random draws by the seed alone, last reads nothing."""
+    results = []
+    for text, objective, search in itertools.product("ab", ("nll", "kl"), ("greedy", "one-shot", "random", "last")):
+        if search == "greedy":
+            order = block(1, 2 if objective == "nll" else 3, "ab".index(text) + 4)
+        else:
+            order = {"one-shot": block(6, 7, "ab".index(text) + 8), "random": block(0, 5, 9), "last": block(7, 8, 9)}[
+                search
+            ]
+        numbers = {"loss": 1.0 + len(results), "held_out": {"wiki": 20.0 + sum(unit.index for unit in order)}}
+        results.append(result(order, text=text, objective=objective, search=search, **numbers))
+    found = {item.factor: (item.jaccard.value, item.pairs, item.groups) for item in agreement(results)}
+    # 2 / 4 of greedy's units are shared by two objectives; of one-shot's it would be 1, and of the others, too
+    assert found["objective"] == (pytest.approx(1 / 2), 2, 2)
+    # by two texts 2 / 4, too: two pairs of greedy and one of one-shot, which has the same plan at both objectives
+    assert found["text"] == (pytest.approx(1 / 2), 3, 3)
+    # greedy with each of the others at 4 places, one-shot with random and last at 2, random with last once; the
+    # objectives are one group, as they share one-shot's plan
+    assert found["search"][1:] == (3 * 4 + 2 * 2 + 1, 2)
+    for item in find(results).decompositions:
+        assert {share.term for share in item.shares} <= {"text", "objective", "search", RESIDUAL} | {
+            "text × objective",
+            "text × search",
+            "objective × search",
+        }
+    [of_plan] = [item for item in find(results).decompositions if item.outcome == "plan"]
+    alone = [each for each in results if each.cell.objective == "nll" or each.cell.search == "greedy"]
+    alone = [each for each in alone if each.cell.text == "a" or each.cell.search in ("greedy", "one-shot")]
+    assert len(alone) == 8
+    assert of_plan in find(alone).decompositions  # that one plan is in several cells changes no share
+
+
+@pytest.mark.parametrize(
+    ("how", "reads"),
+    [
+        ({"search": "greedy"}, {*CALIBRATION, "objective", "search"}),
+        ({"search": "one-shot:loss"}, {*CALIBRATION, "objective", "search"}),
+        ({"search": "one-shot"}, {*CALIBRATION, "search"}),
+        ({"search": "contiguous"}, {*CALIBRATION, "search"}),
+        ({"search": "one-shot:taylor"}, {*CALIBRATION, "search"}),  # by gradients of nll, whatever the objective
+        ({"search": "one-shot,swap"}, {*CALIBRATION, "objective", "search"}),
+        ({"search": "one-shot", "objective": "task"}, {"text", "sequences", "length", "seed", "search"}),
+        ({"search": "one-shot:magnitude"}, {"search"}),
+        ({"search": "random"}, {"search", "seed"}),
+        ({"search": "last"}, {"search"}),
+        ({"search": "greedy", "remove": "block.1,block.3"}, set()),
+    ],
+)
+def test_what_a_plan_depends_on(how: dict[str, str], reads: set[str]) -> None:
+    assert result(block(1), **how).cell.reads == reads
 
 
 def test_the_interval_of_a_mean_draws_whole_groups() -> None:
@@ -169,7 +222,7 @@ def test_an_outcome_that_never_varies_has_no_shares() -> None:
 def made_up(decisive: str) -> list[Result]:
     """A grid where one factor alone decides."""
     results = []
-    searches = ("greedy", "swap", "last", "beam")
+    searches = ("greedy", "swap", "one-shot", "beam")
     for text, seed, search in itertools.product("abcd", (0, 1), searches):
         level = {"text": "abcd".index(text), "search": searches.index(search)}[decisive]
         numbers = {"held_out": {"wiki": 30.0 + 10 * level}, "tasks": {"quiz": 0.5 - 0.1 * level}}
@@ -181,13 +234,13 @@ def made_up(decisive: str) -> list[Result]:
 def test_what_does_not_vary_is_due_to_nothing() -> None:
     from shallower.reporting.study import markdown
 
-    still = [result(block(3), text=text, search=search) for text in "ab" for search in ("greedy", "last")]
+    still = [result(block(3), text=text, search=search) for text in "ab" for search in ("greedy", "swap")]
     findings = find(still)
     assert findings.decompositions == ()
     assert "variance" not in findings.answer
     moved = [
         result(block(3 + shift), text=text, search=search, remove="4", loss=2.0 + shift)
-        for shift, (text, search) in enumerate(itertools.product("ab", ("greedy", "last")))
+        for shift, (text, search) in enumerate(itertools.product("ab", ("greedy", "swap")))
     ]
     findings = find([*still, *moved])
     assert {(item.remove, item.outcome) for item in findings.decompositions} == {("4", "plan"), ("4", "loss")}
@@ -213,7 +266,7 @@ def test_few_cells_do_not_say_what_changes_plans_more(tmp_path: Path) -> None:
             for shift, search in enumerate(searches)
         ]
 
-    few, many = find(grid("ab", ("greedy", "swap"))), find(grid("abcd", ("greedy", "swap", "last", "beam")))
+    few, many = find(grid("ab", ("greedy", "swap"))), find(grid("abcd", ("greedy", "swap", "one-shot", "beam")))
     assert "too few sets of cells (2, where 4 are needed)" in few.answer
     assert "So here" not in few.answer
     assert "So here calibration changes the plan more" in many.answer
@@ -229,14 +282,14 @@ def test_what_a_search_draws_is_no_effect_of_calibration() -> None:
     drawn = Random(0)
     results = [
         result(
-            block(*drawn.sample(range(10), 3)) if search == "random" else block(7, 8, 9),
+            block(*drawn.sample(range(10), 3)) if search == "annealing" else block(7, 8, 9),
             text=text,
             **{"seed": seed, "search": search},
         )
-        for search, seed, text in itertools.product(("random", "last", "greedy"), range(4), "ab")
+        for search, seed, text in itertools.product(("annealing", "swap", "greedy"), range(4), "ab")
     ]
     for each in results:
-        assert each.cell.draws == (each.cell.search == "random")
+        assert each.cell.draws == (each.cell.search == "annealing")
     findings = find(results)
     across = {item.factor: item for item in findings.agreements}
     assert across["seed"].jaccard.value == 1
@@ -336,8 +389,47 @@ def test_what_is_shown_of_all_cells_is_shown_of_each_model() -> None:
     for results, columns, names in ((one, 4, 0), (both, 8, 1)):
         drawn = spread(results)
         assert drawn is not None
-        assert len(re.findall(">(?:greedy|swap|last|beam)<", drawn)) == columns
+        assert len(re.findall(">(?:greedy|swap|one-shot|beam)<", drawn)) == columns
         assert len(re.findall(">large<", drawn)) == names
+
+
+def test_means_are_over_cells_that_are_there_at_every_level() -> None:
+    from shallower.reporting.study import markdown
+
+    results = [
+        result(block("abcd".index(text), seed + 6), text=text, sequences=size, seed=seed, held_out={"wiki": worth})
+        for text, worth in (("a", 10.0), ("b", 20.0), ("c", 40.0), ("d", 80.0))
+        for size in (16, 64)
+        for seed in (0, 1)
+        if (text, size) != ("d", 64)  # too short
+    ]
+    found = find(results)
+    told = markdown(results, found)
+    assert "| 2 | sequences | 16 | 20.00 |\n| 2 | sequences | 64 | 20.00 |" in told
+    assert "at each level: 6 where text is compared, 2 where sequences is compared." in told
+    assert [(item.tokens, item.perplexity, item.cells, item.left_out) for item in found.stability] == [
+        (256, pytest.approx(20), 6, 2),
+        (1024, pytest.approx(20), 6, 0),
+    ]
+    assert "at each level: 2 where size is compared." in told
+    assert found.omitted == ()
+
+
+def test_a_cell_that_lost_the_model_is_in_no_mean_and_what_it_drops_is_named() -> None:
+    from shallower.reporting.study import markdown
+
+    results = [
+        replace(each, held_out={"wiki": math.inf}) if each.cell.text == "a" and each.cell.search == "swap" else each
+        for each in made_up("text")
+    ]
+    found = find(results)
+    told = markdown(results, found)
+    assert "inf |" not in told
+    assert "| 2 | text | a | 30.00 |" in told  # of the other three searches
+    assert "| 2 | search | swap | 49.32 |" in told  # of the other three texts
+    assert [(item.outcome, item.cells) for item in found.omitted] == [("wiki", 2)]
+    assert {item.outcome for item in found.decompositions} == {"plan", "loss", "quiz"}
+    assert "The variance of perplexity on wiki at 2 is left out: it is infinite or unknown in 2 cells." in found.answer
 
 
 def test_figures_of_a_study_have_captions_and_words_stand_left() -> None:

@@ -47,6 +47,7 @@ from shallower.evaluation.task_fields import with_fields
 from shallower.evaluation.tasks import LoadedTasks, TaskResult, TaskSettings, open_tasks, run_tasks
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan
+from shallower.reporting.curves import ratio_figure
 from shallower.reporting.evaluation import TaskColumn, task_table
 from shallower.surgery import cut
 from shallower.testing.families import tiny_model, tiny_tokenizer
@@ -767,7 +768,23 @@ def test_prefixes_of_a_plan_give_what_their_cuts_give(model: Any, data: Path, tm
         assert measured.nll == pytest.approx(plain.nll, abs=1e-5)
         assert (measured.counts, measured.bytes) == (plain.counts, plain.bytes)
         assert each.parameters == sum(parameter.numel() for parameter in smaller.parameters())
-    assert (tmp_path / "curve" / "curve.svg").read_text().startswith("<svg")
+    drawn = (tmp_path / "curve" / "curve.svg").read_text()
+    assert drawn.startswith("<svg")
+    assert ">blocks removed, of 6<" in drawn
+    assert ">chance<" in drawn
+    figure = ratio_figure(found.evaluations, "cut before", {"attn": 4})
+    assert figure is not None
+    assert figure.axes[-1].get_xlabel() == "attention sublayers removed, of 4"
+    choices = [json.loads(line)["choices"] for line in (data / "arc_easy" / "test.jsonl").read_text().splitlines()]
+    guessed = {"arc_easy": sum(1 / len(each) for each in choices) / len(choices), "boolq": 1 / 2}
+    for each in found.evaluations:
+        assert {result.task: result.chance for result in each.tasks} == pytest.approx(guessed)
+    level = {
+        round(line.get_ydata()[0], 4)
+        for line in figure.axes[0].lines
+        if line.get_linestyle() == ":" and len(line.get_ydata())
+    }
+    assert level == {round(chance, 4) for chance in guessed.values()}
     assert (tmp_path / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads((tmp_path / "curve" / "evaluation.json").read_text())
     assert {row["removed"] for row in told["tasks"]} == {0, 1, 3}

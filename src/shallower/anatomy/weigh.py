@@ -153,7 +153,9 @@ def _with_cache(anatomy: Anatomy) -> list[int]:
 
 
 def _products() -> dict[object, object]:
-    """How to count what the counter does not know: the one product over all experts, and that with packed weights."""
+    """How to count what the counter does not know: the one product over all experts, that with packed weights, and
+    fused attention on a processor (it knows those of other devices).
+    """
 
     def grouped(rows: tuple[int, ...], matrices: tuple[int, ...], *_: object, **__: object) -> int:
         return 2 * rows[-2] * rows[-1] * matrices[-1]
@@ -161,7 +163,15 @@ def _products() -> dict[object, object]:
     def packed(rows: tuple[int, ...], _: object, matrix: Sequence[int], *__: object, **___: object) -> int:
         return 2 * math.prod(rows) * matrix[0]
 
-    known: list[tuple[object, str, Callable[..., int]]] = [(torch.ops.aten, "_grouped_mm", grouped)]
+    def attention(
+        queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...], *_: object, **__: object
+    ) -> int:
+        return 2 * math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+
+    known: list[tuple[object, str, Callable[..., int]]] = [
+        (torch.ops.aten, "_grouped_mm", grouped),
+        (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", attention),
+    ]
     known += [(torch.ops.bitsandbytes, name, packed) for name in ("gemv_4bit", "gemm_4bit")]
     return {getattr(place, name): count for place, name, count in known if hasattr(place, name)}
 

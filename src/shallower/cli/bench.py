@@ -31,7 +31,15 @@ def bench(
     ] = "128",
     generate: Annotated[int, Option("--generate", metavar="N", min=1, help="Tokens decoded after each prompt.")] = 32,
     batch: Annotated[str, Option("--batch", metavar="N,N", help="Sequences at once; several sizes: 1,8.")] = "1",
-    repeats: Annotated[int, Option("--repeats", metavar="N", min=1, help="Measured runs of each model.")] = 5,
+    repeats: Annotated[
+        int,
+        Option(
+            "--repeats",
+            metavar="N",
+            min=1,
+            help="Measured runs of each model; fewer than 4 say little of a difference.",
+        ),
+    ] = 5,
     warmup: Annotated[int, Option("--warmup", metavar="N", min=0, help="Runs of each before, not measured.")] = 1,
     out: Annotated[
         Path | None, Option("--out", metavar="FILE", help="Write all figures here, as JSON. Default: only show them.")

@@ -70,8 +70,9 @@ class TaskResult:
     """What one model reached in one task, or group of tasks. The first metric is the task's main one.
 
     shots: examples before each question, None where a group's tasks differ. split, route: what was read, and from
-    where. group: whether it sums others up; within: the nearest group whose sum it is in. samples: of each item what
-    was asked and answered, as lm-eval logs it.
+    where. group: whether it sums others up; within: the nearest group whose sum it is in. chance: the accuracy of
+    guessing among an item's choices, over the items; None where the main metric is none, or not known. samples: of each
+    item what was asked and answered, as lm-eval logs it.
     """
 
     task: str
@@ -83,6 +84,7 @@ class TaskResult:
     metrics: tuple[TaskMetric, ...]
     group: bool = False
     within: str | None = None
+    chance: float | None = None
     samples: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
 
     @property
@@ -326,6 +328,7 @@ def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
                 route=", ".join(sorted({record.route for record in records})),
                 metrics=metrics,
                 group=group,
+                chance=_chance(tasks, leaves, found["samples"]) if metrics[0].name.startswith("acc") else None,
                 samples=() if group else tuple(found["samples"][name]),
             )
         )
@@ -333,6 +336,21 @@ def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
     results = [replace(result, within=_above(result.task, parents, summed_up)) for result in results]
     depth = {result.task: _depth(result.task, parents) for result in results}
     return sorted(results, key=lambda result: (_root(result.task, parents, tasks), depth[result.task]))
+
+
+def _chance(
+    tasks: LoadedTasks, leaves: Sequence[str], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> float | None:
+    """The mean of 1 / choices over the items; None where some are not asked by choices."""
+    shares: list[float] = []
+    for leaf in leaves:
+        task = tasks.loaded["tasks"][leaf]
+        if task.OUTPUT_TYPE != "multiple_choice":
+            return None
+        shares += [
+            1 / len(task.doc_to_choice(doc)) for doc in {item["doc_id"]: item["doc"] for item in samples[leaf]}.values()
+        ]
+    return sum(shares) / len(shares) if shares else None
 
 
 def _shots(counts: Mapping[str, int], leaves: Sequence[str]) -> int | None:

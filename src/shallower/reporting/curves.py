@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ from shallower.reporting.wording import KIND_NAMES
 from shallower.units import Kind
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#B59B00")
+_SHARED = "#64748B"  # of a line that several tasks have
 _MARKERS = "osD^vPX*"
 _DOTS = 200  # of a PNG, an inch
 
@@ -35,8 +36,10 @@ class CurvePoint(Protocol):
     def tasks(self) -> tuple[TaskResult, ...]: ...
 
 
-def curve_files(points: Sequence[CurvePoint], model: str, kinds: Collection[Kind]) -> dict[str, str | bytes]:
-    """`curve.svg` and `curve.png`; nothing when there is nothing to draw. kinds: of the units that the plan removes."""
+def curve_files(points: Sequence[CurvePoint], model: str, kinds: Mapping[Kind, int]) -> dict[str, str | bytes]:
+    """`curve.svg` and `curve.png`; nothing when there is nothing to draw. kinds: of the units that the plan removes,
+    with how many of each the model has.
+    """
     with styled():
         figure = ratio_figure(points, model, kinds)
         if figure is None:
@@ -46,12 +49,14 @@ def curve_files(points: Sequence[CurvePoint], model: str, kinds: Collection[Kind
         title = f"{model}: accuracy and perplexity against units removed"
         return {
             "curve.png": image.getvalue(),
-            "curve.svg": svg(figure, title, "One point for each prefix of the plan."),
+            "curve.svg": svg(figure, title, "One point for each prefix of the plan; dotted: chance."),
         }
 
 
-def ratio_figure(points: Sequence[CurvePoint], model: str, kinds: Collection[Kind]) -> Figure | None:
-    """Accuracy above, with its standard error, and perplexity on a logarithmic axis below, where they were measured."""
+def ratio_figure(points: Sequence[CurvePoint], model: str, kinds: Mapping[Kind, int]) -> Figure | None:
+    """Accuracy above, with its standard error and what guessing reaches, and perplexity on a logarithmic axis below,
+    where they were measured.
+    """
     tasks = [result.task for result in points[0].tasks if result.within is None]
     texts = list(points[0].perplexity)
     panels = [name for name, found in (("tasks", tasks), ("texts", texts)) if found]
@@ -69,12 +74,15 @@ def ratio_figure(points: Sequence[CurvePoint], model: str, kinds: Collection[Kin
             _draw_texts(own, places, points, texts)
         own.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    removed = f"{KIND_NAMES[next(iter(kinds))]}s" if len(kinds) == 1 else "units"
-    axes[-1].set_xlabel(f"{removed} removed, of {points[0].blocks}{'' if len(kinds) == 1 else ' blocks'}")
+    axes[-1].set_xlabel(f"units removed, of {points[0].blocks} blocks")
+    if len(kinds) == 1:
+        [(kind, there)] = kinds.items()  # a model that was cut before has fewer attentions than blocks
+        axes[-1].set_xlabel(f"{KIND_NAMES[kind]}s removed, of {there}")
     return figure
 
 
 def _draw_tasks(axes: Axes, places: Sequence[int], points: Sequence[CurvePoint], tasks: Sequence[str]) -> None:
+    guessing: dict[float, list[str]] = {}  # what it reaches, and the colours of such tasks
     for number, task in enumerate(tasks):
         values, errors = [], []
         for point in points:
@@ -85,6 +93,12 @@ def _draw_tasks(axes: Axes, places: Sequence[int], points: Sequence[CurvePoint],
         axes.errorbar(
             places, values, yerr=errors, label=task, markersize=4, linewidth=1.3, capsize=2, elinewidth=0.7, **style
         )
+        if (chance := next(result.chance for result in points[0].tasks if result.task == task)) is not None:
+            guessing.setdefault(round(chance, 4), []).append(style["color"])
+    for chance, colours in guessing.items():
+        axes.axhline(chance, color=colours[0] if len(colours) == 1 else _SHARED, linestyle=":", linewidth=1.1, zorder=1)
+    if guessing:
+        axes.plot([], [], ":", color=_SHARED, linewidth=1.1, label="chance")
     axes.set_ylabel("accuracy, or the task's own score")
 
 

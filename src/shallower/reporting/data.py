@@ -20,6 +20,8 @@ RECOVERY_FORMAT = "shallower.recovery/1"
 
 _MEASURED = ("dtype", "device", "window", "windows")  # how perplexity was measured
 
+_RANGES = ("prefill_range", "decode_range")  # which early versions did not write
+
 _T = TypeVar("_T")
 _Reader = Callable[[Any, str], Any]  # (value, where it stands) → what it means; raises UserError
 
@@ -28,7 +30,9 @@ _Reader = Callable[[Any, str], Any]  # (value, where it stands) → what it mean
 class Side:
     """What was measured of one model, the dense or the pruned one. None and absent names mean: not measured.
 
-    flops and kv_bytes are per token. perplexity, perplexity_tokens: by name of the text. tasks: by name of the task.
+    flops and kv_bytes are per token. perplexity, perplexity_tokens: by name of the text. prefill_range, decode_range:
+    tokens a second in the slowest and the fastest of the runs, of which the speeds are medians. tasks: by name of the
+    task.
     """
 
     blocks: int
@@ -40,6 +44,8 @@ class Side:
     perplexity_tokens: Mapping[str, int] = field(default_factory=dict)
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
+    prefill_range: tuple[float, ...] | None = None
+    decode_range: tuple[float, ...] | None = None
     tasks: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -48,7 +54,7 @@ class Side:
     @classmethod
     def from_json(cls, data: Any, where: str = "the side") -> Side:
         """Build from parsed JSON. Raises UserError naming every fault."""
-        return cls(**_fields(data, where, _SIDE))
+        return cls(**_fields(data, where, _SIDE, optional=_RANGES))
 
 
 @dataclass(frozen=True)
@@ -332,6 +338,13 @@ def _named(read: Callable[[Any, str], _T]) -> Callable[[Any, str], dict[str, _T]
     return items
 
 
+def _range(value: Any, where: str) -> tuple[float, ...]:
+    ends = _many(_number)(value, where)
+    if len(ends) != 2 or not ends[0] <= ends[1]:
+        raise UserError(f"{where} is {value!r}, not the least and the most.")
+    return ends
+
+
 _SIDE: dict[str, _Reader] = {
     "blocks": _integer,
     "parameters": _integer,
@@ -342,6 +355,8 @@ _SIDE: dict[str, _Reader] = {
     "perplexity_tokens": _named(_integer),
     "prefill_tokens_per_s": _or_none(_number),
     "decode_tokens_per_s": _or_none(_number),
+    "prefill_range": _or_none(_range),
+    "decode_range": _or_none(_range),
     "tasks": _named(_number),
 }
 _STAGE: dict[str, _Reader] = {

@@ -39,7 +39,7 @@ _LABELLED_BLOCKS = 40  # up to so many blocks each has its number on the axis
 _LABELLED_STARTS = 34  # the same, on the narrower axis of the heatmap
 _LABELLED_REMOVALS = 64
 _BRIGHTEST = 0.85
-_LOG_RANGE = 20  # bars that differ by more than this factor get a logarithmic axis
+_LOG_RANGE = 20  # values that differ by more than this factor get a logarithmic axis
 
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
@@ -71,7 +71,8 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
-    """A bar for each unit at its block, with the standard error where there is one; what was removed stands out.
+    """A bar for each unit at its block, with the standard error where there is one; what was removed stands out. On a
+    logarithmic axis, where a bar's length would depend on where the axis begins, a dot.
 
     None when no unit has a finite score.
     """
@@ -82,16 +83,21 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
     kinds = [kind for kind in KINDS if any(unit.kind == kind for unit, _ in rows)]
     whole = {unit.index for unit in removed if unit.kind == "block"}
     gone = {unit for unit, _ in rows if unit in removed or unit.index in whole}
+    dots = _wide([row.value for _, row in rows])
     with styled():
         figure = Figure(figsize=(WIDTH, 2.9 if len(kinds) == 1 else 1.0 + 1.9 * len(kinds)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
         for axes, kind in zip(panels, kinds, strict=True):
-            _bars(axes, {unit: row for unit, row in rows if unit.kind == kind}, gone, kind, blocks)
+            _values(axes, {unit: row for unit, row in rows if unit.kind == kind}, gone, kind, blocks, dots=dots)
             axes.set_ylabel(f"{scores.metric} of {kind}")
-        for axes in panels:  # they share the scale, so it must see all bars
-            _bar_scale(axes, [row.value for _, row in rows])
+        for axes in panels:  # they share the scale, so it must see all values
+            _value_scale(axes, [row.value for _, row in rows])
         _block_axis(panels[-1], blocks, "block (0-based)", _LABELLED_BLOCKS)
-        handles = [Patch(color=_COLOURS[kind], label=f"{KIND_NAMES[kind]}, kept") for kind in kinds]
+        labels = {kind: f"{KIND_NAMES[kind]}, kept" for kind in kinds}
+        handles: list[Patch | Line2D] = [
+            _dot(_COLOURS[kind], label) if dots else Patch(color=_COLOURS[kind], label=label)
+            for kind, label in labels.items()
+        ]
         if gone:
             handles.append(Patch(facecolor=_REMOVED, edgecolor="#F7D7C2", linewidth=2.5, label="removed"))
         _legend(panels[0], handles)
@@ -99,7 +105,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
         return svg(
             figure,
             importance(scores),
-            f"Bar chart over blocks 0 to {blocks - 1}. Removed: {told}.",
+            f"{'Dots' if dots else 'Bar chart'} over blocks 0 to {blocks - 1}. Removed: {told}.",
         )
 
 
@@ -267,16 +273,18 @@ def styled() -> Iterator[None]:
         yield
 
 
-def _bars(axes: Axes, rows: Mapping[Unit, Score], gone: Collection[Unit], kind: Kind, blocks: int) -> None:
+def _values(
+    axes: Axes, rows: Mapping[Unit, Score], gone: Collection[Unit], kind: Kind, blocks: int, *, dots: bool
+) -> None:
     for span in runs((unit for unit in rows if unit in gone), kind):
         # what is removed is low, so its bars alone would hardly be seen
         axes.axvspan(span.start - 0.5, span.stop - 0.5, color=_REMOVED, alpha=0.16, linewidth=0)
-    axes.bar(
-        [unit.index for unit in rows],
-        [row.value for row in rows.values()],
-        0.78,
-        color=[_REMOVED if unit in gone else _COLOURS[kind] for unit in rows],
-    )
+    places, values = [unit.index for unit in rows], [row.value for row in rows.values()]
+    colours = [_REMOVED if unit in gone else _COLOURS[kind] for unit in rows]
+    if dots:
+        axes.scatter(places, values, s=max(8.0, min(26.0, 900 / blocks)), color=colours, zorder=3)
+    else:
+        axes.bar(places, values, 0.78, color=colours)
     measured = [(unit.index, row.value, row.error) for unit, row in rows.items() if row.error]
     axes.errorbar(
         [index for index, _, _ in measured],
@@ -290,17 +298,23 @@ def _bars(axes: Axes, rows: Mapping[Unit, Score], gone: Collection[Unit], kind: 
     )
 
 
-def _bar_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Linear, unless the small bars could not be told apart then."""
-    axes.grid(axis="y")
+def _wide(values: Sequence[float]) -> bool:
+    """Whether the small values could not be told apart on a linear axis."""
     sizes = sorted(abs(value) for value in values if value)
-    if not sizes or sizes[-1] < _LOG_RANGE * sizes[len(sizes) // 2]:
+    return bool(sizes) and sizes[-1] >= _LOG_RANGE * sizes[len(sizes) // 2]
+
+
+def _value_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Linear, unless they are too wide."""
+    axes.grid(axis="y")
+    if not _wide(values):
         axes.axhline(0, color="#94A3B8", linewidth=0.8)
         return
+    sizes = sorted(abs(value) for value in values if value)
     if min(values) > 0:
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()} (log scale)")
-        axes.set_ylim(bottom=10 ** math.floor(math.log10(sizes[0])))
+        axes.set_ylim(bottom=sizes[0] / 1.6)
     else:
         axes.set_yscale("symlog", linthresh=sizes[len(sizes) // 2], linscale=1.2)
         axes.set_ylabel(f"{axes.get_ylabel()} (log scale)")

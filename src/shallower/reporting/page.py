@@ -145,7 +145,7 @@ def _figures(data: ReportData) -> str:
     removed = data.plan.removed
     parts = []
     for scores in data.influence:
-        told = "Taller bars matter more to the model. " if scores.metric != "loss" else _LOSS_METRIC
+        told = "The higher, the more a unit matters to the model. " if scores.metric != "loss" else _LOSS_METRIC
         if any(row.error for row in scores.rows):
             drawn = "orders of removal" if scores.metric == "shapley" else "calibration sequences"
             told += f"Whiskers: standard error over {drawn}. "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from shallower.reporting.wording import distinct_names, number, percent
 from shallower.strict_json import spelled, write_json
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
-from shallower.studies.result import FACTORS, Failure, Result, grouped
+from shallower.studies.result import FACTORS, Failure, Result, counterparts, grouped
 from shallower.studies.variance import RESIDUAL
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _terminal(head: Sequence[str], rows: Rows, caption: str) -> Table:
     return table
 
 
-_AGREEMENT_HEAD = ("Differing in", "Shared units (Jaccard)", "Same order (Kendall)", "Pairs of cells")
+_AGREEMENT_HEAD = ("Differing in", "Shared units (Jaccard)", "Same order (Kendall)", "Pairs")
 
 
 def agreement_rows(findings: Findings) -> Rows:
@@ -160,25 +161,45 @@ def _first(models: Mapping[str, str], model: str) -> tuple[str, ...]:
     return (models[model],) if models else ()
 
 
+def _levels(results: Sequence[Result]) -> Iterator[tuple[str, dict[Hashable, list[Result]], list[Result]]]:
+    """For each model, ratio and factor: the results to average at each of its levels, and those that are left out as
+    they have no counterpart at another level.
+    """
+    for stratum in grouped(results, lambda result: result.cell.stratum).values():
+        for factor in FACTORS:
+            levels = grouped(stratum, lambda result, factor=factor: result.cell.level(factor))  # type: ignore[misc]
+            levels.pop(None, None)  # plans that do not depend on it
+            if len(levels) > 1:
+                kept = counterparts(levels, factor)
+                there = {result.cell for group in kept.values() for result in group}
+                yield factor, kept, [each for group in levels.values() for each in group if each.cell not in there]
+
+
 def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
-    """Mean outcomes at each level of each factor: the geometric mean of perplexities, the mean of accuracies.
+    """Mean outcomes at each level of each factor, over cells that have a counterpart at every level: the geometric mean
+    of perplexities, the mean of accuracies.
 
     models: see `model_names`; the first column, where there are.
     """
     rows: Rows = []
-    for stratum in grouped(results, lambda result: result.cell.stratum).values():
-        for factor in FACTORS:
-            levels = grouped(stratum, lambda result, factor=factor: result.cell.level(factor))  # type: ignore[misc]
-            if len(levels) < 2:
-                continue
-            for level, group in levels.items():
-                row = [*_first(models, group[0].cell.model), group[0].cell.remove, factor, str(level)]
-                row.append(_number(_geometric([value for result in group for value in result.held_out.values()])))
-                if any(result.tasks for result in results):
-                    accuracies = [value for result in group for value in result.tasks.values() if not math.isnan(value)]
-                    row.append(percent(sum(accuracies), len(accuracies)) if accuracies else "–")
-                rows.append(tuple(row))
+    for factor, levels, left_out in _levels(results):
+        cell = next(each.cell for each in [*itertools.chain(*levels.values()), *left_out])
+        for level, group in levels.items():
+            row = [*_first(models, cell.model), cell.remove, factor, str(level)]
+            row.append(_number(_geometric([value for result in group for value in result.held_out.values()])))
+            if any(result.tasks for result in results):
+                accuracies = [value for result in group for value in result.tasks.values()]
+                row.append(percent(sum(accuracies), len(accuracies)) if accuracies else "–")
+            rows.append(tuple(row))
     return rows
+
+
+def _left_out(counts: Mapping[str, int]) -> str:
+    """A sentence on cells that were measured and are in no mean; nothing where there are none. counts: by factor."""
+    told = ", ".join(f"{count:,} where {factor} is compared" for factor, count in counts.items() if count)
+    return (
+        f" Left out are cells without a finite outcome, or without a counterpart at each level: {told}." if told else ""
+    )
 
 
 def _geometric(values: Sequence[float]) -> float:
@@ -212,13 +233,16 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
     levels = level_rows(results, models)
     levels_head = (*several, *_BEST_HEAD)[: len(levels[0]) if levels else 0]
     failures_head = (*several, *_FAILURE_HEAD)
+    of_levels: Counter[str] = Counter()
+    for factor, _, left_out in _levels(results):
+        of_levels[factor] += len(left_out)
     found = [
         _Table(
             "agreement",
             "Plans that differ in one thing only",
             _AGREEMENT_HEAD,
             agreement_rows(findings),
-            "1 is the same plan, or the same order. In brackets: 95 % intervals.",
+            "Of plans that depend on it. 1 is the same plan, or the same order. In brackets: 95 % intervals.",
         ),
         _Table(
             "shares",
@@ -233,7 +257,8 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
             "What each choice brings on average",
             levels_head,
             levels,
-            f"Perplexity: the geometric mean over {_OVER}; lower is better. Accuracy: the mean over cells and tasks.",
+            f"Perplexity: the geometric mean over {_OVER}; lower is better. Accuracy: the mean over cells and tasks."
+            + _left_out(of_levels),
             len(several) + _BEST_HEAD.index("Level") + 1,
         ),
         _Table(
@@ -249,7 +274,8 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
             "How many tokens are enough?",
             (*several, *_STABILITY_HEAD),
             stability_rows(findings, models),
-            f"Perplexity: the geometric mean over {_OVER}; lower is better.",
+            f"Perplexity: the geometric mean over {_OVER}; lower is better."
+            + _left_out({"size": sum(item.left_out for item in findings.stability)}),
             len(several) + 1,
         ),
         _Table(
@@ -267,7 +293,9 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
 _OVER = "cells and held-out texts"
 
 HOW = (
-    "In brackets: 95 % intervals. Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
+    "In brackets: 95 % intervals. Plans are compared across a factor if they depend on it: a ranking by cosine, for "
+    "instance, asks no objective. Cells that have the same plan for this reason count once. "
+    "Agreement: bootstrap over groups of cells that share all but the factor. Variance: "
     "type II sums of squares of main effects and interactions of two factors, within one model and ratio, with redrawn "
     "residuals; of a plan, summed over sublayers. Searches that draw are not compared across seeds, and what they draw "
     "is left over. Correlation: over distinct plans, bootstrap over these. No interval (–): what a single group of "

@@ -162,9 +162,15 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
 
 def bench_table(speeds: Mapping[str, Sequence[Speed]], setting: str) -> Table:
     """Models at each prompt and batch size, by name; under each time and amount its difference to the first model's."""
-    told = f"{setting} Differences are to the first model; ≈ marks those within the spread."
-    table = new_table("Model", "Prefill", "Decoding", "Peak memory", "KV cache", caption=told)
+    from shallower.timing.speed import FEWEST_RUNS
+
     first = next(iter(speeds))
+    told = f"{setting} Differences are to the first model; ≈ marks those within the spread."
+    if min(speed.prefill_s.runs for speed in speeds[first]) < FEWEST_RUNS:
+        told = (
+            f"{setting} Differences are to the first model; ? marks all, as fewer than {FEWEST_RUNS} runs say little."
+        )
+    table = new_table("Model", "Prefill", "Decoding", "Peak memory", "KV cache", caption=told)
     for place, reference in enumerate(speeds[first]):
         table.add_section()
         add_row(table, f"prompt {reference.prompt}, batch {reference.batch}", style="bold")
@@ -192,7 +198,7 @@ def _timing(spread: Spread, tokens_per_s: float, against: Spread | None) -> str:
     median, least, most = (number(scale * value) for value in (spread.median, spread.least, spread.most))
     lines = [f"{number(tokens_per_s)} tokens/s", f"{median} {unit} ({least}–{most})"]
     if against is not None:
-        mark = "≈ " if spread.overlaps(against) else ""
+        mark = {True: "", False: "≈ ", None: "? "}[spread.differs_from(against)]
         lines.append(mark + signed(spread.faster_than(against), "{:.1f} %".format))
     return "\n".join(lines)
 

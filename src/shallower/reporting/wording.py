@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,9 @@ class ComparisonRow:
 def headline(data: ReportData) -> str:
     """What was removed, what it cost and what it gained, in one sentence."""
     effects = [_perplexities(data)]
-    for word, before, after in (
-        ("decoding", data.dense.decode_tokens_per_s, data.pruned.decode_tokens_per_s),
-        ("prefill", data.dense.prefill_tokens_per_s, data.pruned.prefill_tokens_per_s),
-    ):
-        if before and after:
-            effects.append(f"{word} {_speed_change(before, after)}")
+    for row in reversed(speed_rows(data)):
+        if row.difference:
+            effects.append(f"{row.label.lower()} {row.difference}")
             break
     told = ", ".join(filter(None, effects))
     methods = [stage.method for stage in data.recovery[1:]]  # the first is what there was
@@ -86,19 +83,32 @@ def comparison(data: ReportData) -> tuple[ComparisonRow, ...]:
         tokens = {f"{side.perplexity_tokens[name]:,}" for side in (dense, pruned) if name in side.perplexity_tokens}
         label = f"Perplexity on {name}" + (f" ({' or '.join(sorted(tokens))} tokens)" if tokens else "")
         rows.append(ComparisonRow(label, number(before), number(after), _more(before, after)))
-    for label, before, after in (
-        ("Prefill, tokens/s", dense.prefill_tokens_per_s, pruned.prefill_tokens_per_s),
-        ("Decoding, tokens/s", dense.decode_tokens_per_s, pruned.decode_tokens_per_s),
-    ):
-        if before is not None or after is not None:
-            change = _speed_change(before, after) if before and after else ""
-            rows.append(ComparisonRow(label, number(before), number(after), change))
+    rows += [replace(row, label=f"{row.label}, tokens/s") for row in speed_rows(data)]
     for name in dict.fromkeys([*dense.tasks, *pruned.tasks]):
         before, after = dense.tasks.get(name), pruned.tasks.get(name)
         change = "" if before is None or after is None else signed(after - before, "{:.3f}".format)
         shown = ["–" if value is None else f"{value:.3f}" for value in (before, after)]
         rows.append(ComparisonRow(name, shown[0], shown[1], change))
     return tuple(rows)
+
+
+def speed_rows(data: ReportData) -> list[ComparisonRow]:
+    """Prefill and decoding, where they were timed: tokens a second, and how many times faster, or slower."""
+    rows = []
+    dense, pruned = data.dense, data.pruned
+    for label, before, after, ranges in (
+        (
+            "Prefill",
+            dense.prefill_tokens_per_s,
+            pruned.prefill_tokens_per_s,
+            (dense.prefill_range, pruned.prefill_range),
+        ),
+        ("Decoding", dense.decode_tokens_per_s, pruned.decode_tokens_per_s, (dense.decode_range, pruned.decode_range)),
+    ):
+        if before is not None or after is not None:
+            change = _speed_change(before, after, *ranges) if before and after else ""
+            rows.append(ComparisonRow(label, number(before), number(after), change))
+    return rows
 
 
 def recovery_rows(
@@ -252,8 +262,14 @@ def _more(before: float | None, after: float | None) -> str:
     return f"{signed(after - before)} ({after / before:.2f}×)"
 
 
-def _speed_change(before: float, after: float) -> str:
+def _speed_change(
+    before: float, after: float, range_before: Sequence[float] | None, range_after: Sequence[float] | None
+) -> str:
+    """ranges: of the runs; None where an early version did not keep them."""
     ratio = after / before
     if f"{ratio:.2f}" == "1.00":
         return "unchanged"
-    return f"{ratio:.2f}× faster" if ratio > 1 else f"{1 / ratio:.2f}× slower"
+    change = f"{ratio:.2f}× faster" if ratio > 1 else f"{1 / ratio:.2f}× slower"
+    if range_before and range_after and range_before[0] <= range_after[1] and range_after[0] <= range_before[1]:
+        return f"{change} (within the spread)"
+    return change

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement, percentiles
-from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, grouped
+from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, counterparts, distinct, grouped
 from shallower.studies.variance import RESIDUAL, Share, decompose
 
 FEWEST = 4  # cells, sets of them, or distinct plans, below which a share, a comparison or a correlation says nothing
@@ -51,6 +51,16 @@ def _among(item: Share, factors: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
+class Omitted:
+    """An outcome in one stratum whose variance has no shares, as it is infinite or unknown in `cells` of them."""
+
+    model: str
+    remove: str
+    outcome: str
+    cells: int
+
+
+@dataclass(frozen=True)
 class RankAgreement:
     """Spearman's rank correlation over distinct plans between perplexity on a text (low is good) and accuracy on a
     task.
@@ -66,9 +76,10 @@ class RankAgreement:
 @dataclass(frozen=True)
 class Stability:
     """Plans of one model and calibration sets of one size that differ in their seed only: how alike, and how good they
-    are.
+    are. Cells that depend on the size and have a counterpart at every other.
 
-    tokens: sequences × length. perplexity: geometric mean over cells and held-out texts; nan without any.
+    tokens: sequences × length. perplexity: geometric mean over cells and held-out texts; nan without any. left_out:
+    cells of this size that have no such counterpart, or are not finite themselves.
     """
 
     model: str
@@ -76,6 +87,7 @@ class Stability:
     jaccard: Interval
     perplexity: float
     cells: int
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class Findings:
     failures: tuple[Failure, ...]
     agreements: tuple[Agreement, ...]
     decompositions: tuple[Decomposition, ...]
+    omitted: tuple[Omitted, ...]
     ranks: tuple[RankAgreement, ...]
     stability: tuple[Stability, ...]
     answer: str
@@ -97,11 +110,11 @@ class Findings:
 def find(results: Sequence[Result], failures: Sequence[Failure] = (), seed: int = 0) -> Findings:
     """Run every statistic that the results allow. seed: of the resampling."""
     agreements = tuple(agreement(results, seed=seed))
-    decompositions = tuple(_decompositions(results, seed))
+    decompositions, omitted = _decompositions(results, seed)
     ranks = tuple(_ranks(results, seed))
     stability = tuple(_stability(results, seed))
-    words = _answer(results, failures, agreements, decompositions, ranks, stability)
-    return Findings(len(results), tuple(failures), agreements, decompositions, ranks, stability, words)
+    words = _answer(results, failures, agreements, decompositions, omitted, ranks, stability)
+    return Findings(len(results), tuple(failures), agreements, decompositions, omitted, ranks, stability, words)
 
 
 def _strata(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -118,28 +131,38 @@ def outcomes(results: Sequence[Result]) -> dict[str, Callable[[Result], float]]:
     return found
 
 
-def _decompositions(results: Sequence[Result], seed: int) -> list[Decomposition]:
-    found = []
-    for (model, remove), group in _strata(results).items():
-        if len(group) < FEWEST:
-            continue
-        levels = {factor: [_level(result.cell, factor) for result in group] for factor in FACTORS}
-        parts = sorted({part for result in group for part in result.sublayers})
-        measured = {"plan": np.array([[float(part in result.sublayers) for part in parts] for result in group])}
-        for name, value in outcomes(group).items():
-            if name == "loss" and len(set(levels["objective"])) > 1:
+def _decompositions(results: Sequence[Result], seed: int) -> tuple[tuple[Decomposition, ...], tuple[Omitted, ...]]:
+    found, omitted = [], []
+    for (model, remove), cells in _strata(results).items():
+        plans = distinct(cells)
+        parts = sorted({part for result in plans for part in result.sublayers})
+        of_plans = np.array([[float(part in result.sublayers) for part in parts] for result in plans])
+        measured = {"plan": (plans, of_plans)}
+        for name, value in outcomes(cells).items():
+            if name == "loss" and len({result.cell.objective for result in cells}) > 1:
                 continue  # losses of different objectives cannot be compared
-            measured[name] = np.array([value(result) for result in group])
-        for name, values in measured.items():
-            shares = tuple(decompose(values, levels, seed)) if np.isfinite(values).all() else ()
+            group = cells if name == "loss" else plans  # the loss of one plan depends on the text
+            measured[name] = (group, np.array([value(result) for result in group]))
+        for name, (group, values) in measured.items():
+            if len(group) < FEWEST:
+                continue
+            if lost := len(values) - int(np.isfinite(values.reshape(len(values), -1)).all(1).sum()):
+                omitted.append(Omitted(model, remove, name, lost))
+                continue
+            levels = {factor: [_level(result.cell, factor, name) for result in group] for factor in FACTORS}
+            shares = tuple(decompose(values, levels, seed))
             if any(item.share.value for item in shares):  # what does not vary is due to nothing
                 found.append(Decomposition(model, remove, name, shares))
-    return found
+    return tuple(found), tuple(omitted)
 
 
-def _level(cell: Cell, factor: str) -> Hashable:
-    """The level of a factor; of the seed none where a search draws with it: what it draws is then left over."""
-    return None if factor == "seed" and cell.draws else cell.level(factor)
+def _level(cell: Cell, factor: str, outcome: str) -> Hashable:
+    """The level of a factor, None where the outcome does not depend on it; of the seed none where a search draws with
+    it: what it draws is then left over.
+    """
+    if factor == "seed" and cell.draws:
+        return None
+    return getattr(cell, factor) if outcome == "loss" else cell.level(factor)
 
 
 def _ranks(results: Sequence[Result], seed: int) -> list[RankAgreement]:
@@ -169,15 +192,19 @@ def _spearman(first: Any, second: Any, seed: int) -> Interval:
 def _stability(results: Sequence[Result], seed: int) -> list[Stability]:
     found = []
     for of_model in grouped(results, lambda result: result.cell.model).values():
-        sizes = grouped(of_model, lambda result: result.cell.sequences * result.cell.length)
-        for tokens, group in sorted(sizes.items(), key=lambda item: str(item[0]).zfill(12)):
-            across = [item for item in agreement(group, ["seed"], seed) if item.factor == "seed"]
+        sizes: dict[int, list[Result]] = {}
+        for result in of_model:
+            if "sequences" in result.cell.reads:
+                sizes.setdefault(result.cell.sequences * result.cell.length, []).append(result)
+        for tokens, group in sorted(counterparts(sizes, "sequences", "length").items()):
+            across = agreement(group, ["seed"], seed)
             if not across:
                 continue
             logs = [math.log(value) for result in group for value in result.held_out.values()]
             typical = math.exp(sum(logs) / len(logs)) if logs else float("nan")
+            left_out = len(sizes[tokens]) - len(group)
             model = group[0].cell.model
-            found.append(Stability(model, int(str(tokens)), across[0].jaccard, typical, len(group)))
+            found.append(Stability(model, tokens, across[0].jaccard, typical, len(group), left_out))
     return found
 
 
@@ -186,6 +213,7 @@ def _answer(
     failures: Sequence[Failure],
     agreements: Sequence[Agreement],
     decompositions: Sequence[Decomposition],
+    omitted: Sequence[Omitted],
     ranks: Sequence[RankAgreement],
     stability: Sequence[Stability],
 ) -> str:
@@ -212,20 +240,29 @@ def _answer(
             sentences.append("So here the search changes the plan more than calibration does.")
         else:
             sentences.append("The intervals overlap, so these cells do not say which of the two changes plans more.")
+
+    def named(outcome: str) -> str:
+        if outcome in results[0].held_out:
+            return f"perplexity on {outcome}"
+        return {"plan": "plans", "loss": "the calibration loss"}.get(outcome, f"accuracy on {outcome}")
+
     for outcome in dict.fromkeys(item.outcome for item in decompositions):
         own = [item for item in decompositions if item.outcome == outcome]
         terms = (CALIBRATION, ("objective",), ("search",), (RESIDUAL,))
         due = [float(np.mean([item.share(names) for item in own])) for names in terms]
         together = float(np.mean([item.together for item in own]))
-        what = {"plan": "plans", "loss": "the calibration loss"}.get(outcome, f"accuracy on {outcome}")
-        if outcome in results[0].held_out:
-            what = f"perplexity on {outcome}"
         left = "nothing can be" if all(item.saturated for item in own) else f"{_percent(due[3])} is"
         sentences.append(
-            f"Of the variance of {what}, {_percent(due[0])} is due to calibration, {_percent(due[1])} to the "
+            f"Of the variance of {named(outcome)}, {_percent(due[0])} is due to calibration, {_percent(due[1])} to the "
             f"objective, {_percent(due[2])} to the search, {_percent(together)} to two of these together, and "
             f"{left} left over."
         )
+    several = len({item.model for item in omitted}) > 1
+    sentences += [
+        f"The variance of {named(item.outcome)} at {item.remove}{f' of {item.model}' if several else ''} is left out: "
+        f"it is infinite or unknown in {item.cells} {'cell' if item.cells == 1 else 'cells'}."
+        for item in omitted
+    ]
     if any(item.saturated for item in decompositions):
         sentences.append(
             "Where a grid has as many cells as effects, nothing can be left over: its noise counts as due to these, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
-from shallower.studies.result import FACTORS, Result, grouped
+from shallower.studies.result import FACTORS, Cell, Result, grouped
 from shallower.units import Unit, sublayers_of
 
 RESAMPLES = 2000
@@ -38,8 +38,8 @@ class Agreement:
     """How alike the plans of cells are that differ in `factor` and in nothing else.
 
     jaccard: shared sublayers / all sublayers of both. order: Kendall's tau-b of the removal order (the sublayers of a
-    block are tied, and those that stay come last, tied); nan where a plan has no order to speak of. pairs: of cells.
-    groups: sets of cells that such pairs come from.
+    block are tied, and those that stay come last, tied); nan where a plan has no order to speak of. pairs: of plans
+    that depend on the factor. groups: sets of cells that such pairs come from.
     """
 
     factor: str
@@ -74,19 +74,32 @@ def order_agreement(first: Sequence[Unit], second: Sequence[Unit]) -> float:
 def agreement(results: Sequence[Result], factors: Sequence[str] = FACTORS, seed: int = 0) -> list[Agreement]:
     """For each factor that takes several levels, how alike plans are across its levels with all else equal.
 
+    Cells whose plan does not depend on the factor are left out, and so are, where seeds are compared, those whose
+    search draws: there the seed would be that of the calibration set and of the draws. Two plans are compared once,
+    however many cells have them.
+
     The interval is a bootstrap over groups: cells of one group share everything but the factor, and their pairs are not
-    independent of each other. Cells whose search draws are left out where seeds are compared: there the seed would be
-    that of the calibration set and of the draws.
+    independent of each other.
     """
     return [found for factor in factors if (found := _across(results, factor, seed)) is not None]
 
 
 def _across(results: Sequence[Result], factor: str, seed: int) -> Agreement | None:
-    if factor == "seed":
-        results = [result for result in results if not result.cell.draws]
-    others = [name for name in FACTORS if name != factor]
-    groups = grouped(results, lambda result: (result.cell.stratum, *(result.cell.level(name) for name in others)))
-    pairs = [list(combinations(group, 2)) for group in groups.values() if len(group) > 1]
+    reading = [
+        result
+        for result in results
+        if result.cell.level(factor) is not None and not (factor == "seed" and result.cell.draws)
+    ]
+    groups: dict[Hashable, list[tuple[Result, Result]]] = {}
+    compared: set[frozenset[Hashable]] = set()
+    for alike in grouped(reading, lambda result: result.cell.apart_from(factor)).values():
+        group = groups.setdefault(_group([result.cell for result in alike], factor), [])
+        for pair in combinations(alike, 2):
+            plans = frozenset(result.cell.same_plan for result in pair)
+            if plans not in compared:
+                compared.add(plans)
+                group.append(pair)
+    pairs = [group for group in groups.values() if group]
     if not pairs:
         return None
 
@@ -100,6 +113,17 @@ def _across(results: Sequence[Result], factor: str, seed: int) -> Agreement | No
         sum(map(len, pairs)),
         len(pairs),
     )
+
+
+def _group(alike: Sequence[Cell], factor: str) -> Hashable:
+    """What cells that differ in `factor` only share with those of their group: what all of them depend on.
+
+    Of several searches one may ignore the objective; then all objectives are one group, as its plan is in all of their
+    pairs. A plan that no calibration set changes (`last`) joins no groups.
+    """
+    calibrated = [cell for cell in alike if "text" in cell.reads]
+    shared = set(FACTORS).intersection(*(cell.reads for cell in calibrated)) - {factor}
+    return alike[0].stratum, tuple(getattr(alike[0], name) for name in FACTORS if name in shared)
 
 
 def mean_interval(groups: Sequence[NDArray[np.float64]], seed: int = 0) -> Interval:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any, TypeVar
 
+from shallower.budget import parse_remove
+from shallower.engine import reads_choices
 from shallower.errors import UserError
+from shallower.registry import Method
 from shallower.registry import metric as metrics
+from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.strict_json import record_faults, spelled
 from shallower.units import Unit, sublayers_of
@@ -16,6 +22,11 @@ FACTORS = ("text", "format", "sequences", "length", "seed", "objective", "search
 """What a cell varies, within a stratum: everything of the calibration set, then how the plan is chosen."""
 
 CALIBRATION = FACTORS[:5]
+
+Level = TypeVar("Level", bound=Hashable)
+
+_WITHOUT_TEXT = frozenset({"units", "budget", "scores", "spans", "start", "rng", "weights"})
+_ASKING = frozenset({"losses", "differences"})
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,47 @@ class Cell:
     @property
     def draws(self) -> bool:
         """Whether the search, or the metric that it ranks by, draws at random: the seed decides that, too."""
+        return any("rng" in method.parameters for method in self._methods)
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The factors that the set of removed units depends on, by what search and metric ask for; whatever the others
+        are, the set is the same.
+        """
+        if isinstance(parse_remove(self.remove)[0], Unit):
+            return frozenset()  # the units are named
+        asked = {parameter for method in self._methods for parameter in method.parameters}
+        found = {"search"}
+        if asked - _WITHOUT_TEXT:
+            found.update(CALIBRATION)
+        if asked & _ASKING:
+            found.add("objective")
+        if "rng" in asked:
+            found.add("seed")
+        if self._of_questions:
+            found.discard("format")
+        return frozenset(found)
+
+    @property
+    def same_plan(self) -> Hashable:
+        """Equal for cells whose plans are the same by what they read."""
+        levels = tuple(self.level(factor) for factor in FACTORS)
+        return self.stratum, levels, "text" in self.reads and self._of_questions
+
+    @property
+    def _of_questions(self) -> bool:
+        """Whether calibration is questions: for any search, an objective that reads these says so."""
+        return reads_choices(objectives.get(self.objective))
+
+    @property
+    def _methods(self) -> list[Method]:
+        """The searches, what they start from, and the metrics that they rank by."""
         name, metric = search_and_metric(self.search)
         methods = [searches.get(each.strip()) for each in name.split(",")]
         if start := methods[0].traits.get("starts"):
             methods.insert(0, searches.get(start))
         ranking = [metric] if metric else [method.traits["metric"] for method in methods if "metric" in method.traits]
-        return any("rng" in method.parameters for method in [*methods, *map(metrics.get, ranking)])
+        return [*methods, *map(metrics.get, ranking)]
 
     @property
     def calibrated_on(self) -> str:
@@ -58,8 +104,12 @@ class Cell:
         return f"{self.text}{form} {self.sequences}×{self.length} seed {self.seed}"
 
     def level(self, factor: str) -> Hashable:
-        value: Hashable = getattr(self, factor)
-        return value
+        """The level of a factor; None where the plan does not depend on it."""
+        return getattr(self, factor) if factor in self.reads else None
+
+    def apart_from(self, *factors: str) -> Hashable:
+        """All else: equal for cells that differ in these factors only."""
+        return tuple(getattr(self, item.name) for item in fields(self) if item.name not in factors)
 
 
 @dataclass(frozen=True)
@@ -81,6 +131,11 @@ class Result:
     @property
     def removed(self) -> frozenset[Unit]:
         return frozenset(self.order)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every perplexity and accuracy is a number that can be averaged."""
+        return all(map(math.isfinite, (*self.held_out.values(), *self.tasks.values())))
 
     @property
     def sublayers(self) -> frozenset[Unit]:
@@ -130,3 +185,21 @@ def grouped(results: Iterable[Result], key: Callable[[Result], Hashable]) -> dic
     for result in results:
         groups.setdefault(key(result), []).append(result)
     return groups
+
+
+def distinct(results: Iterable[Result]) -> list[Result]:
+    """One of those whose plans are the same by what they read, whatever else tells their cells apart."""
+    return [group[0] for group in grouped(results, lambda result: result.cell.same_plan).values()]
+
+
+def counterparts(levels: Mapping[Level, Iterable[Result]], *factors: str) -> dict[Level, list[Result]]:
+    """Of each level the finite results that have one at every other level, alike but for `factors`, so that means over
+    levels are of the same cells. A level without any finite result has none, and takes none from the others.
+    """
+    finite = {level: [result for result in group if result.finite] for level, group in levels.items()}
+    alike = [{result.cell.apart_from(*factors) for result in group} for group in finite.values() if group]
+    shared = set.intersection(*alike) if alike else set()
+    return {
+        level: [result for result in group if result.cell.apart_from(*factors) in shared]
+        for level, group in finite.items()
+    }

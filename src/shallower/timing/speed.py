@@ -29,17 +29,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+FEWEST_RUNS = 4
+"""Below it the ranges of two equally fast models are often apart by chance: with probability 2 / C(2n, n) for n runs of
+each, which is 1, 1/3, 1/10 and, from here on, less than 3 %."""
+
+
 @dataclass(frozen=True)
 class Spread:
-    """Median, least and most of the repeated runs."""
+    """Median, least and most of so many repeated runs."""
 
     median: float
     least: float
     most: float
+    runs: int
 
     def overlaps(self, other: Spread) -> bool:
-        """Whether the ranges have anything in common, so that the difference of the medians is not significant."""
+        """Whether the ranges have anything in common."""
         return self.least <= other.most and other.least <= self.most
+
+    def differs_from(self, other: Spread) -> bool | None:
+        """Whether the difference of the medians is significant: the ranges have nothing in common. None where there are
+        too few runs to tell.
+        """
+        return None if min(self.runs, other.runs) < FEWEST_RUNS else not self.overlaps(other)
 
     def faster_than(self, other: Spread) -> float:
         """How many percent more is done in a second than by `other`; negative for less."""
@@ -71,6 +83,18 @@ class Speed:
     @property
     def decode_tokens_per_s(self) -> float:
         return self.generate * self.batch / self.decode_s.median
+
+    @property
+    def prefill_range(self) -> tuple[float, float]:
+        """Tokens a second in the slowest and the fastest run."""
+        tokens = self.prompt * self.batch
+        return tokens / self.prefill_s.most, tokens / self.prefill_s.least
+
+    @property
+    def decode_range(self) -> tuple[float, float]:
+        """Tokens a second in the slowest and the fastest run."""
+        tokens = self.generate * self.batch
+        return tokens / self.decode_s.most, tokens / self.decode_s.least
 
     @property
     def peak_bytes(self) -> int | None:
@@ -240,4 +264,4 @@ def _collect(value: object, found: dict[int, Tensor], seen: set[int]) -> None:
 
 
 def _spread(values: list[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
+    return Spread(statistics.median(values), min(values), max(values), len(values))

@@ -18,6 +18,7 @@ from shallower.verbs.recoveries import perplexities, values
 from shallower.verbs.subject import Subject
 
 PROMPT, GENERATE = 128, 32  # tokens, where speed is timed
+REPEATS = 5  # runs of each model, of which fewer would show a difference by chance
 
 
 class Clock:
@@ -97,6 +98,8 @@ def _side(
         perplexity_tokens=tokens,
         prefill_tokens_per_s=None if speed is None else speed.prefill_tokens_per_s,
         decode_tokens_per_s=None if speed is None else speed.decode_tokens_per_s,
+        prefill_range=None if speed is None else speed.prefill_range,
+        decode_range=None if speed is None else speed.decode_range,
         tasks=tasks,
     )
 
@@ -110,11 +113,12 @@ def _speeds(subject: Subject, smaller: Subject) -> tuple[dict[str, Speed], tuple
             f"Speed was not timed: {GENERATE} tokens are decoded behind a prompt, and the model has {limit} positions.",
         )
     models = {"dense": subject.model, "pruned": smaller.model}
-    return compare_speed(models, prompt=prompt, generate=GENERATE, repeats=3), ()
+    return compare_speed(models, prompt=prompt, generate=GENERATE, repeats=REPEATS), ()
 
 
 def _setting(speed: Speed, subject: Subject) -> str:
     return (
         f"prompt {speed.prompt}, generate {speed.generate}, batch {speed.batch}, {subject.dtype}, "
-        f"{subject.model.device.type}, {plural(torch.get_num_threads(), 'thread')}; medians of alternating runs"
+        f"{subject.model.device.type}, {plural(torch.get_num_threads(), 'thread')}; "
+        f"medians of {speed.decode_s.runs} alternating runs"
     )

@@ -179,7 +179,7 @@ def _speed_json(speed: Speed, first: Speed | None) -> dict[str, Any]:
 
 
 def _difference(mine: Spread, first: Spread) -> dict[str, Any]:
-    return {"percent": mine.faster_than(first), "significant": not mine.overlaps(first)}
+    return {"percent": mine.faster_than(first), "significant": mine.differs_from(first)}
 
 
 def _notes(timed: Sequence[Timed], subjects: Sequence[Subject]) -> Iterator[str]:

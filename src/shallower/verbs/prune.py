@@ -26,7 +26,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.page import render
-from shallower.reporting.wording import size
+from shallower.reporting.wording import size, speed_rows
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_together, require_unquantized, require_whole, save
@@ -57,6 +57,7 @@ from shallower.verbs.recovery_steps import (
     require_training,
 )
 from shallower.verbs.repairable import keep_repairable, naming
+from shallower.verbs.repaired import left_unrepaired
 from shallower.verbs.request import Request, parameters_left, resolve, takes_all
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
@@ -264,7 +265,7 @@ def prune(
             *text.notes,
             *nothing_held_out(read.held_out, text.calibration),
             *measured.of_tasks,
-            *(() if steps else _left_unrepaired(given)),
+            *(() if steps else left_unrepaired(given, "this model was", "Add --recover {}.")),
             *measured.of_speed,
             *stored.notes,
             *said,
@@ -394,17 +395,6 @@ def _recoveries(
     return parse_recoveries(names, theirs, elsewhere=wanted), others
 
 
-def _left_unrepaired(plan: PruningPlan) -> tuple[str, ...]:
-    """What to know of a plan that was chosen after a repair, where the cut model gets none."""
-    repair = plan.made_by.repair
-    if not repair:
-        return ()
-    return (
-        f"The plan was chosen by what {repair} makes of the cut (--repair), and this model was not repaired: losses "
-        f"in the plan are not its own, and without repair another may be better. Add --recover {repair}.",
-    )
-
-
 def _kinds(request: Request) -> frozenset[Kind]:
     """What kinds of units go, or where the search has not been, may go."""
     return frozenset(unit.kind for unit in plain(request.units)) or frozenset({"block"})  # a plan may remove nothing
@@ -441,12 +431,11 @@ def _card(data: ReportData) -> str:
         rows.append((f"perplexity, {name} ({tokens:,} tokens)", f"{value:.2f}", f"{data.pruned.perplexity[name]:.2f}"))
     for name, value in data.dense.tasks.items():
         rows.append((name, f"{value:.3f}", f"{data.pruned.tasks[name]:.3f}"))
-    for label, before, after in (
-        ("prefill, tokens/s", data.dense.prefill_tokens_per_s, data.pruned.prefill_tokens_per_s),
-        ("decoding, tokens/s", data.dense.decode_tokens_per_s, data.pruned.decode_tokens_per_s),
-    ):
-        if before is not None and after is not None:
-            rows.append((label, f"{before:.1f}", f"{after:.1f}"))
+    rows += [
+        (f"{row.label.lower()}, tokens/s", row.dense, f"{row.pruned}: {row.difference}")
+        for row in speed_rows(data)
+        if row.difference
+    ]
     lines = ["## Before and after", "", "| | dense | pruned |", "|---|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     if data.speed_setting:

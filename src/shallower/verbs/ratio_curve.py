@@ -29,6 +29,7 @@ from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.measured_by import measured_by, measured_model
 from shallower.verbs.questions import Questions, open_answered, read_questions, require_templates
+from shallower.verbs.repaired import left_unrepaired
 from shallower.verbs.subject import Subject, open_subject, require_computable
 from shallower.verbs.texts import require_measurable, tokens_read, windows_cut, windows_of
 
@@ -91,6 +92,11 @@ def ratio_curve(
     tokens = tokens_read(subject, window, stride, max_windows)
     notes = (*asked.notes, *contamination(subject, given, calibration, asked, tokens, cut=False))
     notes += tuple(windows_cut(subject, asked.contents, window, stride))
+    notes += left_unrepaired(
+        given,
+        "its prefixes are",
+        "Evaluate checkpoints for repaired models: `shallower prune --recover {}` makes them.",
+    )
     if asked.generation:
         notes += ("the suite's continued prompts are left out for prefixes of a plan: evaluate checkpoints for them.",)
     if asked.tasks is not None:
@@ -108,7 +114,7 @@ def ratio_curve(
     comparison = Comparison(tuple(evaluations), made_by=made_by)
     comparison = replace(comparison, notes=(*notes, *comparison.overflows()))
     if out is not None:
-        kinds = {unit.kind for unit in removed[-1]}
+        kinds = {unit.kind: len(subject.anatomy.of_kind(unit.kind)) for unit in removed[-1]}
         curve = curve_files(comparison.evaluations, subject.identity.name, kinds)
         write_comparison(comparison, out, force=force, more=curve)
     return comparison

@@ -28,6 +28,7 @@ from shallower.engine.method_code import code_of, told
 from shallower.engine.twins import Streams
 from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
+from shallower.plan import PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import Method
 from shallower.surgery import cut
@@ -50,6 +51,19 @@ class SplitText:
     whole: CalibrationSet
     fitted: CalibrationSet
     judged: CalibrationSet
+
+
+def left_unrepaired(plan: PruningPlan, without: str, advice: str) -> tuple[str, ...]:
+    """What to know of a plan that was chosen after a repair, where there is none. without: what was not repaired, as
+    `this model was`. advice: a sentence on how to repair it, with the repair in place of `{}`.
+    """
+    repair = plan.made_by.repair
+    if not repair:
+        return ()
+    return (
+        f"The plan was chosen by what {repair} makes of the cut (--repair), and {without} not repaired: losses in the "
+        f"plan are of repaired models, and without repair another may be better. {advice.format(repair)}",
+    )
 
 
 def split(whole: CalibrationSet, judges: int | None = None) -> SplitText:
