@@ -1178,11 +1178,12 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
     dense = open_subject(files / "dense", dtype="float32")
     plan = search(dense, "attn.2", calibration=f"{files / 'text.jsonl'}?sequences=6&length=40")
 
-    def asked_for(objective: str = "nll", **recorded: str) -> Wanted:
+    def asked_for(objective: str = "nll", repairs: bool = False, **recorded: str) -> Wanted:
         calibration = replace(plan.made_by.calibration, **recorded)
         made_by = replace(plan.made_by, calibration=calibration, objective=objective)
+        given = (dense, replace(plan, made_by=made_by), None, "nll", None, None, None)
         with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
-            return wanted_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None, None)
+            return wanted_of_prune(*given, repairs=repairs, has_held_out=False)
 
     for change, why in (
         ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),
@@ -1201,8 +1202,25 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
         assert list(asked.notes) == told
         assert told[0].startswith(f"The plan's own text, {why}")
         assert told[0].endswith("), but the default, python: name other text with --calibration.")
-    of_another_python = asked_for(spec="python?part=train&sequences=2")
+        with pytest.raises(
+            CorpusError, match=r"is not what the model would be repaired or trained on .* name .*--calib"
+        ):
+            asked_for(**change, repairs=True)
+    of_another_python = asked_for(spec="python?part=train&sequences=2", repairs=True)
     assert (of_another_python.calibration, of_another_python.notes) == (None, ())
+
+
+def test_a_plan_of_all_of_a_text_is_repaired_on_it_where_other_text_is_measured(files: Path) -> None:
+    text = f"{files / 'text.jsonl'}?part=all"
+    plan = search(files / "dense", "attn.2", calibration=text, sequences=6, length=40, dtype="float32")
+    few = {"plan": plan, "sequences": 16, "length": 32, "window": 32, "max_windows": 1, "dtype": "float32"}
+    mended = recover(files / "dense", "low-rank", texts=files / "text.jsonl", **few)
+    pruned = prune(files / "dense", recover="low-rank", texts=files / "text.jsonl", speed=False, **few).report
+    for read in (mended.made_by, pruned.recovery_made_by):
+        assert (read.calibration.source, "part=all" in read.calibration.spec) == ("text.jsonl", True)
+    for verb in (partial(recover, methods="low-rank"), partial(prune, recover="low-rank", speed=False)):
+        with pytest.raises(CorpusError, match=r"is held out to measure on\): name text to measure on \(--text\), or "):
+            verb(files / "dense", **few)
 
 
 def test_what_a_family_keeps_in_float32_is_stored_in_it(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ from shallower.verbs.recoveries import (
 )
 from shallower.verbs.recovery_steps import (
     Stages,
+    in_closed_form,
     named_recoveries,
     parse_recoveries,
     require_closed_form,
@@ -180,7 +181,17 @@ def prune(
     # what is known to go is cut before anything is read and measured
     known_cut = _cut(subject, frozenset(request.units), form) if request.budget is None else None
     with clock("calibration text"):
-        text = wanted_of_prune(subject, given, calibration, objective, sequences, length, seed)
+        text = wanted_of_prune(
+            subject,
+            given,
+            calibration,
+            objective,
+            sequences,
+            length,
+            seed,
+            repairs=in_closed_form(steps) or (bool(steps) and instructions is None),
+            has_held_out=bool(contents),
+        )
         seed = seed or 0
         read = texts_of_prune(
             subject,
