@@ -51,8 +51,9 @@ def build(
 ) -> tuple[CalibrationSet, PreTrainedTokenizerBase]:
     """The calibration set that a specification describes, and the tokenizer that made it.
 
-    The model's weights are read only when the specification asks for `self`, the model's own text. out: a folder for
-    the set; force: replace the one that is there.
+    Unless the specification says `part=…` one document in ten is left for held-out evaluation, as where a text is named
+    itself. The model's weights are read only when the specification asks for `self`, the model's own text. out: a
+    folder for the set; force: replace the one that is there.
 
     Raises CorpusError and UnknownName as `build_calibration` does, CorpusError, too, when the model's own text
     would be longer than what it can read, ModelError when MODEL cannot be used, OutputError when the set cannot be
@@ -67,7 +68,7 @@ def build(
         tokenizer, given = subject.tokenizer, supply(subject.model, subject.tokenizer)
     else:
         tokenizer, given = load_tokenizer(model, trust_remote_code=trust_remote_code)[0], supply()
-    made = build_calibration(spec, tokenizer, sequences=sequences, length=length, seed=seed, supply=given)
+    made = build_calibration(spec, tokenizer, sequences=sequences, length=length, seed=seed, part="train", supply=given)
     if out is not None:
         with _folder(out, "--out") as folder:
             made.save(folder)
