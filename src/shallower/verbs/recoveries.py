@@ -299,10 +299,11 @@ def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Ite
     """How many conversations of a file are learned, where it is not all of them."""
     [source] = conversations.sources
     assert source.read is not None
-    too_long = source.read - source.documents
-    if too_long or source.documents == sequences:
+    too_long = source.read - source.documents - conversations.unanswered
+    if source.read > source.documents or source.documents == sequences:
         told = f"{source.documents:,} of the first {plural(source.read, 'conversation')} of {source.name} are used"
         told += f"; longer than {length} tokens (--length): {too_long:,}" if too_long else ""
+        told += f"; without an answer: {conversations.unanswered:,}" if conversations.unanswered else ""
         ended = source.documents == sequences
         yield told + (f"; what follows is not read (--train-sequences {sequences})." if ended else ".")
 
