@@ -48,7 +48,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.reporting.data import RecoveryMadeBy, ReportData
-from shallower.surgery import cut, save
+from shallower.surgery import cut, require_free, save
 from shallower.surgery.adopt import adopt
 from shallower.surgery.fold import fold_constant, fold_map, fold_scale
 from shallower.surgery.mapping import mapped
@@ -1265,6 +1265,7 @@ def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str) -> No
     assert type(loaded).__name__ == "OwnForCausalLM"
     assert torch.allclose(logits(loaded, text_of(loaded)), logits(found.model, text_of(loaded)))
     assert "trust_remote_code=True" in (files / "out" / "README.md").read_text()
+    require_free(files / "out", force=True)
 
 
 def test_card_and_report_count_a_map_alike(files: Path) -> None:
