@@ -60,11 +60,13 @@ from shallower.units import Unit, parse_units
 from shallower.verbs import recoveries, repaired
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
+from shallower.verbs.prune_checks import require_storable
 from shallower.verbs.prune_texts import Wanted, wanted_of_prune
 from shallower.verbs.recover import recover
 from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repairable import keep_repairable
 from shallower.verbs.repaired import RepairedLosses, split
+from shallower.verbs.request import resolve
 from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
 from shallower.verbs.texts import held_out
@@ -1247,7 +1249,7 @@ def test_the_precision_that_is_kept_is_the_weights_not_the_configs(files: Path, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str) -> None:
+def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, config = files / "dense", files / "dense" / "config.json"
     (dense / "configuration_own.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
@@ -1266,6 +1268,18 @@ def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str) -> No
     assert torch.allclose(logits(loaded, text_of(loaded)), logits(found.model, text_of(loaded)))
     assert "trust_remote_code=True" in (files / "out" / "README.md").read_text()
     require_free(files / "out", force=True)
+    if dtype == "bfloat16":
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.verbs.prune.texts_of_prune", None)  # nothing is read before
+        with pytest.raises(ModelError, match=r"OwnForCausalLM is not a class of transformers itself"):
+            prune(dense, "20%", units="attn", speed=False, **given)
+    subject = open_subject(dense, dtype=dtype, trust_remote_code=True)
+    for kind, impossible in (("block", []), ("sublayer", ["attn.3", "mlp.3"]), ("all", ["attn.3", "mlp.3"])):
+        told: list[str] = []
+        with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
+            require_storable(subject, resolve(subject, 1, units=kind), [], "auto", saved=True)
+        assert [re.search(r"the model without (\S+) is: OwnFor", note)[1] for note in told] == impossible
 
 
 def test_card_and_report_count_a_map_alike(files: Path) -> None:
