@@ -25,6 +25,7 @@ from shallower.corpus import (
 )
 from shallower.corpus import clean as find
 from shallower.corpus.calibration import MANIFEST, TENSORS
+from shallower.corpus.sources import require_outside
 from shallower.errors import CorpusError, OutputError
 from shallower.files import expanded, replacing, write_text
 from shallower.progress import task
@@ -121,6 +122,8 @@ def clean(
                 f"--out {out} is, or is inside of, --report {report}, a folder that is written whole: choose another "
                 "place."
             )
+    if out is not None:
+        require_outside(str(text), expanded(out))
     source = _source(text)
     sets = [EvaluationRuns(name, supply=supply()) for name in against]
     found = find(source, dedup=dedup, min_quality=min_quality, quality=quality)
@@ -170,7 +173,7 @@ def clean_on_disk(
     """
     if workers < 1:
         raise CorpusError(f"workers={workers} is not a number of processes: 1 or more.")
-    from shallower.corpus.datatrove import Work, require_outside
+    from shallower.corpus.datatrove import Work
 
     if out is not None:
         require_outside(str(text), expanded(out))
