@@ -9,6 +9,7 @@ from typing import Any
 from shallower.errors import UserError
 from shallower.registry import metric as metrics
 from shallower.registry import search as searches
+from shallower.searches import search_before
 from shallower.strict_json import record_faults, spelled
 from shallower.units import Unit, sublayers_of
 
@@ -46,7 +47,7 @@ class Cell:
         """Whether the search, or the metric that it ranks by, draws at random: the seed decides that, too."""
         name, metric = search_and_metric(self.search)
         methods = [searches.get(each.strip()) for each in name.split(",")]
-        if start := methods[0].traits.get("starts"):
+        if start := search_before(methods[0]):
             methods.insert(0, searches.get(start))
         ranking = [metric] if metric else [method.traits["metric"] for method in methods if "metric" in method.traits]
         return any("rng" in method.parameters for method in [*methods, *map(metrics.get, ranking)])
