@@ -698,6 +698,8 @@ def test_a_set_is_built_shown_and_used_again(
     assert scores["made_by"]["calibration"]["digest"] == built["digest"]
     own = _json(capsys, "corpus", "build", "self?sequences=2&length=8", "--model", model)
     assert own["sources"][0]["name"] == "self"
+    assert main.run(["corpus", "build", "self?sequences=2&length=8", "--model", model]) == 0
+    assert "Nothing was written; add --out FOLDER to keep the set." in capsys.readouterr().out
     assert main.run(["corpus", "show", out, "--model", model]) == 0
     told = capsys.readouterr().out
     assert "75.0%" in told

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 from shallower import progress, registry
 from shallower.cli import main, options
@@ -1117,6 +1118,28 @@ def test_ctrl_c_leaves_nothing_half_written(place: Path, tmp_path: Path) -> None
     )
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["search", "m", "--remove", "1"], main.RESUME),
+        (["bench", "m"], main.ANEW),
+        (["inspect", "m"], main.ANEW),
+        (["corpus", "build", "python", "--model", "m"], main.ANEW),
+        (["corpus", "clean", "t.txt"], main.ANEW),
+        (["corpus", "clean", "t.txt", "--datatrove", "f"], main.RESUME),
+    ],
+)
+def test_what_was_kept_is_told_of_verbs_that_keep_something(
+    words: list[str], again: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(get_command(main.app)), "invoke", interrupted)
+    assert main.run(words) == 130
+    assert capsys.readouterr().err == f"shallower: interrupted; {again}.\n"
 
 
 def test_a_hang_up_is_ignored_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
