@@ -1094,6 +1094,25 @@ def test_progress_goes_to_stderr_or_nowhere(cli: Cli, place: Path) -> None:
     assert cli(*asked, "--json").err == ""
 
 
+@pytest.mark.parametrize(
+    "verb", [("prune", "m", "--remove", "1"), ("recover", "m", "--teacher", "t", "--with", "refit")]
+)
+@pytest.mark.parametrize(("given", "read"), [(["--windows", "all"], None), (["--windows", "3"], 3), ([], 12)])
+def test_all_windows_may_be_asked_for(
+    verb: tuple[str, ...], given: list[str], read: int | None, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def noted(*_: Any, max_windows: int | None, **__: Any) -> None:
+        asked.append(max_windows)
+        raise UserError("enough.")
+
+    monkeypatch.setattr(importlib.import_module(f"shallower.verbs.{verb[0]}"), verb[0], noted)
+    assert sentence(cli(*verb, "--out", "o", *given)) == "enough."
+    assert asked == [read]
+    assert "'0' is not 1 or more, or all" in sentence(cli(*verb, "--out", "o", "--windows", "0"))
+
+
 # Signals
 
 
