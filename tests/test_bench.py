@@ -14,7 +14,7 @@ import torch
 import shallower
 from shallower.anatomy import dissect
 from shallower.cli import main
-from shallower.errors import UserError
+from shallower.errors import ModelError, UserError
 from shallower.surgery import cut
 from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.timing import Speed, Spread, compare_speed, memory_source, peak_above
@@ -190,6 +190,16 @@ def test_sizes_are_refused_before_anything_is_timed(
         shallower.bench([tiny_model("llama", blocks=1)], **{**SMALL, **options})
     with pytest.raises(UserError, match="no model"):
         shallower.bench([])
+
+
+def test_the_last_model_is_looked_for_before_the_first_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shallower.verbs.bench.open_subject", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="gone"):
+        shallower.bench([folder / "dense", tmp_path / "gone"], **SMALL)
+    with pytest.raises(UserError, match="unknown dtype 'fp16'"):
+        shallower.bench([folder / "dense"], **{**SMALL, "dtype": "fp16"})
 
 
 # The command line

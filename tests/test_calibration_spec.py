@@ -698,6 +698,8 @@ def test_a_set_is_built_shown_and_used_again(
     assert scores["made_by"]["calibration"]["digest"] == built["digest"]
     own = _json(capsys, "corpus", "build", "self?sequences=2&length=8", "--model", model)
     assert own["sources"][0]["name"] == "self"
+    assert main.run(["corpus", "build", "self?sequences=2&length=8", "--model", model]) == 0
+    assert "Nothing was written; add --out FOLDER to keep the set." in capsys.readouterr().out
     assert main.run(["corpus", "show", out, "--model", model]) == 0
     told = capsys.readouterr().out
     assert "75.0%" in told
@@ -740,6 +742,23 @@ def test_nothing_is_held_out_of_what_reads_all(two: tuple[str, str], tmp_path: P
     (tmp_path / "spec.yaml").write_text("sources: [a.jsonl]\npart: all\n")
     assert not held_out(tmp_path / "spec.yaml")
     assert held_out(f"{tmp_path / 'spec.yaml'}?part=train")
+
+
+def test_what_a_built_set_leaves_out_is_held_out_as_long_as_its_text_is_there(
+    two: tuple[str, str], model: str, tmp_path: Path
+) -> None:
+    named = [two[0], f"{two[0]}?part=all", "self?length=8"]
+    sets = [tmp_path / str(number) for number in range(len(named))]
+    for spec, folder in zip(named, sets, strict=True):
+        build(spec, model, sequences=4, length=24, out=folder)
+    assert held_out(sets[0]) == held_out(two[0]) != {}
+    assert (
+        CalibrationSet.load(sets[0]).digest
+        == calibrate(open_subject(model), two[0], sequences=4, length=24, seed=0).digest
+    )
+    assert held_out(sets[1]) == held_out(sets[2]) == {}
+    Path(two[0]).unlink()
+    assert held_out(sets[0]) == {}
 
 
 def test_a_text_that_eval_names_is_read_as_the_search_read_it(model: str, tmp_path: Path) -> None:

@@ -195,6 +195,14 @@ def test_clusters_keep_their_best_and_rows_stay_as_they_were(tmp_path: Path, mon
             clean_file(path, result, report=tmp_path / "new")
 
 
+def test_nothing_is_written_into_the_folder_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    _jsonl(tmp_path / "texts" / "a.jsonl", [{"text": _text(1)}])
+    with pytest.raises(OutputError, match=r"clean\.jsonl is in .*texts, where it would be read as text the next time"):
+        clean_file(tmp_path / "texts", tmp_path / "texts" / "clean.jsonl")
+    assert os.listdir(tmp_path / "texts") == ["a.jsonl"]
+
+
 def test_the_next_command_is_printed_as_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = _jsonl(tmp_path / "a.jsonl", [{"text": _text(1)}]), tmp_path / "what stays.jsonl"
     assert main.run(["corpus", "clean", path, "--out", str(out), "--quiet"]) == 0

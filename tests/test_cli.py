@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 from shallower import progress, registry
 from shallower.cli import main, options
@@ -1101,6 +1102,25 @@ def test_progress_goes_to_stderr_or_nowhere(cli: Cli, place: Path) -> None:
     assert cli(*asked, "--json").err == ""
 
 
+@pytest.mark.parametrize(
+    "verb", [("prune", "m", "--remove", "1"), ("recover", "m", "--teacher", "t", "--with", "refit")]
+)
+@pytest.mark.parametrize(("given", "read"), [(["--windows", "all"], None), (["--windows", "3"], 3), ([], 12)])
+def test_all_windows_may_be_asked_for(
+    verb: tuple[str, ...], given: list[str], read: int | None, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def noted(*_: Any, max_windows: int | None, **__: Any) -> None:
+        asked.append(max_windows)
+        raise UserError("enough.")
+
+    monkeypatch.setattr(importlib.import_module(f"shallower.verbs.{verb[0]}"), verb[0], noted)
+    assert sentence(cli(*verb, "--out", "o", *given)) == "enough."
+    assert asked == [read]
+    assert "'0' is not 1 or more, or all" in sentence(cli(*verb, "--out", "o", "--windows", "0"))
+
+
 # Signals
 
 
@@ -1125,6 +1145,28 @@ def test_ctrl_c_leaves_nothing_half_written(place: Path, tmp_path: Path) -> None
     )
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["search", "m", "--remove", "1"], main.RESUME),
+        (["bench", "m"], main.ANEW),
+        (["inspect", "m"], main.ANEW),
+        (["corpus", "build", "python", "--model", "m"], main.ANEW),
+        (["corpus", "clean", "t.txt"], main.ANEW),
+        (["corpus", "clean", "t.txt", "--datatrove", "f"], main.RESUME),
+    ],
+)
+def test_what_was_kept_is_told_of_verbs_that_keep_something(
+    words: list[str], again: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(get_command(main.app)), "invoke", interrupted)
+    assert main.run(words) == 130
+    assert capsys.readouterr().err == f"shallower: interrupted; {again}.\n"
 
 
 def test_a_hang_up_is_ignored_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from shallower.errors import BudgetError, ModelError, UnknownName, VerificationE
 from shallower.exporters import export, save
 from shallower.exporters.native import skip_words
 from shallower.exporters.packaged import ffn_mult
-from shallower.surgery import cut, leftovers, require_ordinary, verify_saved
+from shallower.surgery import cut, leftovers, require_free, require_ordinary, verify_saved
 from shallower.surgery import save as write
 from shallower.surgery.mapping import put_map
 from shallower.testing.conformance import sample_text
@@ -106,6 +106,7 @@ def test_every_form_computes_the_same(family: str, tmp_path: Path) -> None:
         assert not told["missing_keys"]
         states = [part.eval()(IDS).last_hidden_state for part in (headless, with_code(folder).base_model)]
         assert torch.equal(*states)
+    require_free(folder, force=True)  # also with the code that Python compiled
     kinds = [unit.kind for unit in dissect(load(folder)).units]
     assert kinds.count("attn") == kinds.count("mlp") == 4
     stored = load_file(folder / "model.safetensors")

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from shallower.errors import CorpusError, UserError
 from shallower.evaluation import Perplexity, context_limit, perplexity, read_evaluation_text
+from shallower.evaluation.perplexity import cut_windows, first_ids
 from shallower.testing.families import tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"Sentence {number} of the text – with a dash." for number in range(12))
@@ -81,6 +82,29 @@ def test_bytes_are_those_of_the_scored_tokens(model: Any, tokenizer: Any) -> Non
     by_ids = perplexity(model, tokenizer, tokenizer(TEXT, return_tensors="pt")["input_ids"], window=50, stride=25)
     assert by_ids.nll == found.nll
     assert by_ids.bytes == found.bytes
+
+
+@pytest.mark.parametrize("text", [TEXT * 200, "aab" * 30_000, "木の葉🍂" * 30_000, " \n" * 40_000], ids=len)
+@pytest.mark.parametrize("stride", [None, 30])
+def test_of_a_long_text_only_the_beginning_that_is_read_is_encoded(
+    model: Any, tokenizer: Any, text: str, stride: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = cut_windows(model, tokenizer, text, window=50, stride=stride)
+    encode, encoded = type(tokenizer).__call__, []
+
+    def counting(self: Any, given: str, **options: Any) -> Any:
+        encoded.append(len(given))
+        return encode(self, given, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    found = cut_windows(model, tokenizer, text, window=50, stride=stride, max_windows=12)
+    assert max(encoded) <= len(text) / 2
+    assert found.windows == whole.windows[:12]
+    stop = found.windows[-1].stop
+    assert torch.equal(found.ids, whole.ids[:stop])
+    _, ends = first_ids(tokenizer, text, None)
+    before = [len(text[: ends[place - 1]].encode()) for part in found.windows for place in (part.scored, part.stop)]
+    assert found.bytes == sum(before[1::2]) - sum(before[::2])
 
 
 def test_auto_bos_follows_the_tokenizer(model: Any, tokenizer: Any) -> None:

@@ -84,9 +84,38 @@ def test_a_run_goes_on_after_the_step_that_failed(tmp_path: Path, capsys: pytest
     scores = (out / "scores.json").read_bytes()
     assert main.run(["run", str(recipe), "--out", str(out), "--set", "remove=1", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [step["command"].split()[0] for step in told["steps"]] == ["search"]  # the first was done
+    assert [(step["command"].split()[0], step.get("done")) for step in told["steps"]] == [
+        ("score", True),
+        ("search", None),
+    ]
     assert (out / "scores.json").read_bytes() == scores
     assert len(json.loads((out / "plan.json").read_text())["remove"]) == 1
+
+
+def test_with_force_what_follows_from_another_value_is_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = written(tmp_path), tmp_path / "out"
+    data = json.loads(recipe.read_text())
+    recipe.write_text(
+        json.dumps(data | {"steps": [*data["steps"], "plan cut {out}/plan.json --remove 1 --out {out}/less.json"]})
+    )
+
+    def run(remove: int, *more: str) -> list[bool]:
+        code = main.run(["run", str(recipe), "--out", str(out), "--set", f"remove={remove}", "--json", *more])
+        told = capsys.readouterr()
+        if code:
+            assert "plan.json exists; name another file, or add --force" in told.err
+            return []
+        assert len(json.loads((out / "plan.json").read_text())["remove"]) == remove
+        return [step.get("done", False) for step in json.loads(told.out)["steps"]]
+
+    assert run(1) == [False, False, False]
+    assert run(2) == []
+    assert run(1, "--trust-remote-code") == [True, True, True]
+    assert run(2, "--force", "--trust-remote-code") == [True, False, False]
+    assert run(2) == [True, True, True]
+    assert run(1, "--force") == [True, False, False]
 
 
 def test_device_and_number_format_are_given_to_the_steps_that_take_them(
@@ -100,6 +129,9 @@ def test_device_and_number_format_are_given_to_the_steps_that_take_them(
     assert main.run([*asked, *pin, "--dry-run"]) == 0
     ends = [step.partition(" --device")[2] for step in json.loads(capsys.readouterr().out)["steps"]]
     assert ends == [" cpu --dtype float32", " cpu --dtype float32", ""]
+    assert main.run([*asked, "--trust-remote-code", "--force", "--dry-run"]) == 0
+    ends = [step.partition(" --trust")[2] for step in json.loads(capsys.readouterr().out)["steps"]]
+    assert ends == ["-remote-code --force", "-remote-code --force", ""]
     assert main.run([*asked, *pin]) == 0
     assert json.loads((out / "plan.json").read_text())["made_by"]["options"]["dtype"] == "float32"
     capsys.readouterr()

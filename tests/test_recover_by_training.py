@@ -571,7 +571,11 @@ def test_calibration_text_that_conversations_leave_unread_is_refused(files: Path
 def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:
     words = {3: "A long story. " * 40, 60: "Another. " * 90}
     rows = [{"instruction": f"Say {n}.", "output": words.get(n, f"It is {n}.")} for n in range(70)]
-    (files / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write() -> None:
+        (files / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write()
     settings = {**SMALL, "epochs": "0.1"}
 
     def notes(most: int, length: int) -> list[str]:
@@ -591,6 +595,12 @@ def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:
     assert notes(20, 96) == [
         "20 of the first 21 conversations of chat.jsonl are used; longer than 96 tokens (--length): 1; what follows is "
         "not read (--train-sequences 20)."
+    ]
+    rows.insert(1, {"instruction": "Say nothing.", "output": ""})
+    write()
+    assert notes(80, 96) == [
+        "68 of the first 71 conversations of chat.jsonl are used; longer than 96 tokens (--length): 2; without an "
+        "answer: 1."
     ]
 
 

@@ -48,7 +48,7 @@ from shallower.plan import MadeBy, PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.reporting.data import RecoveryMadeBy, ReportData
-from shallower.surgery import cut, save
+from shallower.surgery import cut, require_free, save
 from shallower.surgery.adopt import adopt
 from shallower.surgery.fold import fold_constant, fold_map, fold_scale
 from shallower.surgery.mapping import mapped
@@ -60,12 +60,14 @@ from shallower.units import Unit, parse_units
 from shallower.verbs import recoveries, repaired
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
+from shallower.verbs.prune_checks import require_storable
 from shallower.verbs.prune_texts import Wanted, wanted_of_prune
 from shallower.verbs.ratio_curve import ratio_curve
 from shallower.verbs.recover import recover
 from shallower.verbs.recovery_steps import parse_recoveries
 from shallower.verbs.repairable import keep_repairable
 from shallower.verbs.repaired import RepairedLosses, split
+from shallower.verbs.request import resolve
 from shallower.verbs.search import search
 from shallower.verbs.subject import open_subject
 from shallower.verbs.texts import held_out
@@ -1212,11 +1214,12 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
     dense = open_subject(files / "dense", dtype="float32")
     plan = search(dense, "attn.2", calibration=f"{files / 'text.jsonl'}?sequences=6&length=40")
 
-    def asked_for(objective: str = "nll", **recorded: str) -> Wanted:
+    def asked_for(objective: str = "nll", repairs: bool = False, **recorded: str) -> Wanted:
         calibration = replace(plan.made_by.calibration, **recorded)
         made_by = replace(plan.made_by, calibration=calibration, objective=objective)
+        given = (dense, replace(plan, made_by=made_by), None, "nll", None, None, None)
         with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
-            return wanted_of_prune(dense, replace(plan, made_by=made_by), None, "nll", None, None, None)
+            return wanted_of_prune(*given, repairs=repairs, has_held_out=False)
 
     for change, why in (
         ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),
@@ -1235,8 +1238,25 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path) -
         assert list(asked.notes) == told
         assert told[0].startswith(f"The plan's own text, {why}")
         assert told[0].endswith("), but the default, python: name other text with --calibration.")
-    of_another_python = asked_for(spec="python?part=train&sequences=2")
+        with pytest.raises(
+            CorpusError, match=r"is not what the model would be repaired or trained on .* name .*--calib"
+        ):
+            asked_for(**change, repairs=True)
+    of_another_python = asked_for(spec="python?part=train&sequences=2", repairs=True)
     assert (of_another_python.calibration, of_another_python.notes) == (None, ())
+
+
+def test_a_plan_of_all_of_a_text_is_repaired_on_it_where_other_text_is_measured(files: Path) -> None:
+    text = f"{files / 'text.jsonl'}?part=all"
+    plan = search(files / "dense", "attn.2", calibration=text, sequences=6, length=40, dtype="float32")
+    few = {"plan": plan, "sequences": 16, "length": 32, "window": 32, "max_windows": 1, "dtype": "float32"}
+    mended = recover(files / "dense", "low-rank", texts=files / "text.jsonl", **few)
+    pruned = prune(files / "dense", recover="low-rank", texts=files / "text.jsonl", speed=False, **few).report
+    for read in (mended.made_by, pruned.recovery_made_by):
+        assert (read.calibration.source, "part=all" in read.calibration.spec) == ("text.jsonl", True)
+    for verb in (partial(recover, methods="low-rank"), partial(prune, recover="low-rank", speed=False)):
+        with pytest.raises(CorpusError, match=r"is held out to measure on\): name text to measure on \(--text\), or "):
+            verb(files / "dense", **few)
 
 
 def test_what_a_family_keeps_in_float32_is_stored_in_it(tmp_path: Path) -> None:
@@ -1263,7 +1283,7 @@ def test_the_precision_that_is_kept_is_the_weights_not_the_configs(files: Path, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str) -> None:
+def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, config = files / "dense", files / "dense" / "config.json"
     (dense / "configuration_own.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
@@ -1281,6 +1301,19 @@ def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str) -> No
     assert type(loaded).__name__ == "OwnForCausalLM"
     assert torch.allclose(logits(loaded, text_of(loaded)), logits(found.model, text_of(loaded)))
     assert "trust_remote_code=True" in (files / "out" / "README.md").read_text()
+    require_free(files / "out", force=True)
+    if dtype == "bfloat16":
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.verbs.prune.texts_of_prune", None)  # nothing is read before
+        with pytest.raises(ModelError, match=r"OwnForCausalLM is not a class of transformers itself"):
+            prune(dense, "20%", units="attn", speed=False, **given)
+    subject = open_subject(dense, dtype=dtype, trust_remote_code=True)
+    for kind, impossible in (("block", []), ("sublayer", ["attn.3", "mlp.3"]), ("all", ["attn.3", "mlp.3"])):
+        told: list[str] = []
+        with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
+            require_storable(subject, resolve(subject, 1, units=kind), [], "auto", saved=True)
+        assert [re.search(r"the model without (\S+) is: OwnFor", note)[1] for note in told] == impossible
 
 
 def test_card_and_report_count_a_map_alike(files: Path) -> None:

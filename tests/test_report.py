@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -12,6 +13,8 @@ import matplotlib
 import pytest
 from rich.console import Console
 
+import shallower
+from shallower import progress
 from shallower.errors import UserError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
 from shallower.reporting import ReportData, Side
@@ -522,3 +525,16 @@ def test_inspection_table_groups_equal_blocks():
     assert "Removed: 1 block, 1 attention sublayer (block.1, attn.2)." in " ".join(told.split())
     assert "3 blocks (block.0-2)" in shown(inspection_table(weights, parse_units("block.0-2"), blocks))
     assert "after removal" not in shown(inspection_table(Weights(units, blocks, whole)))
+
+
+def test_numbers_are_shown_where_the_page_cannot_be_written(tmp_path):
+    data = report()
+    (tmp_path / "report.json").write_text(json.dumps(data.to_json()))
+    (tmp_path / "report.html").mkdir()
+    told = []
+    with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
+        assert shallower.report(tmp_path) == (data, None)
+    (note,) = told
+    assert note.startswith("the page was not made anew: cannot write ")
+    (tmp_path / "report.html").rmdir()
+    assert shallower.report(tmp_path) == (data, tmp_path / "report.html")

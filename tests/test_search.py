@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from shallower.plan import MadeBy, ModelIdentity
 from shallower.registry import search as searches
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Kind, Span, Unit, require_distinct, sublayers_of
+from shallower.verbs.search_methods import searches_named
 from shallower.verbs.trail import removal_order, run_search
 
 Trail = list[frozenset[Unit]]
@@ -175,6 +176,21 @@ def test_no_search_removes_a_unit_that_could_stay(names: str, percent: int) -> N
             trail = run_search([(method, {}) for method in methods], SUBLAYERS, budget, losses, scores, seed)
             assert budget.met(trail[-1])
             assert budget.superfluous(trail[-1]) == []
+
+
+def test_what_a_search_improves_on_is_drawn_where_it_names_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {method.name: method for method in searches}
+    monkeypatch.setattr(searches, "_methods", dict(known))
+
+    @searches("shuffle")
+    def shuffle(units: Sequence[Unit], budget: Budget, start: frozenset[Unit], rng: random.Random) -> Iterator[Any]:
+        yield random_exchange(units, budget, start, rng)
+
+    for names, wanted in (("shuffle", "random,shuffle"), ("greedy,shuffle", "greedy,shuffle"), ("swap", "greedy,swap")):
+        methods = searches_named(names)
+        assert ",".join(method.name for method in methods) == wanted
+        stages = [(method, {}) for method in methods]
+        assert len(run_search(stages, BLOCKS, count(3, BLOCKS), entangled(0), None, 0)[-1]) == 3
 
 
 def test_what_a_search_could_keep_is_what_lowers_the_loss_most() -> None:

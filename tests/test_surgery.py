@@ -9,10 +9,12 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,18 @@ from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
 from shallower.plan import CalibrationIdentity, MadeBy, ModelIdentity, PruningPlan
-from shallower.surgery import cut, cut_config, leftovers, re_pair, runtimes, save, verify, verify_saved
+from shallower.surgery import (
+    cut,
+    cut_config,
+    leftovers,
+    re_pair,
+    require_apart,
+    require_free,
+    runtimes,
+    save,
+    verify,
+    verify_saved,
+)
 from shallower.surgery.card import model_card
 from shallower.surgery.cut import assemble
 from shallower.surgery.ordinary_pairs import exact_pairs
@@ -772,12 +785,12 @@ def test_shards(pruned: PreTrainedModel, tmp_path: Path) -> None:
 def test_a_taken_place(pruned: PreTrainedModel, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     save(pruned, folder, plan=None)
-    (folder / "mark").touch()
+    (folder / "report.html").touch()
     with pytest.raises(OutputError, match="--force"):
         save(pruned, folder, plan=None)
-    assert (folder / "mark").exists()
+    assert (folder / "report.html").exists()
     save(pruned, folder, plan=None, force=True)
-    assert not (folder / "mark").exists()
+    assert not (folder / "report.html").exists()
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -786,7 +799,7 @@ def test_a_signal_behind_a_rename_leaves_a_whole_checkpoint(
     pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     folder = save(pruned, tmp_path / "out", plan=None)
-    (folder / "mark").touch()
+    (folder / "report.html").touch()
     rename = os.rename
     renamed: list[str] = []
 
@@ -801,7 +814,7 @@ def test_a_signal_behind_a_rename_leaves_a_whole_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         save(pruned, folder, plan=None, force=True)
     assert os.listdir(tmp_path) == ["out"]
-    assert (folder / "mark").exists() is (nth == 1)
+    assert (folder / "report.html").exists() is (nth == 1)
     assert verify_saved(folder, pruned, IDS) < 1e-5
 
 
@@ -839,9 +852,9 @@ def test_force_replaces_a_folder_of_the_models_bare_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = save(pruned, plan.model.name, plan=plan)
-    (folder / "mark").touch()
+    (folder / "report.html").touch()
     assert save(pruned, plan.model.name, plan=plan, force=True) == tmp_path / plan.model.name
-    assert not (folder / "mark").exists()
+    assert not (folder / "report.html").exists()
 
 
 def test_force_replaces_nothing_but_checkpoints(
@@ -864,12 +877,51 @@ def test_force_replaces_nothing_but_checkpoints(
     checkpoint = save(pruned, source / "checkpoint-5", plan=None)  # where a training keeps it
     monkeypatch.setattr(pruned.config, "_name_or_path", str(checkpoint))
     with pytest.raises(OutputError, match=r"source holds the model \(.*checkpoint-5\); choose another folder"):
+        require_apart(source, checkpoint)
+    with pytest.raises(OutputError, match=r"source also holds checkpoint-5/README"):
         save(pruned, source, plan=None, force=True)
     assert checkpoint.is_dir()
     monkeypatch.chdir(source)
     with pytest.raises(OutputError, match="is, or holds, the current folder or your home"):
         save(pruned, source, plan=None, force=True)
     assert sorted(os.listdir(tmp_path)) == ["file", "source", "thesis"]
+
+
+def test_force_deletes_nothing_that_was_not_written_with_the_checkpoint(
+    pruned: PreTrainedModel, plan: PruningPlan, tmp_path: Path
+) -> None:
+    pages = dict.fromkeys(("report.json", "report.html", "recovery.json"), "")
+    save_again = partial(save, tokenizer=tiny_tokenizer(), plan=plan, pages=pages, max_shard_size="40KB", force=True)
+    folder = save_again(pruned, tmp_path / "out")
+    save_again(pruned, folder)
+    (folder / "smaller.gguf").touch()
+    for number in range(3):
+        (folder / f"checkpoint-{number}").mkdir()
+        (folder / f"checkpoint-{number}" / "config.json").touch()
+    told = (
+        r"also holds checkpoint-0/config.json, .*, checkpoint-2/config.json and 1 more, which shallower did not write"
+    )
+    with pytest.raises(OutputError, match=told):
+        save_again(pruned, folder)
+    for number in range(3):
+        shutil.rmtree(folder / f"checkpoint-{number}")
+    with pytest.raises(OutputError, match=r"also holds smaller\.gguf, which .* move that to another place"):
+        require_free(folder, force=True)
+    assert (folder / "smaller.gguf").exists()
+
+
+def test_force_replaces_code_that_came_with_a_model_and_no_other(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    folder = save(pruned, tmp_path / "out", plan=None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["names.Own", None]}}))
+    (folder / "own.py").write_text("from .parts import Part\n")
+    for name in ("parts.py", "names.py", "train.py"):
+        (folder / name).touch()
+    with pytest.raises(OutputError, match=r"also holds train\.py, which"):
+        require_free(folder, force=True)
+    (folder / "train.py").unlink()
+    require_free(folder, force=True)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "replacing"])
@@ -899,7 +951,7 @@ def test_nothing_is_left_behind(
 ) -> None:
     if kept:
         save(pruned, tmp_path / "out", plan=None)
-        (tmp_path / "out" / "mark").touch()
+        (tmp_path / "out" / "report.html").touch()
     write = PreTrainedModel.save_pretrained
     rename = os.rename
 
@@ -926,7 +978,7 @@ def test_nothing_is_left_behind(
         assert "disk is full" in str(caught.value)
     assert os.listdir(tmp_path) == (["out"] if kept else [])
     if kept:
-        assert (tmp_path / "out" / "mark").exists()
+        assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_too_little_room(pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

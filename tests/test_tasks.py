@@ -53,7 +53,7 @@ from shallower.surgery import cut
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
 from shallower.verbs.evaluate import evaluate
-from shallower.verbs.evaluation_folder import write_comparison
+from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.prune import prune
 from shallower.verbs.questions import read_questions
 from shallower.verbs.ratio_curve import ratio_curve
@@ -786,6 +786,7 @@ def test_prefixes_of_a_plan_give_what_their_cuts_give(model: Any, data: Path, tm
     }
     assert level == {round(chance, 4) for chance in guessed.values()}
     assert (tmp_path / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    require_free(tmp_path / "curve", force=True)
     told = json.loads((tmp_path / "curve" / "evaluation.json").read_text())
     assert {row["removed"] for row in told["tasks"]} == {0, 1, 3}
     assert told["made_by"]["order"] == ["block.3", "block.4", "block.1"]
@@ -1030,11 +1031,11 @@ def test_an_evaluation_is_replaced_when_the_new_one_is_in_its_place(
 ) -> None:
     comparison, out = Comparison((Evaluation("m", 2, 10),)), tmp_path / "out"
     write_comparison(comparison, out, force=False)
-    (out / "mark").touch()
+    (out / "curve.svg").touch()
     rename = os.rename
 
     def killed(source: Any, target: Any) -> None:
-        if Path(target) == out and not Path(source, "mark").exists():
+        if Path(target) == out and not Path(source, "curve.svg").exists():
             raise KeyboardInterrupt
         rename(source, target)
 
@@ -1047,10 +1048,17 @@ def test_an_evaluation_is_replaced_when_the_new_one_is_in_its_place(
         with pytest.raises(OutputError, match="is, or holds, the current folder or your home"):
             write_comparison(comparison, ".", force=True)
     assert os.listdir(tmp_path) == ["out"]
-    assert (out / "mark").exists()
+    assert (out / "curve.svg").exists()
     write_comparison(comparison, out, force=True)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(out) == ["evaluation.json"]
+    (out / "items" / "m").mkdir(parents=True)
+    (out / "items" / "m" / "boolq.jsonl").touch()
+    (out / "items" / "notes.md").touch()
+    with pytest.raises(OutputError, match=r"out also holds items/notes\.md, which shallower did not write"):
+        write_comparison(comparison, out, force=True)
+    (out / "items" / "notes.md").unlink()
+    write_comparison(comparison, out, force=True)
     (out / "evaluation.json").rename(out / "mine.json")
     with pytest.raises(OutputError, match=r"is not an evaluation \(no evaluation.json in it\), so --force does not"):
         write_comparison(comparison, out, force=True)

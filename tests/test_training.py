@@ -1305,17 +1305,22 @@ def test_no_copy_of_a_conversation_that_measures_is_trained_on(tmp_path: Path) -
     assert split(same)[1] is None, "one conversation, four times, is not four"
 
 
+UNANSWERED: list[dict[str, Any]] = [
+    {"instruction": "a", "output": " "},
+    {"messages": [{"role": "user", "content": "a"}]},
+    {"messages": [{"role": "assistant", "content": "a"}]},
+]
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
         ([{"instruction": "a", "output": 3}], "line 1 holds no question with its answer, but instruction, output"),
-        ([{"instruction": "a", "output": " "}], "line 1 holds no question with its answer"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], "line 1 holds no question with its answer, but messages"),
-        ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1 holds no question with its answer"),
+        (UNANSWERED, "none of the 3 conversations .* has a question with its answer: write rows such as"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}], "line 1 holds no"),
         ([{"messages": ["a"]}], "line 1 holds no question with its answer, but messages"),
         ([{"text": "a"}], "line 1 holds no question with its answer, but text"),
-        (ROWS[2:], "none of the 1 conversations .* fits length=120"),
+        ([*ROWS[2:], *UNANSWERED], "none of the 1 answered conversations .* fits length=120"),
     ],
 )
 def test_rows_that_are_no_instructions_are_refused(rows: list[dict[str, Any]], said: str, tmp_path: Path) -> None:

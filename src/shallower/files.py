@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from shallower import progress
 from shallower.errors import OutputError
@@ -57,12 +57,20 @@ def require_writable(path: str | os.PathLike[str], told: str) -> None:
         raise OutputError(f"{told} cannot be written: {why}; choose another place or change its permissions.") from None
 
 
-def require_free(folder: Path, told: str, *, force: bool, replaceable: Callable[[Path], bool], what: str) -> None:
+def require_free(
+    folder: Path,
+    told: str,
+    *,
+    force: bool,
+    replaceable: Callable[[Path], bool],
+    what: str,
+    known: Callable[[PurePath], bool] = lambda path: True,
+) -> None:
     """Raise OutputError unless the folder can be made, or `force` may replace it. What a process that was killed left
     there is removed first.
 
     told: what to call it. replaceable: whether a folder with something in it may be replaced; what: such a folder in
-    words.
+    words. known: whether a file, by its path inside, belongs to what was written there; others are not replaced.
     """
     folder = expanded(folder)
     require_writable(folder, told)
@@ -81,6 +89,14 @@ def require_free(folder: Path, told: str, *, force: bool, replaceable: Callable[
     if any(folder.iterdir()) and not replaceable(folder):
         raise OutputError(
             f"{told} is not {what}, so --force does not replace it; choose another folder or remove it yourself."
+        )
+    inside = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    foreign = [name.as_posix() for name in (path.relative_to(folder) for path in inside) if not known(name)]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"{told} also holds {', '.join(foreign[:3])}{more}, which shallower did not write and --force would "
+            "delete; move that to another place, or choose another folder."
         )
 
 

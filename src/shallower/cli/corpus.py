@@ -68,7 +68,11 @@ def build(
     def show(console: Console) -> None:
         _show_set(console, made, first)
         print_written(
-            console, out, "the set", f"shallower search {typed(model)} --remove 25% --calibration {typed(out)}"
+            console,
+            out,
+            "the set",
+            f"shallower search {typed(model)} --remove 25% --calibration {typed(out)}",
+            metavar="FOLDER",
         )
 
     return Answer(made.to_json() | {"beginnings": first}, show)

@@ -68,6 +68,8 @@ refused.
 """
 
 RESUME = "nothing half-written. Run the same command again: it goes on with what was kept"
+ANEW = "nothing half-written. Run the same command again: it begins anew"
+_KEEP_NOTHING = {"inspect", "bench", "report", "methods", "build", "show", "cut"}  # also of `corpus` and `plan`
 
 app = typer.Typer(
     name="shallower",
@@ -153,7 +155,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         if debug:
             traceback.print_exc()
-        sentence, code = explain(error, debug=debug, savers=_savers(command, arguments))
+        keeps = _keeps(command, arguments)
+        sentence, code = explain(error, debug=debug, savers=_savers(command, arguments), keeps=keeps)
         print(f"shallower: {' '.join(sentence.split())}", file=sys.stderr)
         return code
 
@@ -186,20 +189,33 @@ def _savers(command: Any, arguments: Sequence[str]) -> list[str]:
     return [saver for name, saver in _SAVERS.items() if name in there - idle]
 
 
-def explain(error: BaseException, *, debug: bool = False, savers: Sequence[str] = ()) -> tuple[str, int]:
-    """What to tell the user, and the exit code. savers: what would save memory."""
+def _keeps(command: Any, arguments: Sequence[str]) -> bool:
+    """Whether the verb keeps what it has done before it ends. command: of all verbs."""
+    verb = getattr(verb_of(command, [word for word in arguments if not word.startswith("-")]), "name", "")
+    if verb == "clean":
+        return any(word.partition("=")[0] == "--datatrove" for word in arguments)
+    return verb not in _KEEP_NOTHING
+
+
+def explain(
+    error: BaseException, *, debug: bool = False, savers: Sequence[str] = (), keeps: bool = True
+) -> tuple[str, int]:
+    """What to tell the user, and the exit code. savers: what would save memory. keeps: whether the verb that ran goes
+    on where it was.
+    """
+    again = RESUME if keeps else ANEW
     if isinstance(error, ShallowerError):
         return str(error), error.exit_code
     if isinstance(error, _ClickException):
         return _usage(error), 2
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return f"interrupted; {RESUME}.", 130
+        return f"interrupted; {again}.", 130
     if isinstance(error, Terminated):
-        return f"terminated; {RESUME}.", 128 + error.number
+        return f"terminated; {again}.", 128 + error.number
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib's words
         return "a path begins with ~ and the name of a user that this machine does not know; write the whole path.", 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{_where(error)}; {RESUME}. Free some room first, or choose another place.", 2
+        return f"the disk is full{_where(error)}; {again}. Free some room first, or choose another place.", 2
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{error.strerror}{_where(error)}; choose another place or change its permissions.", 2
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from shallower.budget import parse_remove
 from shallower.errors import UserError
@@ -250,6 +250,30 @@ StreamBlocks = Annotated[
     ),
 ]
 Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]
+
+
+def _count_or_all(text: str | int) -> int | None:
+    """None for all. Raises BadParameter for what is no number from 1 up."""
+    if text == "all":
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise BadParameter(f"{text!r} is not 1 or more, or all")
+    return number
+
+
+Windows = Annotated[
+    int | None,
+    Option(
+        "--windows",
+        metavar="N",
+        parser=_count_or_all,
+        help="Windows to evaluate of each text, from its start, or all.",
+    ),
+]
 
 
 def require_reader(given: Mapping[str, object], reader: str) -> None:

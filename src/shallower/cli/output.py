@@ -80,10 +80,12 @@ def typed_again(text: str | None, size: tuple[int, int], seed: int, dtype: str, 
     return told + " --trust-remote-code" * trust_remote_code
 
 
-def print_written(console: Console, path: Path | None, what: str, next_step: str = "") -> None:
-    """Say where a file is and what to type next, or how to get the file."""
+def print_written(
+    console: Console, path: Path | None, what: str, next_step: str = "", *, metavar: str = "FILE"
+) -> None:
+    """Say where a file is and what to type next, or how to get the file. metavar: what --out names."""
     if path is None:
-        console.print(f"\nNothing was written; add --out FILE to keep {what}.")
+        console.print(f"\nNothing was written; add --out {metavar} to keep {what}.")
         return
     console.print(f"\nWrote {what} to {path}", soft_wrap=True)
     if next_step:

@@ -66,9 +66,7 @@ def prune(
     distill: options.Distill = None,
     text: options.Texts = None,
     window: options.WindowLength = 1024,
-    windows: Annotated[
-        int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
-    ] = 12,
+    windows: options.Windows = 12,
     speed: Annotated[bool, Option("--speed/--no-speed", help="Time prefill and decoding before and after.")] = True,
     form: Annotated[
         str,

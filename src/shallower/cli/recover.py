@@ -69,9 +69,7 @@ def recover(
     settings: options.Settings = None,
     text: options.Texts = None,
     window: options.WindowLength = 1024,
-    windows: Annotated[
-        int, Option("--windows", metavar="N", min=1, help="Windows to evaluate of each text, from its start.")
-    ] = 12,
+    windows: options.Windows = 12,
     force: options.Force = False,
     seed: options.SeedOrPlans = None,
     memory: options.Memory = None,

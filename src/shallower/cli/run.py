@@ -49,19 +49,42 @@ def run(
     ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
+    force: Annotated[
+        bool,
+        Option(
+            "--force",
+            help="Begin again with the first step that is not done, and replace what it and those after it wrote. "
+            "Default: refuse.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Repeat a paper's steps, on a small model or at the paper's size.
 
-    A recipe is a list of commands of this program; --device and --dtype are given to those that take them. Commands
-    that have finished with the same options are not run again.
+    A recipe is a list of commands of this program; --device, --dtype and --trust-remote-code are given to those
+    that take them. Commands that have finished with the same options are not run again.
     """
     chosen = read_recipe(recipe)
     folder = Path(f"{Path(recipe).stem}-{size}") if out is None else out
-    pinned = {name: value for name, value in (("--device", device), ("--dtype", dtype)) if value != "auto"}
-    commands = [_pinned(step, pinned) for step in chosen.commands(size, folder, options.parse_settings(settings))]
+    given = options.parse_settings(settings)
+    pinned: dict[str, str | None] = {
+        name: value for name, value in (("--device", device), ("--dtype", dtype)) if value != "auto"
+    }
+    # what a step is, however the folders are spelled this time, and whatever does not change what it finds
+    placeless = replace(chosen, here=chosen.here.resolve())
+    steps = [_pinned(step, pinned) for step in placeless.commands(size, "{out}", given)]
+    done = _done(folder / DONE)
+    pending = [step not in done for step in steps]
+    if force and any(pending):  # what stands after it was made from what it wrote
+        pending = [number >= pending.index(True) for number in range(len(steps))]
+    pinned |= {"--trust-remote-code": None} if trust_remote_code else {}
+    commands = [
+        _pinned(command, {**pinned, "--force": None} if force and waits else pinned)
+        for command, waits in zip(chosen.commands(size, folder, given), pending, strict=True)
+    ]
     told: dict[str, Any] = {"title": chosen.title, "source": chosen.source, "size": size, "out": str(folder)}
     console = screen()
     if not as_json:
@@ -72,18 +95,14 @@ def run(
         else:
             console.print("\n".join(f"shallower {command}" for command in commands), soft_wrap=True, highlight=False)
         return
-    ledger = folder / DONE
-    done = _done(ledger)
     found: list[Any] = []
-    # what a step is, however the folders are spelled this time
-    placeless = replace(chosen, here=chosen.here.resolve())
-    steps = [_pinned(step, pinned) for step in placeless.commands(size, "{out}", options.parse_settings(settings))]
-    for number, (command, step) in enumerate(zip(commands, steps, strict=True), 1):
-        if step not in done:
+    for number, (command, waits) in enumerate(zip(commands, pending, strict=True), 1):
+        if waits:
             _require_recoveries(command, f"step {number} of {recipe}")
-    for number, (command, step) in enumerate(zip(commands, steps, strict=True), 1):
+    for number, (command, step, waits) in enumerate(zip(commands, steps, pending, strict=True), 1):
         label = f"[{number}/{len(commands)}] shallower {command}"
-        if step in done:
+        if not waits:
+            found.append({"command": command, "done": True})
             if not as_json:
                 console.print(f"{label}\nis done already.\n", soft_wrap=True, markup=False, highlight=False)
             continue
@@ -97,8 +116,9 @@ def run(
         finally:
             # a verb's work counts even where nobody reads its answer any more; within another recipe it is one of many
             if ended or (finished and not command.startswith("run ")):
-                done.append(step)
-                write_json(ledger, {"steps": done})
+                # what it replaced may be from steps of other values, which are then not done any more
+                done = [*(earlier for earlier in done if not force or earlier in steps[: number - 1]), step]
+                write_json(folder / DONE, {"steps": done})
         found.append({"command": command, "answer": answer})
     if as_json:
         print_json({**told, "steps": found})
@@ -126,14 +146,15 @@ def _require_recoveries(command: str, label: str) -> None:
         raise UserError(f"{label} cannot run: {error}") from None
 
 
-def _pinned(command: str, options_given: Mapping[str, str]) -> str:
-    """The command line with what is given of the options that its verb has."""
+def _pinned(command: str, options_given: Mapping[str, str | None]) -> str:
+    """The command line with what is given of the options that its verb has; None for one that takes no value."""
     from shallower.cli import main
 
     if not options_given:
         return command
     there = main.options_of(main.verb_of(typer.main.get_command(main.app), shlex.split(command)))
-    added = [word for name, value in options_given.items() if name in there for word in (name, value)]
+    pairs = ((name, value) for name, value in options_given.items() if name in there)
+    added = [word for pair in pairs for word in pair if word is not None]
     return f"{command} {shlex.join(added)}" if added else command
 
 

@@ -37,7 +37,7 @@ from shallower import progress
 from shallower.corpus.clean import Counts
 from shallower.corpus.duplicates import LEAST_WORDS, SHINGLE, Hashes, Shingles, bands, fingerprint, jaccard, words_of
 from shallower.corpus.quality import scorer, signals
-from shallower.corpus.sources import Source, text_files
+from shallower.corpus.sources import Source, path_named, require_outside, text_files
 from shallower.errors import CorpusError, OutputError
 from shallower.strict_json import write_json
 
@@ -445,22 +445,9 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def require_outside(text: str, written: Path) -> None:
-    """Raise OutputError for a place in a folder of text: what is written there would be read as text, too."""
-    place = _place(text)
-    if os.path.isdir(place) and written.resolve().is_relative_to(place.resolve()):
-        raise OutputError(f"{written} is in {text}, where it would be read as text the next time: name another place.")
-
-
-def _place(text: str) -> Path:
-    """The path that the specification names, if it names one."""
-    # os.path: what is no path may be longer than a name can be
-    return Path(os.path.expanduser(text if os.path.exists(text) else text.partition("#")[0].removeprefix("arrow:")))
-
-
 def _stamp(text: str) -> str:
     """Changes when a file that the specification names does; empty where it names none."""
-    path = _place(text)
+    path = path_named(text)
     arrow = text.startswith("arrow:")
     files = [path] if not os.path.isdir(path) else sorted(path.glob("*.arrow")) if arrow else text_files(path)
     stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files if os.path.isfile(file)]

@@ -45,7 +45,7 @@ from shallower import progress
 from shallower.corpus.domains import DOMAINS, resolve
 from shallower.corpus.pieces import PIECE, pieces
 from shallower.corpus.supply import NOTHING, START, Supply
-from shallower.errors import CorpusError, UnknownName, first_line, require_package
+from shallower.errors import CorpusError, OutputError, UnknownName, first_line, require_package
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -163,6 +163,19 @@ def place_of(text: str) -> Path:
     if kind == "python":  # docstrings stand in both of its texts
         return Path(kind)
     return Path(rest if colon and kind in ("hf", "domain") else name)
+
+
+def path_named(text: str) -> Path:
+    """The path that `text` names, if it names one."""
+    # os.path: what is no path may be longer than a name can be
+    return Path(os.path.expanduser(text if os.path.exists(text) else text.partition("#")[0].removeprefix("arrow:")))
+
+
+def require_outside(text: str, written: Path) -> None:
+    """Raise OutputError for a place in a folder of text: what is written there would be read as text, too."""
+    place = path_named(text)
+    if os.path.isdir(place) and written.resolve().is_relative_to(place.resolve()):
+        raise OutputError(f"{written} is in {text}, where it would be read as text the next time: name another place.")
 
 
 def _folder(path: Path, field: str | None) -> Source:

@@ -1,10 +1,10 @@
 """Perplexity of a text: windows, stride, token-weighted sums in float64.
 
-The text is tokenised once, as a whole and without special tokens, and read in windows that start `stride` tokens apart.
-Each token is scored once, in the first window that reaches it, unless nothing of the text stands before it in that
-window. So the text's first token is never scored, and with windows side by side (the default) neither is the first of
-each window. The last, shorter window counts too. Perplexity is the exponential of the mean over scored tokens, not of
-window means.
+The text is tokenised as a whole, or as far as its windows are read, without special tokens. Windows start `stride`
+tokens apart. Each token is scored once, in the first window that reaches it, unless nothing of the text stands before
+it in that window. So the text's first token is never scored, and with windows side by side (the default) neither is the
+first of each window. The last, shorter window counts too. Perplexity is the exponential of the mean over scored tokens,
+not of window means.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 WindowBos = Literal["auto", "each-sequence", "none"]
 
 _ROWS = 256  # logits in float32 at a time: 256 × 150,000 × 4 bytes = 150 MB
+_BEGINNING = 10_000  # characters of a text that are encoded at least
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def cut_windows(
     _, bos_id = resolve_bos(tokenizer, bos)
     room = window - (bos_id is not None)
     _check(model, window, room, stride, batch_size, max_windows)
-    ids, ends = _encoded(tokenizer, text)
+    step = min(stride or room, room)
+    ids, ends = _encoded(tokenizer, text, None if max_windows is None else (max_windows - 1) * step + room)
     if len(ids) < 2:
         raise CorpusError(f"the evaluation text has {len(ids)} tokens; a loss needs at least 2: use a longer text.")
     embeddings = model.get_input_embeddings().weight
@@ -170,8 +173,26 @@ def cut_windows(
             f"the text has the token id {int(ids.max())}, but the model ends at {embeddings.shape[0] - 1}: the "
             "tokenizer is another model's."
         )
-    windows = tuple(_windows(len(ids), room, min(stride or room, room)))[:max_windows]
-    return TextWindows(ids, windows, bos_id, _scored_bytes(tokenizer, ids, ends, windows))
+    windows = tuple(islice(_windows(len(ids), room, step), max_windows))
+    return TextWindows(ids, windows, bos_id, _scored_bytes(tokenizer, text, ids, ends, windows))
+
+
+def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None) -> tuple[Tensor, Sequence[int] | None]:
+    """Ids of the text's first `tokens` tokens, or of all (int64 [tokens]), and if the tokenizer tells, where in the
+    text each of them ends, in characters.
+
+    Of a long text only a beginning with twice as many tokens is encoded: where a token ends can depend on what follows,
+    but not on what follows so far behind.
+    """
+    fast = bool(tokenizer.is_fast)
+    size = len(text) if tokens is None else max(_BEGINNING, 10 * tokens)
+    while True:
+        encoded = tokenizer(text[:size], add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        if tokens is None or size >= len(text) or len(encoded["input_ids"]) >= 2 * tokens:
+            break
+        size *= 2
+    ids = torch.tensor(encoded["input_ids"][:tokens], dtype=torch.int64)
+    return ids, [end for _, end in encoded["offset_mapping"][:tokens]] if fast else None
 
 
 def context_limit(model: PreTrainedModel) -> int | None:
@@ -208,23 +229,17 @@ def _check(
             raise UserError(f"{name}={value} must be at least 1.")
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str | Tensor) -> tuple[Tensor, Sequence[int] | None]:
-    """Ids (int64 [tokens]) and, if the tokenizer tells, how many bytes of the text lie before each token's end."""
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, text: str | Tensor, tokens: int | None
+) -> tuple[Tensor, Sequence[int] | None]:
+    """`first_ids` of a text; ids as they are."""
     if not isinstance(text, str):
         if text.dtype != torch.int64 or (text.ndim != 1 and text.shape[0] != 1):
             raise CorpusError(
                 f"evaluation ids are {text.dtype} of shape {list(text.shape)}; they must be int64 [tokens]."
             )
         return text.detach().cpu().reshape(-1), None
-    fast = bool(tokenizer.is_fast)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-    ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    if not fast:
-        return ids, None
-    bytes_before = [0]
-    for character in text:
-        bytes_before.append(bytes_before[-1] + len(character.encode("utf-8", errors="surrogatepass")))
-    return ids, [bytes_before[end] for _, end in encoded["offset_mapping"]]
+    return first_ids(tokenizer, text, tokens)
 
 
 def _windows(tokens: int, room: int, stride: int) -> Iterator[Window]:
@@ -266,11 +281,16 @@ def _summed_nll(logits: Tensor, targets: Tensor) -> float:
 
 
 def _scored_bytes(
-    tokenizer: PreTrainedTokenizerBase, ids: Tensor, ends: Sequence[int] | None, windows: Sequence[Window]
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Tensor,
+    ids: Tensor,
+    ends: Sequence[int] | None,
+    windows: Sequence[Window],
 ) -> int:
     """Exact for text; ids are decoded, run by run of scored tokens, which may split a character at a run's ends."""
-    if ends is not None:
-        return sum(ends[part.stop - 1] - ends[part.scored - 1] for part in windows)
+    if isinstance(text, str) and ends is not None:
+        scored = (text[ends[part.scored - 1] : ends[part.stop - 1]] for part in windows)
+        return sum(len(piece.encode("utf-8", errors="surrogatepass")) for piece in scored)
     runs: list[list[int]] = []
     for part in windows:
         if runs and runs[-1][1] == part.scored:

@@ -10,16 +10,20 @@ what the signature asks for:
              Empty for a search that also asks for spans, unless only attentions or only MLPs may go
     spans    {span: importance} by the chosen metric, likewise; from mid-block to mid-block where sublayers may go
     losses   `Losses`: objective of the model without each candidate
-    start    the choice of the search before it, for searches that improve on a set
+    start    the choice of the search before it, for searches that improve on a set; where none stands before it, that
+             of the search which the trait `starts="greedy"` names, or of `random`
     rng      a seeded `random.Random`
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from shallower.units import Unit
+
+if TYPE_CHECKING:
+    from shallower.registry import Method
 
 Candidate = TypeVar("Candidate")
 
@@ -34,6 +38,13 @@ class Losses(Protocol):
         as the best may be a little worse than that, and is the mean over a part of the text: compare it with nothing
         but what came with it. None measures all of them in full.
         """
+
+
+def search_before(method: Method) -> str | None:
+    """The search that makes the set which `method` improves on, where no search stands before it; None where it needs
+    no set.
+    """
+    return method.traits.get("starts", "random") if "start" in method.parameters else None
 
 
 def best(candidates: Sequence[Candidate], measured: Sequence[float]) -> Candidate:

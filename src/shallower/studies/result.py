@@ -15,6 +15,7 @@ from shallower.registry import Method
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
+from shallower.searches import search_before
 from shallower.strict_json import record_faults, spelled
 from shallower.units import Unit, sublayers_of
 
@@ -92,7 +93,7 @@ class Cell:
         """The searches, what they start from, and the metrics that they rank by."""
         name, metric = search_and_metric(self.search)
         methods = [searches.get(each.strip()) for each in name.split(",")]
-        if start := methods[0].traits.get("starts"):
+        if start := search_before(methods[0]):
             methods.insert(0, searches.get(start))
         ranking = [metric] if metric else [method.traits["metric"] for method in methods if "metric" in method.traits]
         return [*methods, *map(metrics.get, ranking)]

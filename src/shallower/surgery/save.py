@@ -32,6 +32,7 @@ from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
 from shallower.strict_json import write_json
 from shallower.surgery.card import model_card
+from shallower.surgery.contents import written_with
 from shallower.surgery.cut import leftovers
 from shallower.surgery.patch import patches
 from shallower.surgery.runtimes import misreadings
@@ -182,10 +183,13 @@ def require_unquantized(model: PreTrainedModel) -> None:
 
 
 def require_free(folder: str | os.PathLike[str], *, force: bool) -> None:
-    """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace."""
+    """Raise OutputError unless `folder` can be written to: free, or a checkpoint that `force` may replace, with nothing
+    beside it that is the user's own.
+    """
     target = Path(os.path.abspath(files.expanded(folder)))
     what = "a checkpoint (no config.json with a model_type)"
-    files.require_free(target, str(target), force=force, replaceable=_is_checkpoint, what=what)
+    known = written_with(target)
+    files.require_free(target, str(target), force=force, replaceable=_is_checkpoint, what=what, known=known)
 
 
 def require_apart(folder: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:

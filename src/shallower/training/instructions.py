@@ -27,12 +27,14 @@ CONVERSATIONS = "instructions=true"  # in the description of a set, which is no 
 
 @dataclass(frozen=True, eq=False)
 class InstructionSet(CalibrationSet):
-    """One conversation a sequence. scored: bool [sequences, length], True for the tokens of the answer.
+    """One conversation a sequence. scored: bool [sequences, length], True for the tokens of the answer. unanswered: how
+    many rows of the file were left out, as no answer follows a question in them.
 
     Raises CorpusError when `scored` does not fit the ids, or a sequence has nothing to score.
     """
 
     scored: Tensor = field(kw_only=True)
+    unanswered: int = field(default=0, kw_only=True)
 
     format: ClassVar[str] = "shallower.instructions/1"
 
@@ -70,11 +72,14 @@ def build_instructions(
     """Conversations from a .jsonl file of `instruction`, `input` (may be empty or missing) and `output`, of `question`
     and `answer`, or of `messages` with `role` and `content`, of which the last is the assistant's.
 
+    Rows whose answer is empty, and chats that do not end with the assistant's, are left out.
+
     length: longest conversation in tokens; a longer one is left out, as half an answer teaches to stop anywhere.
     sequences: only the first so many of those that fit. In file order: training shuffles. The source's record says how
     many rows were read for the conversations that are in the set.
 
-    Raises CorpusError when the file is not such rows, the tokenizer has no chat template, or nothing is short enough.
+    Raises CorpusError when the file is not such rows, the tokenizer has no chat template, or nothing is answered and
+    short enough.
     """
     if not tokenizer.chat_template:
         raise CorpusError(
@@ -83,20 +88,31 @@ def build_instructions(
     path = Path(path)
     found: list[tuple[list[int], int]] = []
     total = hashlib.sha256()
-    read = 0
+    read = unanswered = 0
     with progress.task("reading instructions", sequences) as step:
         for number, record in json_records(path):
             total.update(repr(sorted(record.items())).encode())
             read += 1
-            ids, begin = _encode(tokenizer, record, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            turns = _turns(record, where)
+            if not _is_answered(turns):
+                unanswered += 1
+                continue
+            ids, begin = _encode(tokenizer, turns, where)
             if len(ids) <= length and begin < len(ids):
                 found.append((ids, begin))
                 step()
             if len(found) == sequences:
                 break
     if not found:
+        if unanswered == read:
+            raise CorpusError(
+                f"none of the {read} conversations of {path} has a question with its answer: write rows such as "
+                f"{EXAMPLE}, or messages that end with the assistant's."
+            )
         raise CorpusError(
-            f"none of the {read} conversations of {path} fits length={length}: set a larger one (--length)."
+            f"none of the {read - unanswered} answered conversations of {path} fits length={length}: set a larger one "
+            "(--length)."
         )
     rows, mask = padded([ids for ids, _ in found], pad_id(tokenizer))
     begins = torch.tensor([begin for _, begin in found])
@@ -104,17 +120,26 @@ def build_instructions(
     source = SourceRecord(path.name, f"sha256:{total.hexdigest()}", len(found), read)
     described = f"{path.name}?{CONVERSATIONS}&length={length}"
     tokens = tokens_digest(tokenizer, rows)
-    return InstructionSet(described, rows, mask, (source,), tokens, scored=scored)
+    return InstructionSet(described, rows, mask, (source,), tokens, scored=scored, unanswered=unanswered)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], where: str) -> tuple[list[int], int]:
-    """Ids of the conversation, and where the answer begins."""
+def _turns(record: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    """Raise CorpusError for a row that is no conversation."""
     turns = conversation(record)
-    if len(turns) < 2 or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+    if not turns:
         raise CorpusError(
             f"{where} holds no question with its answer, but {', '.join(sorted(record)) or 'nothing'}: write rows such "
             f"as {EXAMPLE}, or messages that end with the assistant's."
         )
+    return turns
+
+
+def _is_answered(turns: Sequence[Mapping[str, str]]) -> bool:
+    return len(turns) > 1 and turns[-1]["role"] == "assistant" and bool(turns[-1]["content"].strip())
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], where: str) -> tuple[list[int], int]:
+    """Ids of the conversation, and where the answer begins."""
     whole, prompt = templated(tokenizer, turns, where), templated(tokenizer, turns[:-1], where, asks=True)
     if not whole.startswith(prompt):
         raise CorpusError(

@@ -15,7 +15,15 @@ from shallower.errors import UserError
 from shallower.reporting.wording import distinct_names, percent, plural
 from shallower.surgery.silence import adds_nothing
 from shallower.timing import Speed, Spread, compare_speed, devices_of, memory_source, require_counts, require_fits
-from shallower.verbs.subject import ModelLike, Subject, open_subject, path_of, several
+from shallower.verbs.subject import (
+    ModelLike,
+    Subject,
+    open_subject,
+    path_of,
+    require_computable,
+    require_there,
+    several,
+)
 from shallower.version import __version__
 
 FORMAT = "shallower.bench/1"
@@ -120,6 +128,8 @@ def bench(
         raise UserError("there is no model to time: name at least one.")
     for size, length in sizes:
         require_counts(prompt=length, generate=generate, batch=size, warmup=warmup, repeats=repeats)
+    require_there(given)
+    require_computable(given, device, dtype)
     subjects = [open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for model in given]
     if isinstance(models, Mapping):
         names = list(models)

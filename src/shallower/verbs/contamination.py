@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from shallower.corpus import (
     CalibrationSet,
     Supply,
@@ -20,6 +18,7 @@ from shallower.corpus import (
 )
 from shallower.corpus.overlap import rows_in
 from shallower.errors import CorpusError, UserError
+from shallower.evaluation.perplexity import first_ids
 from shallower.plan import CalibrationIdentity, PruningPlan
 from shallower.training.instructions import CONVERSATIONS
 from shallower.verbs.history import texts_of, told_before
@@ -51,9 +50,9 @@ def shared_runs(
         if made_with is not None:
             sets.setdefault(made_with.digest, (what, made_with))  # of two that are one, one sentence
     for name, content in contents.items() if sets else ():
-        ids = torch.tensor(subject.tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
+        ids, _ = first_ids(subject.tokenizer, content, tokens)
         for what, made_with in sets.values():
-            shared = overlap(made_with, ids[:tokens])
+            shared = overlap(made_with, ids)
             if shared.shared:
                 yield (
                     f"{name} shares {shared.shared} of {shared.total} runs of 13 tokens with {what}: its perplexity "

@@ -25,6 +25,7 @@ from shallower.corpus import (
 )
 from shallower.corpus import clean as find
 from shallower.corpus.calibration import MANIFEST, TENSORS
+from shallower.corpus.sources import require_outside
 from shallower.errors import CorpusError, OutputError
 from shallower.files import expanded, replacing, write_text
 from shallower.progress import task
@@ -51,8 +52,9 @@ def build(
 ) -> tuple[CalibrationSet, PreTrainedTokenizerBase]:
     """The calibration set that a specification describes, and the tokenizer that made it.
 
-    The model's weights are read only when the specification asks for `self`, the model's own text. out: a folder for
-    the set; force: replace the one that is there.
+    Unless the specification says `part=…` one document in ten is left for held-out evaluation, as where a text is named
+    itself. The model's weights are read only when the specification asks for `self`, the model's own text. out: a
+    folder for the set; force: replace the one that is there.
 
     Raises CorpusError and UnknownName as `build_calibration` does, CorpusError, too, when the model's own text
     would be longer than what it can read, ModelError when MODEL cannot be used, OutputError when the set cannot be
@@ -67,7 +69,7 @@ def build(
         tokenizer, given = subject.tokenizer, supply(subject.model, subject.tokenizer)
     else:
         tokenizer, given = load_tokenizer(model, trust_remote_code=trust_remote_code)[0], supply()
-    made = build_calibration(spec, tokenizer, sequences=sequences, length=length, seed=seed, supply=given)
+    made = build_calibration(spec, tokenizer, sequences=sequences, length=length, seed=seed, part="train", supply=given)
     if out is not None:
         with _folder(out, "--out") as folder:
             made.save(folder)
@@ -120,6 +122,8 @@ def clean(
                 f"--out {out} is, or is inside of, --report {report}, a folder that is written whole: choose another "
                 "place."
             )
+    if out is not None:
+        require_outside(str(text), expanded(out))
     source = _source(text)
     sets = [EvaluationRuns(name, supply=supply()) for name in against]
     found = find(source, dedup=dedup, min_quality=min_quality, quality=quality)
@@ -169,7 +173,7 @@ def clean_on_disk(
     """
     if workers < 1:
         raise CorpusError(f"workers={workers} is not a number of processes: 1 or more.")
-    from shallower.corpus.datatrove import Work, require_outside
+    from shallower.corpus.datatrove import Work
 
     if out is not None:
         require_outside(str(text), expanded(out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from shallower import files
 from shallower.errors import OutputError
@@ -14,14 +14,19 @@ from shallower.files import expanded, replacing_folder
 from shallower.reporting.wording import distinct_names
 from shallower.strict_json import spelled
 
-FILE = "evaluation.json"
+FILE, ITEMS = "evaluation.json", "items"
+_CURVE = ("curve.png", "curve.svg")  # of reporting.curves, which takes matplotlib to import
 
 
 def require_free(out: str | Path, *, force: bool) -> None:
-    """Raise OutputError unless the folder can be made, or `force` may replace it: an evaluation, or empty."""
+    """Raise OutputError unless the folder can be made, or `force` may replace it: an evaluation and nothing else, or
+    empty.
+    """
     target = expanded(out)
     what = f"an evaluation (no {FILE} in it)"
-    files.require_free(target, f"--out {target}", force=force, replaceable=_may_be_replaced, what=what)
+    files.require_free(
+        target, f"--out {target}", force=force, replaceable=_may_be_replaced, what=what, known=_is_written
+    )
 
 
 def write_comparison(
@@ -37,7 +42,7 @@ def write_comparison(
             for name, content in (more or {}).items():
                 (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
             for each, name in zip(comparison.evaluations, _folders(comparison), strict=True):
-                folder = made / "items" / name
+                folder = made / ITEMS / name
                 for result in each.tasks:
                     if result.samples:
                         folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +59,13 @@ def write_comparison(
 
 def _may_be_replaced(folder: Path) -> bool:
     return (folder / FILE).is_file()
+
+
+def _is_written(path: PurePath) -> bool:
+    """Whether a file, by its path in the folder, is one that an evaluation writes."""
+    if path.parts[0] == ITEMS:
+        return len(path.parts) == 3 and path.suffix == ".jsonl"
+    return path.as_posix() in (FILE, *_CURVE)
 
 
 def _folders(comparison: Comparison) -> list[str]:

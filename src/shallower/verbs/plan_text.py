@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from shallower import progress
 from shallower.corpus import asks_model, named_options, without_options
 from shallower.engine import reads_choices
-from shallower.errors import UserError
+from shallower.errors import CorpusError, UserError
 from shallower.plan import PruningPlan, source_and_options
 from shallower.registry import objective as objectives
 from shallower.verbs.contamination import read_again
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject
 from shallower.verbs.supply import supply
 from shallower.verbs.texts import held_out
+
+NOTHING_HELD_OUT = "nothing of it is held out to measure on"
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,16 @@ class PlanText:
     notes: tuple[str, ...] = ()
 
 
-def text_of_plan(subject: Subject, plan: PruningPlan, seed: int | None) -> PlanText:
-    """The plan's own text where it can be had and some of it is held out, without how much of it was read: what is
-    measured is then what the plan was chosen by, and a repair fits what it was chosen for.
+def text_of_plan(
+    subject: Subject, plan: PruningPlan, seed: int | None, *, repairs: bool, has_held_out: bool
+) -> PlanText:
+    """The plan's own text where it can be had, without how much of it was read: what is measured is then what the plan
+    was chosen by, and a repair fits what it was chosen for.
 
-    seed: where one was given, other sequences of it than the recorded one chose.
+    seed: where one was given, other sequences of it than the recorded one chose. repairs: it is repaired or trained on.
+    has_held_out: text to measure on was named; else some of the plan's own has to be held out.
+
+    Raises CorpusError where a repair would read the default text, and the plan was made with another.
     """
     recorded = plan.made_by.calibration
     if recorded is None:
@@ -40,14 +47,21 @@ def text_of_plan(subject: Subject, plan: PruningPlan, seed: int | None) -> PlanT
     source = recorded.source
     is_default = source_and_options(recorded.spec)[0] == DEFAULT_CALIBRATION
     other = "name other text with --calibration."
-    again, reason = None, _no_text_to_measure_on(recorded.spec, plan.made_by.objective)
+    again, reason = None, _unreadable(recorded.spec, plan.made_by.objective, has_held_out=has_held_out)
     if not reason:
         again, reason = read_again(subject, recorded, supply(subject.model, subject.loaded.tokenizer))
-        if again is not None and not held_out(recorded.spec):
-            again, reason = None, "nothing of it is held out to measure on"
+        if again is not None and not has_held_out and not held_out(recorded.spec):
+            again, reason = None, NOTHING_HELD_OUT
     if again is None:
         if is_default:
             return PlanText()
+        if repairs:
+            to_measure = "text to measure on (--text), or " if reason.endswith(NOTHING_HELD_OUT) else ""
+            raise CorpusError(
+                f"the plan's own text, {source}, is not what the model would be repaired or trained on ({reason}): "
+                f"name {to_measure}the text to repair and train on (--calibration, such as --calibration "
+                f"{DEFAULT_CALIBRATION})."
+            )
         note = f"The plan's own text, {source}, is not read ({reason}), but the default, {DEFAULT_CALIBRATION}: {other}"
         progress.note(note)
         return PlanText(notes=(note,))
@@ -59,11 +73,11 @@ def text_of_plan(subject: Subject, plan: PruningPlan, seed: int | None) -> PlanT
     return PlanText(left, (again.sequences, again.length), notes)
 
 
-def _no_text_to_measure_on(spec: str, objective: str | None) -> str:
+def _unreadable(spec: str, objective: str | None, *, has_held_out: bool) -> str:
     """Why what a plan was made with is not worth reading again, or nothing."""
     with suppress(UserError):  # an objective of a package that is not here; a set that was made in memory
         if objective is not None and reads_choices(objectives.get(objective)):
             return "it holds questions, which are no text to measure on"
-        if asks_model(spec):
-            return "the model wrote it, and nothing of it is held out to measure on"
+        if not has_held_out and asks_model(spec):
+            return f"the model wrote it, and {NOTHING_HELD_OUT}"
     return ""

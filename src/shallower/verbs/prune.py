@@ -34,7 +34,7 @@ from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.before_after import Clock, before_after
-from shallower.verbs.prune_checks import require_consistent, require_prunable
+from shallower.verbs.prune_checks import require_consistent, require_prunable, require_storable
 from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune, wanted_of_prune
 from shallower.verbs.questions import read_questions
 from shallower.verbs.recover import as_stored
@@ -50,6 +50,7 @@ from shallower.verbs.recoveries import (
 )
 from shallower.verbs.recovery_steps import (
     Stages,
+    in_closed_form,
     named_recoveries,
     parse_recoveries,
     require_closed_form,
@@ -180,8 +181,22 @@ def prune(
         form = "packaged"  # where blocks are not whole: transformers' own way is made from the dense model's weights
     # what is known to go is cut before anything is read and measured
     known_cut = _cut(subject, frozenset(request.units), form) if request.budget is None else None
+    if known_cut is None:
+        require_storable(subject, request, steps, form, saved=out is not None)
+    elif out is not None:
+        require_place(steps, subject.anatomy, frozenset(request.units))
     with clock("calibration text"):
-        text = wanted_of_prune(subject, given, calibration, objective, sequences, length, seed)
+        text = wanted_of_prune(
+            subject,
+            given,
+            calibration,
+            objective,
+            sequences,
+            length,
+            seed,
+            repairs=in_closed_form(steps) or (bool(steps) and instructions is None),
+            has_held_out=bool(contents),
+        )
         seed = seed or 0
         read = texts_of_prune(
             subject,
@@ -228,7 +243,7 @@ def prune(
     said: tuple[str, ...] = ()
     if steps:
         with nullcontext() if request.budget is None else naming(given.remove), clock("recovery"):
-            if out is not None:
+            if out is not None and known_cut is None:
                 require_place(steps, subject.anatomy, given.removed)
             require_recoverable(smaller, subject, given.removed, steps, read.fitted, read.training, resume)
             smaller, stages, said = run_recoveries(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
-from shallower.errors import UserError
+from shallower.errors import ModelError, UserError
+from shallower.exporters import export
 from shallower.launched import world_size
 from shallower.surgery import cut
-from shallower.units import Unit, plain
-from shallower.verbs.recoveries import Resume, Training, require_ready, trained_parameters
+from shallower.units import Kind, Unit, plain
+from shallower.verbs.recoveries import Resume, Training, require_place, require_ready, trained_parameters
 from shallower.verbs.recovery_steps import Stages, require_first
 from shallower.verbs.request import Request
 from shallower.verbs.subject import Subject
@@ -36,6 +38,30 @@ def require_consistent(remove: object, plan: object, repair: str, recover: str, 
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
             "'accelerate launch -m shallower recover'."
         )
+
+
+def require_storable(subject: Subject, request: Request, steps: Stages, form: str, *, saved: bool) -> None:
+    """Try, before a search, to cut and store the model without one unit of each kind that may go: raise ModelError
+    where that fails for all of them, and tell where it fails for some. saved: also what maps at their cuts become.
+
+    Sublayers that cannot be missing alone may still go in pairs, where the family's pair up.
+    """
+    anatomy, by_kind, faults = subject.anatomy, dict[Kind, list[Unit]](), dict[Unit, ModelError]()
+    for unit in request.units:
+        by_kind.setdefault(unit.kind, []).append(unit)
+    for units in by_kind.values():
+        middle = units[len(units) // 2]
+        parts = plain((middle,))
+        try:
+            export(anatomy, parts, cut(anatomy, parts), form)
+            if saved:
+                require_place(steps, anatomy, frozenset(parts))
+        except ModelError as error:
+            faults[middle] = error
+    if len(faults) == len(by_kind) and not ({"attn", "mlp"} <= by_kind.keys() and subject.pairs):
+        raise next(iter(faults.values()))
+    for unit, fault in faults.items():
+        progress.note(f"what the search chooses may be impossible to store, as the model without {unit} is: {fault}")
 
 
 def require_prunable(

@@ -40,13 +40,16 @@ def wanted_of_prune(
     sequences: int | None,
     length: int | None,
     seed: int | None,
+    *,
+    repairs: bool,
+    has_held_out: bool,
 ) -> Wanted:
     """What was named; with a plan and no text the plan's own, and as much of it as the plan was made with, where it can
-    be had; seed: as for `text_of_plan`.
+    be had; seed, repairs, has_held_out: as for `text_of_plan`.
     """
     own = PlanText()
     if plan is not None and calibration is None and not reads_choices(objectives.get(objective)):
-        own = text_of_plan(subject, plan, seed)
+        own = text_of_plan(subject, plan, seed, repairs=repairs, has_held_out=has_held_out)
     named = own.spec if calibration is None else calibration
     usual = own.size or SIZE
     return Wanted(

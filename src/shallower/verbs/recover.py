@@ -162,7 +162,8 @@ def recover(
         require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
     own = PlanText()
     if calibration is None and (in_closed_form(steps) or instructions is None or not contents):
-        own = text_of_plan(dense, given, seed)
+        repairs = in_closed_form(steps) or instructions is None
+        own = text_of_plan(dense, given, seed, repairs=repairs, has_held_out=bool(contents))
         calibration = own.spec
         if not own.notes:
             note_default(calibration)

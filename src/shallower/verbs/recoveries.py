@@ -26,7 +26,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
 from shallower.errors import ModelError, TooLittleText, UserError
-from shallower.evaluation.perplexity import Perplexity, context_limit, perplexity
+from shallower.evaluation.perplexity import Perplexity, context_limit, first_ids, perplexity
 from shallower.files import expanded
 from shallower.launched import world_size
 from shallower.plan import options_in_words
@@ -45,7 +45,7 @@ from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
 from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use, that_fold
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
-from shallower.verbs.texts import fitting, held_out, text_perplexity, text_title
+from shallower.verbs.texts import fitting, held_out, text_perplexity, text_title, tokens_read
 from shallower.version import __version__
 
 SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
@@ -268,7 +268,7 @@ def training_text(
             )
         return Training(text, None, notes=notes)
     tokenizer = dense.tokenizer
-    ids = torch.tensor(tokenizer(left_out, add_special_tokens=False, verbose=False)["input_ids"])
+    ids, _ = first_ids(tokenizer, left_out, tokens_read(dense, window, None, max_windows))
 
     def measure(model: PreTrainedModel) -> float:
         label, fits = "on what calibration left out", fitting(dense, window)
@@ -299,10 +299,11 @@ def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Ite
     """How many conversations of a file are learned, where it is not all of them."""
     [source] = conversations.sources
     assert source.read is not None
-    too_long = source.read - source.documents
-    if too_long or source.documents == sequences:
+    too_long = source.read - source.documents - conversations.unanswered
+    if source.read > source.documents or source.documents == sequences:
         told = f"{source.documents:,} of the first {plural(source.read, 'conversation')} of {source.name} are used"
         told += f"; longer than {length} tokens (--length): {too_long:,}" if too_long else ""
+        told += f"; without an answer: {conversations.unanswered:,}" if conversations.unanswered else ""
         ended = source.documents == sequences
         yield told + (f"; what follows is not read (--train-sequences {sequences})." if ended else ".")
 

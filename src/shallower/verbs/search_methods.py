@@ -14,6 +14,7 @@ from shallower.registry import Method, share_options
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
+from shallower.searches import search_before
 from shallower.units import Unit
 from shallower.verbs.ranking import Stage, metric_of, reads_spans, refuse_ranking, that_rank
 from shallower.verbs.recovery_steps import Stages, named_recoveries, require_order, require_read
@@ -154,7 +155,6 @@ def searches_named(names: str) -> list[Method]:
                 f"--search {names} throws away what {earlier.name} finds, as {later.name} starts anew: after the first "
                 f"only searches that improve on a set can stand ({improving}); drop {earlier.name} or {later.name}."
             )
-    before = methods[0].traits.get("starts")
-    if before:
+    if before := search_before(methods[0]):
         methods.insert(0, searches.get(before))
     return methods

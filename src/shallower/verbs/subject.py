@@ -248,7 +248,6 @@ def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | S
     """Raise OutputError unless a checkpoint can be written to `out`: it is free, or may be replaced and is none of the
     `models` that are read. Before anything is loaded.
     """
-    require_free(out, force=force)
     for model in models:
         if isinstance(model, Subject):
             require_apart(out, model.loaded.path)
@@ -256,6 +255,7 @@ def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | S
             require_apart(out, model.config._name_or_path)
         elif model is not None:
             require_apart(out, locate(str(model)).path)
+    require_free(out, force=force)
 
 
 def require_space_for(out: str | Path, subject: Subject, parameters: int) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of, with_options, without_options
+from shallower.corpus.calibration import is_saved, saved_spec
 from shallower.corpus.options import OPTIONS
-from shallower.errors import CorpusError, TooLittleText
+from shallower.errors import TooLittleText, UserError
 from shallower.evaluation.perplexity import Perplexity, TextWindows, context_limit, cut_windows, perplexity
 from shallower.evaluation.text import read_evaluation_text
+from shallower.files import expanded
 from shallower.plan import text_name, without_folders
 from shallower.reporting.wording import distinct_names
 from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, several_names
@@ -28,20 +30,24 @@ def read_texts(texts: str | Path | Sequence[str | Path]) -> dict[str, str]:
 
 
 def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
-    """Documents of the calibration source that were left out of calibration, by what to call them; nothing for a
-    ready-made set of ids, and for a specification that asks for all documents, or for these.
+    """Documents of the calibration source that were left out of calibration, by what to call them; of a saved set, of
+    the source that it was built from. Nothing for a set in memory, for a specification that asks for all documents, or
+    for these, and where the source of a saved set is not there.
     """
     if isinstance(calibration, CalibrationSet):
         return {}
-    asked = str(calibration or DEFAULT_CALIBRATION)
+    asked, part = str(calibration or DEFAULT_CALIBRATION), "train"
+    folder = expanded(asked)
+    if is_saved(folder):
+        asked, part = saved_spec(folder), ""  # which names its part
     try:
-        if named_options(asked).get("part", "train") != "train":
+        if named_options(asked).get("part", part) != "train":
             return {}
         spec = f"{text_of(asked)}?part=held-out"
         return {text_name(spec): read_evaluation_text(spec, supply())}
-    except CorpusError:
-        # too few documents to leave any out, a saved set, the model's own text, or questions that are no text: such
-        # calibration was read all the same, and the report then shows no perplexity
+    except UserError:
+        # too few documents to leave any out, the model's own text, questions that are no text, or a set whose text is
+        # elsewhere: such calibration was read all the same, and the report then shows no perplexity
         return {}
 
 
