@@ -740,7 +740,10 @@ def test_demo_ends_with_what_to_look_at(
             ["search", "{tiny}", "--remove", "block.3", "--search", "last"],
             r"--remove block\.3 names what goes, so --search would change nothing; drop it\.",
         ),
-        (["search", "{tiny}", "--remove", "block.3", "--scores", "{attentions}"], r"so --scores would change nothing"),
+        (
+            ["search", "{place}/no-model", "--remove", "block.3", "--scores", "{place}/none.json"],
+            r"so --scores would change nothing",
+        ),
         (
             ["search", "{tiny}", "--remove", "block.3", "--units", "all", "--search", "beam", "--set", "width=2"],
             r"so --search, --units, --set would change nothing; drop them\.",
