@@ -166,6 +166,9 @@ def test_the_reference_is_that_of_the_program(root: Path) -> None:
     finally:
         sys.path.pop(0)
     assert PAGE.read_text(encoding="utf-8") == reference(), "run: python tools/make_cli_reference.py"
+    shared, *verbs = reference().split("\n## `")
+    assert shared.count("- `--json`") == 1
+    assert all("`--json`" in verb and "- `--json`" not in verb for verb in verbs if " VERB " not in verb)
 
 
 def test_the_help_names_every_method_that_ships() -> None:
