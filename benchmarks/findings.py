@@ -218,7 +218,8 @@ def page(found: Measured, command: str) -> str:
     parts = [
         f"# Do the papers' findings hold on {found.subject.identity.name}?",
         f"Made by `{command}`; all numbers and words are computed, none were written by hand. Findings 1 and 2 are "
-        "from arXiv:2407.16286, 4 is from 2403.17887; for 3 see [recovery.md](recovery.md).\n\n"
+        "from arXiv:2407.16286, 4 is from 2403.17887; for 3 see "
+        "[trained maps](../benchmarks/results/recovery.md#trained-maps-against-the-mean-update).\n\n"
         f"{found.setting}",
         *_dense(found),
         *_first(found),

@@ -167,6 +167,9 @@ def test_the_reference_is_that_of_the_program(root: Path) -> None:
     finally:
         sys.path.pop(0)
     assert PAGE.read_text(encoding="utf-8") == reference(), "run: python tools/make_cli_reference.py"
+    shared, *verbs = reference().split("\n## `")
+    assert shared.count("- `--json`") == 1
+    assert all("`--json`" in verb and "- `--json`" not in verb for verb in verbs if " VERB " not in verb)
 
 
 def test_the_help_names_every_method_that_ships() -> None:
@@ -749,7 +752,10 @@ def test_demo_ends_with_what_to_look_at(
             ["search", "{tiny}", "--remove", "block.3", "--search", "last"],
             r"--remove block\.3 names what goes, so --search would change nothing; drop it\.",
         ),
-        (["search", "{tiny}", "--remove", "block.3", "--scores", "{attentions}"], r"so --scores would change nothing"),
+        (
+            ["search", "{place}/no-model", "--remove", "block.3", "--scores", "{place}/none.json"],
+            r"so --scores would change nothing",
+        ),
         (
             ["search", "{tiny}", "--remove", "block.3", "--units", "all", "--search", "beam", "--set", "width=2"],
             r"so --search, --units, --set would change nothing; drop them\.",

@@ -11,7 +11,6 @@ from shallower.cli import options
 from shallower.cli.output import DEFAULT_SIZE, Gone, print_written, require_free, typed, typed_again
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
-from shallower.resources import parse_memory, parse_workers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,51 +66,23 @@ def search(
     from shallower.engine import reads_choices
     from shallower.registry import objective as objectives
     from shallower.verbs.recovery_steps import named_recoveries
-    from shallower.verbs.search import require_target, scores_to_rank_by
-    from shallower.verbs.search import search as run
-    from shallower.verbs.search_methods import chosen_methods, require_possible
-    from shallower.verbs.subject import open_subject, require_streamable
+    from shallower.verbs.search import searched
 
-    require_possible(
-        remove,
-        search,
-        objective,
-        metric,
-        chosen,
-        units=units,
-        ordinary=ordinary,
-        protect=protect,
-        exact=exact,
-        repair=repair,
-        workers=workers,
-    )
-    require_target(calibration, target)
-    if stream_blocks:
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
-    searched = {
+    heeded = {
         "--search": search != "greedy",
         "--metric": metric is not None,
         "--scores": scores is not None,
         "--units": units != "block" and target is None,  # a text is chosen by how it ranks these
         "--exact": exact,
     }
-    options.require_amount(
-        remove, searched, search=search, objective=objective, metric=metric, settings=chosen, recoveries=(repair,)
-    )
-    parse_memory(memory)
-    parse_workers(workers)
-    stages = chosen_methods(search, objective, repair, chosen, metric).stages
-    given = scores_to_rank_by(stages, metric, remove, scores, units=units, stream_blocks=stream_blocks)
-    subject = open_subject(
-        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, stream_blocks=stream_blocks
-    )
-    plan = run(
-        subject,
+    plan, subject = searched(
+        model,
         remove,
         search=search,
         objective=objective,
         metric=metric,
-        scores=given,
+        scores=scores,
+        tokenizer=None,
         units=units,
         ordinary=ordinary,
         protect=protect,
@@ -125,6 +96,14 @@ def search(
         seed=seed,
         memory=memory,
         workers=workers,
+        ablator=None,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        stream_blocks=stream_blocks,
+        refuse=lambda: options.require_amount(
+            remove, heeded, search=search, objective=objective, metric=metric, settings=chosen, recoveries=(repair,)
+        ),
     )
     if out is not None:
         plan.save(out)

@@ -102,6 +102,42 @@ def search(
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says, and UserError for an
     ablator of something else.
     """
+    return searched(**locals(), refuse=lambda: None)[0]
+
+
+def searched(
+    model: str | Path | PreTrainedModel | Subject,
+    remove: str | int,
+    *,
+    search: str,
+    objective: str,
+    metric: str | None,
+    scores: Scores | ScoreSheet | str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    units: str,
+    ordinary: bool,
+    protect: str,
+    calibration: str | Path | CalibrationSet | SplitText | None,
+    target: str | Path | None,
+    sequences: int,
+    length: int,
+    settings: Mapping[str, str] | None,
+    exact: bool,
+    repair: str,
+    seed: int,
+    memory: int | str | None,
+    workers: int | str | None,
+    ablator: Ablator | None,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    stream_blocks: bool,
+    refuse: Callable[[], None],
+) -> tuple[PruningPlan, Subject]:
+    """As `search`, whose arguments these are, with what was searched: the plan does not say what its units weigh.
+
+    refuse: raises what else the caller refuses, before scores are read and the model is loaded.
+    """
     memory, workers = parse_memory(memory), parse_workers(workers)
     require_possible(
         remove,
@@ -116,12 +152,13 @@ def search(
         repair=repair,
         workers=workers,
     )
-    require_target(calibration, target)
+    _require_target(calibration, target)
     chosen = chosen_methods(search, objective, repair, settings or {}, metric)
     stages = chosen.stages
     if stream_blocks:
         require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact and ablator is None)
-    scores = scores_to_rank_by(stages, metric, remove, scores, units=units, stream_blocks=stream_blocks)
+    refuse()
+    scores = _scores_to_rank_by(stages, metric, remove, scores, units=units, stream_blocks=stream_blocks)
     subject = open_subject(
         model,
         tokenizer,
@@ -198,7 +235,7 @@ def search(
     }
     name, ranked_by = (None if request.budget is None else search), (None if ranking is None else ranking.metric)
     made_by = MadeBy(name, objective, ranked_by, options, seed, whole.identity, __version__)
-    return PruningPlan(
+    plan = PruningPlan(
         subject.identity,
         tuple(sorted(order)),
         tuple(zip(order, measured[1:], strict=True)),
@@ -206,6 +243,7 @@ def search(
         made_by,
         {"tokens": spent.tokens, "exhaustive": spent.exhaustive, "recalled": spent.recalled},
     )
+    return plan, subject
 
 
 def _text(
@@ -321,7 +359,7 @@ def _of_races(racing: Racing | None, spent: Spent, repair: str) -> dict[str, Any
     return told
 
 
-def require_target(calibration: object, target: object) -> None:
+def _require_target(calibration: object, target: object) -> None:
     """Raise UserError unless a target is given exactly where a calibration text is to be chosen for it."""
     if is_auto(calibration) and target is None:
         raise UserError("--calibration auto chooses text for what the model will read: name that with --for TEXT.")
@@ -360,7 +398,7 @@ def _of_scores(
     return told
 
 
-def scores_to_rank_by(
+def _scores_to_rank_by(
     stages: Sequence[Stage],
     metric: str | None,
     remove: str | int,
