@@ -16,7 +16,7 @@ import threading
 from collections import defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
+from functools import cache, wraps
 
 import numpy as np
 import pytest
@@ -1215,24 +1215,30 @@ def test_the_stated_rate_holds_when_many_are_just_behind(sequences, keep, batch)
 class _Known:
     """Workers who need not measure, as they know the losses [candidates, sequences], in the order of measuring."""
 
-    count = 1
-
-    def __init__(self, losses, routes, size):
-        self.losses, self.routes, self.size = losses, routes, size
+    def __init__(self, losses, routes, size, count):
+        self.losses, self.routes, self.size, self.count = losses, routes, size, count
 
     def run(self, jobs, tick):
         for job in jobs:
             part = slice(job.number * self.size, (job.number + 1) * self.size)
             sums = {route: self.losses[self.routes.index(route), part][None] for route in job.routes}
+            tick(len(job.routes))
             yield Measured(job, sums, len(job.routes) * self.size, 0)
 
     def close(self):
         pass
 
 
-def _asked(losses, *, racing=None, keep=1, batch=1):
-    """What an Ablator that can read `losses` alone answers, and which share of them it reads."""
-    anatomy = dissect(tiny_model("llama"))
+@cache
+def _small():
+    return dissect(tiny_model("llama"))
+
+
+def _asked(losses, *, racing=None, keep=1, batch=1, count=1, before=()):
+    """What an Ablator that can read `losses` alone answers, and which share of them it reads. before: candidates that
+    were measured already.
+    """
+    anatomy = _small()
     size = TOKENS_A_BATCH["cpu"] // batch
     text = CalibrationSet("x", torch.arange(losses.shape[1] * size).view(-1, size) % 100 + 3, None, ())
     candidates = [frozenset(chosen) for chosen in itertools.combinations(anatomy.of_kind("block"), 3)][: len(losses)]
@@ -1241,8 +1247,9 @@ def _asked(losses, *, racing=None, keep=1, batch=1):
         anatomy,
         text,
         racing=racing,
-        workers=lambda known: _Known(counted, [route_of(anatomy, c) for c in candidates], batch),
+        workers=lambda known: _Known(counted, [route_of(anatomy, c) for c in candidates], batch, count),
     )
+    ablator.sums([candidates[index] for index in before])
     return ablator.losses(candidates, keep=keep), ablator.spent.tokens / losses.size
 
 
@@ -1269,6 +1276,34 @@ def test_what_is_abandoned_is_certainly_not_among_the_best(keep, batch, late):
         assert [found[index] for index in best] == pytest.approx(losses.mean(1)[best])
         assert sorted(found)[:keep] == pytest.approx(losses.mean(1)[best])
         assert spent < 1 or late
+
+
+@pytest.mark.parametrize(("count", "before"), [(1, (3, 7)), (3, ()), (40, (0,))])
+@pytest.mark.parametrize("worst", [np.inf, np.nan])
+def test_who_overflows_is_abandoned_however_many_measure_and_whatever_is_known(count, before, worst, progressed):
+    losses = np.random.default_rng(0).uniform(1, 3, (20, 48))
+    losses[3, 2] = losses[5, 40] = worst
+    losses[7] = losses[11] = losses.mean(1)[[0, 1, 2]].min() / 2  # equals
+    found, _ = _asked(losses, keep=2, count=count, before=before)
+    assert np.flatnonzero(np.array(found) == min(found)).tolist() == [7, 11]
+    assert min(found) == pytest.approx(losses[7].mean())
+    assert np.isinf([found[3], found[5]]).all()
+    assert progressed() == losses.size
+
+
+@pytest.fixture
+def progressed(monkeypatch):
+    """Sum of all steps of the last task, which has to be all that it announced."""
+    told = []
+
+    @contextmanager
+    def task(description, total=None):
+        told.append([])
+        yield lambda steps=1: told[-1].append(steps)
+        assert sum(told[-1]) == total
+
+    monkeypatch.setattr(progress, "task", task)
+    return lambda: sum(told[-1])
 
 
 def test_without_a_floor_nobody_is_abandoned(monkeypatch):

@@ -22,7 +22,6 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.streamed import is_streamed
 from shallower.checkpoint.determinants import determinants, determined
-from shallower.checkpoint.fingerprint import checksum
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
@@ -139,18 +138,18 @@ class Ablator:
         self._workers = _crew(evaluator, threads) if workers is None else workers(evaluator)
         each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
         known = determined(anatomy.model) and told(self.objective)
-        told_model = determinants(anatomy.model) if memo is not None and known else [checksum(anatomy.model)]
-        self._weights = told_model[0]
+        self._versions = _versions(anatomy.model)
         if memo is not None and not known:
             progress.note(
-                "What is measured now is not remembered: hooks, a replaced forward, autocast, or what the objective "
-                "closes over, cannot be told from others of their kind."
+                "What is measured now is not remembered: hooks, a replaced forward, adapters, attention of another "
+                "package, autocast, or what the objective closes over or calls, cannot be told from others of their "
+                "kind."
             )
         self._memo = memo = memo if known else None
         self._contexts: list[str] = []
         if memo is not None:
             same = {
-                "model": told_model,
+                "model": determinants(anatomy.model),
                 "calibration": calibration.digest,
                 "sequences_a_batch": sequences,
                 "measured_as": MEASURED_AS,
@@ -174,7 +173,7 @@ class Ablator:
         }
         if other := next((name for name in others if others[name]), None):
             raise UserError(f"the ablator was made for another {other}; give one that was made for this, or none.")
-        if checksum(self.anatomy.model) != self._weights:
+        if _versions(self.anatomy.model) != self._versions:
             raise UserError(
                 "the ablator knows what the model computed before its weights were changed; make a new one, or none."
             )
@@ -300,8 +299,11 @@ class Ablator:
         running = list(dict.fromkeys(routes))
         self.spent.exhaustive += self._unread(running)
         total, counts = len(self._batches), self.counts[self._order]
+        tokens = int(counts.sum())
         finished: dict[Route, float] = {}
-        stride = -(-total // (EXACT_LOOKS * self._workers.count)) * self._workers.count
+        known = all((route, number) in self._measured for route in running for number in range(total))
+        at_once = 1 if known else self._workers.count  # which starts those of Ray
+        stride = -(-total // (EXACT_LOOKS * at_once)) * at_once
         with progress.task(f"measuring {len(running)} candidates", len(running) * total) as step:
             for start in range(0, total, stride):
                 upto = min(start + stride, total)
@@ -310,26 +312,24 @@ class Ablator:
                     break
                 read = {route: self._joined(route, upto) for route in running}
                 sums = {route: _finite(float(items.sum())) for route, items in read.items()}
-                unread = counts[len(read[running[0]]) :].sum()
+                unread = int(counts[len(read[running[0]]) :].sum())
                 at_least = {route: found + unread * (floor - ROUNDED) for route, found in sums.items()}
                 leaders = sorted(running, key=sums.__getitem__)[:keep]
-                expected = sums[leaders[-1]] * counts.sum() / (counts.sum() - unread)
-                if not max(at_least.values()) > expected:
-                    continue
-                ahead = [route for route in leaders if route not in finished]
-                self._measure(ahead, range(upto, total), step)
-                finished |= {route: _finite(float(self._joined(route, total).sum())) for route in ahead}
-                mark = sorted(finished.values())[keep - 1]
+                worst = max((at_least[route] for route in running if route not in finished), default=-math.inf)
+                if worst * (tokens - unread) > sums[leaders[-1]] * tokens:
+                    ahead = [route for route in leaders if route not in finished]
+                    self._measure(ahead, range(upto, total), step)
+                    finished |= {route: _finite(float(self._joined(route, total).sum())) for route in ahead}
+                mark = sorted(finished.values())[keep - 1] if finished else math.inf
                 stay = [route for route in running if route in finished or not at_least[route] > mark]
                 step((len(running) - len(stay)) * (total - upto))
                 running = stay
-        tokens = int(counts.sum())
         losses = {route: _finite(float(self._in_order(self._joined(route, total)).sum()) / tokens) for route in running}
         return [losses.get(route, math.inf) for route in routes]
 
     def _unread(self, routes: Sequence[Route]) -> int:
         """Tokens that it takes to measure candidates in full. Those that were asked for before would be known by now,
-        had no race dropped them.
+        had they not been dropped.
         """
         new = [route for route in routes if route not in self._asked]
         self._asked.update(new)
@@ -420,6 +420,12 @@ def _draws(text: CalibrationSet, asks: bool) -> NDArray[np.int64]:
     if asks or not isinstance(text, ChoiceSet):
         return np.arange(text.questions if isinstance(text, ChoiceSet) else text.sequences)
     return np.flatnonzero(np.diff(text.answers.question.numpy(), prepend=-1))
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Where each stored tensor is, and how often it was written to, but for what is written through `.data`."""
+    tensors = model.state_dict(keep_vars=True).values()
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def _crew(evaluator: Evaluator, threads: int) -> Workers:
