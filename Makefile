@@ -9,7 +9,7 @@ PIP_ARGS ?=
 LOWEST_TORCH ?=
 # More for pytest, e.g. ARGS="-k greedy -x"
 ARGS ?=
-# Test files that run at a time: one a core, but each takes some GB of memory
+# Test files that run at a time: one a core, at most 4, as each takes some GB; 0 for one after another, as --pdb needs
 JOBS ?= auto
 
 BIN := $(VENV)/bin
