@@ -30,6 +30,7 @@ from shallower.anatomy.dissect import unpack
 from shallower.budget import Budget, Limit
 from shallower.checkpoint.determinants import determinants, determined
 from shallower.checkpoint.load import load_model
+from shallower.checkpoint.own_code import own_code
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, evaluator, prove, scoring
 from shallower.engine import ablator as ablators
@@ -847,6 +848,15 @@ def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, tmp_
     importlib.invalidate_caches()
     model.__class__ = importlib.import_module("own_model").Own
     assert determinants(model) != before
+
+
+def test_a_relative_import_that_fails_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
+    own = "try:\n    from .own_parts import SCALE\nexcept ImportError:\n    from own_parts import SCALE\n"
+    (tmp_path / "own_script.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("own_script")
+    assert own_code("own_script") is not None
 
 
 OBJECTIVE = """

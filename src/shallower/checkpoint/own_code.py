@@ -83,6 +83,9 @@ def _imported(source: bytes, package: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = importlib.util.resolve_name("." * node.level + base, package)
+                try:
+                    base = importlib.util.resolve_name("." * node.level + base, package)
+                except ImportError:  # it failed in the file, too, which had another one to try
+                    continue
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
