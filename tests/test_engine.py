@@ -831,8 +831,9 @@ def test_a_class_without_a_file_is_not_remembered(tmp_path):
     assert not determined(model)
 
 
+@pytest.mark.parametrize("reloads", [False, True])
 @pytest.mark.parametrize("edited", ["own_model", "own_parts"])
-def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, tmp_path, monkeypatch):
+def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, reloads, tmp_path, monkeypatch):
     (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
     own = "import own_parts\nfrom transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = 1\n"
     (tmp_path / "own_model.py").write_text(own)
@@ -843,20 +844,57 @@ def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, tmp_
     open_subject(model)
     path.write_text(path.read_text().replace("1", "2.5"))
     before = determinants(model)
-    for name in ("own_model", "own_parts"):
-        monkeypatch.delitem(sys.modules, name)
+    names = ("own_parts", "own_model")
     importlib.invalidate_caches()
+    if reloads:
+        assert determinants(model) == before
+        importlib.reload(sys.modules[edited])
+        assert not determined(model)  # its class runs with names of the new file
+        for name in names:
+            importlib.reload(sys.modules[name])
+    else:
+        for name in names:
+            monkeypatch.delitem(sys.modules, name)
     model.__class__ = importlib.import_module("own_model").Own
     assert determinants(model) != before
+    assert determined(model)
 
 
 def test_a_relative_import_that_fails_is_passed_over(tmp_path, monkeypatch):
-    (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
     own = "try:\n    from .own_parts import SCALE\nexcept ImportError:\n    from own_parts import SCALE\n"
     (tmp_path / "own_script.py").write_text(own)
     monkeypatch.syspath_prepend(tmp_path)
+    codes = []
+    for scale in ("1", "2.5"):
+        (tmp_path / "own_parts.py").write_text(f"SCALE = {scale}\n")
+        for name in ("own_parts", "own_script"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        importlib.import_module("own_script")
+        codes.append(own_code("own_script"))
+    assert None not in codes
+    assert codes[0] != codes[1]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "def later():\n    import own_parts\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import own_parts\n",
+        "import typing\nif typing.TYPE_CHECKING:\n    import own_parts\n",
+    ],
+    ids=["later", "for checkers", "for typing's"],
+)
+def test_code_is_told_alike_whatever_else_a_process_imported(imports, tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
+    (tmp_path / "own_script.py").write_text(imports)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_parts", "own_script"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     importlib.import_module("own_script")
-    assert own_code("own_script") is not None
+    before = own_code("own_script")
+    importlib.import_module("own_parts")
+    assert own_code("own_script") == before is not None
 
 
 OBJECTIVE = """
