@@ -1020,6 +1020,7 @@ def test_an_objective_is_what_it_closes_over(make, request, tmp_path, monkeypatc
         ("from mine_parts import helper", "helper.helped()"),
         ("from mine_parts.helper import Factor", "Factor().value"),
         ("from mine_parts.helper import FACTOR", "FACTOR.value"),
+        ("from mine_parts.helper import helped\nclass Own:\n    value = property(lambda _: helped())", "Own().value"),
     ],
 )
 def test_an_objective_is_what_its_helpers_in_other_files_are(imports, factor, tmp_path, monkeypatch):
