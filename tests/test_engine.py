@@ -1189,7 +1189,7 @@ def test_machines_that_share_a_memo_use_no_write_ahead_log(kind, mode, tmp_path,
     before.write("context", [("route", 0, np.ones(2))])
     before.close()
     mounts = (f"/dev/sda {tmp_path} xfs rw", f"server:/x {tmp_path}/my\\040cache {kind} rw 0 0", "none /other nfs rw")
-    (tmp_path / "mounts").write_text("\n".join(mounts))
+    (tmp_path / "mounts").write_bytes("\n".join(mounts).encode() + b"\nnone /m\xfcll ext4 rw")  # no UTF-8
     monkeypatch.setattr(store, "MOUNTS", tmp_path / "mounts")
     memo = Memo(path)
     assert memo.read("context")
