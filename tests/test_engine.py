@@ -385,6 +385,27 @@ def test_states_for_which_there_is_no_room_together_go_in_halves(monkeypatch):
         assert found.sums[route] == pytest.approx(expected.sums[route], rel=1e-5)
 
 
+def test_a_size_for_which_there_was_no_room_is_not_tried_again(monkeypatch):
+    anatomy = dissect(tiny_model("llama"))
+    [batch] = CalibrationSet("x", torch.randint(3, 120, (1, 64)), None, ()).batches(1)
+    own = Evaluator(anatomy, [batch], registry.objective.get("nll"), {}, states=States(0), memory=1 << 30)
+    own._tokens_together = 4 * batch.input_ids.numel()
+    prefixes = ["".join(chosen) + "." for chosen in itertools.product(".x", repeat=3)]
+    waiting = {(0, prefix[:-1]): own._trace(0).entry for prefix in prefixes}
+    tried, run = [], Trace.run
+
+    def narrow(trace, index, hidden, *more):
+        tried.append(len(hidden))
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError
+        return run(trace, index, hidden, *more)
+
+    monkeypatch.setattr(Trace, "run", narrow)
+    monkeypatch.setattr(Evaluator, "_most_together", Evaluator._fitting)  # as on an accelerator
+    own._pass(0, 3, prefixes, ".", waiting)
+    assert tried == [4, 2, 2, 2, 2]
+
+
 def _killed(memo):
     """An ablator, and what it is asked for by a process that is killed, and by one that resumes."""
     anatomy = dissect(tiny_model("llama"))
