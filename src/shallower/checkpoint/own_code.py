@@ -37,12 +37,10 @@ def own_code(module: str) -> str | None:
 
     What functions import is left out: whether they did so yet differs from one process to the next.
     """
-    files = _files(module, {})
-    return (
-        None
-        if None in files.values()
-        else hashlib.sha256("".join(sorted(map(str, files.values()))).encode()).hexdigest()
-    )
+    digests = _files(module, {}).values()
+    if None in digests:
+        return None
+    return hashlib.sha256("".join(sorted(map(str, digests))).encode()).hexdigest()
 
 
 def _files(name: str, found: dict[str, str | None]) -> dict[str, str | None]:

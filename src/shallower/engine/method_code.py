@@ -76,13 +76,16 @@ def _reads(function: FunctionType, home: str, seen: set[FunctionType]) -> tuple[
             around.append((name, _word(value, home, seen)))
         except _Untold:  # a class or an object: only how a file makes it is told, no change of it afterwards
             around += [(name, code) for code in _files(value)]
-    modules = [value for value in found.values() if isinstance(value, ModuleType)]
-    for module in modules:  # of `package.part.function` the part, too
+    waiting = [value for value in found.values() if isinstance(value, ModuleType)]
+    met = [*waiting]
+    while waiting:  # of `package.part.function` the part, too
+        module = waiting.pop()
         if package_of(module.__name__) not in KNOWN:
             parts = [vars(module).get(name) for name in names]
-            new = [part for part in parts if isinstance(part, ModuleType) and part not in modules]
+            new = [part for part in parts if isinstance(part, ModuleType) and part not in met]
             around += [_word(part, home, seen) for part in new]
-            modules += new
+            waiting += new
+            met += new
     return tuple(held), tuple(defaults), tuple(around)
 
 
