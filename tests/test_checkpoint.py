@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -379,6 +380,20 @@ def test_a_device_without_float64_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
 def test_half_precision_has_to_be_worth_it(monkeypatch: pytest.MonkeyPatch, half: float, chosen: torch.dtype) -> None:
     monkeypatch.setattr(dtype, "_seconds", lambda device, size: (1.0, half))
     assert dtype._measured(torch.device("cpu")) == chosen
+
+
+def test_a_busy_moment_does_not_choose_the_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, products = 0.0, 0
+
+    def product(matrix: torch.Tensor, _: torch.Tensor) -> None:
+        nonlocal now, products
+        products += len(matrix) == 1024
+        seconds = 1.0 if matrix.dtype == torch.float32 else 0.5
+        now += seconds if products > 8 else 4.0  # of both in four turns
+
+    monkeypatch.setattr(dtype, "linear", product)
+    monkeypatch.setattr(dtype, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert dtype._measured(torch.device("cpu")) == torch.bfloat16
 
 
 def test_a_number_format_is_kept_for_the_kind_of_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from shallower.anatomy.dissect import unpack
 from shallower.budget import Budget, Limit
 from shallower.checkpoint.determinants import determinants, determined
 from shallower.checkpoint.load import load_model
+from shallower.checkpoint.own_code import own_code
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, evaluator, prove, scoring
 from shallower.engine import ablator as ablators
@@ -382,6 +383,27 @@ def test_states_for_which_there_is_no_room_together_go_in_halves(monkeypatch):
     assert found.block_tokens == expected.block_tokens
     for route in routes:
         assert found.sums[route] == pytest.approx(expected.sums[route], rel=1e-5)
+
+
+def test_a_size_for_which_there_was_no_room_is_not_tried_again(monkeypatch):
+    anatomy = dissect(tiny_model("llama"))
+    [batch] = CalibrationSet("x", torch.randint(3, 120, (1, 64)), None, ()).batches(1)
+    own = Evaluator(anatomy, [batch], registry.objective.get("nll"), {}, states=States(0), memory=1 << 30)
+    own._tokens_together = 4 * batch.input_ids.numel()
+    prefixes = ["".join(chosen) + "." for chosen in itertools.product(".x", repeat=3)]
+    waiting = {(0, prefix[:-1]): own._trace(0).entry for prefix in prefixes}
+    tried, run = [], Trace.run
+
+    def narrow(trace, index, hidden, *more):
+        tried.append(len(hidden))
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError
+        return run(trace, index, hidden, *more)
+
+    monkeypatch.setattr(Trace, "run", narrow)
+    monkeypatch.setattr(Evaluator, "_most_together", Evaluator._fitting)  # as on an accelerator
+    own._pass(0, 3, prefixes, ".", waiting)
+    assert tried == [4, 2, 2, 2, 2]
 
 
 def _killed(memo):
@@ -830,8 +852,9 @@ def test_a_class_without_a_file_is_not_remembered(tmp_path):
     assert not determined(model)
 
 
+@pytest.mark.parametrize("reloads", [False, True])
 @pytest.mark.parametrize("edited", ["own_model", "own_parts"])
-def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, tmp_path, monkeypatch):
+def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, reloads, tmp_path, monkeypatch):
     (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
     own = "import own_parts\nfrom transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    scale = 1\n"
     (tmp_path / "own_model.py").write_text(own)
@@ -842,11 +865,57 @@ def test_a_models_class_is_read_as_it_was_when_the_model_was_opened(edited, tmp_
     open_subject(model)
     path.write_text(path.read_text().replace("1", "2.5"))
     before = determinants(model)
-    for name in ("own_model", "own_parts"):
-        monkeypatch.delitem(sys.modules, name)
+    names = ("own_parts", "own_model")
     importlib.invalidate_caches()
+    if reloads:
+        assert determinants(model) == before
+        importlib.reload(sys.modules[edited])
+        assert not determined(model)  # its class runs with names of the new file
+        for name in names:
+            importlib.reload(sys.modules[name])
+    else:
+        for name in names:
+            monkeypatch.delitem(sys.modules, name)
     model.__class__ = importlib.import_module("own_model").Own
     assert determinants(model) != before
+    assert determined(model)
+
+
+def test_a_relative_import_that_fails_is_passed_over(tmp_path, monkeypatch):
+    own = "try:\n    from .own_parts import SCALE\nexcept ImportError:\n    from own_parts import SCALE\n"
+    (tmp_path / "own_script.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = []
+    for scale in ("1", "2.5"):
+        (tmp_path / "own_parts.py").write_text(f"SCALE = {scale}\n")
+        for name in ("own_parts", "own_script"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        importlib.import_module("own_script")
+        codes.append(own_code("own_script"))
+    assert None not in codes
+    assert codes[0] != codes[1]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "def later():\n    import own_parts\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import own_parts\n",
+        "import typing\nif typing.TYPE_CHECKING:\n    import own_parts\n",
+    ],
+    ids=["later", "for checkers", "for typing's"],
+)
+def test_code_is_told_alike_whatever_else_a_process_imported(imports, tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text("SCALE = 1\n")
+    (tmp_path / "own_script.py").write_text(imports)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_parts", "own_script"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.import_module("own_script")
+    before = own_code("own_script")
+    importlib.import_module("own_parts")
+    assert own_code("own_script") == before is not None
 
 
 OBJECTIVE = """
@@ -972,6 +1041,7 @@ def test_an_objective_is_what_it_closes_over(make, request, tmp_path, monkeypatc
         ("from mine_parts import helper", "helper.helped()"),
         ("from mine_parts.helper import Factor", "Factor().value"),
         ("from mine_parts.helper import FACTOR", "FACTOR.value"),
+        ("from mine_parts.helper import helped\nclass Own:\n    value = property(lambda _: helped())", "Own().value"),
     ],
 )
 def test_an_objective_is_what_its_helpers_in_other_files_are(imports, factor, tmp_path, monkeypatch):
@@ -1140,7 +1210,7 @@ def test_machines_that_share_a_memo_use_no_write_ahead_log(kind, mode, tmp_path,
     before.write("context", [("route", 0, np.ones(2))])
     before.close()
     mounts = (f"/dev/sda {tmp_path} xfs rw", f"server:/x {tmp_path}/my\\040cache {kind} rw 0 0", "none /other nfs rw")
-    (tmp_path / "mounts").write_text("\n".join(mounts))
+    (tmp_path / "mounts").write_bytes("\n".join(mounts).encode() + b"\nnone /m\xfcll ext4 rw")  # no UTF-8
     monkeypatch.setattr(store, "MOUNTS", tmp_path / "mounts")
     memo = Memo(path)
     assert memo.read("context")

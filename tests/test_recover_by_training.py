@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.training import loop
 from shallower.units import parse_units
 from shallower.verbs import recover as verb
-from shallower.verbs import subject
+from shallower.verbs import recoveries, subject
 from shallower.verbs.prune import _recoveries
 from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume
 from shallower.verbs.recovery_steps import parse_recoveries, require_launch
@@ -190,6 +191,18 @@ def test_processes_that_were_launched_together_give_what_one_gives(files: Path, 
     for mine, theirs in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert not list(files.glob(".*"))
+
+
+def test_processes_do_not_train_what_they_cannot_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recoveries, "world_size", lambda: 2)
+    given: dict[str, Any] = {"training": None, "resume": None, "measure": lambda _: {}, "seed": 0, "memory": None}
+    model = tiny_model("llama", blocks=2)
+    model.__class__ = type("Typed", (type(model),), {"__module__": "typed_in"})
+    asked: Any = SimpleNamespace(trained=True)
+    with pytest.raises(ModelError, match=r"cannot be compared: hooks, .* adapters of peft, .* a class without a file"):
+        recoveries.run_recoveries(
+            open_subject(model), open_subject(model), frozenset(), [(asked, {})], sample_text(model), **given
+        )
 
 
 def test_a_kill_in_the_training_after_a_repair_resumes(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1307,7 +1307,9 @@ def test_no_copy_of_a_conversation_that_measures_is_trained_on(tmp_path: Path) -
 
 UNANSWERED: list[dict[str, Any]] = [
     {"instruction": "a", "output": " "},
+    {"instruction": "a", "output": None},
     {"messages": [{"role": "user", "content": "a"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
     {"messages": [{"role": "assistant", "content": "a"}]},
 ]
 
@@ -1316,8 +1318,9 @@ UNANSWERED: list[dict[str, Any]] = [
     ("rows", "said"),
     [
         ([{"instruction": "a", "output": 3}], "line 1 holds no question with its answer, but instruction, output"),
-        (UNANSWERED, "none of the 3 conversations .* has a question with its answer: write rows such as"),
-        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}], "line 1 holds no"),
+        (UNANSWERED, "none of the 5 conversations .* has a question with its answer: write rows such as"),
+        ([{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]}], "line 1 holds no"),
+        ([{"instruction": "a"}], "line 1 holds no question with its answer, but instruction"),
         ([{"messages": ["a"]}], "line 1 holds no question with its answer, but messages"),
         ([{"text": "a"}], "line 1 holds no question with its answer, but text"),
         ([*ROWS[2:], *UNANSWERED], "none of the 1 answered conversations .* fits length=120"),

@@ -137,7 +137,8 @@ def _inode(path: Path) -> tuple[int, int] | None:
 def _is_shared(path: Path) -> bool:
     """Whether other machines may write the file, too: it is on a file system of the network."""
     try:
-        mounts = [line.split() for line in MOUNTS.read_text(encoding="utf-8").splitlines()]
+        text = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")  # as paths are spelled
+        mounts = [line.split() for line in text.splitlines()]
     except OSError:  # not Linux
         return False
     kinds = {Path(place.replace(r"\040", " ")): kind for _, place, kind, *_ in mounts}  # a later one lies over others

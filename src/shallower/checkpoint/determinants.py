@@ -32,7 +32,7 @@ _IMPLEMENTATIONS = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_E
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # read once, as a file may be edited after it was imported
 _sources: WeakKeyDictionary[type, dict[str, bytes]] = WeakKeyDictionary()
-_codes: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()
+_codes: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()  # when a class was first seen
 
 
 def determinants(model: PreTrainedModel) -> list[str]:
@@ -49,8 +49,9 @@ def determinants(model: PreTrainedModel) -> list[str]:
 
 def determined(model: PreTrainedModel) -> bool:
     """Whether digests tell all that the model computes. Hooks, forwards that were put over a class's or an instance's
-    own, another package's attention, classes without a file, adapters of peft (which of them are on, and how much they
-    count) and autocast change it, too, and nothing tells them from others of their kind.
+    own, another package's attention, classes without a file or with one that was loaded again since, adapters of peft
+    (which of them are on, and how much they count) and autocast change it, too, and nothing tells them from others of
+    their kind.
     """
     own = _own_kinds(model)
     return is_untouched(model) and all(
@@ -113,10 +114,11 @@ def _own_kinds(model: PreTrainedModel) -> set[type]:
 
 
 def _code_of(kind: type) -> str | None:
-    """Digest of the files that a class is written in, as they were when it was first seen; None for one without."""
-    if kind not in _codes:
-        _codes[kind] = own_code(kind.__module__)
-    return _codes[kind]
+    """Digest of the files that a class is written in, as they were when it was first seen. None for one without, and
+    where one of them was loaded again since: the class may run parts of the old and of the new one.
+    """
+    code = own_code(kind.__module__)
+    return code if _codes.setdefault(kind, code) == code else None
 
 
 def beside_weights(model: PreTrainedModel) -> str:

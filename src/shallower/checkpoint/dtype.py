@@ -70,10 +70,10 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """The format in which `device` multiplies matrices fastest; bfloat16 only where it is clearly faster than float32.
 
-    CUDA: bfloat16 where the hardware has it, else float16. On a processor measured once, which takes some hundredths of
-    a second on one thread, and kept in the cache for its kind and this torch, so that what is resumed goes on in the
-    same format; of processes that were launched together all follow the first one. Never float16 there: several
-    families overflow in it.
+    CUDA: bfloat16 where the hardware has it, else float16. On a processor measured once, which takes half a second
+    with the threads that this process has, and kept in the cache's folder `dtype` for its kind and this torch, so that
+    what is resumed goes on in the same format: delete the folder to measure again. Of processes that were launched
+    together all follow the first one. Never float16 there: several families overflow in it.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -121,11 +121,13 @@ def _measured(device: torch.device) -> torch.dtype:
 
 
 def _seconds(device: torch.device, size: int) -> tuple[float, float]:
-    """Seconds of the fastest of three `size`-cubed products in float32 and in bfloat16, measured in turns."""
+    """Seconds of the fastest of nine `size`-cubed products in float32 and in bfloat16, measured in turns: what other
+    programs take for a moment must not decide what is kept.
+    """
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     operands: dict[torch.dtype, Tensor] = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in best}
     with torch.inference_mode():
-        for turn in range(4):
+        for turn in range(10):
             for dtype, matrix in operands.items():
                 start = time.perf_counter()
                 linear(matrix, matrix)

@@ -234,7 +234,12 @@ MeasuredBy = Annotated[
 Device = Annotated[str, Option("--device", metavar="DEVICE", help="auto (the best available), cpu, cuda or cuda:1.")]
 Dtype = Annotated[
     str,
-    Option("--dtype", metavar="TYPE", help="auto (what the device multiplies fastest), float32, bfloat16 or float16."),
+    Option(
+        "--dtype",
+        metavar="TYPE",
+        help="auto (what the device multiplies fastest; on a processor measured once, and kept in the cache's folder "
+        "dtype), float32, bfloat16 or float16.",
+    ),
 ]
 RemoteCode = Annotated[
     bool,

@@ -124,17 +124,25 @@ def _few_shot(documents: Iterable[Document], shots: int) -> Iterator[Formatted]:
 def conversation(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The turns, `role` and `content`, of a row of `messages`, instruction and output, or question and answer.
 
-    Empty when the row is none of these.
+    Empty when the row is none of these. An answer that is null is an empty one.
     """
+    record = {name: "" if value is None else value for name, value in record.items()}
     messages = record.get("messages")
-    if isinstance(messages, list) and messages and all(_is_turn(turn) for turn in messages):
-        return [{"role": turn["role"], "content": encodable(turn["content"])} for turn in messages]
+    if isinstance(messages, list) and messages:
+        turns = [*messages[:-1], _answer(messages[-1])]
+        if all(map(_is_turn, turns)):
+            return [{"role": turn["role"], "content": encodable(turn["content"])} for turn in turns]
     if record.get("instruction") and isinstance(record.get("output"), str):
         asked = "\n\n".join(str(part) for part in (record["instruction"], record.get("input")) if part)
         return _exchange(asked, record["output"])
     if record.get("question") and isinstance(record.get("answer"), str):
         return _exchange(str(record["question"]), record["answer"])
     return []
+
+
+def _answer(turn: Any) -> Any:
+    """The last turn, which says nothing where its content is null."""
+    return {**turn, "content": ""} if isinstance(turn, Mapping) and turn.get("content", "") is None else turn
 
 
 def _is_turn(turn: Any) -> bool:

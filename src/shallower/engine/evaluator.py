@@ -332,19 +332,21 @@ class Evaluator:
 
     def _grouped(self, number: int, prefixes: list[str]) -> Iterator[list[str]]:
         """Split into groups of the best size, the rest into smaller ones, each half as large."""
-        entry = self._trace(number).entry
-        if entry.device.type == "cpu":  # batches of questions differ in size
-            size = max(1, TOKENS_TOGETHER // (entry.shape[0] * entry.shape[1]))
-        elif len(self._visited) > 1:
-            size = 1  # each group size takes a trace of each batch
-        else:
-            size = self._fitting(number)
         start = 0
         while start < len(prefixes):
+            size = self._most_together(number)  # fewer than before where there was no room
             while size > len(prefixes) - start:
                 size //= 2
             yield prefixes[start : start + size]
             start += size
+
+    def _most_together(self, number: int) -> int:
+        entry = self._trace(number).entry
+        if entry.device.type == "cpu":  # batches of questions differ in size
+            return max(1, TOKENS_TOGETHER // (entry.shape[0] * entry.shape[1]))
+        if len(self._visited) > 1:
+            return 1  # each group size takes a trace of each batch
+        return self._fitting(number)
 
     def _fitting(self, number: int) -> int:
         """How many states of a batch are best run together on an accelerator: a power of two, as each size takes a

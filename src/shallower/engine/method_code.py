@@ -75,14 +75,17 @@ def _reads(function: FunctionType, home: str, seen: set[FunctionType]) -> tuple[
         try:
             around.append((name, _word(value, home, seen)))
         except _Untold:  # a class or an object: only how a file makes it is told, no change of it afterwards
-            around += [(name, code) for code in _files(value, home)]
-    modules = [value for value in found.values() if isinstance(value, ModuleType)]
-    for module in modules:  # of `package.part.function` the part, too
+            around += [(name, code) for code in _files(value)]
+    waiting = [value for value in found.values() if isinstance(value, ModuleType)]
+    met = [*waiting]
+    while waiting:  # of `package.part.function` the part, too
+        module = waiting.pop()
         if package_of(module.__name__) not in KNOWN:
             parts = [vars(module).get(name) for name in names]
-            new = [part for part in parts if isinstance(part, ModuleType) and part not in modules]
+            new = [part for part in parts if isinstance(part, ModuleType) and part not in met]
             around += [_word(part, home, seen) for part in new]
-            modules += new
+            waiting += new
+            met += new
     return tuple(held), tuple(defaults), tuple(around)
 
 
@@ -95,7 +98,7 @@ def _word(value: Any, home: str, seen: set[FunctionType]) -> Any:
     if isinstance(value, Mapping):
         return [(_word(key, home, seen), _word(item, home, seen)) for key, item in value.items()]
     if isinstance(value, ModuleType):
-        return value.__name__, _files(value, home)
+        return value.__name__, _files(value)
     if isinstance(value, BuiltinFunctionType):
         return value.__qualname__
     if not isinstance(value, FunctionType):
@@ -108,13 +111,13 @@ def _word(value: Any, home: str, seen: set[FunctionType]) -> Any:
         if package_of(its) in KNOWN:
             return name
         if package_of(its) != package_of(home) and is_installed(value.__globals__.get("__file__")):
-            return name, _files(value, home)
+            return name, _files(value)
     return name, instructions(value.__code__), _reads(value, home, seen)
 
 
-def _files(value: Any, home: str) -> list[str]:
-    """Digests of the files that make a module, function, class or object, but for the method's own file. Raises _Untold
-    where there is none.
+def _files(value: Any) -> list[str]:
+    """Digests of the files that make a module, function, class or object. Of one in the method's own file, too, as what
+    that imports may be called. Raises _Untold where there is none.
     """
     if isinstance(value, ModuleType):
         module = value.__name__
@@ -122,7 +125,7 @@ def _files(value: Any, home: str) -> list[str]:
         module = _home(value)
     else:
         module = (value if isinstance(value, type) else type(value)).__module__
-    if module == home or package_of(module) in KNOWN:
+    if package_of(module) in KNOWN:
         return []
     if (code := own_code(module)) is None:
         raise _Untold

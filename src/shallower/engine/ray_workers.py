@@ -39,6 +39,14 @@ _MKLDNN: Any = torch.backends.mkldnn  # whose types lack `matmul`
 PATIENCE = 600  # seconds that nothing happens while no worker has its model
 
 
+def _rounding() -> str | tuple[str, str]:
+    """How exact products of float32 are in this process."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each kind of device, as torch has it since 2.9
+        return torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where the weights can be read on another machine. `checksum` tells whether they are the same ones, and `config`,
@@ -97,7 +105,7 @@ class Setup:
     memory: int | None
     neighbours: int
     sharing: int
-    rounding: str | tuple[str, str] = field(default_factory=lambda: _rounding())
+    rounding: str | tuple[str, str] = field(default_factory=_rounding)
 
     def memory_of_one(self, model: PreTrainedModel) -> int:
         """Bytes for one worker, which holds `model`."""
@@ -358,14 +366,6 @@ def _code(model: PreTrainedModel) -> list[str]:
     version, *files = code_of_model(model)
     own = [name for name in files if not name.startswith("__main__.")]
     return [f"shallower {__version__}", f"transformers {version}", *own]
-
-
-def _rounding() -> str | tuple[str, str]:
-    """How exact products of float32 are in this process."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each kind of device, as torch has it since 2.9
-        return torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision
 
 
 def _round_as(rounding: str | tuple[str, str]) -> None:

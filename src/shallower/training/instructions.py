@@ -72,7 +72,7 @@ def build_instructions(
     """Conversations from a .jsonl file of `instruction`, `input` (may be empty or missing) and `output`, of `question`
     and `answer`, or of `messages` with `role` and `content`, of which the last is the assistant's.
 
-    Rows whose answer is empty, and chats that do not end with the assistant's, are left out.
+    Rows whose answer is empty or null, and chats that do not end with the assistant's, are left out.
 
     length: longest conversation in tokens; a longer one is left out, as half an answer teaches to stop anywhere.
     sequences: only the first so many of those that fit. In file order: training shuffles. The source's record says how

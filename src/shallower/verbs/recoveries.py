@@ -335,8 +335,9 @@ def run_recoveries(
     if any(method.trained for method, _ in steps):
         if world_size() > 1 and not (determined(student.model) and determined(dense.model)):
             raise ModelError(
-                "processes that train together must have the same model, and hooks, replaced forwards and autocast "
-                "cannot be compared: take them off, or train in one process."
+                "processes that train together must have the same model, and what changes this one cannot be compared: "
+                "hooks, replaced forwards, autocast, adapters of peft, another package's attention, or a class without "
+                "a file or with one that was loaded again. Do without, or train in one process."
             )
         begun += [*determinants(student.model), *determinants(dense.model)]
     try:
