@@ -669,6 +669,7 @@ def test_a_set_is_built_shown_and_used_again(
     assert [source["tokens"] for source in built["sources"]] == [2 * 24, 6 * 24]
     assert main.run(["corpus", "build", spec, "--model", model, "--out", out]) == 2
     assert "exists; choose another folder, or add --force to replace it." in capsys.readouterr().err
+    Path(out, ".DS_Store").touch()
     assert (
         _json(capsys, "corpus", "build", spec, "--model", model, "--out", out, "--force")["digest"] == built["digest"]
     )
