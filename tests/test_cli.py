@@ -436,6 +436,25 @@ def test_report(cli: Cli, pruned: Path) -> None:
     assert "report.json" in sentence(cli("report", pruned.parent, "--quiet"))
 
 
+@pytest.mark.parametrize("made_by", ["prune", "recover"])
+def test_report_names_no_page_that_it_could_not_write(
+    made_by: str, cli: Cli, pruned: Path, place: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    if made_by == "prune":
+        shutil.copytree(pruned, folder)
+    else:
+        asked = ("--teacher", place / "tiny", "--with", "emulated-update", "--calibration", place / "text.txt", *SMALL)
+        assert cli("recover", pruned, *asked, "--out", folder, "--windows", 1).code == 0
+    page = folder / "report.html"
+    assert f"Page:  {page}" in cli("report", folder).out
+    page.unlink()
+    page.mkdir()
+    assert "Page:" not in (ran := cli("report", folder)).out
+    assert "the page was not made anew: cannot write" in ran.err
+    assert cli("report", folder, "--json").json["page"] is None
+
+
 def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, tmp_path: Path) -> None:
     asked = ("recover", pruned, "--teacher", place / "tiny", "--with", "emulated-update", "--out", tmp_path / "out")
     texts = ("--text", place / "held-out.txt", "--window", 32, "--windows", 2)
