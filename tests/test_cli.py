@@ -1128,7 +1128,13 @@ def test_progress_goes_to_stderr_or_nowhere(cli: Cli, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [("prune", "m", "--remove", "1"), ("recover", "m", "--teacher", "t", "--with", "refit")]
+    "verb",
+    [
+        ("prune", "m", "--remove", "1"),
+        ("recover", "m", "--teacher", "t", "--with", "refit"),
+        ("evaluate", "m", "--text", "t"),
+    ],
+    ids=lambda verb: verb[0],
 )
 @pytest.mark.parametrize(("given", "read"), [(["--windows", "all"], None), (["--windows", "3"], 3), ([], 12)])
 def test_all_windows_may_be_asked_for(
@@ -1141,9 +1147,10 @@ def test_all_windows_may_be_asked_for(
         raise UserError("enough.")
 
     monkeypatch.setattr(importlib.import_module(f"shallower.verbs.{verb[0]}"), verb[0], noted)
-    assert sentence(cli(*verb, "--out", "o", *given)) == "enough."
-    assert asked == [read]
-    assert "'0' is not 1 or more, or all" in sentence(cli(*verb, "--out", "o", "--windows", "0"))
+    typed = ("eval" if verb[0] == "evaluate" else verb[0], *verb[1:], "--out", "o")
+    assert sentence(cli(*typed, *given)) == "enough."
+    assert asked == [None if verb[0] == "evaluate" and not given else read]
+    assert "'0' is not 1 or more, or all" in sentence(cli(*typed, "--windows", "0"))
 
 
 # Signals
