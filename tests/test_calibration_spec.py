@@ -10,8 +10,11 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from datetime import datetime
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
+from shallower import progress
 from shallower.cli import main
 from shallower.corpus import CalibrationSet, Supply, build_calibration, build_choices, open_source, text_of
 from shallower.corpus.build import _shares
@@ -37,7 +41,7 @@ from shallower.verbs.contamination import _calibration_of
 from shallower.verbs.corpus import build
 from shallower.verbs.subject import calibrate, calibrate_most, open_subject
 from shallower.verbs.supply import sample
-from shallower.verbs.texts import held_out
+from shallower.verbs.texts import held_out, nothing_held_out
 
 SMALL: dict[str, Any] = {"sequences": 4, "length": 16}
 
@@ -669,6 +673,7 @@ def test_a_set_is_built_shown_and_used_again(
     assert [source["tokens"] for source in built["sources"]] == [2 * 24, 6 * 24]
     assert main.run(["corpus", "build", spec, "--model", model, "--out", out]) == 2
     assert "exists; choose another folder, or add --force to replace it." in capsys.readouterr().err
+    Path(out, ".DS_Store").touch()
     assert (
         _json(capsys, "corpus", "build", spec, "--model", model, "--out", out, "--force")["digest"] == built["digest"]
     )
@@ -759,6 +764,42 @@ def test_what_a_built_set_leaves_out_is_held_out_as_long_as_its_text_is_there(
     assert held_out(sets[1]) == held_out(sets[2]) == {}
     Path(two[0]).unlink()
     assert held_out(sets[0]) == {}
+
+
+def test_a_built_sets_text_is_read_from_the_hub_with_a_word_or_not_at_all(
+    two: tuple[str, str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tmp_path / "set"
+    (tmp_path / "my").mkdir()
+    shutil.copy(two[0], tmp_path / "my" / "texts.jsonl")
+    monkeypatch.chdir(tmp_path)
+    build("my", model, sequences=4, length=24, out=built)
+    manifest = json.loads((built / "manifest.json").read_text())
+    read: list[str] = []
+
+    def loaded(path: str, **_: object) -> list[dict[str, str]]:
+        read.append(path)
+        return [{"text": f"Row {number} of the Hub."} for number in range(200)]
+
+    hub = SimpleNamespace(load_dataset=loaded, __spec__=ModuleSpec("datasets", None))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    told: list[str] = []
+    with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
+        assert held_out(built)
+        (tmp_path / "away").mkdir()
+        for spec in ("my", "my/texts.jsonl", "my/texts"):
+            (built / "manifest.json").write_text(json.dumps({**manifest, "spec": manifest["spec"].replace("my", spec)}))
+            with monkeypatch.context() as elsewhere:
+                elsewhere.chdir(tmp_path / "away")
+                assert held_out(built) == {}
+        assert (read, told) == ([], [])
+        (built / "manifest.json").write_text(json.dumps({**manifest, "spec": "hf:my/texts?part=train"}))
+        assert "of the Hub." in next(iter(held_out(built).values()))
+    assert read == ["my/texts"]
+    assert [re.sub(" again.*", "", note) for note in told] == [
+        "set was built from hf:my/texts, which is read from the Hub"
+    ]
+    assert nothing_held_out({}, built) == ("no perplexity: nothing of set is held out; name other text with --text.",)
 
 
 def test_a_text_that_eval_names_is_read_as_the_search_read_it(model: str, tmp_path: Path) -> None:

@@ -436,6 +436,25 @@ def test_report(cli: Cli, pruned: Path) -> None:
     assert "report.json" in sentence(cli("report", pruned.parent, "--quiet"))
 
 
+@pytest.mark.parametrize("made_by", ["prune", "recover"])
+def test_report_names_no_page_that_it_could_not_write(
+    made_by: str, cli: Cli, pruned: Path, place: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    if made_by == "prune":
+        shutil.copytree(pruned, folder)
+    else:
+        asked = ("--teacher", place / "tiny", "--with", "emulated-update", "--calibration", place / "text.txt", *SMALL)
+        assert cli("recover", pruned, *asked, "--out", folder, "--windows", 1).code == 0
+    page = folder / "report.html"
+    assert f"Page:  {page}" in cli("report", folder).out
+    page.unlink()
+    page.mkdir()
+    assert "Page:" not in (ran := cli("report", folder)).out
+    assert "the page was not made anew: cannot write" in ran.err
+    assert cli("report", folder, "--json").json["page"] is None
+
+
 def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, tmp_path: Path) -> None:
     asked = ("recover", pruned, "--teacher", place / "tiny", "--with", "emulated-update", "--out", tmp_path / "out")
     texts = ("--text", place / "held-out.txt", "--window", 32, "--windows", 2)
@@ -1109,7 +1128,13 @@ def test_progress_goes_to_stderr_or_nowhere(cli: Cli, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [("prune", "m", "--remove", "1"), ("recover", "m", "--teacher", "t", "--with", "refit")]
+    "verb",
+    [
+        ("prune", "m", "--remove", "1"),
+        ("recover", "m", "--teacher", "t", "--with", "refit"),
+        ("evaluate", "m", "--text", "t"),
+    ],
+    ids=lambda verb: verb[0],
 )
 @pytest.mark.parametrize(("given", "read"), [(["--windows", "all"], None), (["--windows", "3"], 3), ([], 12)])
 def test_all_windows_may_be_asked_for(
@@ -1122,9 +1147,10 @@ def test_all_windows_may_be_asked_for(
         raise UserError("enough.")
 
     monkeypatch.setattr(importlib.import_module(f"shallower.verbs.{verb[0]}"), verb[0], noted)
-    assert sentence(cli(*verb, "--out", "o", *given)) == "enough."
-    assert asked == [read]
-    assert "'0' is not 1 or more, or all" in sentence(cli(*verb, "--out", "o", "--windows", "0"))
+    typed = ("eval" if verb[0] == "evaluate" else verb[0], *verb[1:], "--out", "o")
+    assert sentence(cli(*typed, *given)) == "enough."
+    assert asked == [None if verb[0] == "evaluate" and not given else read]
+    assert "'0' is not 1 or more, or all" in sentence(cli(*typed, "--windows", "0"))
 
 
 # Signals

@@ -171,6 +171,36 @@ def test_a_recipe_in_a_recipe_is_done_when_all_of_it_is(tmp_path: Path, capsys: 
         assert "cannot remove 9" in capsys.readouterr().err
 
 
+def test_with_force_a_recipe_in_a_recipe_reads_what_the_outer_one_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner, out = written(tmp_path), tmp_path / "out"
+    data = json.loads(inner.read_text())
+    plan = data["steps"][1].replace("--scores {out}/scores.json ", "").replace("one-shot", "contiguous")
+    less = f"plan cut {out}/plan.json --remove 1 --out {{out}}/less.json"
+    again = "plan cut {out}/less.json --remove 1 --out {out}/again.json"
+    inner.write_text(json.dumps({**data, "steps": [less, again], "sizes": {"demo": {}}}))
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(json.dumps({**data, "steps": [plan, f"run {inner} --out {{out}}/inner"]}))
+    made = [out / "plan.json", out / "inner" / "less.json", out / "inner" / "again.json"]
+
+    def run(*more: str) -> list[bool]:
+        """Which of the files were written."""
+        before = [path.stat().st_ino if path.exists() else None for path in made]
+        assert main.run(["run", str(outer), "--out", str(out), "--quiet", *more]) == 0
+        return [path.stat().st_ino != old for path, old in zip(made, before, strict=True)]
+
+    assert run("--set", "remove=2") == [True] * 3
+    assert run("--set", "remove=2") == [False] * 3
+    assert run("--set", "remove=1", "--force") == [True] * 3
+    assert run("--set", "remove=1", "--force") == [True] * 3
+    # half of the inner one is done, from what is made anew now
+    ledger = out / "inner" / "steps.json"
+    ledger.write_text(json.dumps({"steps": json.loads(ledger.read_text())["steps"][:1]}))
+    assert run("--set", "remove=2", "--force") == [True] * 3
+    assert len(json.loads(ledger.read_text())["steps"]) == 2
+
+
 def test_a_folder_with_a_space_is_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my work").mkdir()
     recipe, out = written(tmp_path / "my work"), tmp_path / "it's out"

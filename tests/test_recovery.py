@@ -1316,6 +1316,16 @@ def test_a_model_of_its_own_code_is_saved_with_it(files: Path, dtype: str, monke
         assert [re.search(r"the model without (\S+) is: OwnFor", note)[1] for note in told] == impossible
 
 
+def test_whole_periods_can_go_though_no_single_block_can(files: Path) -> None:
+    save(tiny_model("jamba", blocks=12), files / "jamba", plan=None, tokenizer=tiny_tokenizer())
+    given = asked(files, sequences=2, max_windows=1, search="contiguous", protect="0-2", speed=False)
+    told: list[str] = []
+    with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
+        found = prune(files / "jamba", 6, out=files / "out", **given)
+    assert found.report.pruned.blocks == 6
+    assert "may be impossible to store, as the model without block.7 is: jamba says" in " ".join(told)
+
+
 def test_card_and_report_count_a_map_alike(files: Path) -> None:
     found = prune(files / "dense", "block.1-2", recover="low-rank", out=files / "out", speed=False, **asked(files))
     card = (files / "out" / "README.md").read_text()

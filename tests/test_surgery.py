@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -55,6 +56,7 @@ from shallower.surgery import (
     verify_saved,
 )
 from shallower.surgery.card import model_card
+from shallower.surgery.contents import written_with
 from shallower.surgery.cut import assemble
 from shallower.surgery.ordinary_pairs import exact_pairs
 from shallower.surgery.save import ordinary
@@ -908,6 +910,39 @@ def test_force_deletes_nothing_that_was_not_written_with_the_checkpoint(
     with pytest.raises(OutputError, match=r"also holds smaller\.gguf, which .* move that to another place"):
         require_free(folder, force=True)
     assert (folder / "smaller.gguf").exists()
+
+
+def test_force_knows_what_the_systems_leave_and_what_a_tokenizer_of_own_code_writes(
+    pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+
+    def save_pretrained(folder: Path) -> None:
+        (folder / "parts").mkdir()
+        for name in ("qwen.tiktoken", "parts/more.bin"):
+            (folder / name).touch()
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", save_pretrained)
+    folder = save(pruned, tmp_path / "out", plan=None, tokenizer=tokenizer)
+    for name in (".ipynb_checkpoints", ".cache/huggingface/download", ".git"):
+        (folder / name).mkdir(parents=True)
+    for name in (".DS_Store", "parts/Thumbs.db", ".ipynb_checkpoints/a.json", ".cache/huggingface/download/x.lock"):
+        (folder / name).touch()
+    require_free(folder, force=True)
+    (folder / ".git" / "config").touch()
+    (folder / "other.tiktoken").touch()
+    with pytest.raises(OutputError, match=r"also holds \.git/config, other\.tiktoken, which"):
+        require_free(folder, force=True)
+
+
+def test_the_files_of_each_tokenizer_of_transformers_are_known(tmp_path: Path) -> None:
+    known = written_with(tmp_path)
+    named: set[str] = set()
+    for source in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        for found in re.finditer(r"VOCAB_FILES_NAMES = \{(.*?)\}", source.read_text(encoding="utf-8"), re.DOTALL):
+            named.update(re.findall(r':\s*"([^"]+)"', found[1]))
+    assert len(named) > 20
+    assert not [name for name in named if not known(Path(name))]
 
 
 def test_force_replaces_code_that_came_with_a_model_and_no_other(pruned: PreTrainedModel, tmp_path: Path) -> None:

@@ -741,6 +741,22 @@ def test_likelihoods_of_candidates_are_those_of_cut_models(family: str) -> None:
             assert greedy == bool((logs.argmax(-1) == targets).all())
 
 
+def test_what_guessing_reaches_is_told_only_where_one_choice_is_right(model: Any, data: Path) -> None:
+    def chance(right: int = 0, rule: object = None) -> float | None:
+        tasks = open_tasks(["arc_easy"], data=data)
+        task = tasks.loaded["tasks"]["arc_easy"]
+        task.multiple_target, task.config.process_results = right, rule
+        [result] = run_tasks(respondent(model), tasks, TaskSettings(limit=2))
+        assert result.metrics[0].name == "acc"
+        return result.chance
+
+    assert chance() is not None
+    assert chance(rule=lambda _, answers: {"acc": 0.5}) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.api.task.ConfigurableTask.doc_to_target", lambda *_: [0, 1])
+        assert chance(right=2) is None
+
+
 def test_prefixes_of_a_plan_give_what_their_cuts_give(model: Any, data: Path, tmp_path: Path) -> None:
     plan = make_plan(model, [3, 4, 1])
     text = tmp_path / "text.txt"

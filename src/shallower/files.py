@@ -30,6 +30,8 @@ except ImportError:  # Windows has no such locks: there what a kill leaves stays
     fcntl = None  # type: ignore[assignment]
 
 _NEW, _OLD, _SUFFIX = "new", "old", ".part"
+# what systems, notebooks and the Hub leave in any folder
+_LEFT = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes", ".ipynb_checkpoints", ".cache/huggingface")
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -91,13 +93,22 @@ def require_free(
             f"{told} is not {what}, so --force does not replace it; choose another folder or remove it yourself."
         )
     inside = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    foreign = [name.as_posix() for name in (path.relative_to(folder) for path in inside) if not known(name)]
+    foreign = [
+        name.as_posix()
+        for name in (path.relative_to(folder) for path in inside)
+        if not (known(name) or left_by_systems(name))
+    ]
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise OutputError(
             f"{told} also holds {', '.join(foreign[:3])}{more}, which shallower did not write and --force would "
             "delete; move that to another place, or choose another folder."
         )
+
+
+def left_by_systems(inside: PurePath) -> bool:
+    """Whether a path inside a folder is, or is in, what nobody misses: of the system, of notebooks, of the Hub."""
+    return inside.name in _LEFT or any(parent.as_posix() in _LEFT for parent in (inside, *inside.parents))
 
 
 @contextmanager

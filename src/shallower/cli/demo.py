@@ -41,7 +41,8 @@ def demo(
     """
     from shallower.verbs.demo import demo as run
 
-    answer = pruned_answer(run(out, force=force, device=device, dtype=dtype, seed=seed).report, out)
+    report = run(out, force=force, device=device, dtype=dtype, seed=seed).report
+    answer = pruned_answer(report, out, out / "report.html")
 
     def show(console: Console) -> None:
         answer.show(console)

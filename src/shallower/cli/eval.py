@@ -129,7 +129,12 @@ def evaluate(
     ] = None,
     windows: Annotated[
         int | None,
-        Option("--windows", metavar="N", min=1, help="Windows of each text, from its start. Default: all."),
+        Option(
+            "--windows",
+            metavar="N",
+            parser=options.count_or_all,
+            help="Windows of each text, from its start, or all. Default: all.",
+        ),
     ] = None,
     memory: options.Memory = None,
     device: options.Device = "auto",

@@ -257,7 +257,7 @@ StreamBlocks = Annotated[
 Force = Annotated[bool, Option("--force", help="Replace what --out names if it exists. Default: refuse.")]
 
 
-def _count_or_all(text: str | int) -> int | None:
+def count_or_all(text: str | int) -> int | None:
     """None for all. Raises BadParameter for what is no number from 1 up."""
     if text == "all":
         return None
@@ -275,7 +275,7 @@ Windows = Annotated[
     Option(
         "--windows",
         metavar="N",
-        parser=_count_or_all,
+        parser=count_or_all,
         help="Windows to evaluate of each text, from its start, or all.",
     ),
 ]

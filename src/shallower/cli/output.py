@@ -92,6 +92,11 @@ def print_written(
         console.print(f"Next: {next_step}", soft_wrap=True)
 
 
+def print_places(console: Console, folder: Path, page: Path | None) -> None:
+    """Print where a checkpoint and its page are. page: None where it could not be written."""
+    console.print(f"\nModel: {folder}" + (f"\nPage:  {page}" if page is not None else ""), soft_wrap=True)
+
+
 @dataclass(frozen=True)
 class Gone:
     """How many parameters go: of how many that the model has, and of how many in its blocks, where that is known."""

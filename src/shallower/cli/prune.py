@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, Gone, print_removed, say
+from shallower.cli.output import DEFAULT_SIZE, Gone, print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 from shallower.forms import FORMS
@@ -158,12 +158,14 @@ def prune(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return pruned_answer(pruned.report, out, pruned.of_blocks)
+    return pruned_answer(pruned.report, out, out / "report.html", pruned.of_blocks)
 
 
-def pruned_answer(data: ReportData, folder: Path, of_blocks: int | None = None) -> Answer:
-    """What was removed, what it cost, where it is and how to load it. of_blocks: parameters of the dense blocks."""
-    page, form = folder / "report.html", FORMS[data.form]
+def pruned_answer(data: ReportData, folder: Path, page: Path | None, of_blocks: int | None = None) -> Answer:
+    """What was removed, what it cost, where it is and how to load it. page: None where it could not be written;
+    of_blocks: parameters of the dense blocks.
+    """
+    form = FORMS[data.form]
     told = (
         "plan",
         "form",
@@ -181,7 +183,8 @@ def pruned_answer(data: ReportData, folder: Path, of_blocks: int | None = None) 
         "windows",
     )
     everything = data.to_json()
-    answer: dict[str, Any] = {"folder": str(folder), "page": str(page), **{key: everything[key] for key in told}}
+    answer: dict[str, Any] = {"folder": str(folder), "page": None if page is None else str(page)}
+    answer |= {key: everything[key] for key in told}
 
     def show(console: Console) -> None:
         from shallower.reporting.tables import before_after_table, recovery_table
@@ -195,7 +198,7 @@ def pruned_answer(data: ReportData, folder: Path, of_blocks: int | None = None) 
         )
         for note in data.notes:
             say(console, f"Note: {note}")
-        console.print(f"\nModel: {folder}\nPage:  {page}", soft_wrap=True)
+        print_places(console, folder, page)
         say(console, f"\nForm:  {form.name}. {form.meaning}")
         console.print(f"\n{form.loading(str(folder), tokenizer=data.tokenizer)}", soft_wrap=True)
 

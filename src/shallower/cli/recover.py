@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from shallower.cli import options
-from shallower.cli.output import print_removed, say
+from shallower.cli.output import print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 
@@ -127,14 +127,17 @@ def recover(
     return Answer({**found.to_json(), **page}, show)
 
 
-def recovered_answer(plan: PruningPlan, data: RecoveryData, folder: Path) -> Answer:
-    """What was removed, what each recovery gained, where it is and how to load it."""
+def recovered_answer(plan: PruningPlan, data: RecoveryData, folder: Path, page: Path | None) -> Answer:
+    """What was removed, what each recovery gained, where it is and how to load it. page: None where it could not be
+    written.
+    """
     told = {key: value for key, value in data.to_json().items() if key != "format"}
-    answer = {"folder": str(folder), "page": str(folder / "report.html"), "plan": plan.to_json(), **told}
-    return Answer(answer, lambda console: _show(console, plan, data, folder))
+    places = {"folder": str(folder), "page": None if page is None else str(page)}
+    answer = {**places, "plan": plan.to_json(), **told}
+    return Answer(answer, lambda console: _show(console, plan, data, folder, page=page is not None))
 
 
-def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path | None) -> None:
+def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path | None, *, page: bool = True) -> None:
     from shallower.reporting.tables import recovery_table
 
     console.print(recovery_table(data.recovery, data.dense))
@@ -144,7 +147,7 @@ def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path 
     if folder is None:
         console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
         return
-    console.print(f"\nModel: {folder}\nPage:  {folder / 'report.html'}", soft_wrap=True)
+    print_places(console, folder, folder / "report.html" if page else None)
     if data.form is not None:
         from shallower.forms import FORMS
 

@@ -26,7 +26,7 @@ def report(
     from shallower.reporting.data import ReportData
     from shallower.verbs.report import report as run
 
-    data, _ = run(folder)
+    data, page = run(folder)
     if isinstance(data, ReportData):
-        return pruned_answer(data, folder)
-    return recovered_answer(PruningPlan.load(folder / "plan.json"), data, folder)
+        return pruned_answer(data, folder, page)
+    return recovered_answer(PruningPlan.load(folder / "plan.json"), data, folder, page)

@@ -7,6 +7,7 @@ import io
 import json
 import shlex
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,9 @@ from shallower.recipes import read_recipe, shipped
 from shallower.strict_json import write_json
 
 DONE = "steps.json"
+
+_BEHIND_NEW = ContextVar("behind_new", default=False)
+"""Whether this run is a step of another with --force, and one before it was made anew: then nothing here is done."""
 
 
 def run(
@@ -54,8 +58,8 @@ def run(
         bool,
         Option(
             "--force",
-            help="Begin again with the first step that is not done, and replace what it and those after it wrote. "
-            "Default: refuse.",
+            help="Begin again with the first step that is not done, or where all are with the first, and replace what "
+            "it and those after it wrote. Default: refuse.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -76,10 +80,12 @@ def run(
     # what a step is, however the folders are spelled this time, and whatever does not change what it finds
     placeless = replace(chosen, here=chosen.here.resolve())
     steps = [_pinned(step, pinned) for step in placeless.commands(size, "{out}", given)]
-    done = _done(folder / DONE)
+    behind_new = force and _BEHIND_NEW.get()
+    done = [] if behind_new else _done(folder / DONE)
     pending = [step not in done for step in steps]
-    if force and any(pending):  # what stands after it was made from what it wrote
-        pending = [number >= pending.index(True) for number in range(len(steps))]
+    if force:  # what stands after a step was made from what it wrote
+        first = pending.index(True) if any(pending) else 0
+        pending = [number >= first for number in range(len(steps))]
     pinned |= {"--trust-remote-code": None} if trust_remote_code else {}
     commands = [
         _pinned(command, {**pinned, "--force": None} if force and waits else pinned)
@@ -99,6 +105,8 @@ def run(
     for number, (command, waits) in enumerate(zip(commands, pending, strict=True), 1):
         if waits:
             _require_recoveries(command, f"step {number} of {recipe}")
+    if behind_new:  # also where it is stopped before its first step has ended
+        write_json(folder / DONE, {"steps": []})
     for number, (command, step, waits) in enumerate(zip(commands, steps, pending, strict=True), 1):
         label = f"[{number}/{len(commands)}] shallower {command}"
         if not waits:
@@ -110,10 +118,12 @@ def run(
             console.print(label, soft_wrap=True, markup=False, highlight=False)
         finished.clear()
         ended = False
+        before = _BEHIND_NEW.set(behind_new or any(pending[: number - 1]))
         try:
             answer = _step(command, as_json=as_json, quiet=quiet, debug=debug)
             ended = True
         finally:
+            _BEHIND_NEW.reset(before)
             # a verb's work counts even where nobody reads its answer any more; within another recipe it is one of many
             if ended or (finished and not command.startswith("run ")):
                 # what it replaced may be from steps of other values, which are then not done any more

@@ -341,11 +341,14 @@ def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
 def _chance(
     tasks: LoadedTasks, leaves: Sequence[str], samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> float | None:
-    """The mean of 1 / choices over the items; None where some are not asked by choices."""
+    """The mean of 1 / choices over the items; None where some are not asked by choices, have several right ones, or are
+    scored by the task's own rule, which need not count right answers: truthfulqa_mc2 sums probabilities.
+    """
     shares: list[float] = []
     for leaf in leaves:
         task = tasks.loaded["tasks"][leaf]
-        if task.OUTPUT_TYPE != "multiple_choice":
+        own_rule = task.config.process_results is not None
+        if task.OUTPUT_TYPE != "multiple_choice" or own_rule or getattr(task, "multiple_target", 0):
             return None
         shares += [
             1 / len(task.doc_to_choice(doc)) for doc in {item["doc_id"]: item["doc"] for item in samples[leaf]}.values()

@@ -19,7 +19,11 @@ _OF_TOKENIZERS = (
     *("tokenizer_config.json", "merges.txt", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.model"),
     *("sentencepiece.bpe.model", "spiece.model", "spm.model", "spm_char.model", "source.spm", "target.spm"),
     *("target_vocab.json", "vocab-src.json", "vocab-tgt.json", "bpe.codes", "dict.txt", "normalizer.json"),
+    *("prophetnet.tokenizer", "emoji.json", "byte_maps.json", "entity_vocab.json", "word_shape.json"),
+    "word_pronunciation.json",
 )
+# How the model card lists what was written under other names: tokenizers of their own code choose theirs freely
+_LISTED = re.compile(r"<!-- Also written with this checkpoint: (\[.*\]) -->")
 # templates besides the main one; what Python keeps of the code beside it
 _FOLDERS = ("additional_chat_templates", "__pycache__")
 
@@ -27,13 +31,34 @@ _FOLDERS = ("additional_chat_templates", "__pycache__")
 def written_with(checkpoint: Path) -> Callable[[PurePath], bool]:
     """Whether a file, by its path in the folder of a checkpoint, is one that is written with it."""
     names = {*_OF_SHALLOWER, *_OF_MODELS, *_OF_TOKENIZERS, *_code(checkpoint)}
+    listed = _listed(checkpoint)
 
     def known(path: PurePath) -> bool:
+        if path.as_posix() in listed:
+            return True
         if len(path.parts) > 1:
             return path.parts[0] in _FOLDERS
         return path.name in names or _SHARD.fullmatch(path.name) is not None
 
     return known
+
+
+def listing(checkpoint: Path) -> str:
+    """What the model card has to say so that `written_with` knows the files that are in the folder by now: empty where
+    it knows all of them.
+    """
+    known = written_with(checkpoint)
+    inside = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+    others = [path.as_posix() for path in inside if not known(path)]
+    return f"\n<!-- Also written with this checkpoint: {json.dumps(others)} -->\n" if others else ""
+
+
+def _listed(checkpoint: Path) -> set[str]:
+    """Paths in the folder that its model card lists."""
+    with suppress(OSError, ValueError):  # without a card, or one that somebody changed
+        found = _LISTED.search((checkpoint / "README.md").read_text(encoding="utf-8"))
+        return {str(name) for name in json.loads(found[1])} if found else set()
+    return set()
 
 
 def _code(checkpoint: Path) -> set[str]:

@@ -32,7 +32,7 @@ from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
 from shallower.strict_json import write_json
 from shallower.surgery.card import model_card
-from shallower.surgery.contents import written_with
+from shallower.surgery.contents import listing, written_with
 from shallower.surgery.cut import leftovers
 from shallower.surgery.patch import patches
 from shallower.surgery.runtimes import misreadings
@@ -140,7 +140,7 @@ def save(
                 _write_tokenizer(tokenizer, temporary)
             if plan is not None:
                 plan.save(temporary / "plan.json")
-            for name, text in {"README.md": readme, **(pages or {})}.items():
+            for name, text in {"README.md": readme + listing(temporary), **(pages or {})}.items():
                 write_text(temporary / name, text)
             step()
             ids = probe_ids(model) if verify_ids is None else verify_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -226,7 +226,8 @@ def _require_free(
     """
 
     def replaceable(there: Path) -> bool:
-        return needed <= {path.name for path in there.iterdir()} <= needed | others
+        inside = (PurePath(path.relative_to(there)) for path in there.rglob("*") if not path.is_dir())
+        return needed <= {path.as_posix() for path in inside if not files.left_by_systems(path)} <= needed | others
 
     what += f" ({', '.join(sorted(needed | others))}) and nothing else"
     files.require_free(expanded(folder), f"{option} {folder}", force=force, replaceable=replaceable, what=what)

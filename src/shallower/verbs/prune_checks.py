@@ -42,25 +42,32 @@ def require_consistent(remove: object, plan: object, repair: str, recover: str, 
 
 def require_storable(subject: Subject, request: Request, steps: Stages, form: str, *, saved: bool) -> None:
     """Try, before a search, to cut and store the model without one unit of each kind that may go: raise ModelError
-    where that fails for all of them, and tell where it fails for some. saved: also what maps at their cuts become.
+    where none could be stored that is cut, and tell what else fails. saved: also what maps at their cuts become.
 
+    What cannot be cut is only told of, as other units, or more of them, may leave what a config can say: whole periods.
     Sublayers that cannot be missing alone may still go in pairs, where the family's pair up.
     """
-    anatomy, by_kind, faults = subject.anatomy, dict[Kind, list[Unit]](), dict[Unit, ModelError]()
+    anatomy, by_kind = subject.anatomy, dict[Kind, list[Unit]]()
+    faults, uncut = dict[Unit, ModelError](), dict[Unit, ModelError]()
     for unit in request.units:
         by_kind.setdefault(unit.kind, []).append(unit)
     for units in by_kind.values():
         middle = units[len(units) // 2]
         parts = plain((middle,))
         try:
-            export(anatomy, parts, cut(anatomy, parts), form)
+            smaller = cut(anatomy, parts)
+        except ModelError as error:
+            uncut[middle] = error
+            continue
+        try:
+            export(anatomy, parts, smaller, form)
             if saved:
                 require_place(steps, anatomy, frozenset(parts))
         except ModelError as error:
             faults[middle] = error
     if len(faults) == len(by_kind) and not ({"attn", "mlp"} <= by_kind.keys() and subject.pairs):
         raise next(iter(faults.values()))
-    for unit, fault in faults.items():
+    for unit, fault in (faults | uncut).items():
         progress.note(f"what the search chooses may be impossible to store, as the model without {unit} is: {fault}")
 
 

@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shallower import progress
 from shallower.corpus import CalibrationSet, named_options, resolve_bos, text_of, with_options, without_options
 from shallower.corpus.calibration import is_saved, saved_spec
 from shallower.corpus.options import OPTIONS
+from shallower.corpus.sources import open_source
+from shallower.corpus.specification import parse_specification
 from shallower.errors import TooLittleText, UserError
 from shallower.evaluation.perplexity import Perplexity, TextWindows, context_limit, cut_windows, perplexity
 from shallower.evaluation.text import read_evaluation_text
@@ -32,7 +35,7 @@ def read_texts(texts: str | Path | Sequence[str | Path]) -> dict[str, str]:
 def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
     """Documents of the calibration source that were left out of calibration, by what to call them; of a saved set, of
     the source that it was built from. Nothing for a set in memory, for a specification that asks for all documents, or
-    for these, and where the source of a saved set is not there.
+    for these, and where the source of a saved set is not there. That a saved set's is read from the Hub is told.
     """
     if isinstance(calibration, CalibrationSet):
         return {}
@@ -43,12 +46,29 @@ def held_out(calibration: str | Path | CalibrationSet | None) -> dict[str, str]:
     try:
         if named_options(asked).get("part", part) != "train":
             return {}
-        spec = f"{text_of(asked)}?part=held-out"
+        text = text_of(asked)
+        if is_saved(folder) and not _is_there(text, folder):
+            return {}
+        spec = f"{text}?part=held-out"
         return {text_name(spec): read_evaluation_text(spec, supply())}
     except UserError:
         # too few documents to leave any out, the model's own text, questions that are no text, or a set whose text is
         # elsewhere: such calibration was read all the same, and the report then shows no perplexity
         return {}
+
+
+def _is_there(text: str, folder: Path) -> bool:
+    """Whether the text of the set in the folder can still be meant; a note where that is read from the Hub."""
+    sources = [term.source for term in parse_specification(text, ()).terms]
+    of_hub = [source for source in sources if open_source(source, supply()).streamed]
+    if not all(source.startswith("hf:") for source in of_hub):
+        return False  # a path from where the set was built is no data set of that name
+    if of_hub:
+        progress.note(
+            f"{folder.name} was built from {' and '.join(of_hub)}, which is read from the Hub again for what the set "
+            "left out, to measure on; --text names other text to measure on, such as a file."
+        )
+    return True
 
 
 def or_all_of_it(
