@@ -415,6 +415,25 @@ def test_means_are_over_cells_that_are_there_at_every_level() -> None:
     assert found.omitted == ()
 
 
+def test_cells_of_one_plan_count_once_in_means_and_draws_are_not_of_a_seed() -> None:
+    """One-shot ranks by cosine, so that it has one plan at both objectives; random draws with the seed."""
+    from shallower.reporting.study import markdown
+
+    worth = {("greedy", "nll"): 10.0, ("greedy", "kl"): 10.0, ("one-shot", "nll"): 80.0, ("one-shot", "kl"): 80.0}
+    results = [
+        result(block(7, seed), search=search, objective=objective, sequences=size, seed=seed, held_out={"wiki": value})
+        for (search, objective), value in {**worth, ("random", "nll"): 1000.0}.items()
+        for size in (8, 32)
+        for seed in (0, 1)
+    ]
+    found = find(results)
+    told = markdown(results, found)
+    for factor, levels in (("sequences", (8, 32)), ("seed", (0, 1))):
+        for level in levels:
+            assert f"| 2 | {factor} | {level} | 20.00 |" in told  # the cube root of 10 · 10 · 80
+    assert [(item.perplexity, item.cells) for item in found.stability] == [(pytest.approx(20), 6)] * 2
+
+
 def test_a_cell_that_lost_the_model_is_in_no_mean_and_what_it_drops_is_named() -> None:
     from shallower.reporting.study import markdown
 

@@ -22,7 +22,7 @@ from shallower.reporting.wording import distinct_names, number, percent
 from shallower.strict_json import spelled, write_json
 from shallower.studies.findings import Decomposition, Findings, outcomes
 from shallower.studies.overlap import Interval
-from shallower.studies.result import FACTORS, Failure, Result, counterparts, grouped
+from shallower.studies.result import FACTORS, Failure, Result, counterparts, distinct, grouped
 from shallower.studies.variance import RESIDUAL
 
 if TYPE_CHECKING:
@@ -162,21 +162,22 @@ def _first(models: Mapping[str, str], model: str) -> tuple[str, ...]:
 
 
 def _levels(results: Sequence[Result]) -> Iterator[tuple[str, dict[Hashable, list[Result]], list[Result]]]:
-    """For each model, ratio and factor: the results to average at each of its levels, and those that are left out as
-    they have no counterpart at another level.
+    """For each model, ratio and factor: the results to average at each of its levels, one of each plan, and those that
+    are left out as they have no counterpart at another level.
     """
     for stratum in grouped(results, lambda result: result.cell.stratum).values():
         for factor in FACTORS:
-            levels = grouped(stratum, lambda result, factor=factor: result.cell.level(factor))  # type: ignore[misc]
-            levels.pop(None, None)  # plans that do not depend on it
+            levels = grouped(stratum, lambda result, factor=factor: result.cell.compared(factor))  # type: ignore[misc]
+            levels.pop(None, None)
             if len(levels) > 1:
                 kept = counterparts(levels, factor)
                 there = {result.cell for group in kept.values() for result in group}
-                yield factor, kept, [each for group in levels.values() for each in group if each.cell not in there]
+                left_out = [each for group in levels.values() for each in group if each.cell not in there]
+                yield factor, {level: distinct(group) for level, group in kept.items()}, left_out
 
 
 def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
-    """Mean outcomes at each level of each factor, over cells that have a counterpart at every level: the geometric mean
+    """Mean outcomes at each level of each factor, over plans that have a counterpart at every level: the geometric mean
     of perplexities, the mean of accuracies.
 
     models: see `model_names`; the first column, where there are.

@@ -76,7 +76,7 @@ class RankAgreement:
 @dataclass(frozen=True)
 class Stability:
     """Plans of one model and calibration sets of one size that differ in their seed only: how alike, and how good they
-    are. Cells that depend on the size and have a counterpart at every other.
+    are. Cells that depend on the size and have a counterpart at every other; those with one plan count once.
 
     tokens: sequences × length. perplexity: geometric mean over cells and held-out texts; nan without any. left_out:
     cells of this size that have no such counterpart, or are not finite themselves.
@@ -200,11 +200,12 @@ def _stability(results: Sequence[Result], seed: int) -> list[Stability]:
             across = agreement(group, ["seed"], seed)
             if not across:
                 continue
-            logs = [math.log(value) for result in group for value in result.held_out.values()]
+            plans = distinct(group)
+            logs = [math.log(value) for result in plans for value in result.held_out.values()]
             typical = math.exp(sum(logs) / len(logs)) if logs else float("nan")
             left_out = len(sizes[tokens]) - len(group)
             model = group[0].cell.model
-            found.append(Stability(model, tokens, across[0].jaccard, typical, len(group), left_out))
+            found.append(Stability(model, tokens, across[0].jaccard, typical, len(plans), left_out))
     return found
 
 

@@ -85,11 +85,7 @@ def agreement(results: Sequence[Result], factors: Sequence[str] = FACTORS, seed:
 
 
 def _across(results: Sequence[Result], factor: str, seed: int) -> Agreement | None:
-    reading = [
-        result
-        for result in results
-        if result.cell.level(factor) is not None and not (factor == "seed" and result.cell.draws)
-    ]
+    reading = [result for result in results if result.cell.compared(factor) is not None]
     groups: dict[Hashable, list[tuple[Result, Result]]] = {}
     compared: set[frozenset[Hashable]] = set()
     for alike in grouped(reading, lambda result: result.cell.apart_from(factor)).values():

@@ -108,6 +108,12 @@ class Cell:
         """The level of a factor; None where the plan does not depend on it."""
         return getattr(self, factor) if factor in self.reads else None
 
+    def compared(self, factor: str) -> Hashable:
+        """The level at which plans are compared across a factor; None where the plan does not depend on it, and of the
+        seed where the search draws, too: there it would be that of the calibration set and of the draws.
+        """
+        return None if factor == "seed" and self.draws else self.level(factor)
+
     def apart_from(self, *factors: str) -> Hashable:
         """All else: equal for cells that differ in these factors only."""
         return tuple(getattr(self, item.name) for item in fields(self) if item.name not in factors)
