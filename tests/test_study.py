@@ -451,6 +451,21 @@ def test_a_cell_that_lost_the_model_is_in_no_mean_and_what_it_drops_is_named() -
     assert "The variance of perplexity on wiki at 2 is left out: it is infinite or unknown in 2 cells." in found.answer
 
 
+def test_a_task_that_overflows_takes_no_perplexity_from_a_mean() -> None:
+    from shallower.reporting.study import markdown
+
+    worth = {"a": (20.0, math.nan), "b": (80.0, 0.5), "c": (20.0, 0.25), "d": (80.0, 0.75)}
+    results = [
+        result(block(size), text=text, sequences=size, held_out={"wiki": perplexity}, tasks={"quiz": accuracy})
+        for text, (perplexity, accuracy) in worth.items()
+        for size in (8, 32)
+    ]
+    told = markdown(results, find(results))
+    for size in (8, 32):
+        assert f"| 2 | sequences | {size} | 40.00 | 50.0 % |" in told  # the accuracy of b, c and d
+    assert "without a counterpart at each level: 2 where text is compared, 2 where sequences is compared." in told
+
+
 def test_figures_of_a_study_have_captions_and_words_stand_left() -> None:
     from shallower.reporting.study import markdown, render
 
