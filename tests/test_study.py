@@ -132,6 +132,15 @@ def test_what_a_plan_depends_on(how: dict[str, str], reads: set[str]) -> None:
     assert result(block(1), **how).cell.reads == reads
 
 
+def test_an_order_that_depends_on_more_than_its_set_is_not_compared() -> None:
+    """Milp by cosine gives one set, which losses then put in order; by loss they choose the set, too."""
+    for search, kendall in (("milp:cosine", math.nan), ("milp", 1.0), ("one-shot:cosine", 1.0)):
+        results = [result(block(1, 2, 3), search=search, text=text) for text in "ab"]
+        [found] = agreement(results)
+        assert (found.factor, found.jaccard.value, found.pairs) == ("text", 1.0, 1)
+        assert found.order.value == pytest.approx(kendall, nan_ok=True), search
+
+
 def test_the_interval_of_a_mean_draws_whole_groups() -> None:
     alike = [np.full(5, value) for value in (0.0, 1.0)]
     interval = mean_interval(alike)

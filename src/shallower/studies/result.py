@@ -86,6 +86,13 @@ class Cell:
         return self.stratum, levels, "text" in self.reads and self._of_questions
 
     @property
+    def ordered(self) -> bool:
+        """Whether cells of the same plan have the same removal order. That of a search that yields a set alone is
+        measured by the objective on the text, whether or not the set depends on these.
+        """
+        return "objective" in self.reads or not any(method.traits.get("unordered") for method in self._methods)
+
+    @property
     def _of_questions(self) -> bool:
         """Whether calibration is questions: for any search, an objective that reads these says so."""
         return reads_choices(objectives.get(self.objective))
