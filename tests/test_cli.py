@@ -295,6 +295,16 @@ def test_search_by_scores(cli: Cli, place: Path, tmp_path: Path) -> None:
     assert "Nothing was written; add --out FILE" in ran.out
 
 
+def test_what_goes_is_counted_without_weighing_the_model(
+    cli: Cli, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = ("--remove", "block.2,block.4")
+    [told] = [line for line in cli("inspect", place / "tiny", *units).out.splitlines() if line.startswith("That is ")]
+    monkeypatch.delattr("shallower.verbs.subject.weigh")
+    ran = cli("search", place / "tiny", *units, "--calibration", place / "text.txt", *SMALL)
+    assert told in ran.out.splitlines()
+
+
 def test_search_writes_what_it_prints_as_json(cli: Cli, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     text = ("--calibration", place / "text.txt", "--objective", "nll", "--seed", 3)
@@ -766,7 +776,7 @@ def test_demo_ends_with_what_to_look_at(
             for complaint in [rf"option temperature='{value}' does not fit: it takes a finite number above 0\."]
         ),
         (["search", "{tiny}", "--remove", "130%"], r"--remove 130% would remove every block"),
-        (["search", "{tiny}", "--remove", "block.3", "--metric", "angular"], r"takes no --metric"),
+        (["search", "{tiny}", "--remove", "block.3", "--metric", "angular"], r"so --metric would change nothing"),
         (
             ["search", "{tiny}", "--remove", "block.3", "--search", "last"],
             r"--remove block\.3 names what goes, so --search would change nothing; drop it\.",

@@ -132,6 +132,15 @@ def test_what_a_plan_depends_on(how: dict[str, str], reads: set[str]) -> None:
     assert result(block(1), **how).cell.reads == reads
 
 
+def test_an_order_that_depends_on_more_than_its_set_is_not_compared() -> None:
+    """Milp by cosine gives one set, which losses then put in order; by loss they choose the set, too."""
+    for search, kendall in (("milp:cosine", math.nan), ("milp", 1.0), ("one-shot:cosine", 1.0)):
+        results = [result(block(1, 2, 3), search=search, text=text) for text in "ab"]
+        [found] = agreement(results)
+        assert (found.factor, found.jaccard.value, found.pairs) == ("text", 1.0, 1)
+        assert found.order.value == pytest.approx(kendall, nan_ok=True), search
+
+
 def test_the_interval_of_a_mean_draws_whole_groups() -> None:
     alike = [np.full(5, value) for value in (0.0, 1.0)]
     interval = mean_interval(alike)
@@ -449,6 +458,21 @@ def test_a_cell_that_lost_the_model_is_in_no_mean_and_what_it_drops_is_named() -
     assert [(item.outcome, item.cells) for item in found.omitted] == [("wiki", 2)]
     assert {item.outcome for item in found.decompositions} == {"plan", "loss", "quiz"}
     assert "The variance of perplexity on wiki at 2 is left out: it is infinite or unknown in 2 cells." in found.answer
+
+
+def test_a_task_that_overflows_takes_no_perplexity_from_a_mean() -> None:
+    from shallower.reporting.study import markdown
+
+    worth = {"a": (20.0, math.nan), "b": (80.0, 0.5), "c": (20.0, 0.25), "d": (80.0, 0.75)}
+    results = [
+        result(block(size), text=text, sequences=size, held_out={"wiki": perplexity}, tasks={"quiz": accuracy})
+        for text, (perplexity, accuracy) in worth.items()
+        for size in (8, 32)
+    ]
+    told = markdown(results, find(results))
+    for size in (8, 32):
+        assert f"| 2 | sequences | {size} | 40.00 | 50.0 % |" in told  # the accuracy of b, c and d
+    assert "without a counterpart at each level: 2 where text is compared, 2 where sequences is compared." in told
 
 
 def test_figures_of_a_study_have_captions_and_words_stand_left() -> None:

@@ -91,6 +91,15 @@ class MadeBy:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """How many parameters go: of how many that the model has, and of how many in its blocks, where that is known."""
+
+    parameters: int
+    of_model: int
+    of_blocks: int | None = None
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """The chosen set with its provenance.
 
@@ -100,6 +109,7 @@ class PruningPlan:
     spent: what a search just cost, else None. `tokens` were read (calibration tokens times candidate sets), in place of
     the `exhaustive` ones that it would have read if nobody had been dropped before the end of the text; `recalled`
     measurements were kept from before. No part of the plan or its file: the same search again costs less.
+    gone: of a plan that was just made, how many parameters its units have, else None. No part of its file, either.
     """
 
     model: ModelIdentity
@@ -108,6 +118,7 @@ class PruningPlan:
     dense: float | None
     made_by: MadeBy = field(repr=False)
     spent: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
+    gone: Gone | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_distinct(self.remove)

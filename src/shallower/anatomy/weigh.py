@@ -85,6 +85,11 @@ def size(modules: Iterable[nn.Module]) -> tuple[int, int]:
     return sum(map(_numbers, parameters)), sum(p.numel() * p.element_size() for p in parameters)
 
 
+def parameters(anatomy: Anatomy, units: Iterable[Unit]) -> int:
+    """Parameters of `units`, summed over these."""
+    return sum(size(anatomy.blocks[unit.index].modules_of(unit.kind))[0] for unit in units)
+
+
 def _numbers(parameter: Tensor) -> int:
     """How many numbers a parameter holds: bitsandbytes packs two of four bits in a byte."""
     packed = getattr(parameter, "quant_state", None)

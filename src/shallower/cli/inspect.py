@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import Gone, print_removed, say
+from shallower.cli.output import print_removed, say
 from shallower.cli.verb import Answer, verb
+from shallower.plan import Gone
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,13 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shallower.errors import OutputError
 from shallower.files import require_writable
-from shallower.plan import ModelIdentity
+from shallower.plan import Gone, ModelIdentity
 from shallower.strict_json import spelled
 from shallower.units import KINDS, Unit, listed
 
@@ -95,15 +94,6 @@ def print_written(
 def print_places(console: Console, folder: Path, page: Path | None) -> None:
     """Print where a checkpoint and its page are. page: None where it could not be written."""
     console.print(f"\nModel: {folder}" + (f"\nPage:  {page}" if page is not None else ""), soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class Gone:
-    """How many parameters go: of how many that the model has, and of how many in its blocks, where that is known."""
-
-    parameters: int
-    of_model: int
-    of_blocks: int | None = None
 
 
 def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentity, gone: Gone | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option, Typer
 
 from shallower.cli import options
-from shallower.cli.output import Gone, print_removed, print_written, require_free
+from shallower.cli.output import print_removed, print_written, require_free
 from shallower.cli.verb import Answer, verb
 from shallower.plan import PruningPlan
 from shallower.strict_json import finite
@@ -53,8 +53,8 @@ def cut(
     return Answer(shorter.to_json(), show)
 
 
-def show_plan(console: Console, plan: PruningPlan, *, gone: Gone | None = None) -> None:
-    """Print the removal order with what each step costs, and the sum. gone: as for `print_removed`."""
+def show_plan(console: Console, plan: PruningPlan) -> None:
+    """Print the removal order with what each step costs, and the sum."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -75,7 +75,7 @@ def show_plan(console: Console, plan: PruningPlan, *, gone: Gone | None = None) 
         change = "" if loss is None or dense is None or not step else signed(loss - dense, form)
         table.add_row(str(step), unit, "–" if loss is None else form(loss), change)
     console.print(table)
-    print_removed(console, plan.remove, plan.model, gone)
+    print_removed(console, plan.remove, plan.model, plan.gone)
     how = [f"search {made.search}" if made.search else "naming units"]
     how += [f"metric {made.metric}"] if made.metric else []
     how += [f"objective {made.measure}"] if made.objective else []

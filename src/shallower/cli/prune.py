@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, Gone, print_places, print_removed, say
+from shallower.cli.output import DEFAULT_SIZE, print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
 from shallower.errors import UserError
 from shallower.forms import FORMS
+from shallower.plan import Gone
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, Gone, print_written, require_free, typed, typed_again
+from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed, typed_again
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
 
@@ -63,11 +63,6 @@ def search(
     """
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
-    from shallower.engine import reads_choices
-    from shallower.registry import objective as objectives
-    from shallower.verbs.recovery_steps import named_recoveries
-    from shallower.verbs.search import searched
-
     heeded = {
         "--search": search != "greedy",
         "--metric": metric is not None,
@@ -75,14 +70,21 @@ def search(
         "--units": units != "block" and target is None,  # a text is chosen by how it ranks these
         "--exact": exact,
     }
-    plan, subject = searched(
+    options.require_amount(
+        remove, heeded, search=search, objective=objective, metric=metric, settings=chosen, recoveries=(repair,)
+    )
+    from shallower.engine import reads_choices
+    from shallower.registry import objective as objectives
+    from shallower.verbs.recovery_steps import named_recoveries
+    from shallower.verbs.search import search as run
+
+    plan = run(
         model,
         remove,
         search=search,
         objective=objective,
         metric=metric,
         scores=scores,
-        tokenizer=None,
         units=units,
         ordinary=ordinary,
         protect=protect,
@@ -96,14 +98,10 @@ def search(
         seed=seed,
         memory=memory,
         workers=workers,
-        ablator=None,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         stream_blocks=stream_blocks,
-        refuse=lambda: options.require_amount(
-            remove, heeded, search=search, objective=objective, metric=metric, settings=chosen, recoveries=(repair,)
-        ),
     )
     if out is not None:
         plan.save(out)
@@ -112,11 +110,9 @@ def search(
         text, size = None, DEFAULT_SIZE  # questions are no text to measure on
     elif target is not None and text is not None and plan.made_by.calibration is not None:
         text, size = plan.made_by.calibration.spec, DEFAULT_SIZE  # the one that was chosen, and how much of it
-    weights = subject.weights
-    gone = Gone(weights.of(plan.remove).parameters, weights.model.parameters, weights.blocks.parameters)
 
     def show(console: Console) -> None:
-        show_plan(console, plan, gone=gone)
+        show_plan(console, plan)
         step = f"shallower prune {typed(model)} --plan {typed(out)} --out FOLDER"
         if repair:
             known = {option for method in named_recoveries(repair) for option in method.options}

@@ -32,6 +32,7 @@ PAGE, NUMBERS, TABLES = "study.html", "findings.json", "study.md"
 _SMALLEST_SHARE = 0.01  # smaller ones are in the JSON file only
 
 Rows = list[tuple[str, ...]]
+_ByLevel = dict[Hashable, list[Result]]
 
 
 def write_pages(folder: Path, results: Sequence[Result], findings: Findings) -> tuple[Path, Path, Path]:
@@ -161,19 +162,23 @@ def _first(models: Mapping[str, str], model: str) -> tuple[str, ...]:
     return (models[model],) if models else ()
 
 
-def _levels(results: Sequence[Result]) -> Iterator[tuple[str, dict[Hashable, list[Result]], list[Result]]]:
-    """For each model, ratio and factor: the results to average at each of its levels, one of each plan, and those that
-    are left out as they have no counterpart at another level.
+def _levels(results: Sequence[Result]) -> Iterator[tuple[str, _ByLevel, _ByLevel, list[Result]]]:
+    """For each model, ratio and factor: the results to average at each of its levels, one of each plan: those whose
+    perplexities are, and those whose accuracies are; and those that are left out of either, as they are not finite or
+    have no counterpart at another level.
     """
     for stratum in grouped(results, lambda result: result.cell.stratum).values():
         for factor in FACTORS:
             levels = grouped(stratum, lambda result, factor=factor: result.cell.compared(factor))  # type: ignore[misc]
             levels.pop(None, None)
             if len(levels) > 1:
-                kept = counterparts(levels, factor)
-                there = {result.cell for group in kept.values() for result in group}
-                left_out = [each for group in levels.values() for each in group if each.cell not in there]
-                yield factor, {level: distinct(group) for level, group in kept.items()}, left_out
+                means = [counterparts(levels, "held_out", factor), counterparts(levels, "tasks", factor)]
+                there = [{result.cell for group in kept.values() for result in group} for kept in means]
+                left_out = [
+                    each for group in levels.values() for each in group if not all(each.cell in kept for kept in there)
+                ]
+                of_text, of_tasks = ({level: distinct(group) for level, group in kept.items()} for kept in means)
+                yield factor, of_text, of_tasks, left_out
 
 
 def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
@@ -183,23 +188,25 @@ def level_rows(results: Sequence[Result], models: Mapping[str, str]) -> Rows:
     models: see `model_names`; the first column, where there are.
     """
     rows: Rows = []
-    for factor, levels, left_out in _levels(results):
-        cell = next(each.cell for each in [*itertools.chain(*levels.values()), *left_out])
-        for level, group in levels.items():
+    for factor, of_text, of_tasks, left_out in _levels(results):
+        cell = next(each.cell for each in [*itertools.chain(*of_text.values()), *left_out])
+        for level, group in of_text.items():
             row = [*_first(models, cell.model), cell.remove, factor, str(level)]
             row.append(_number(_geometric([value for result in group for value in result.held_out.values()])))
             if any(result.tasks for result in results):
-                accuracies = [value for result in group for value in result.tasks.values()]
+                accuracies = [value for result in of_tasks[level] for value in result.tasks.values()]
                 row.append(percent(sum(accuracies), len(accuracies)) if accuracies else "–")
             rows.append(tuple(row))
     return rows
 
 
 def _left_out(counts: Mapping[str, int]) -> str:
-    """A sentence on cells that were measured and are in no mean; nothing where there are none. counts: by factor."""
+    """A sentence on cells that were measured and are missing in a mean; nothing where none are. counts: by factor."""
     told = ", ".join(f"{count:,} where {factor} is compared" for factor, count in counts.items() if count)
     return (
-        f" Left out are cells without a finite outcome, or without a counterpart at each level: {told}." if told else ""
+        f" Left out of a mean are cells without a finite outcome, or without a counterpart at each level: {told}."
+        if told
+        else ""
     )
 
 
@@ -235,7 +242,7 @@ def _tables(results: Sequence[Result], findings: Findings) -> list[_Table]:
     levels_head = (*several, *_BEST_HEAD)[: len(levels[0]) if levels else 0]
     failures_head = (*several, *_FAILURE_HEAD)
     of_levels: Counter[str] = Counter()
-    for factor, _, left_out in _levels(results):
+    for factor, _, _, left_out in _levels(results):
         of_levels[factor] += len(left_out)
     found = [
         _Table(

@@ -13,6 +13,8 @@ what the signature asks for:
     start    the choice of the search before it, for searches that improve on a set; where none stands before it, that
              of the search which the trait `starts="greedy"` names, or of `random`
     rng      a seeded `random.Random`
+
+A search that yields a set and no way to it has the trait `unordered=True`: the framework measures an order.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ MARGIN = 1e-4  # by how much a budget is missed at least where it is missed and 
 MOST_CUTS = 200  # sets with a worthless unit that are ruled out one by one; two or three are usual
 
 
-@search("milp", metric="loss")
+@search("milp", metric="loss", unordered=True)
 def milp(scores: Mapping[Unit, float], budget: Budget) -> Iterator[frozenset[Unit]]:
     """Minimise the sum of scores of what is removed, subject to every budget at once, by integer programming.
 

@@ -79,7 +79,7 @@ class Stability:
     are. Cells that depend on the size and have a counterpart at every other; those with one plan count once.
 
     tokens: sequences × length. perplexity: geometric mean over cells and held-out texts; nan without any. left_out:
-    cells of this size that have no such counterpart, or are not finite themselves.
+    cells of this size that have no such counterpart, or no finite perplexity themselves.
     """
 
     model: str
@@ -196,7 +196,7 @@ def _stability(results: Sequence[Result], seed: int) -> list[Stability]:
         for result in of_model:
             if "sequences" in result.cell.reads:
                 sizes.setdefault(result.cell.sequences * result.cell.length, []).append(result)
-        for tokens, group in sorted(counterparts(sizes, "sequences", "length").items()):
+        for tokens, group in sorted(counterparts(sizes, "held_out", "sequences", "length").items()):
             across = agreement(group, ["seed"], seed)
             if not across:
                 continue

@@ -38,8 +38,9 @@ class Agreement:
     """How alike the plans of cells are that differ in `factor` and in nothing else.
 
     jaccard: shared sublayers / all sublayers of both. order: Kendall's tau-b of the removal order (the sublayers of a
-    block are tied, and those that stay come last, tied); nan where a plan has no order to speak of. pairs: of plans
-    that depend on the factor. groups: sets of cells that such pairs come from.
+    block are tied, and those that stay come last, tied); nan where a plan has no order to speak of, or one that depends
+    on more than its set does. pairs: of plans that depend on the factor. groups: sets of cells that such pairs come
+    from.
     """
 
     factor: str
@@ -105,10 +106,15 @@ def _across(results: Sequence[Result], factor: str, seed: int) -> Agreement | No
     return Agreement(
         factor,
         over(lambda first, second: jaccard(first.removed, second.removed)),
-        over(lambda first, second: order_agreement(first.order, second.order)),
+        over(_order),
         sum(map(len, pairs)),
         len(pairs),
     )
+
+
+def _order(first: Result, second: Result) -> float:
+    ordered = first.cell.ordered and second.cell.ordered
+    return order_agreement(first.order, second.order) if ordered else math.nan
 
 
 def _group(alike: Sequence[Cell], factor: str) -> Hashable:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from shallower.budget import parse_remove
 from shallower.engine import reads_choices
@@ -23,6 +23,8 @@ FACTORS = ("text", "format", "sequences", "length", "seed", "objective", "search
 """What a cell varies, within a stratum: everything of the calibration set, then how the plan is chosen."""
 
 CALIBRATION = FACTORS[:5]
+
+Outcome = Literal["held_out", "tasks"]
 
 Level = TypeVar("Level", bound=Hashable)
 
@@ -84,6 +86,13 @@ class Cell:
         return self.stratum, levels, "text" in self.reads and self._of_questions
 
     @property
+    def ordered(self) -> bool:
+        """Whether cells of the same plan have the same removal order. That of a search that yields a set alone is
+        measured by the objective on the text, whether or not the set depends on these.
+        """
+        return "objective" in self.reads or not any(method.traits.get("unordered") for method in self._methods)
+
+    @property
     def _of_questions(self) -> bool:
         """Whether calibration is questions: for any search, an objective that reads these says so."""
         return reads_choices(objectives.get(self.objective))
@@ -140,11 +149,6 @@ class Result:
         return frozenset(self.order)
 
     @property
-    def finite(self) -> bool:
-        """Whether every perplexity and accuracy is a number that can be averaged."""
-        return all(map(math.isfinite, (*self.held_out.values(), *self.tasks.values())))
-
-    @property
     def sublayers(self) -> frozenset[Unit]:
         """What is gone, the same for plans that leave the same model."""
         return sublayers_of(self.order)
@@ -199,11 +203,17 @@ def distinct(results: Iterable[Result]) -> list[Result]:
     return [group[0] for group in grouped(results, lambda result: result.cell.same_plan).values()]
 
 
-def counterparts(levels: Mapping[Level, Iterable[Result]], *factors: str) -> dict[Level, list[Result]]:
-    """Of each level the finite results that have one at every other level, alike but for `factors`, so that means over
-    levels are of the same cells. A level without any finite result has none, and takes none from the others.
+def counterparts(
+    levels: Mapping[Level, Iterable[Result]], outcome: Outcome, *factors: str
+) -> dict[Level, list[Result]]:
+    """Of each level the results of finite perplexities, or accuracies, that have one at every other level, alike but
+    for `factors`, so that means of these over levels are of the same cells. A level without any finite result has none,
+    and takes none from the others.
     """
-    finite = {level: [result for result in group if result.finite] for level, group in levels.items()}
+    finite = {
+        level: [result for result in group if all(map(math.isfinite, getattr(result, outcome).values()))]
+        for level, group in levels.items()
+    }
     alike = [{result.cell.apart_from(*factors) for result in group} for group in finite.values() if group]
     shared = set.intersection(*alike) if alike else set()
     return {

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy.streamed import is_streamed
+from shallower.anatomy.weigh import parameters, size
 from shallower.budget import Amount, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, Spent, needs_backward
 from shallower.errors import BudgetError, ModelError, UserError
-from shallower.plan import MadeBy, PruningPlan
+from shallower.plan import Gone, MadeBy, PruningPlan
 from shallower.registry import metric as metrics
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
@@ -102,42 +103,6 @@ def search(
     Raises UnknownName, BudgetError, ModelError or CorpusError, each for what its name says, and UserError for an
     ablator of something else.
     """
-    return searched(**locals(), refuse=lambda: None)[0]
-
-
-def searched(
-    model: str | Path | PreTrainedModel | Subject,
-    remove: str | int,
-    *,
-    search: str,
-    objective: str,
-    metric: str | None,
-    scores: Scores | ScoreSheet | str | Path | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    units: str,
-    ordinary: bool,
-    protect: str,
-    calibration: str | Path | CalibrationSet | SplitText | None,
-    target: str | Path | None,
-    sequences: int,
-    length: int,
-    settings: Mapping[str, str] | None,
-    exact: bool,
-    repair: str,
-    seed: int,
-    memory: int | str | None,
-    workers: int | str | None,
-    ablator: Ablator | None,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    stream_blocks: bool,
-    refuse: Callable[[], None],
-) -> tuple[PruningPlan, Subject]:
-    """As `search`, whose arguments these are, with what was searched: the plan does not say what its units weigh.
-
-    refuse: raises what else the caller refuses, before scores are read and the model is loaded.
-    """
     memory, workers = parse_memory(memory), parse_workers(workers)
     require_possible(
         remove,
@@ -157,7 +122,6 @@ def searched(
     stages = chosen.stages
     if stream_blocks:
         require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact and ablator is None)
-    refuse()
     scores = _scores_to_rank_by(stages, metric, remove, scores, units=units, stream_blocks=stream_blocks)
     subject = open_subject(
         model,
@@ -235,15 +199,22 @@ def searched(
     }
     name, ranked_by = (None if request.budget is None else search), (None if ranking is None else ranking.metric)
     made_by = MadeBy(name, objective, ranked_by, options, seed, whole.identity, __version__)
-    plan = PruningPlan(
+    return PruningPlan(
         subject.identity,
         tuple(sorted(order)),
         tuple(zip(order, measured[1:], strict=True)),
         measured[0],
         made_by,
         {"tokens": spent.tokens, "exhaustive": spent.exhaustive, "recalled": spent.recalled},
+        _gone(subject, order),
     )
-    return plan, subject
+
+
+def _gone(subject: Subject, removed: Sequence[Unit]) -> Gone:
+    """Only parameters, which are counted without the forward pass that `subject.weights` takes."""
+    blocks = subject.anatomy.of_kind("block")
+    of_model, _ = size((subject.model,))
+    return Gone(parameters(subject.anatomy, removed), of_model, parameters(subject.anatomy, blocks))
 
 
 def _text(
