@@ -24,8 +24,6 @@ FACTORS = ("text", "format", "sequences", "length", "seed", "objective", "search
 
 CALIBRATION = FACTORS[:5]
 
-Outcome = Literal["held_out", "tasks"]
-
 Level = TypeVar("Level", bound=Hashable)
 
 _WITHOUT_TEXT = frozenset({"units", "budget", "scores", "spans", "start", "rng", "weights"})
@@ -204,7 +202,7 @@ def distinct(results: Iterable[Result]) -> list[Result]:
 
 
 def counterparts(
-    levels: Mapping[Level, Iterable[Result]], outcome: Outcome, *factors: str
+    levels: Mapping[Level, Iterable[Result]], outcome: Literal["held_out", "tasks"], *factors: str
 ) -> dict[Level, list[Result]]:
     """Of each level the results of finite perplexities, or accuracies, that have one at every other level, alike but
     for `factors`, so that means of these over levels are of the same cells. A level without any finite result has none,
