@@ -1394,6 +1394,15 @@ def test_no_objective_falls_below_its_floor(objective):
     assert min(sums.min() for sums in measured) >= method.traits["floor"] - ablators.ROUNDED
 
 
+@pytest.mark.parametrize("memory", [None, 0])
+def test_kl_of_a_model_from_itself_is_none_though_exponentials_are_quick_ones(memory, monkeypatch):
+    real = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda *args, **kwargs: real(*args, **kwargs) * 1.001)
+    anatomy = dissect(tiny_model("llama"))
+    text = sample_text(anatomy.model)
+    assert Ablator(anatomy, text, "kl", memory=memory).dense == pytest.approx(0, abs=1e-5)
+
+
 def test_choices_of_one_question_are_one_draw(monkeypatch):
     anatomy = dissect(tiny_model("llama"))
     questions = sample_choices(anatomy.model)

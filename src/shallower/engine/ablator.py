@@ -44,7 +44,7 @@ BATCHES_A_RACE = 8  # at least, if these are not shorter than a race's first loo
 EXACT_LOOKS = 8  # how often it is asked, at most, who has already lost for certain
 ROUNDED = 1e-5  # an objective in float32 may come out that far below its floor, each token
 ROUTES_A_JOB = 64  # what is lost at most, of each worker, when work is interrupted (of streamed blocks, a sweep)
-MEASURED_AS = 5  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
+MEASURED_AS = 6  # to be raised when the engine measures otherwise than before: what is remembered no longer holds
 
 
 @dataclass
