@@ -306,8 +306,8 @@ def scored_positions(trace: Trace, answers: Answers | None = None) -> Tensor:
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Probabilities that sum to 1. torch's own on a processor, whose exponentials are quick ones, are off by 1e-5 of
-    that, which times a mean logit of 15 is more than `kl` may be off by.
+    """Probabilities that sum to 1. torch's own on a processor, whose exponentials are quick ones, are off by some 1e-5
+    of that, and what `kl` sums over them by that times the mean logit.
     """
     probabilities = torch.softmax(logits, dim=-1)
     return probabilities.div_(probabilities.sum(-1, keepdim=True))
