@@ -112,7 +112,7 @@ def test_with_force_what_follows_from_another_value_is_made_anew(
 
     assert run(1) == [False, False, False]
     assert run(2) == []
-    assert run(1, "--trust-remote-code") == [True, True, True]
+    assert run(1, "--trust-remote-code", "--memory", "1GB") == [True, True, True]
     assert run(2, "--force", "--trust-remote-code") == [True, False, False]
     assert run(2) == [True, True, True]
     assert run(1, "--force") == [True, False, False]
@@ -132,6 +132,15 @@ def test_device_and_number_format_are_given_to_the_steps_that_take_them(
     assert main.run([*asked, "--trust-remote-code", "--force", "--dry-run"]) == 0
     ends = [step.partition(" --trust")[2] for step in json.loads(capsys.readouterr().out)["steps"]]
     assert ends == ["-remote-code --force", "-remote-code --force", ""]
+    assert main.run([*asked, "--memory", "1GB", "--workers", "2", "--dry-run"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [(" --memory 1GB" in step, " --workers 2" in step) for step in steps] == [
+        (True, False),  # score takes no workers
+        (True, True),
+        (False, False),
+    ]
+    assert main.run([*asked, "--memory", "much", "--dry-run"]) == 2
+    assert "--memory 'much' cannot be read" in capsys.readouterr().err
     assert main.run([*asked, *pin]) == 0
     assert json.loads((out / "plan.json").read_text())["made_by"]["options"]["dtype"] == "float32"
     capsys.readouterr()

@@ -21,6 +21,7 @@ from shallower.cli.output import print_json, screen
 from shallower.cli.verb import AsJson, Debug, Quiet, finished
 from shallower.errors import UserError
 from shallower.recipes import read_recipe, shipped
+from shallower.resources import parse_memory, parse_workers
 from shallower.strict_json import write_json
 
 DONE = "steps.json"
@@ -53,6 +54,8 @@ def run(
     ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    memory: options.Memory = None,
+    workers: options.MeasuredBy = None,
     trust_remote_code: options.RemoteCode = False,
     force: Annotated[
         bool,
@@ -68,15 +71,18 @@ def run(
 ) -> None:
     """Repeat a paper's steps, on a small model or at the paper's size.
 
-    A recipe is a list of commands of this program; --device, --dtype and --trust-remote-code are given to those
-    that take them. Commands that have finished with the same options are not run again.
+    A recipe is a list of commands of this program; --device, --dtype, --memory, --workers and --trust-remote-code are
+    given to those that take them. Commands that have finished with the same options are not run again.
     """
+    parse_memory(memory)
+    parse_workers(workers)  # here, not in a step an hour later
     chosen = read_recipe(recipe)
     folder = Path(f"{Path(recipe).stem}-{size}") if out is None else out
     given = options.parse_settings(settings)
     pinned: dict[str, str | None] = {
         name: value for name, value in (("--device", device), ("--dtype", dtype)) if value != "auto"
     }
+    free = {name: value for name, value in (("--memory", memory), ("--workers", workers)) if value is not None}
     # what a step is, however the folders are spelled this time, and whatever does not change what it finds
     placeless = replace(chosen, here=chosen.here.resolve())
     steps = [_pinned(step, pinned) for step in placeless.commands(size, "{out}", given)]
@@ -86,7 +92,7 @@ def run(
     if force:  # what stands after a step was made from what it wrote
         first = pending.index(True) if any(pending) else 0
         pending = [number >= first for number in range(len(steps))]
-    pinned |= {"--trust-remote-code": None} if trust_remote_code else {}
+    pinned |= free | ({"--trust-remote-code": None} if trust_remote_code else {})
     commands = [
         _pinned(command, {**pinned, "--force": None} if force and waits else pinned)
         for command, waits in zip(chosen.commands(size, folder, given), pending, strict=True)
