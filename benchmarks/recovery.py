@@ -14,11 +14,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -33,10 +32,10 @@ from shallower.engine import Ablator
 from shallower.evaluation import perplexity, read_evaluation_text
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
-from shallower.registry import Method, recovery
+from shallower.registry import Configured, recovery
 from shallower.surgery import cut
 from shallower.units import KINDS, Kind, Span, Unit, listed, parse_units
-from shallower.verbs.recovery_steps import Stages, require_order
+from shallower.verbs.recovery_steps import require_order
 from shallower.verbs.repaired import RepairedLosses, split
 from shallower.verbs.subject import Subject, open_subject
 
@@ -57,9 +56,9 @@ class Row:
     seconds: float
 
 
-def steps_of(recipe: str) -> Stages:
+def steps_of(recipe: str) -> Sequence[Configured]:
     """The recoveries of `refit:ridge=0.1+low-rank` with their options."""
-    steps = list[tuple[Method, Mapping[str, Any]]]()
+    steps = list[Configured]()
     for part in filter(None, recipe.split("+")):
         name, _, settings = part.partition(":")
         method = recovery.get(name)

@@ -149,6 +149,9 @@ class Method:
         return {key: self.options[key].parse(text) for key, text in given.items()}
 
 
+Configured = tuple[Method, Mapping[str, Any]]  # a method and its options
+
+
 def share_options(what: str, methods: Sequence[Method], given: Mapping[str, str]) -> list[dict[str, Any]]:
     """`--set` texts for several methods at once: to each those that it knows, parsed.
 

@@ -23,6 +23,7 @@ from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.forms import require_form
 from shallower.plan import MadeBy, PruningPlan
+from shallower.registry import Configured
 from shallower.registry import metric as metrics
 from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.page import render
@@ -49,7 +50,6 @@ from shallower.verbs.recoveries import (
     with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
-    Stages,
     in_closed_form,
     named_recoveries,
     parse_recoveries,
@@ -321,7 +321,7 @@ def _request(
     subject: Subject,
     plan: PruningPlan | None,
     remove: str | int | None,
-    steps: Stages,
+    steps: Sequence[Configured],
     *,
     search: str,
     units: str,
@@ -387,7 +387,7 @@ def _recoveries(
     metric: str | None = None,
     *,
     planned: bool = False,
-) -> tuple[Stages, dict[str, str]]:
+) -> tuple[Sequence[Configured], dict[str, str]]:
     """Recoveries with their options, and the options of search, metric, objective and the repair that judges; one that
     both sides have is for both.
 

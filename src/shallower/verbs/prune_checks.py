@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from shallower import progress
 from shallower.anatomy import Anatomy, dissect
@@ -10,10 +10,11 @@ from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, UserError
 from shallower.exporters import export
 from shallower.launched import world_size
+from shallower.registry import Configured
 from shallower.surgery import cut
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.recoveries import Resume, Training, require_place, require_ready, trained_parameters
-from shallower.verbs.recovery_steps import Stages, require_first
+from shallower.verbs.recovery_steps import require_first
 from shallower.verbs.request import Request
 from shallower.verbs.subject import Subject
 
@@ -40,7 +41,9 @@ def require_consistent(remove: object, plan: object, repair: str, recover: str, 
         )
 
 
-def require_storable(subject: Subject, request: Request, steps: Stages, form: str, *, saved: bool) -> None:
+def require_storable(
+    subject: Subject, request: Request, steps: Sequence[Configured], form: str, *, saved: bool
+) -> None:
     """Try, before a search, to cut and store the model without one unit of each kind that may go: raise ModelError
     where none could be stored that is cut, and tell what else fails. saved: also what maps at their cuts become.
 
@@ -74,7 +77,7 @@ def require_storable(subject: Subject, request: Request, steps: Stages, form: st
 def require_prunable(
     subject: Subject,
     request: Request,
-    steps: Stages,
+    steps: Sequence[Configured],
     text: CalibrationSet,
     training: Training | None,
     resume: Resume,
@@ -94,7 +97,7 @@ def require_prunable(
     _require_room(student, request, steps, resume)
 
 
-def _require_room(student: Anatomy, request: Request, steps: Stages, resume: Resume) -> None:
+def _require_room(student: Anatomy, request: Request, steps: Sequence[Configured], resume: Resume) -> None:
     """Raise OutputError, before the search, unless there is room for what each training keeps of the cut model; of at
     least so many parameters, where the student is the dense model and it is for the search to say what goes.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import reads_choices
 from shallower.errors import TooLittleText
 from shallower.plan import PruningPlan
+from shallower.registry import Configured
 from shallower.registry import objective as objectives
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import Training, repair_size, texts_read, training_text
-from shallower.verbs.recovery_steps import Stages, in_closed_form
+from shallower.verbs.recovery_steps import in_closed_form
 from shallower.verbs.repaired import SplitText, judging_text
 from shallower.verbs.subject import Subject, calibrate, note_default
 from shallower.verbs.texts import held_out, or_all_of_it
@@ -75,7 +76,7 @@ class JobTexts:
 def texts_of_prune(
     subject: Subject,
     wanted: Wanted,
-    steps: Stages,
+    steps: Sequence[Configured],
     objective: str,
     contents: Mapping[str, str],
     *,
@@ -127,7 +128,9 @@ def texts_of_prune(
     return JobTexts(searched, whole, judging, fitted, training, contents)
 
 
-def shared_with_held_out(subject: Subject, read: JobTexts, steps: Stages, tokens: int | None) -> Iterator[str]:
+def shared_with_held_out(
+    subject: Subject, read: JobTexts, steps: Sequence[Configured], tokens: int | None
+) -> Iterator[str]:
     """What is to be told of held-out text that was read before. tokens: how much of each text is measured."""
     repaired, trained = texts_read(steps, read.fitted, read.training)
     before = {"the calibration text": read.whole, "the text of the repair": repaired, "the training text": trained}

@@ -10,7 +10,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator
 from shallower.engine.stream import span_ends
 from shallower.errors import UserError
-from shallower.registry import Method
+from shallower.registry import Configured, Method
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.scores import Scores, ScoreSheet
@@ -18,15 +18,13 @@ from shallower.units import Unit
 from shallower.verbs.score import score_many
 from shallower.verbs.subject import Subject
 
-Stage = tuple[Method, Mapping[str, Any]]  # a search and its options
 
-
-def that_rank(stages: Sequence[Stage]) -> list[Method]:
+def that_rank(stages: Sequence[Configured]) -> list[Method]:
     """Those searches that read scores of a metric."""
     return [method for method, _ in stages if {"scores", "spans"} & set(method.parameters)]
 
 
-def reads_spans(stages: Sequence[Stage], units: str) -> bool:
+def reads_spans(stages: Sequence[Configured], units: str) -> bool:
     """Whether a search reads scores of spans: of attentions alone, or MLPs alone, it adds up those of units.
 
     units: as in `--units`.
@@ -34,7 +32,7 @@ def reads_spans(stages: Sequence[Stage], units: str) -> bool:
     return units not in ("attn", "mlp") and any("spans" in method.parameters for method in that_rank(stages))
 
 
-def metric_of(stages: Sequence[Stage], metric: str | None) -> Method | None:
+def metric_of(stages: Sequence[Configured], metric: str | None) -> Method | None:
     """What a ranking search reads scores of: the metric that was named, or its own; None where nothing ranks, unless
     one was named all the same.
 
@@ -49,7 +47,7 @@ def metric_of(stages: Sequence[Stage], metric: str | None) -> Method | None:
     return None if name is None else metrics.get(str(name))
 
 
-def refuse_ranking(stages: Sequence[Stage]) -> NoReturn:
+def refuse_ranking(stages: Sequence[Configured]) -> NoReturn:
     """Raise UserError for a metric or scores that no search of these reads."""
     raise UserError(
         f"search {stages[-1][0].name!r} measures an objective and takes no --metric or --scores; drop it or use "
@@ -59,7 +57,7 @@ def refuse_ranking(stages: Sequence[Stage]) -> NoReturn:
 
 def rank(
     subject: Subject,
-    stages: Sequence[Stage],
+    stages: Sequence[Configured],
     text: CalibrationSet,
     *,
     metric: str | None = None,
@@ -107,7 +105,7 @@ def rank(
 
 def ranked(
     subject: Subject,
-    stages: Sequence[Stage],
+    stages: Sequence[Configured],
     metric: str | None,
     scores: Scores | ScoreSheet | str | Path,
     options: Mapping[str, Any],
@@ -141,7 +139,7 @@ def ranked(
 
 
 def read_scores(
-    stages: Sequence[Stage], scores: Scores | ScoreSheet | str | Path, metric: str | None, units: str
+    stages: Sequence[Configured], scores: Scores | ScoreSheet | str | Path, metric: str | None, units: str
 ) -> Scores:
     """Scores measured before, those of `metric` where it is named, for a search that reads such among `units`.
 

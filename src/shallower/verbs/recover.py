@@ -21,6 +21,7 @@ from shallower.exporters import save
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
+from shallower.registry import Configured
 from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage
 from shallower.reporting.page import render_recovery
 from shallower.resources import parse_memory
@@ -51,7 +52,6 @@ from shallower.verbs.recoveries import (
     with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
-    Stages,
     in_closed_form,
     parse_recoveries,
     require_closed_form,
@@ -331,7 +331,7 @@ def _student(
     return student, lambda: as_stored(dense, plan.removed)
 
 
-def _require_first_repair(student: Subject, steps: Stages) -> None:
+def _require_first_repair(student: Subject, steps: Sequence[Configured]) -> None:
     """Raise PlanError for repairs of a model in which maps make up already for what is missing: it would be made up
     for twice.
     """
@@ -349,7 +349,7 @@ def _has_maps(student: Subject) -> bool:
     return isinstance(student.model, LeavesOut) and has_maps(student.model.config)
 
 
-def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: Stages) -> None:
+def _require_plain(student: Subject, dense: Subject, plan: PruningPlan, steps: Sequence[Configured]) -> None:
     """Raise UserError where a recovery that needs the plain cut is given a model that was repaired or trained, or is in
     another number format than the dense one, whose units it runs on the cut model's stream.
     """

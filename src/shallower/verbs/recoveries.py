@@ -31,6 +31,7 @@ from shallower.files import expanded
 from shallower.launched import world_size
 from shallower.plan import options_in_words
 from shallower.recovery import Repair
+from shallower.registry import Configured
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 from shallower.reporting.wording import measured_how, plural, recovery_rows
 from shallower.surgery import cut
@@ -43,7 +44,7 @@ from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
-from shallower.verbs.recovery_steps import Stages, in_closed_form, options_in_use, that_fold
+from shallower.verbs.recovery_steps import in_closed_form, options_in_use, that_fold
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
 from shallower.verbs.texts import fitting, held_out, text_perplexity, text_title, tokens_read
 from shallower.version import __version__
@@ -126,7 +127,7 @@ def require_ready(
     student: Anatomy,
     dense: Anatomy,
     removed: frozenset[Unit],
-    steps: Stages,
+    steps: Sequence[Configured],
     text: CalibrationSet,
     training: Training | None,
 ) -> None:
@@ -148,7 +149,7 @@ def require_recoverable(
     student: Subject,
     dense: Subject,
     removed: frozenset[Unit],
-    steps: Stages,
+    steps: Sequence[Configured],
     text: CalibrationSet,
     training: Training | None,
     resume: Resume,
@@ -159,7 +160,7 @@ def require_recoverable(
         resume.require_room(sum(trained.values()))
 
 
-def trained_parameters(steps: Stages, student: PreTrainedModel) -> Iterator[Mapping[str, int]]:
+def trained_parameters(steps: Sequence[Configured], student: PreTrainedModel) -> Iterator[Mapping[str, int]]:
     """How many parameters each of the recoveries that train will train of a student, at least, by the names of the
     parameters, or of the modules that they are added to.
     """
@@ -168,7 +169,7 @@ def trained_parameters(steps: Stages, student: PreTrainedModel) -> Iterator[Mapp
             yield method.function.counted(student, options)
 
 
-def require_place(steps: Stages, dense: Anatomy, removed: frozenset[Unit]) -> None:
+def require_place(steps: Sequence[Configured], dense: Anatomy, removed: frozenset[Unit]) -> None:
     """Raise ModelError where maps that these recoveries put at cuts could not be saved: before they are fitted."""
     maps = [method for method, _ in steps if method.traits.get("maps")]
     if not maps:
@@ -208,7 +209,7 @@ def _without_bias(student: PreTrainedModel, places: Sequence[Station]) -> list[S
 
 def training_text(
     dense: Subject,
-    steps: Stages,
+    steps: Sequence[Configured],
     calibration: str | Path | CalibrationSet | None,
     *,
     sequences: int | None,
@@ -284,7 +285,7 @@ def training_text(
     return Training(text, measure, (digest, fitting(dense, window), max_windows), notes)
 
 
-def _require_no_patience(steps: Stages) -> None:
+def _require_no_patience(steps: Sequence[Configured]) -> None:
     """Raise UserError where a training is to stop by measurements that there are none of."""
     for method, options in steps:
         if method.trained and (patience := options.get("patience")):
@@ -312,7 +313,7 @@ def run_recoveries(
     student: Subject,
     dense: Subject,
     removed: frozenset[Unit],
-    steps: Stages,
+    steps: Sequence[Configured],
     text: CalibrationSet,
     *,
     training: Training | None,
@@ -403,7 +404,7 @@ def perplexities(
 
 
 def texts_read(
-    steps: Stages, text: CalibrationSet, training: Training | None
+    steps: Sequence[Configured], text: CalibrationSet, training: Training | None
 ) -> tuple[CalibrationSet | None, CalibrationSet | None]:
     """What the recoveries in closed form read, and what those that train do; None where there is none of that kind."""
     return text if in_closed_form(steps) else None, None if training is None else training.text
@@ -419,7 +420,7 @@ def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[
 
 def recovery_made_by(
     dense: Subject,
-    steps: Stages,
+    steps: Sequence[Configured],
     text: CalibrationSet,
     training: Training | None,
     seed: int,

@@ -8,11 +8,9 @@ from typing import Any
 
 from shallower.errors import UserError, require_package
 from shallower.launched import spreads
-from shallower.registry import Method, share_options
+from shallower.registry import Configured, Method, share_options
 from shallower.registry import recovery as recoveries
 from shallower.training.recipe import check_recipe, require_blocks
-
-Stages = Sequence[tuple[Method, Mapping[str, Any]]]  # recoveries and their options
 
 
 def named_recoveries(names: str) -> list[Method]:
@@ -29,7 +27,7 @@ def named_recoveries(names: str) -> list[Method]:
 
 def parse_recoveries(
     names: str, settings: Mapping[str, str], what: str = "", *, elsewhere: Collection[str] = ()
-) -> Stages:
+) -> Sequence[Configured]:
     """Recoveries by name with their options. what: whom to name in the error about an option that none of them has.
     elsewhere: options that others read, too.
 
@@ -55,7 +53,7 @@ def require_packages(methods: Iterable[Method]) -> None:
                 require_package(package, extra, method.name, UserError)
 
 
-def require_order(steps: Stages) -> None:
+def require_order(steps: Sequence[Configured]) -> None:
     """Raise UserError where a recovery that needs the plain cut comes behind another."""
     for method, given in steps[1:]:
         if what := _asked(method, given, "plain"):
@@ -66,7 +64,7 @@ def require_order(steps: Stages) -> None:
             )
 
 
-def that_need_plain(steps: Stages) -> str:
+def that_need_plain(steps: Sequence[Configured]) -> str:
     """What the first of the recoveries needs the cut model for that nothing was repaired of; empty where it does not.
 
     Behind the first none can (`require_order`).
@@ -75,7 +73,7 @@ def that_need_plain(steps: Stages) -> str:
     return _asked(method, given, "plain")
 
 
-def require_read(steps: Stages, settings: Collection[str]) -> None:
+def require_read(steps: Sequence[Configured], settings: Collection[str]) -> None:
     """Raise UserError for a setting, other than the default, that none of the recoveries reads with its other ones."""
     for name in sorted(settings):
         whys = [_unread(method, given, name) for method, given in steps if name in given]
@@ -107,17 +105,17 @@ def options_in_use(method: Method, options: Mapping[str, Any]) -> dict[str, Any]
     return {**{name: option.default for name, option in method.options.items()}, **options}
 
 
-def that_fold(steps: Stages) -> list[Method]:
+def that_fold(steps: Sequence[Configured]) -> list[Method]:
     """Those of the recoveries that need a matrix in front of each cut, with their options."""
     return [method for method, given in steps if _asked(method, options_in_use(method, given), "folds")]
 
 
-def in_closed_form(steps: Stages) -> bool:
+def in_closed_form(steps: Sequence[Configured]) -> bool:
     """Whether one of the recoveries is, and so reads the text of a repair."""
     return any(not method.trained for method, _ in steps)
 
 
-def require_launch(steps: Stages) -> None:
+def require_launch(steps: Sequence[Configured]) -> None:
     """Raise UserError where the processes that were launched together spread weights in a way that one of these
     recoveries cannot train with: before the first begins.
     """
@@ -137,7 +135,7 @@ def require_launch(steps: Stages) -> None:
             )
 
 
-def require_training(steps: Stages, sequences: int | None, instructions: str | Path | None) -> None:
+def require_training(steps: Sequence[Configured], sequences: int | None, instructions: str | Path | None) -> None:
     """Raise UserError where it is said what to train on, and none of the recoveries trains."""
     given = {"--train-sequences": sequences, "--instructions": instructions}
     idle = [flag for flag, value in given.items() if value is not None]
@@ -148,7 +146,7 @@ def require_training(steps: Stages, sequences: int | None, instructions: str | P
         )
 
 
-def require_closed_form(steps: Stages, sequences: int | None, memory: int | str | None) -> None:
+def require_closed_form(steps: Sequence[Configured], sequences: int | None, memory: int | str | None) -> None:
     """Raise UserError where it is said what recoveries in closed form read or may keep, and all of them train."""
     if in_closed_form(steps):
         return
@@ -161,7 +159,7 @@ def require_closed_form(steps: Stages, sequences: int | None, memory: int | str 
             )
 
 
-def require_first(steps: Stages, blocks: int) -> None:
+def require_first(steps: Sequence[Configured], blocks: int) -> None:
     """Raise UserError where a recovery that trains would begin behind the last of so many blocks."""
     for method, options in steps:
         if method.trained:

@@ -9,11 +9,12 @@ from shallower import progress
 from shallower.anatomy import Anatomy
 from shallower.anatomy.writers import Halves, Writer, find_writers
 from shallower.errors import CorpusError, ModelError, OutputError
+from shallower.registry import Configured
 from shallower.units import Kind, Unit, listed, plain
-from shallower.verbs.recovery_steps import Stages, that_fold
+from shallower.verbs.recovery_steps import that_fold
 
 
-def keep_repairable(dense: Anatomy, units: Sequence[Unit], steps: Stages, protect: str) -> str:
+def keep_repairable(dense: Anatomy, units: Sequence[Unit], steps: Sequence[Configured], protect: str) -> str:
     """`protect` with the blocks of those of the `units` without which one of the recoveries could not repair the model,
     as nothing that it could be folded into writes to the stream in front of them. Said in a note.
 

@@ -30,11 +30,10 @@ from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
-from shallower.registry import Method
+from shallower.registry import Configured, Method
 from shallower.surgery import cut
 from shallower.units import Unit
 from shallower.verbs.recoveries import repair_size
-from shallower.verbs.recovery_steps import Stages
 from shallower.verbs.subject import Subject, calibrate
 from shallower.verbs.texts import or_all_of_it
 
@@ -123,7 +122,7 @@ class RepairedLosses:
         self,
         subject: Subject,
         text: SplitText,
-        steps: Stages,
+        steps: Sequence[Configured],
         *,
         memory: int | None = None,
         memo: Memo | None = None,

@@ -18,6 +18,7 @@ from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, Spent, needs_backward
 from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import Gone, MadeBy, PruningPlan
+from shallower.registry import Configured
 from shallower.registry import metric as metrics
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
@@ -25,8 +26,7 @@ from shallower.searches import Losses
 from shallower.surgery import cut, is_spread, leftovers, require_together, require_whole
 from shallower.units import Unit, listed, plain, sublayers_of
 from shallower.verbs.advise import advise, is_auto
-from shallower.verbs.ranking import Stage, metric_of, rank, ranked, read_scores
-from shallower.verbs.recovery_steps import Stages
+from shallower.verbs.ranking import metric_of, rank, ranked, read_scores
 from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.score import require_finite, require_no_gradients
@@ -256,7 +256,11 @@ def _text(
 
 
 def _judge(
-    subject: Subject, read: CalibrationSet | SplitText, repairs: Stages, measuring: Ablator, memory: int | None
+    subject: Subject,
+    read: CalibrationSet | SplitText,
+    repairs: Sequence[Configured],
+    measuring: Ablator,
+    memory: int | None,
 ) -> Ablator | RepairedLosses:
     """Who tells what a candidate costs: `measuring`, or behind a repair one who repairs it first."""
     if not isinstance(read, SplitText):
@@ -294,7 +298,7 @@ def _order(
     subject: Subject,
     request: Request,
     search: str,
-    stages: Sequence[Stage],
+    stages: Sequence[Configured],
     losses: Losses,
     ranking: Scores | None,
     seed: int,
@@ -370,7 +374,7 @@ def _of_scores(
 
 
 def _scores_to_rank_by(
-    stages: Sequence[Stage],
+    stages: Sequence[Configured],
     metric: str | None,
     remove: str | int,
     scores: Scores | ScoreSheet | str | Path | None,

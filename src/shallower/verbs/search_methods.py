@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shallower.budget import Amount, parse_remove, require_protect
 from shallower.engine import reads_stream
 from shallower.errors import UserError
-from shallower.registry import Method, share_options
+from shallower.registry import Configured, Method, share_options
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.registry import search as searches
 from shallower.searches import search_before
 from shallower.units import Unit
-from shallower.verbs.ranking import Stage, metric_of, reads_spans, refuse_ranking, that_rank
-from shallower.verbs.recovery_steps import Stages, named_recoveries, require_order, require_read
+from shallower.verbs.ranking import metric_of, reads_spans, refuse_ranking, that_rank
+from shallower.verbs.recovery_steps import named_recoveries, require_order, require_read
 from shallower.verbs.repaired import require_closed
 from shallower.verbs.subject import kinds_of
 
@@ -31,8 +31,8 @@ class Chosen:
     ranks, metric, with the options of each.
     """
 
-    stages: list[Stage]
-    repairs: Stages
+    stages: list[Configured]
+    repairs: Sequence[Configured]
     of_objective: dict[str, Any]
     of_metric: dict[str, Any]
 
@@ -99,7 +99,7 @@ def require_possible(
 
 def search_stages(
     names: str, objective: str, settings: Mapping[str, str], metric: str | None = None
-) -> tuple[list[Stage], dict[str, Any]]:
+) -> tuple[list[Configured], dict[str, Any]]:
     """The searches with their options, and the options of the objective. settings: also those of the metric.
 
     Raises UnknownName for a method, or an option that none of them has.

@@ -33,6 +33,7 @@ from shallower.engine.trace import prove
 from shallower.errors import BudgetError, CorpusError, ModelError, UserError
 from shallower.files import expanded, require_writable, write_text
 from shallower.plan import PruningPlan
+from shallower.registry import Configured
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
@@ -41,7 +42,7 @@ from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Failure, Result, search_and_metric
 from shallower.units import Unit
-from shallower.verbs.ranking import Stage, metric_of, rank
+from shallower.verbs.ranking import metric_of, rank
 from shallower.verbs.request import Request, resolve
 from shallower.verbs.runnable import require_runnable, settings_of, shared_texts
 from shallower.verbs.search import search
@@ -309,7 +310,7 @@ class Runner:
             workers=self.workers,
         )
 
-    def _stages(self, cell: Cell) -> tuple[list[Stage], dict[str, Any]]:
+    def _stages(self, cell: Cell) -> tuple[list[Configured], dict[str, Any]]:
         name, metric = search_and_metric(cell.search)
         settings = settings_of(self.study, name, cell.objective, metric)
         return search_stages(name, cell.objective, settings, metric)

@@ -7,17 +7,16 @@ from collections.abc import Collection, Sequence
 
 from shallower.budget import Budget
 from shallower.errors import BudgetError, UserError
-from shallower.registry import Method
+from shallower.registry import Configured, Method
 from shallower.scores import Scores, importance
 from shallower.searches import Losses, best
 from shallower.units import Unit, of_one_sublayer, plain, require_distinct
-from shallower.verbs.ranking import Stage
 
 Trail = Sequence[frozenset[Unit]]
 
 
 def run_search(
-    stages: Sequence[Stage],
+    stages: Sequence[Configured],
     units: Sequence[Unit],
     budget: Budget,
     losses: Losses,
@@ -85,7 +84,7 @@ def _ranks_units(method: Method, units: Sequence[Unit]) -> bool:
     return "scores" in method.parameters and ("spans" not in method.parameters or of_one_sublayer(units))
 
 
-def require_covered(stages: Sequence[Stage], scores: Scores, units: Sequence[Unit]) -> None:
+def require_covered(stages: Sequence[Configured], scores: Scores, units: Sequence[Unit]) -> None:
     """Raise UserError, for searches that rank units, when one of those that may go was not scored."""
     if any(_ranks_units(method, units) for method, _ in stages):
         _importance(scores, units)
