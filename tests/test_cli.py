@@ -846,7 +846,7 @@ def test_a_search_without_a_finite_loss_ends_with_a_sentence(
 ) -> None:
     from shallower.engine import Ablator
 
-    def losses(self: Ablator, candidates: Any, keep: int | None = None) -> list[float]:
+    def losses(self: Ablator, candidates: Any, keep: int | None = None, *, race: bool = True) -> list[float]:
         return [math.inf if overflows(removed) else 3.0 for removed in candidates]
 
     monkeypatch.setattr(Ablator, "losses", losses)

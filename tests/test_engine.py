@@ -1304,7 +1304,7 @@ def _small():
     return dissect(tiny_model("llama"))
 
 
-def _asked(losses, *, racing=None, keep=1, batch=1, count=1, before=()):
+def _asked(losses, *, racing=None, race=True, keep=1, batch=1, count=1, before=()):
     """What an Ablator that can read `losses` alone answers, and which share of them it reads. before: candidates that
     were measured already.
     """
@@ -1320,7 +1320,7 @@ def _asked(losses, *, racing=None, keep=1, batch=1, count=1, before=()):
         workers=lambda known: _Known(counted, [route_of(anatomy, c) for c in candidates], batch, count),
     )
     ablator.sums([candidates[index] for index in before])
-    return ablator.losses(candidates, keep=keep), ablator.spent.tokens / losses.size
+    return ablator.losses(candidates, keep=keep, race=race), ablator.spent.tokens / losses.size
 
 
 @pytest.mark.parametrize(("keep", "batch"), [(1, 1), (1, 2), (4, 1)])
@@ -1335,13 +1335,14 @@ def test_the_engine_races_as_the_simulated_races_do(keep, batch):
 
 @pytest.mark.parametrize(("keep", "batch"), [(1, 1), (1, 2), (4, 1)])
 @pytest.mark.parametrize("late", [False, True])
-def test_what_is_abandoned_is_certainly_not_among_the_best(keep, batch, late):
+@pytest.mark.parametrize("racing", [None, Racing()])
+def test_what_is_abandoned_is_certainly_not_among_the_best(keep, batch, late, racing):
     rng = np.random.default_rng(0)
     for _ in range(20):
         losses = rng.gamma(2.0, 0.5, 20)[:, None] * rng.uniform(0.5, 1.5, (20, 48))
         if late:  # who is best at first becomes the worst, and the other way round
             losses[:, 24:] = 4 / losses[:, :24]
-        found, spent = _asked(losses, keep=keep, batch=batch)
+        found, spent = _asked(losses, keep=keep, batch=batch, racing=racing, race=False)
         best = np.argsort(losses.mean(1))[:keep]
         assert [found[index] for index in best] == pytest.approx(losses.mean(1)[best])
         assert sorted(found)[:keep] == pytest.approx(losses.mean(1)[best])

@@ -153,7 +153,7 @@ def count(number: int, units: Sequence[Unit]) -> Budget:
 def test_no_search_lets_pairs_overlap(name: str, seed: int) -> None:
     units, budget = dominoes(8), count(5, dominoes(8))
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         for removed in candidates:
             require_distinct(removed)
         return [random.Random(f"{seed} {sorted(map(str, removed))}").random() for removed in candidates]

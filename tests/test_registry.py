@@ -253,7 +253,7 @@ def test_what_can_be_asked_for_is_what_is_supplied(monkeypatch: pytest.MonkeyPat
     ]
     block = Unit(1, "block")
     budget = Budget((Limit("units", 1.0, 6.0, {block: 1.0}),))
-    run_search([(search.get("of-all"), {})], [block], budget, lambda candidates, keep=None: [], None, 0)
+    run_search([(search.get("of-all"), {})], [block], budget, lambda candidates, keep=None, race=True: [], None, 0)
     model = tiny_model("llama")
     text = CalibrationSet("x", torch.arange(3, 99).reshape(3, 32), None)
     plan = searching(model, "block.1", calibration=text)

@@ -43,7 +43,7 @@ def count(number: int, units: Sequence[Unit]) -> Budget:
 def additive(value: Mapping[Unit, float], asked: list[int] | None = None) -> Losses:
     """Units that do not affect each other: the loss is a sum."""
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         if asked is not None:
             asked.append(len(candidates))
         return [math.fsum(sorted(value[unit] for unit in removed)) for removed in candidates]
@@ -54,7 +54,7 @@ def additive(value: Mapping[Unit, float], asked: list[int] | None = None) -> Los
 def entangled(seed: int) -> Losses:
     """Every set has a loss of its own."""
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         return [random.Random(f"{seed} {sorted(map(str, removed))}").random() for removed in candidates]
 
     return losses
@@ -216,7 +216,7 @@ def test_a_search_that_measures_nothing_keeps_what_it_chose_last() -> None:
 def test_an_order_of_removal_asks_only_for_the_best(seed: int) -> None:
     """So races may drop the others, which come back as infinity."""
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         assert keep == 1
         found = entangled(seed)(candidates)
         return [loss if loss == min(found) else math.inf for loss in found]
@@ -450,7 +450,7 @@ def test_a_race_that_calls_a_worse_set_a_tie_is_not_believed(name: str) -> None:
     budget = count(3, BLOCKS)
     start = frozenset(BLOCKS[:3])  # the best there is
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         exact = [1 + 1e-4 * sum(unit.index for unit in removed) for removed in candidates]
         if keep is None:
             return exact
@@ -471,6 +471,8 @@ def test_annealing_walks_through_worse_sets_to_the_best_that_it_saw() -> None:
             seed: int = seed,
             asked: list[frozenset[Unit]] = asked,
             told: list[float] = told,
+            *,
+            race: bool = True,
         ) -> list[float]:
             found = entangled(seed)(candidates)
             asked.extend(candidates)
@@ -497,7 +499,7 @@ def test_evolution_ends_after_its_generations_or_when_it_has_no_patience_left() 
         """How many are asked for, and how many better sets are found; children of the generation `better` are."""
         known, asked = {start: 0.0}, []
 
-        def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+        def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
             if keep is not None:
                 asked.append(len(candidates))
             return [known.setdefault(removed, -1.0 if len(asked) == better else 1.0) for removed in candidates]
@@ -529,7 +531,7 @@ def test_swap_makes_no_more_exchanges_than_it_has_rounds() -> None:
 def test_beam_does_not_leave_its_choice_to_a_race() -> None:
     """A race that ends early tells the sets in hand from the rest, but not from each other."""
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         exact = [float(sum(unit.index for unit in removed)) for removed in candidates]
         if keep is None:
             return exact
@@ -543,9 +545,9 @@ def test_exhaustive_runs_no_race() -> None:
     """Else it would be no oracle: a race may call a tie what is a little worse."""
     value = {unit: 1.0 + 0.001 * unit.index for unit in BLOCKS}
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         measured = additive(value)(candidates)
-        return measured if keep is None else [math.inf] * (len(candidates) - 1) + [0.0]
+        return [math.inf] * (len(candidates) - 1) + [0.0] if race and keep is not None else measured
 
     chosen = run("exhaustive", BLOCKS, count(2, BLOCKS), losses=losses)[-1]
     assert chosen == set(sorted(BLOCKS, key=value.__getitem__)[:2])
@@ -560,7 +562,7 @@ def test_greedy_asks_for_all_single_additions_at_once() -> None:
 def test_greedy_measures_the_rest_again() -> None:
     """Blocks 0 and 1 are the cheapest alone, and ruinous together."""
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         value = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}
         ruin = frozenset(BLOCKS[:2])
         return [sum(value[unit.index] for unit in removed) + 9 * (removed >= ruin) for removed in candidates]
@@ -594,7 +596,7 @@ def test_exhaustive_tries_every_set_that_just_meets_the_budget(costs: list[int],
     subsets = [frozenset(chosen) for size in range(len(units) + 1) for chosen in itertools.combinations(units, size)]
     tried: list[frozenset[Unit]] = []
 
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         tried.extend(candidates)
         return [0.0] * len(candidates)
 
@@ -791,7 +793,7 @@ def test_contiguous_takes_scores_of_some_spans() -> None:
 
 
 def test_beam_leaves_a_set_that_overflows_to_be_told_of() -> None:
-    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def losses(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
         return [math.inf] * len(candidates)
 
     assert len(run("beam", BLOCKS, count(2, BLOCKS), losses=losses)[-1]) == 2

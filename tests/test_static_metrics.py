@@ -865,7 +865,7 @@ def test_blocks_that_stay_are_not_taken_away_to_rank_the_others(
 def test_a_model_that_overflows_is_not_scored(
     llama: PreTrainedModel, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Ablator, "losses", lambda self, candidates, keep=None: [math.inf] * len(candidates))
+    monkeypatch.setattr(Ablator, "losses", lambda self, candidates, keep=None, race=True: [math.inf] * len(candidates))
     with pytest.raises(ModelError, match="the model itself gives no finite losses on this text"):
         score(llama, name, calibration=sample_text(llama))
 

@@ -213,17 +213,19 @@ class Ablator:
             return np.full(self.calibration.sequences, self.calibration.length - 1, dtype=np.int64)
         return mask[:, 1:].sum(1).numpy().astype(np.int64)
 
-    def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
+    def losses(
+        self, candidates: Sequence[Collection[Unit]], keep: int | None = None, *, race: bool = True
+    ) -> list[float]:
         """The objective, a mean over tokens or questions, of the model without each candidate's units. Lower is better.
 
         keep: only the `keep` best matter. With racing on, candidates that are clearly not among them are dropped after
         a part of the text and come back as infinity; the others are then comparable among themselves, measured on the
-        same tokens. Without, only those come back as infinity that are certainly not among them, since the objective is
-        never below its `floor` (a trait of it), and the others were measured on all of the text.
+        same tokens. Without, or with `race` off, only those come back as infinity that are certainly not among them,
+        since the objective is never below its `floor` (a trait of it), and the others were measured on all of the text.
         """
         if keep is not None:
             routes = [self.route(candidate) for candidate in candidates]
-            if len(set(routes)) > keep and self.racing is not None:
+            if len(set(routes)) > keep and race and self.racing is not None:
                 return self._race(routes, keep, self.racing)
             if len(set(routes)) > keep and self._floor is not None:
                 return self._best_in_full(routes, keep, self._floor)

@@ -33,12 +33,15 @@ Candidate = TypeVar("Candidate")
 class Losses(Protocol):
     """The question that a search may ask."""
 
-    def __call__(self, candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
+    def __call__(
+        self, candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True
+    ) -> list[float]:
         """The objective of the model without each candidate's units; lower is better.
 
         keep: only the `keep` best matter; others may come back as infinity, and where candidates race what comes back
         as the best may be a little worse than that, and is the mean over a part of the text: compare it with nothing
-        but what came with it. None measures all of them in full.
+        but what came with it. Without `race` the best are certainly among those that come back with a loss, of all of
+        the text. None measures all of them in full.
         """
 
 

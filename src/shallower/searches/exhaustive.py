@@ -17,7 +17,7 @@ from shallower.units import Unit
 def exhaustive(
     units: Sequence[Unit], budget: Budget, losses: Losses, *, limit: Annotated[int, Above(0)] = 20_000
 ) -> Iterator[frozenset[Unit]]:
-    """Measure every smallest set that meets the budget on all of the text, without races, and take the best.
+    """Measure every smallest set that meets the budget, without races, and take the best on all of the text.
 
     limit: sets at most; a larger problem is refused.
     """
@@ -28,7 +28,7 @@ def exhaustive(
             "use --search beam or greedy,swap, or raise --set limit=…."
         )
     if candidates:
-        measured = losses(candidates)
+        measured = losses(candidates, keep=1, race=False)
         yield best(candidates, measured)
 
 

@@ -150,10 +150,12 @@ class RepairedLosses:
             self._context = self._depends_on()
             self._remembered = {name: float(loss) for (name, _), [loss] in memo.read(self._context).items()}
 
-    def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
+    def losses(
+        self, candidates: Sequence[Collection[Unit]], keep: int | None = None, *, race: bool = True
+    ) -> list[float]:
         """For each candidate the loss of the repaired model; infinity where it cannot be cut or repaired.
 
-        keep: not used; all are measured on all of the text.
+        keep, race: not used; all are measured on all of the text.
 
         Raises ModelError, with the reason for the last, when every single unit is asked for and none can be repaired.
         """

@@ -134,7 +134,9 @@ class _MadeUp:
     rng: Random
     asked: set[frozenset[Unit]] = field(default_factory=set)
 
-    def losses(self, candidates: Sequence[Collection[Unit]], keep: int | None = None) -> list[float]:
+    def losses(
+        self, candidates: Sequence[Collection[Unit]], keep: int | None = None, *, race: bool = True
+    ) -> list[float]:
         self.asked.update(frozenset(plain(candidate)) for candidate in candidates)
         return [
             sum(self.worth.get(unit, 0.5) for unit in candidate) + 0.01 * self.rng.random() for candidate in candidates

@@ -31,8 +31,8 @@ def run_search(
     Raises BudgetError when it ends without meeting the budget.
     """
 
-    def of_plain(candidates: Sequence[frozenset[Unit]], keep: int | None = None) -> list[float]:
-        return losses([frozenset(plain(removed)) for removed in candidates], keep)
+    def of_plain(candidates: Sequence[frozenset[Unit]], keep: int | None = None, *, race: bool = True) -> list[float]:
+        return losses([frozenset(plain(removed)) for removed in candidates], keep, race=race)
 
     trail: list[frozenset[Unit]] = []
     for method, options in stages:
