@@ -189,9 +189,10 @@ RepairBy = Annotated[
     Option(
         "--repair",
         metavar="NAME",
-        help="Judge every candidate after this recovery (linear-fold), by its loss on the calibration text. The "
-        "recovery is fitted on other text, at least 128 sequences of 256 tokens. Runs no races. "
-        "Default: judge it as cut.",
+        help="Changes only what is chosen; the model itself is not repaired (that is --recover). Every candidate is "
+        "repaired by this recovery (linear-fold), and judged by its loss on the calibration text. The recovery is "
+        "fitted on other text, at least 128 sequences of 256 tokens, which takes long. Runs no races. Default: judge "
+        "it as cut.",
     ),
 ]
 Texts = Annotated[
