@@ -111,7 +111,7 @@ RepairText = Annotated[
         "--calibration",
         metavar="TEXT",
         help=f"Text to repair and train on: {_TEXT}. Default: the text that "
-        "the plan was made with, if it has not changed, else python.",
+        "the plan was made with, or python if there was none; if it has changed, name one.",
     ),
 ]
 Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
