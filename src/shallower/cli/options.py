@@ -88,12 +88,13 @@ _TEXT = (
     "a .txt, .jsonl or .parquet file, a folder, hf:owner/name, python:docs, a domain such as wiki, a mixture "
     "(a.jsonl*0.7+b.jsonl*0.3), a .yaml specification, a set from 'shallower corpus build', or self (the model's own)"
 )
+_DEFAULT = "python (the documentation and code of this Python)"
 Calibration = Annotated[
     str | None,
     Option(
         "--calibration",
         metavar="TEXT",
-        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python.",
+        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: {_DEFAULT}.",
     ),
 ]
 PruneText = Annotated[
@@ -101,7 +102,7 @@ PruneText = Annotated[
     Option(
         "--calibration",
         metavar="TEXT",
-        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python; "
+        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: {_DEFAULT}; "
         "with --plan, the text that the plan was made with, if it has not changed.",
     ),
 ]
@@ -111,7 +112,7 @@ RepairText = Annotated[
         "--calibration",
         metavar="TEXT",
         help=f"Text to repair and train on: {_TEXT}. Default: the text that "
-        "the plan was made with, or python if there was none; if it has changed, name one.",
+        f"the plan was made with, or {_DEFAULT} if there was none; if it has changed, name one.",
     ),
 ]
 Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
