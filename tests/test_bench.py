@@ -16,13 +16,13 @@ import torch
 import shallower
 from shallower.anatomy import dissect
 from shallower.cli import main
-from shallower.errors import ModelError, UserError
+from shallower.errors import ModelError, ModelTooLarge, UserError
 from shallower.surgery import cut
 from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.timing import Speed, Spread, compare_speed, memory_source, peak_above
 from shallower.units import parse_units
 from shallower.verbs.bench import Bench
-from shallower.verbs.subject import open_subject
+from shallower.verbs.subject import Subject, open_subject
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"generate": 2, "repeats": 2, "warmup": 0, "device": "cpu", "dtype": "float32"}
@@ -211,6 +211,21 @@ def test_the_last_model_is_looked_for_before_the_first_is_loaded(
         shallower.bench([folder / "dense", tmp_path / "gone"], **SMALL)
     with pytest.raises(UserError, match="unknown dtype 'fp16'"):
         shallower.bench([folder / "dense"], **{**SMALL, "dtype": "fp16"})
+
+
+@pytest.mark.parametrize(("together", "advised"), [(["smaller", "dense"], True), (["dense"], False)])
+def test_models_that_do_not_fit_together_are_to_be_timed_alone(
+    together: list[str], advised: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_one(model: Path, *args: Any, **how: Any) -> Subject:
+        if model.name == "dense":
+            raise ModelTooLarge("the weights of dense do not fit into memory.")
+        return open_subject(model, *args, **how)
+
+    monkeypatch.setattr("shallower.verbs.bench.open_subject", open_one)
+    with pytest.raises(ModelTooLarge, match="of dense do not fit") as told:
+        shallower.bench([folder / name for name in together], **SMALL)
+    assert ("All 2 models are held at once" in str(told.value)) == advised
 
 
 # The command line

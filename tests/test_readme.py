@@ -74,7 +74,7 @@ def test_commands_and_code(folder: Path) -> None:
     run = [words for words in COMMANDS if not {"--suite", "--tasks"} & set(words)]  # these need the Hub
     assert [words[0] for words in run] == ["inspect", "prune", "eval", "bench", "recover", "recover", "prune"]
     for words in run:
-        brief = [{"minutes=20": "minutes=0.02", "1500": "100"}.get(word, word) for word in words]
+        brief = [{"minutes=20": "minutes=0.02"}.get(word, word) for word in words]
         # what is refitted later must keep block 0, as trained models do by themselves; prune sees to that
         plain = ["--protect", "block.0"] if words[0] == "prune" and "--recover" not in words else []
         assert main.run([*brief, *plain, "--quiet"]) == 0, words

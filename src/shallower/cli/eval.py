@@ -83,7 +83,13 @@ def evaluate(
     force: options.Force = False,
     limit: Annotated[
         int | None,
-        Option("--limit", metavar="N", min=1, help="Items of each task, from its start. Default: all, or the suite's."),
+        Option(
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Items of each task, from its start; of a group such as mmlu, of each of its tasks. Default: all, or "
+            "the suite's.",
+        ),
     ] = None,
     fewshot: Annotated[
         int | None,

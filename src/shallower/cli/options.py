@@ -88,12 +88,13 @@ _TEXT = (
     "a .txt, .jsonl or .parquet file, a folder, hf:owner/name, python:docs, a domain such as wiki, a mixture "
     "(a.jsonl*0.7+b.jsonl*0.3), a .yaml specification, a set from 'shallower corpus build', or self (the model's own)"
 )
+_DEFAULT = "python (the documentation and code of this Python)"
 Calibration = Annotated[
     str | None,
     Option(
         "--calibration",
         metavar="TEXT",
-        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python.",
+        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: {_DEFAULT}.",
     ),
 ]
 PruneText = Annotated[
@@ -101,7 +102,7 @@ PruneText = Annotated[
     Option(
         "--calibration",
         metavar="TEXT",
-        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: python; "
+        help=f"Text to measure on: {_TEXT}; for the objective task, a .jsonl file of questions. Default: {_DEFAULT}; "
         "with --plan, the text that the plan was made with, if it has not changed.",
     ),
 ]
@@ -111,7 +112,7 @@ RepairText = Annotated[
         "--calibration",
         metavar="TEXT",
         help=f"Text to repair and train on: {_TEXT}. Default: the text that "
-        "the plan was made with, if it has not changed, else python.",
+        f"the plan was made with, or {_DEFAULT} if there was none; if it has changed, name one.",
     ),
 ]
 Sequences = Annotated[int, Option("--sequences", metavar="N", min=1, help="Calibration sequences, or questions.")]
@@ -189,9 +190,10 @@ RepairBy = Annotated[
     Option(
         "--repair",
         metavar="NAME",
-        help="Judge every candidate after this recovery (linear-fold), by its loss on the calibration text. The "
-        "recovery is fitted on other text, at least 128 sequences of 256 tokens. Runs no races. "
-        "Default: judge it as cut.",
+        help="Changes only what is chosen; the model itself is not repaired (that is --recover). Every candidate is "
+        "repaired by this recovery (linear-fold), and judged by its loss on the calibration text. The recovery is "
+        "fitted on other text, at least 128 sequences of 256 tokens, which takes long. Runs no races. Default: judge "
+        "it as cut.",
     ),
 ]
 Texts = Annotated[

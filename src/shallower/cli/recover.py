@@ -80,8 +80,8 @@ def recover(
     """Repair a cut model, and show what each step gains.
 
     Held-out perplexity is measured before and after each recovery. Recoveries work in closed form (refit, linear-fold,
-    …), in minutes, or by training (full, lora, …), as long as --set minutes=30 says. To resume a training that was
-    killed, run the same command again.
+    …), in minutes, or by training (full, lora, …): by default in one pass over up to a million tokens, with --set
+    minutes=30 for that long at most. To resume a training that was killed, run the same command again.
     """
     chosen = options.with_distill(options.parse_settings(settings), distill, methods)
     from shallower.verbs.recover import recover as run

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shallower.errors import UserError
+from shallower.errors import ModelTooLarge, UserError
 from shallower.reporting.wording import distinct_names, percent, plural
 from shallower.surgery.silence import adds_nothing
 from shallower.timing import Speed, Spread, compare_speed, devices_of, memory_source, require_counts, require_fits
@@ -130,7 +130,16 @@ def bench(
         require_counts(prompt=length, generate=generate, batch=size, warmup=warmup, repeats=repeats)
     require_there(given)
     require_computable(given, device, dtype)
-    subjects = [open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for model in given]
+    try:
+        subjects = [
+            open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for model in given
+        ]
+    except ModelTooLarge as error:
+        if len(given) == 1:
+            raise
+        raise ModelTooLarge(
+            f"{error} All {len(given)} models are held at once, to be timed in turns: time each of them alone."
+        ) from error
     if isinstance(models, Mapping):
         names = list(models)
     else:

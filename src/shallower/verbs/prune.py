@@ -162,6 +162,11 @@ def prune(
             repair=repair,
             workers=workers,
         )
+    if repair and not steps:
+        progress.note(
+            f"--repair {repair} only decides what is removed, and the model that is written is not repaired: add "
+            f"--recover {repair} for that."
+        )
     memory, workers = parse_memory(memory), parse_workers(workers)
     require_form(form)
     if out is not None:
