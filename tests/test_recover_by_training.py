@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from shallower import evaluate, progress, prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
+from shallower.defaults import TRAIN_SEQUENCES
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, TooLittleText, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.reporting.data import ReportData
@@ -36,7 +37,7 @@ from shallower.units import parse_units
 from shallower.verbs import recover as verb
 from shallower.verbs import recoveries, subject
 from shallower.verbs.prune import _recoveries
-from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume
+from shallower.verbs.recoveries import Resume
 from shallower.verbs.recovery_steps import parse_recoveries, require_launch
 from shallower.verbs.subject import Subject, open_subject
 

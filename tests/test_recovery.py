@@ -1693,8 +1693,8 @@ def test_candidates_are_judged_on_other_text_than_repairs_need(
     options: str, rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Twenty sequences of eight tokens judge, in sequences as long as a repair's; more are read for the repair."""
-    monkeypatch.setattr(recoveries, "SEQUENCES", 24)
-    monkeypatch.setattr(recoveries, "LENGTH", 16)
+    monkeypatch.setattr(recoveries, "REPAIR_SEQUENCES", 24)
+    monkeypatch.setattr(recoveries, "REPAIR_LENGTH", 16)
     given: list[RepairedLosses] = []
     make = RepairedLosses.__init__
 
@@ -1732,8 +1732,8 @@ def test_candidates_are_judged_on_other_text_than_repairs_need(
 
 def test_prune_searches_behind_the_repair_that_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As search does, on the same text; an option that the repair shares with the recovery is for both."""
-    monkeypatch.setattr(recoveries, "SEQUENCES", 24)
-    monkeypatch.setattr(recoveries, "LENGTH", 16)
+    monkeypatch.setattr(recoveries, "REPAIR_SEQUENCES", 24)
+    monkeypatch.setattr(recoveries, "REPAIR_LENGTH", 16)
     (tmp_path / "text.txt").write_text("\n\n".join(f"{n} and {n * n} are words of a text." for n in range(2000)))
     model, text = tiny_model("llama"), tmp_path / "text.txt"
     asked: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "calibration": text, "sequences": 20, "length": 8}

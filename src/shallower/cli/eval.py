@@ -10,14 +10,13 @@ from typer import Argument, Option
 from shallower.cli import options
 from shallower.cli.output import say
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import TASK_SEED, WINDOW
 from shallower.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from shallower.evaluation.comparison import Comparison
-
-WINDOW, TASK_SEED = 1024, 1234
 
 
 @verb

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from typer import Argument, BadParameter, Option
 
 from shallower.budget import parse_remove
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, TRAIN_SEQUENCES
 from shallower.errors import UserError
 from shallower.units import Unit
 
@@ -161,7 +162,7 @@ TrainSequences = Annotated[
         metavar="N",
         min=1,
         help="Sequences of the calibration text, or conversations, for recoveries that train (full, lora, qlora, "
-        "low-rank-trained). Default: 4096, or all of a shorter text.",
+        f"low-rank-trained). Default: {TRAIN_SEQUENCES}, or all of a shorter text.",
     ),
 ]
 Instructions = Annotated[
@@ -190,8 +191,8 @@ RepairBy = Annotated[
         "--repair",
         metavar="NAME",
         help="Judge every candidate after this recovery (linear-fold), by its loss on the calibration text. The "
-        "recovery is fitted on other text, at least 128 sequences of 256 tokens. Runs no races. "
-        "Default: judge it as cut.",
+        f"recovery is fitted on other text, at least {REPAIR_SEQUENCES} sequences of {REPAIR_LENGTH} tokens. Runs no "
+        "races. Default: judge it as cut.",
     ),
 ]
 Texts = Annotated[

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import OutputError
 from shallower.files import require_writable
 from shallower.plan import Gone, ModelIdentity
@@ -18,9 +19,6 @@ from shallower.units import KINDS, Unit, listed
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-DEFAULT_SIZE = (32, 128)
-"""Sequences of calibration text, and their tokens, where nobody says how much of it to read."""
 
 PIPED_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
@@ -70,8 +68,8 @@ def typed_again(text: str | None, size: tuple[int, int], seed: int, dtype: str, 
     """
     given = {
         "--calibration": (text, None),
-        "--sequences": (size[0], DEFAULT_SIZE[0]),
-        "--length": (size[1], DEFAULT_SIZE[1]),
+        "--sequences": (size[0], SEQUENCES),
+        "--length": (size[1], LENGTH),
         "--seed": (seed, 0),
         "--dtype": (dtype, "auto"),
     }

@@ -10,6 +10,7 @@ from typer import Argument, Option
 from shallower.cli import options
 from shallower.cli.output import print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,17 +60,17 @@ def recover(
             "--sequences",
             metavar="N",
             min=1,
-            help="Sequences of the calibration text, for recoveries in closed form. Default: 128.",
+            help=f"Sequences of the calibration text, for recoveries in closed form. Default: {REPAIR_SEQUENCES}.",
         ),
     ] = None,
-    length: options.Length = 256,
+    length: options.Length = REPAIR_LENGTH,
     train_sequences: options.TrainSequences = None,
     instructions: options.Instructions = None,
     distill: options.Distill = None,
     settings: options.Settings = None,
     text: options.Texts = None,
-    window: options.WindowLength = 1024,
-    windows: options.Windows = 12,
+    window: options.WindowLength = WINDOW,
+    windows: options.Windows = WINDOWS,
     force: options.Force = False,
     seed: options.SeedOrPlans = None,
     memory: options.Memory = None,

@@ -17,6 +17,7 @@ from shallower.corpus import (
     with_options,
 )
 from shallower.corpus.overlap import rows_in
+from shallower.defaults import LENGTH
 from shallower.errors import CorpusError, UserError
 from shallower.evaluation.perplexity import first_ids
 from shallower.plan import CalibrationIdentity, PruningPlan
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from shallower.verbs.questions import Questions
 
 # What score, search and prune without a plan read unless they are told otherwise
-_AS_SEARCHED = {"length": "128", "seed": "0", "part": "train"}
+_AS_SEARCHED = {"length": str(LENGTH), "seed": "0", "part": "train"}
 
 
 def shared_runs(

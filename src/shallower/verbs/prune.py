@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.corpus import CalibrationSet
+from shallower.defaults import WINDOW, WINDOWS
 from shallower.engine import stream_scores
 from shallower.errors import PlanError, UserError
 from shallower.evaluation.tasks import TaskSettings
@@ -110,8 +111,8 @@ def prune(
     tasks: str | Sequence[str] = (),
     task_items: int | None = None,
     task_data: str | Path | None = None,
-    window: int = 1024,
-    max_windows: int | None = 12,
+    window: int = WINDOW,
+    max_windows: int | None = WINDOWS,
     speed: bool = True,
     form: str = "auto",
     seed: int | None = None,

@@ -16,6 +16,7 @@ from shallower.anatomy import Anatomy
 from shallower.anatomy.weigh import size
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import ModelError, ModelTooLarge, PlanError, TooLittleText, UserError
 from shallower.exporters import save
 from shallower.launched import leads, wait
@@ -37,8 +38,6 @@ from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import (
-    LENGTH,
-    SEQUENCES,
     Resume,
     perplexities,
     recovery_card,
@@ -112,13 +111,13 @@ def recover(
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int | None = None,
-    length: int = LENGTH,
+    length: int = REPAIR_LENGTH,
     train_sequences: int | None = None,
     instructions: str | Path | None = None,
     settings: Mapping[str, str] | None = None,
     texts: str | Path | Sequence[str | Path] = (),
-    window: int = 1024,
-    max_windows: int | None = 12,
+    window: int = WINDOW,
+    max_windows: int | None = WINDOWS,
     seed: int | None = None,
     force: bool = False,
     memory: int | str | None = None,
@@ -170,7 +169,7 @@ def recover(
     seed = seed or 0
     text = None
     if in_closed_form(steps):
-        count = SEQUENCES if sequences is None else sequences
+        count = REPAIR_SEQUENCES if sequences is None else sequences
         try:
             text = calibrate(dense, calibration, sequences=count, length=length, seed=seed)
         except TooLittleText as error:
