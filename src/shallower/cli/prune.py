@@ -12,6 +12,7 @@ from shallower.cli.output import print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
 from shallower.defaults import LENGTH, REPAIR_LENGTH, REPAIR_SEQUENCES, SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import UserError
+from shallower.filenames import PAGE
 from shallower.forms import FORMS
 from shallower.plan import Gone
 
@@ -161,7 +162,7 @@ def prune(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return pruned_answer(pruned.report, out, out / "report.html", pruned.of_blocks)
+    return pruned_answer(pruned.report, out, out / PAGE, pruned.of_blocks)
 
 
 def pruned_answer(data: ReportData, folder: Path, page: Path | None, of_blocks: int | None = None) -> Answer:

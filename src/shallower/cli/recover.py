@@ -12,6 +12,7 @@ from shallower.cli.output import print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
 from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import UserError
+from shallower.filenames import PAGE, PLAN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,7 @@ def recover(
     ] = None,
     plan: Annotated[
         Path | None,
-        Option("--plan", metavar="FILE", help="What is cut out. Default: plan.json in the pruned checkpoint."),
+        Option("--plan", metavar="FILE", help=f"What is cut out. Default: {PLAN} in the pruned checkpoint."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -124,7 +125,7 @@ def recover(
         )
         _show(console, found.plan, data, out if found.folder is not None else None)
 
-    page = {} if found.folder is None else {"page": str(found.folder / "report.html")}
+    page = {} if found.folder is None else {"page": str(found.folder / PAGE)}
     return Answer({**found.to_json(), **page}, show)
 
 
@@ -148,7 +149,7 @@ def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path 
     if folder is None:
         console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
         return
-    print_places(console, folder, folder / "report.html" if page else None)
+    print_places(console, folder, folder / PAGE if page else None)
     if data.form is not None:
         from shallower.forms import FORMS
 

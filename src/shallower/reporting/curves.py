@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskResult
+from shallower.filenames import CURVE_PNG, CURVE_SVG
 from shallower.reporting.figures import round_values, styled, svg
 from shallower.reporting.wording import KIND_NAMES
 from shallower.units import Kind
@@ -48,8 +49,8 @@ def curve_files(points: Sequence[CurvePoint], model: str, kinds: Mapping[Kind, i
         figure.savefig(image, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
         title = f"{model}: accuracy and perplexity against units removed"
         return {
-            "curve.png": image.getvalue(),
-            "curve.svg": svg(figure, title, "One point for each prefix of the plan; dotted: chance."),
+            CURVE_PNG: image.getvalue(),
+            CURVE_SVG: svg(figure, title, "One point for each prefix of the plan; dotted: chance."),
         }
 
 

@@ -26,6 +26,7 @@ from shallower.checkpoint.gguf import gguf_folder
 from shallower.checkpoint.shards import rounded_formats
 from shallower.checkpoint.stock import is_quantized, quiet
 from shallower.errors import ModelError, OutputError
+from shallower.filenames import CARD, PLAN
 from shallower.files import replacing_folder, write_text
 from shallower.forms import FORMS, Form
 from shallower.packaged import LeavesOut
@@ -139,8 +140,8 @@ def save(
             if tokenizer is not None:
                 _write_tokenizer(tokenizer, temporary)
             if plan is not None:
-                plan.save(temporary / "plan.json")
-            for name, text in {"README.md": readme + listing(temporary), **(pages or {})}.items():
+                plan.save(temporary / PLAN)
+            for name, text in {CARD: readme + listing(temporary), **(pages or {})}.items():
                 write_text(temporary / name, text)
             step()
             ids = probe_ids(model) if verify_ids is None else verify_ids

@@ -16,6 +16,7 @@ from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import TOKENS, continue_prompts, prompt_rooms
 from shallower.evaluation.perplexity import require_stride
 from shallower.evaluation.tasks import TaskSettings
+from shallower.filenames import PLAN
 from shallower.files import expanded
 from shallower.plan import PruningPlan
 from shallower.reporting.wording import distinct_names
@@ -157,6 +158,6 @@ def _writings_cut(subject: Subject) -> list[str]:
 
 def _plan_of(model: ModelLike) -> PruningPlan | None:
     """The plan inside a checkpoint's folder."""
-    if isinstance(model, (str, Path)) and (file := expanded(model) / "plan.json").is_file():
+    if isinstance(model, (str, Path)) and (file := expanded(model) / PLAN).is_file():
         return PruningPlan.load(file)
     return None

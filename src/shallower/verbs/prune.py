@@ -22,6 +22,7 @@ from shallower.engine import stream_scores
 from shallower.errors import PlanError, UserError
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
+from shallower.filenames import PAGE, REPORT
 from shallower.forms import require_form
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import Configured
@@ -310,7 +311,7 @@ def prune(
                 tokenizer=subject.loaded.tokenizer,
                 card=_card(data),
                 recoveries=[stage.method for stage in stages[1:]],
-                pages={"report.json": json.dumps(data.to_json(), indent=1), "report.html": render(data)},
+                pages={REPORT: json.dumps(data.to_json(), indent=1), PAGE: render(data)},
                 force=force,
                 verify_ids=read.judging.input_ids[:1, :64],
             )

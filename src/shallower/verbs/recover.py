@@ -19,6 +19,7 @@ from shallower.corpus import CalibrationSet
 from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import ModelError, ModelTooLarge, PlanError, TooLittleText, UserError
 from shallower.exporters import save
+from shallower.filenames import PAGE, PLAN, RECOVERY
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
@@ -67,8 +68,6 @@ from shallower.verbs.subject import (
     require_space_for,
 )
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
-
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,8 +240,8 @@ def recover(
             card=recovery_card(stages, before_cut, made),
             recoveries=[*methods_of(before), *(stage.method for stage in stages[1:])],
             pages={
-                "recovery.json": json.dumps(told.to_json(), indent=1),
-                "report.html": render_recovery(given, told, Path(out).name),
+                RECOVERY: json.dumps(told.to_json(), indent=1),
+                PAGE: render_recovery(given, told, Path(out).name),
             },
             force=force,
             verify_ids=text.input_ids[:1, :64],
