@@ -15,7 +15,7 @@ from shallower.errors import OutputError
 from shallower.files import require_writable
 from shallower.plan import Gone, ModelIdentity
 from shallower.strict_json import spelled
-from shallower.units import KINDS, Unit, listed
+from shallower.units import Unit, listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,15 +96,12 @@ def print_places(console: Console, folder: Path, page: Path | None) -> None:
 
 def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentity, gone: Gone | None = None) -> None:
     """Print which blocks and sublayers go. gone: None where no model was loaded."""
-    from shallower.reporting.wording import KIND_NAMES, percent, plural
+    from shallower.reporting.wording import by_kind, percent, plural
 
     parts = []
-    for kind in KINDS:
-        units = [unit for unit in removed if unit.kind == kind]
-        if units:
-            amount = plural(len(units), KIND_NAMES[kind])
-            told = f"{len(units)} of {plural(model.blocks, kind)}" if kind == "block" else amount
-            parts.append(f"{told}: {listed(units, ', ')}")
+    for amount, units in by_kind(removed).items():
+        told = f"{len(units)} of {plural(model.blocks, 'block')}" if units[0].kind == "block" else amount
+        parts.append(f"{told}: {listed(units, ', ')}")
     console.print(f"Removes {'; '.join(parts) or 'nothing'}{' (from 0)' if parts else ''}.")
     if gone is not None:
         share = percent(gone.parameters, gone.of_model)
