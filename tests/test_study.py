@@ -32,9 +32,10 @@ from shallower.cli import main
 from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, UserError
 from shallower.registry import Method
+from shallower.studies.agreement import agreement, jaccard, order_agreement
 from shallower.studies.findings import find
 from shallower.studies.grid import Study, parse_study, read_study
-from shallower.studies.overlap import agreement, jaccard, mean_interval, order_agreement
+from shallower.studies.interval import mean_interval
 from shallower.studies.result import CALIBRATION, Cell, Result
 from shallower.studies.variance import RESIDUAL, decompose
 from shallower.units import Unit

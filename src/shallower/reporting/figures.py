@@ -14,7 +14,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryStage
-from shallower.reporting.style import BLUE, EDGE, GREEN, GREY, INK, REMOVED, WIDTH, round_values, styled, svg, tick_labels
+from shallower.reporting.style import (
+    BLUE,
+    EDGE,
+    GREEN,
+    GREY,
+    INK,
+    REMOVED,
+    WIDTH,
+    round_values,
+    styled,
+    svg,
+    tick_labels,
+)
 from shallower.reporting.wording import KIND_NAMES, score
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Kind, Unit, listed, runs, sublayers_of
@@ -27,7 +39,6 @@ _LABELLED_STARTS = 34  # the same, on the narrower axis of the heatmap
 _LABELLED_REMOVALS = 64
 _BRIGHTEST = 0.85
 _LOG_RANGE = 20  # values that differ by more than this factor get a logarithmic axis
-
 
 
 def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:

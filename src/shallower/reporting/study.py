@@ -20,7 +20,7 @@ from shallower.reporting.style import BLUE, COLOURS, EDGE, INK, PALE, VERMILION,
 from shallower.reporting.wording import distinct_names, number, percent
 from shallower.strict_json import spelled, write_json
 from shallower.studies.findings import Decomposition, Findings, outcomes
-from shallower.studies.overlap import Interval
+from shallower.studies.interval import Interval
 from shallower.studies.result import FACTORS, Failure, Result, counterparts, distinct, grouped
 from shallower.studies.variance import RESIDUAL
 

@@ -16,7 +16,6 @@ from shallower.reporting.wording import distinct_names
 from shallower.strict_json import spelled
 
 
-
 def require_free(out: str | Path, *, force: bool) -> None:
     """Raise OutputError unless the folder can be made, or `force` may replace it: an evaluation and nothing else, or
     empty.
