@@ -27,6 +27,7 @@ from shallower import progress
 from shallower.cli import main
 from shallower.corpus import CalibrationSet, Supply, build_calibration, build_choices, open_source, text_of
 from shallower.corpus.build import _shares
+from shallower.corpus.instructions import build_instructions
 from shallower.corpus.options import OPTIONS
 from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, TooLittleText, UnknownName, UserError
@@ -34,7 +35,6 @@ from shallower.evaluation import text as evaluation_text
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan, without_folders
 from shallower.testing.families import tiny_model, tiny_tokenizer
-from shallower.training.instructions import build_instructions
 from shallower.units import Unit
 from shallower.verbs import subject as verbs_subject
 from shallower.verbs.contamination import _calibration_of

@@ -33,6 +33,7 @@ from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
 from shallower.corpus.calibration import tokens_digest
+from shallower.corpus.instructions import InstructionSet, build_instructions
 from shallower.engine.head import Head
 from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
 from shallower.recovery import Repair
@@ -48,7 +49,6 @@ from shallower.training.divergence import LossTrend
 from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide, head_losses
 from shallower.training.heal import block_of, own_parameters
-from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.objective import shared_blocks
 from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task

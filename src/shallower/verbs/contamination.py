@@ -16,12 +16,12 @@ from shallower.corpus import (
     overlap,
     with_options,
 )
+from shallower.corpus.instructions import CONVERSATIONS
 from shallower.corpus.overlap import rows_in
 from shallower.defaults import LENGTH
 from shallower.errors import CorpusError, UserError
 from shallower.evaluation.perplexity import first_ids
 from shallower.plan import CalibrationIdentity, PruningPlan
-from shallower.training.instructions import CONVERSATIONS
 from shallower.verbs.history import texts_of, told_before
 from shallower.verbs.subject import Subject
 from shallower.verbs.supply import supply

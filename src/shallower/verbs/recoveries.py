@@ -23,6 +23,7 @@ from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import determinants, determined
 from shallower.corpus import CalibrationSet
+from shallower.corpus.instructions import InstructionSet, build_instructions
 from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, TRAIN_SEQUENCES
 from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
@@ -40,7 +41,6 @@ from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
 from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
-from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED, begun_options, require_room
