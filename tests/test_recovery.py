@@ -672,9 +672,9 @@ def test_a_constant_is_folded_exactly_and_survives_saving(family: str, kind: Any
     expected = full_logits(anatomy.model, ids)
     handle.remove()
     before = sum(parameter.numel() for parameter in anatomy.model.parameters())
-    added = fold_constant(anatomy, writer, constant)
-    assert added == sum(parameter.numel() for parameter in anatomy.model.parameters()) - before
-    assert (added == 0) == (family not in ("llama", "granite", "smollm3", "seed_oss"))
+    fold_constant(anatomy, writer, constant)
+    after = sum(parameter.numel() for parameter in anatomy.model.parameters())
+    assert (after > before) == (family in ("llama", "granite", "smollm3", "seed_oss"))
     found = full_logits(anatomy.model, ids)
     assert torch.allclose(found, expected, atol=1e-5)
     folder = save(anatomy.model, tmp_path / "saved", plan=None)

@@ -295,8 +295,8 @@ PARALLEL = ["gpt_neox", "phi", "cohere", "falcon", "gptj", "stablelm_parallel"]
 @pytest.mark.parametrize("text", ["mlp.1,attn.2", "mlp.0,block.1,block.2,attn.3", "mlp.0,attn.1,mlp.3,attn.4"])
 def test_pairs(family: str, text: str, tmp_path: Path) -> None:
     anatomy, _ = dense(family)
-    layers, over = re_pair(anatomy, units(text))
-    assert not over
+    layers = re_pair(anatomy, units(text))
+    assert not any(layer.leftover for layer in layers)
     model = require_same_as_passed_over(anatomy, units(text))
     assert not leftovers(model)
     assert len(model.get_submodule(anatomy.path)) == len(layers) == model.config.num_hidden_layers
@@ -406,7 +406,7 @@ def test_blocks_with_weights_of_their_own_are_not_joined() -> None:
         block.module.register_parameter("gain", nn.Parameter(torch.ones(())))
     removed = units("mlp.1,attn.2")
     with pytest.raises(ModelError, match="has weights of its own, which belong to neither half"):
-        assemble(anatomy, re_pair(anatomy, removed)[0], padded=False, thorough=True)
+        assemble(anatomy, re_pair(anatomy, removed), padded=False, thorough=True)
     assert leftovers(require_same_as_passed_over(anatomy, removed)) == parse_units("mlp.1,attn.2")
 
 

@@ -88,7 +88,7 @@ def perplexity(
     max_windows: int | None = None,
     label: str = "",
 ) -> Perplexity:
-    """Measure the perplexity of `text`.
+    """Measure the perplexity of `text`. `batch_size` and `bos` are for callers from Python; no verb sets them.
 
     Args:
         model: A causal language model; it is left in the mode (training or not) it was in.
