@@ -17,8 +17,7 @@ import sys
 import sysconfig
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
 from shallower.corpus.calibration import tokens_digest
@@ -82,13 +80,6 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def largest(model: PreTrainedModel) -> float:
     """In place of a perplexity."""
     return float(logits(model).abs().max())
-
-
-@pytest.fixture
-def notes() -> Iterator[list[str]]:
-    told: list[str] = []
-    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
-        yield told
 
 
 # The losses and their gradients
