@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from shallower.cli.progress import working
 from shallower.corpus import CalibrationSet, build_calibration, build_choices
 from shallower.corpus.choices import ChoiceSet
-from shallower.reporting.figures import styled
+from shallower.reporting.style import EDGE, PALE, styled
 from shallower.units import KINDS, Span, Unit, listed
 from shallower.verbs.score import score
 from shallower.verbs.subject import Subject, make_ablator, open_subject
@@ -405,7 +405,7 @@ def figures(found: Measured, folder: Path) -> None:
                 axes.plot(
                     range(len(values)), values, color=colour[curve.ranking], linewidth=1.3, marker="o", markersize=2
                 )
-            axes.axhline(2 * found.perplexity(frozenset()), color="#94A3B8", linewidth=0.8, linestyle="--")
+            axes.axhline(2 * found.perplexity(frozenset()), color=EDGE, linewidth=0.8, linestyle="--")
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             _frame(axes, f"{NAMES[kind]} removed")
@@ -418,8 +418,8 @@ def figures(found: Measured, folder: Path) -> None:
                 for curve in found.of(kind):
                     values = [task.accuracy(curve.sets[number]) for number in curve.asked]
                     axes.plot(curve.asked, values, color=colour[curve.ranking], linewidth=1.3, marker="o", markersize=3)
-                axes.axhspan(task.dense - task.error, task.dense + task.error, color="#E2E8F0", zorder=0)
-                axes.axhline(task.chance, color="#94A3B8", linewidth=0.8, linestyle="--")
+                axes.axhspan(task.dense - task.error, task.dense + task.error, color=PALE, zorder=0)
+                axes.axhline(task.chance, color=EDGE, linewidth=0.8, linestyle="--")
                 _frame(axes, f"{NAMES[kind]} removed" if task is found.tasks[-1] else "")
             line[0].set_ylabel(f"{task.name} accuracy")
         _finish(

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -61,6 +62,16 @@ def pytest_unconfigure() -> None:
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture
+def notes() -> Iterator[list[str]]:
+    """What a test's own process notes of its work (`shallower.progress`), sentence by sentence."""
+    from shallower import progress
+
+    told: list[str] = []
+    with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
+        yield told
 
 
 # A job started in the background ignores Ctrl-C, and so would every process that a test starts.

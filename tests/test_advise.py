@@ -117,8 +117,8 @@ def test_the_objective_is_asked_with_its_options(
 def test_a_search_behind_a_repair_reads_more_of_the_text_that_was_chosen(
     place: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recoveries, "SEQUENCES", 12)
-    monkeypatch.setattr(recoveries, "LENGTH", 32)
+    monkeypatch.setattr(recoveries, "REPAIR_SEQUENCES", 12)
+    monkeypatch.setattr(recoveries, "REPAIR_LENGTH", 32)
     sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
     asked: dict[str, Any] = {"target": place / "mine.txt", "sequences": 8, "length": 32}
     chosen = search(subject, "1", calibration=sources, **asked).made_by.calibration

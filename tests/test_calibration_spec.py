@@ -10,7 +10,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from datetime import datetime
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -23,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
-from shallower import progress
 from shallower.cli import main
 from shallower.corpus import CalibrationSet, Supply, build_calibration, build_choices, open_source, text_of
 from shallower.corpus.build import _shares
+from shallower.corpus.instructions import build_instructions
 from shallower.corpus.options import OPTIONS
 from shallower.corpus.specification import Term, parse_specification
 from shallower.errors import CorpusError, TooLittleText, UnknownName, UserError
@@ -34,7 +33,6 @@ from shallower.evaluation import text as evaluation_text
 from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan, without_folders
 from shallower.testing.families import tiny_model, tiny_tokenizer
-from shallower.training.instructions import build_instructions
 from shallower.units import Unit
 from shallower.verbs import subject as verbs_subject
 from shallower.verbs.contamination import _calibration_of
@@ -767,7 +765,7 @@ def test_what_a_built_set_leaves_out_is_held_out_as_long_as_its_text_is_there(
 
 
 def test_a_built_sets_text_is_read_from_the_hub_with_a_word_or_not_at_all(
-    two: tuple[str, str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two: tuple[str, str], model: str, tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = tmp_path / "set"
     (tmp_path / "my").mkdir()
@@ -783,20 +781,19 @@ def test_a_built_sets_text_is_read_from_the_hub_with_a_word_or_not_at_all(
 
     hub = SimpleNamespace(load_dataset=loaded, __spec__=ModuleSpec("datasets", None))
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    told: list[str] = []
-    with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
-        assert held_out(built)
-        (tmp_path / "away").mkdir()
-        for spec in ("my", "my/texts.jsonl", "my/texts"):
-            (built / "manifest.json").write_text(json.dumps({**manifest, "spec": manifest["spec"].replace("my", spec)}))
-            with monkeypatch.context() as elsewhere:
-                elsewhere.chdir(tmp_path / "away")
-                assert held_out(built) == {}
-        assert (read, told) == ([], [])
-        (built / "manifest.json").write_text(json.dumps({**manifest, "spec": "hf:my/texts?part=train"}))
-        assert "of the Hub." in next(iter(held_out(built).values()))
+    notes.clear()
+    assert held_out(built)
+    (tmp_path / "away").mkdir()
+    for spec in ("my", "my/texts.jsonl", "my/texts"):
+        (built / "manifest.json").write_text(json.dumps({**manifest, "spec": manifest["spec"].replace("my", spec)}))
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(tmp_path / "away")
+            assert held_out(built) == {}
+    assert (read, notes) == ([], [])
+    (built / "manifest.json").write_text(json.dumps({**manifest, "spec": "hf:my/texts?part=train"}))
+    assert "of the Hub." in next(iter(held_out(built).values()))
     assert read == ["my/texts"]
-    assert [re.sub(" again.*", "", note) for note in told] == [
+    assert [re.sub(" again.*", "", note) for note in notes] == [
         "set was built from hf:my/texts, which is read from the Hub"
     ]
     assert nothing_held_out({}, built) == ("no perplexity: nothing of set is held out; name other text with --text.",)

@@ -323,13 +323,11 @@ def test_unknown_model_type_and_foreign_code(folder: Path) -> None:
 # --- loading
 
 
-def test_code_that_was_not_run_is_told_of(folder: Path) -> None:
-    notes = list[str]()
-    with progress.listening(lambda *_: contextlib.nullcontext(lambda *_: None), notes.append):
-        load_model(str(folder), dtype="float32", device="cpu")
-        assert notes == []
-        change_config(folder, auto_map={"AutoModelForCausalLM": "code.Model"})
-        load_model(str(folder), dtype="float32", device="cpu")
+def test_code_that_was_not_run_is_told_of(folder: Path, notes: list[str]) -> None:
+    load_model(str(folder), dtype="float32", device="cpu")
+    assert notes == []
+    change_config(folder, auto_map={"AutoModelForCausalLM": "code.Model"})
+    load_model(str(folder), dtype="float32", device="cpu")
     assert re.match(r"the code that \S+ comes with was not run: .* own llama\. .* --trust-remote-code", notes[0])
     assert len(notes) == 1
 

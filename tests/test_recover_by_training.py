@@ -9,7 +9,6 @@ import re
 import sys
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from shallower import evaluate, progress, prune, recover, search
+from shallower import evaluate, prune, recover, search
 from shallower.anatomy import dissect
 from shallower.cli.main import app
+from shallower.defaults import TRAIN_SEQUENCES
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, TooLittleText, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.reporting.data import ReportData
@@ -36,7 +36,7 @@ from shallower.units import parse_units
 from shallower.verbs import recover as verb
 from shallower.verbs import recoveries, subject
 from shallower.verbs.prune import _recoveries
-from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume
+from shallower.verbs.recoveries import Resume
 from shallower.verbs.recovery_steps import parse_recoveries, require_launch
 from shallower.verbs.subject import Subject, open_subject
 
@@ -236,22 +236,20 @@ def test_a_kill_in_the_training_after_a_repair_resumes(files: Path, monkeypatch:
 
 
 def test_an_unfinished_training_in_another_number_format_is_told_of(
-    files: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]
 ) -> None:
     settings = {**SMALL, "compute": "auto", "save_minutes": "0", "evaluations": "0"}
     given = {"plan": files / "plan.json", "out": files / "out", **asked(files, settings=settings)}
-    told: list[str] = []
     taken = _steps(monkeypatch, dies_at=5)
-    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
-        for _ in range(2):
-            taken.clear()
-            with pytest.raises(KeyboardInterrupt):
-                recover(files / "dense", "full", **{**given, "dtype": "bfloat16"})
-        assert not any("begins anew" in note for note in told)
+    for _ in range(2):
         taken.clear()
         with pytest.raises(KeyboardInterrupt):
-            recover(files / "dense", "full", **{**given, "dtype": "float32"})
-    [note] = [note for note in told if "begins anew" in note]
+            recover(files / "dense", "full", **{**given, "dtype": "bfloat16"})
+    assert not any("begins anew" in note for note in notes)
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        recover(files / "dense", "full", **{**given, "dtype": "float32"})
+    [note] = [note for note in notes if "begins anew" in note]
     assert "another number format" in note
 
 

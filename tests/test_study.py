@@ -32,9 +32,10 @@ from shallower.cli import main
 from shallower.corpus import CalibrationSet
 from shallower.errors import ModelError, UserError
 from shallower.registry import Method
+from shallower.studies.agreement import agreement, jaccard, order_agreement
 from shallower.studies.findings import find
 from shallower.studies.grid import Study, parse_study, read_study
-from shallower.studies.overlap import agreement, jaccard, mean_interval, order_agreement
+from shallower.studies.interval import mean_interval
 from shallower.studies.result import CALIBRATION, Cell, Result
 from shallower.studies.variance import RESIDUAL, decompose
 from shallower.units import Unit
@@ -731,8 +732,7 @@ def test_a_text_is_the_same_however_it_is_spelled(
     assert "judged" not in str(refused.value)
 
 
-def test_a_copy_of_a_calibration_text_that_judges_is_told(place: Path, tmp_path: Path) -> None:
-    from shallower import progress
+def test_a_copy_of_a_calibration_text_that_judges_is_told(place: Path, tmp_path: Path, notes: list[str]) -> None:
     from shallower.verbs.study import study
 
     _texts_to_judge_on(tmp_path)
@@ -740,10 +740,8 @@ def test_a_copy_of_a_calibration_text_that_judges_is_told(place: Path, tmp_path:
     data = {"models": str(place / "tiny"), "texts": {"a": "t.jsonl"}, "remove": 1, "searches": "one-shot"}
     data |= {"sequences": 40, "length": 24, "held_out": {"h": "copy.jsonl"}}
     sizes = {"held_out_sequences": 16, "held_out_length": 24}
-    told: list[str] = []
-    with progress.listening(lambda *_: nullcontext(lambda n=1: None), told.append):
-        study(parse_study({**data, **sizes}, "s.yaml", tmp_path), tmp_path / "out", dtype="float32")
-    [line] = [line for line in told if "runs of 13 tokens" in line]
+    study(parse_study({**data, **sizes}, "s.yaml", tmp_path), tmp_path / "out", dtype="float32")
+    [line] = [line for line in notes if "runs of 13 tokens" in line]
     assert re.fullmatch(r"h shares \d+ of \d+ runs of 13 tokens with what calibrates a 40×24 seed 0: what .*", line)
 
 

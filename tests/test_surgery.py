@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -38,7 +38,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import shallower
-from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.checkpoint.load import load, load_model
 from shallower.errors import BudgetError, ModelError, OutputError, VerificationError
@@ -295,8 +294,8 @@ PARALLEL = ["gpt_neox", "phi", "cohere", "falcon", "gptj", "stablelm_parallel"]
 @pytest.mark.parametrize("text", ["mlp.1,attn.2", "mlp.0,block.1,block.2,attn.3", "mlp.0,attn.1,mlp.3,attn.4"])
 def test_pairs(family: str, text: str, tmp_path: Path) -> None:
     anatomy, _ = dense(family)
-    layers, over = re_pair(anatomy, units(text))
-    assert not over
+    layers = re_pair(anatomy, units(text))
+    assert not any(layer.leftover for layer in layers)
     model = require_same_as_passed_over(anatomy, units(text))
     assert not leftovers(model)
     assert len(model.get_submodule(anatomy.path)) == len(layers) == model.config.num_hidden_layers
@@ -406,7 +405,7 @@ def test_blocks_with_weights_of_their_own_are_not_joined() -> None:
         block.module.register_parameter("gain", nn.Parameter(torch.ones(())))
     removed = units("mlp.1,attn.2")
     with pytest.raises(ModelError, match="has weights of its own, which belong to neither half"):
-        assemble(anatomy, re_pair(anatomy, removed)[0], padded=False, thorough=True)
+        assemble(anatomy, re_pair(anatomy, removed), padded=False, thorough=True)
     assert leftovers(require_same_as_passed_over(anatomy, removed)) == parse_units("mlp.1,attn.2")
 
 
@@ -1060,7 +1059,7 @@ def test_too_little_memory_is_no_property_of_a_family(
 
 
 def test_a_checkpoint_that_does_not_fit_beside_the_model_is_compared_on_the_processor(
-    pruned: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pruned: PreTrainedModel, tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, "of_a_gpu", sdpa_attention_forward)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "of_a_gpu", sdpa_mask)
@@ -1083,19 +1082,17 @@ def test_a_checkpoint_that_does_not_fit_beside_the_model_is_compared_on_the_proc
         found.append(loaded)
         return loaded, info
 
-    said: list[str] = []
     gpu = torch.device("cuda")
     monkeypatch.setattr(
         verify, "_logits_beside", lambda loaded, _, ids, run=verify._logits_beside: run(loaded, gpu, ids)
     )
     try:
-        with progress.listening(lambda text, total: nullcontext(lambda n=1: None), said.append):
-            assert verify_saved(folder, pruned, IDS, load=load_too_large) < 1e-5
+        assert verify_saved(folder, pruned, IDS, load=load_too_large) < 1e-5
     finally:
         pruned.set_attn_implementation("sdpa")
     assert asked == [gpu, "cpu"]
     assert found[0].config._attn_implementation == "eager"  # what runs on GPUs alone cannot go with it
-    assert said == ["cuda has no room for the checkpoint beside the model, so it is compared on the processor."]
+    assert notes == ["cuda has no room for the checkpoint beside the model, so it is compared on the processor."]
 
 
 def test_padded_decoding_without_the_last_state() -> None:

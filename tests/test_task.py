@@ -14,7 +14,6 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from shallower import progress
 from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet, ChoiceSet, build_choices
 from shallower.corpus.questions import read_questions, solved
@@ -342,13 +341,12 @@ def test_bad_files_and_options(tmp_path: Path, path: str) -> None:
         build_choices(f"{path}?question=3", tokenizer)
 
 
-def test_long_questions_are_left_out_and_counted(path: str) -> None:
+def test_long_questions_are_left_out_and_counted(path: str, notes: list[str]) -> None:
     tokenizer = tiny_tokenizer()
     lengths = build_choices(path, tokenizer, questions=12)
     longest = lengths.length
-    notes: list[str] = []
-    with progress.listening(lambda description, total: progress.task(""), notes.append):
-        fewer = build_choices(path, tokenizer, questions=11, length=longest - 1)
+    notes.clear()
+    fewer = build_choices(path, tokenizer, questions=11, length=longest - 1)
     assert fewer.length < longest
     assert notes == [
         f"1 of 12 questions of questions.jsonl are longer than {longest - 1} tokens and were left out; a greater "

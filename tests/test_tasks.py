@@ -25,7 +25,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 pytest.importorskip("lm_eval")
 
-from shallower import progress
 from shallower.anatomy import dissect
 from shallower.checkpoint.fingerprint import fingerprint
 from shallower.cli import main
@@ -137,21 +136,6 @@ def close(ours: Sequence[Sequence[tuple[float, bool]]], theirs: Sequence[Sequenc
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose([value for value, _ in mine], [value for value, _ in other], rtol=1e-4, atol=1e-4)
         assert [greedy for _, greedy in mine] == [greedy for _, greedy in other]
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    notes: list[str] = []
-
-    class Silent:
-        def __enter__(self) -> Callable[..., None]:
-            return lambda n=1: None
-
-        def __exit__(self, *_: object) -> None:
-            return
-
-    with progress.listening(lambda description, total: Silent(), notes.append):
-        yield notes
 
 
 # The same as lm-eval
@@ -278,7 +262,7 @@ def test_an_interrupted_run_resumes_at_the_item(
 
 
 def test_a_full_memory_halves_the_batch(
-    tasks: LoadedTasks, model: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+    tasks: LoadedTasks, model: Any, monkeypatch: pytest.MonkeyPatch, notes: list[str]
 ) -> None:
     from shallower.evaluation.respondent import Respondent
 
@@ -294,7 +278,7 @@ def test_a_full_memory_halves_the_batch(
     one = respondent(model, batch=8, label="tiny")
     close(answers(run_tasks(one, tasks, TaskSettings())), expected)
     assert one.batch == 2
-    assert [note for note in said if "tiny ran out of memory; going on with 2 rows" in note]
+    assert [note for note in notes if "tiny ran out of memory; going on with 2 rows" in note]
     rows[0] = 1
     with pytest.raises(ModelError, match="one row at a time"):
         run_tasks(respondent(model, batch=2), tasks, TaskSettings())
@@ -325,7 +309,7 @@ def test_windows_of_long_texts_go_through_the_model_together(
 
 
 def test_a_memory_that_is_full_while_writing_is_so_once(
-    data: Path, model: Any, monkeypatch: pytest.MonkeyPatch, said: list[str]
+    data: Path, model: Any, monkeypatch: pytest.MonkeyPatch, notes: list[str]
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
@@ -343,7 +327,7 @@ def test_a_memory_that_is_full_while_writing_is_so_once(
     monkeypatch.setattr(module, "WRITTEN_TOGETHER", 2)
     [found] = run_tasks(respondent(model), writing(data), TaskSettings(shots=0))
     assert (rows, found.count) == ([2, 1, 1], 3)
-    assert len(said) == 1
+    assert len(notes) == 1
 
 
 def test_what_is_drawn_does_not_depend_on_what_is_known(
@@ -398,14 +382,14 @@ def test_other_errors_are_no_full_memory(tasks: LoadedTasks, model: Any, monkeyp
         run_tasks(respondent(model), tasks, TaskSettings(limit=1))
 
 
-def test_a_prompt_beyond_the_context_is_refused_or_cut(data: Path, model: Any, said: list[str]) -> None:
+def test_a_prompt_beyond_the_context_is_refused_or_cut(data: Path, model: Any, notes: list[str]) -> None:
     own = open_tasks(["arc_easy"], data=data)
     with pytest.raises(UserError, match=r"item \d+ of task arc_easy is [\d,]+ tokens long, .* 256 .*--truncate"):
         run_tasks(respondent(model), own, TaskSettings(shots=5))
     [found] = run_tasks(respondent(model, truncate=True), own, TaskSettings(shots=5))
     assert found.count == ITEMS
     [cut_off] = [
-        note for note in said if "prompts were longer than the model's context and were cut from the left" in note
+        note for note in notes if "prompts were longer than the model's context and were cut from the left" in note
     ]
     assert 1 < int(cut_off.split()[0]) <= ITEMS, "not their choices"
 
@@ -572,14 +556,14 @@ def _leaves(name: str) -> list[str]:
     return names
 
 
-def test_a_missing_split_is_said_and_not_replaced(data: Path, tmp_path: Path, said: list[str]) -> None:
+def test_a_missing_split_is_said_and_not_replaced(data: Path, tmp_path: Path, notes: list[str]) -> None:
     rows = (data / "arc_easy" / "test.jsonl").read_text()
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "validation.jsonl").write_text(rows)
     own = open_tasks(["arc_easy"], data=tmp_path)
     assert own.records["arc_easy"].split == "validation"
     assert own.records["arc_easy"].missing == {"training_split": "train", "test_split": "test"}
-    assert [note for note in said if "arc_easy (validation)" in note]
+    assert [note for note in notes if "arc_easy (validation)" in note]
     (tmp_path / "arc_easy" / "validation.jsonl").rename(tmp_path / "arc_easy" / "train.jsonl")
     with pytest.raises(CorpusError, match=r"evaluated on its split test or validation, .*holds only train"):
         open_tasks(["arc_easy"], data=tmp_path)

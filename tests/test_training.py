@@ -17,8 +17,7 @@ import sys
 import sysconfig
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from shallower import progress
 from shallower.anatomy import Anatomy, dissect
 from shallower.corpus import CalibrationSet
 from shallower.corpus.calibration import tokens_digest
+from shallower.corpus.instructions import InstructionSet, build_instructions
 from shallower.engine.head import Head
 from shallower.errors import CorpusError, ModelError, OutputError, UnknownName, UserError
 from shallower.recovery import Repair
@@ -48,7 +47,6 @@ from shallower.training.divergence import LossTrend
 from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide, head_losses
 from shallower.training.heal import block_of, own_parameters
-from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.objective import shared_blocks
 from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task
@@ -82,13 +80,6 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def largest(model: PreTrainedModel) -> float:
     """In place of a perplexity."""
     return float(logits(model).abs().max())
-
-
-@pytest.fixture
-def notes() -> Iterator[list[str]]:
-    told: list[str] = []
-    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
-        yield told
 
 
 # The losses and their gradients

@@ -24,7 +24,7 @@ PACKAGE = "shallower"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in """
-    errors version progress
+    errors version progress defaults filenames
     files launched
     store units strict_json registry resources reduction
     plan budget forms

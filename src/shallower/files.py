@@ -12,6 +12,7 @@ another machine left is not touched: on a network file system its locks may not 
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -263,6 +264,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     with replacing(path) as temporary:
         # a file's name may hold bytes that are no UTF-8; what they become, JSON reads as what they were
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def writing(target: Path, *, when_full: str) -> Iterator[None]:
+    """Inside the `with`, what fails when `target` is written, by safetensors, too, becomes OutputError.
+
+    when_full: what to do about a full disk, as the message ends with.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise OutputError(f"the disk is full: {target} was not written; {when_full}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {target}: {reason}. Choose another place.") from error
 
 
 def _open_up(folder: Path) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option, Typer
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed
+from shallower.cli.output import print_written, require_free, typed
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def build(
         Path | None,
         Option("--out", metavar="FOLDER", help="Write the set here, for --calibration. Default: only show it."),
     ] = None,
-    sequences: options.TextSequences = DEFAULT_SIZE[0],
-    length: options.Length = DEFAULT_SIZE[1],
+    sequences: options.TextSequences = SEQUENCES,
+    length: options.Length = LENGTH,
     force: options.Force = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -87,8 +88,8 @@ def show(
         Option("--model", metavar="MODEL", help="Decode with this model's tokenizer. Default: show no texts of a set."),
     ] = None,
     texts: Annotated[int, Option("--texts", metavar="N", min=0, help="How many sequences to show.")] = _SHOWN_TEXTS,
-    sequences: options.TextSequences = DEFAULT_SIZE[0],
-    length: options.Length = DEFAULT_SIZE[1],
+    sequences: options.TextSequences = SEQUENCES,
+    length: options.Length = LENGTH,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -99,8 +100,8 @@ def show(
 
     folder = os.path.expanduser(spec)
     of_building = {
-        "--sequences": None if sequences == DEFAULT_SIZE[0] else sequences,
-        "--length": None if length == DEFAULT_SIZE[1] else length,
+        "--sequences": None if sequences == SEQUENCES else sequences,
+        "--length": None if length == LENGTH else length,
         "--seed": seed or None,
         "--device": None if device == "auto" else device,
         "--dtype": None if dtype == "auto" else dtype,

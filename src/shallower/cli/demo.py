@@ -13,6 +13,7 @@ from shallower.cli import options
 from shallower.cli.output import typed
 from shallower.cli.prune import pruned_answer
 from shallower.cli.verb import Answer, verb
+from shallower.filenames import PAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ def demo(
     from shallower.verbs.demo import demo as run
 
     report = run(out, force=force, device=device, dtype=dtype, seed=seed).report
-    answer = pruned_answer(report, out, out / "report.html")
+    answer = pruned_answer(report, out, out / PAGE)
 
     def show(console: Console) -> None:
         answer.show(console)

@@ -10,14 +10,14 @@ from typer import Argument, Option
 from shallower.cli import options
 from shallower.cli.output import say
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import TASK_SEED, WINDOW
 from shallower.errors import UserError
+from shallower.filenames import CURVE_PNG, CURVE_SVG, EVALUATION, ITEMS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from shallower.evaluation.comparison import Comparison
-
-WINDOW, TASK_SEED = 1024, 1234
 
 
 @verb
@@ -77,7 +77,7 @@ def evaluate(
         Option(
             "--out",
             metavar="FOLDER",
-            help="Write evaluation.json, each item's answers, and with --plan the curve. Default: only show them.",
+            help=f"Write {EVALUATION}, each item's answers, and with --plan the curve. Default: only show them.",
         ),
     ] = None,
     force: options.Force = False,
@@ -225,9 +225,9 @@ def evaluate(
         _show(console, found)
         if out is not None:
             files = [
-                "evaluation.json",
-                *(["items/"] if names or suite else []),
-                *(["curve.svg", "curve.png"] if plan else []),
+                EVALUATION,
+                *([f"{ITEMS}/"] if names or suite else []),
+                *([CURVE_SVG, CURVE_PNG] if plan else []),
             ]
             console.print(f"\nWrote {out}: {', '.join(files)}", soft_wrap=True)
 

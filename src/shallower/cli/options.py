@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from typer import Argument, BadParameter, Option
 
 from shallower.budget import parse_remove
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, TRAIN_SEQUENCES
 from shallower.errors import UserError
 from shallower.units import Unit
 
@@ -162,7 +163,7 @@ TrainSequences = Annotated[
         metavar="N",
         min=1,
         help="Sequences of the calibration text, or conversations, for recoveries that train (full, lora, qlora, "
-        "low-rank-trained). Default: 4096, or all of a shorter text.",
+        f"low-rank-trained). Default: {TRAIN_SEQUENCES}, or all of a shorter text.",
     ),
 ]
 Instructions = Annotated[
@@ -192,8 +193,8 @@ RepairBy = Annotated[
         metavar="NAME",
         help="Changes only what is chosen; the model itself is not repaired (that is --recover). Every candidate is "
         "repaired by this recovery (linear-fold), and judged by its loss on the calibration text. The recovery is "
-        "fitted on other text, at least 128 sequences of 256 tokens, which takes long. Runs no races. Default: judge "
-        "it as cut.",
+        f"fitted on other text, at least {REPAIR_SEQUENCES} sequences of {REPAIR_LENGTH} tokens, which takes long. Runs "
+        "no races. Default: judge it as cut.",
     ),
 ]
 Texts = Annotated[

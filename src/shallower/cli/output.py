@@ -10,17 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import OutputError
 from shallower.files import require_writable
 from shallower.plan import Gone, ModelIdentity
 from shallower.strict_json import spelled
-from shallower.units import KINDS, Unit, listed
+from shallower.units import Unit, listed
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-DEFAULT_SIZE = (32, 128)
-"""Sequences of calibration text, and their tokens, where nobody says how much of it to read."""
 
 PIPED_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
@@ -70,8 +68,8 @@ def typed_again(text: str | None, size: tuple[int, int], seed: int, dtype: str, 
     """
     given = {
         "--calibration": (text, None),
-        "--sequences": (size[0], DEFAULT_SIZE[0]),
-        "--length": (size[1], DEFAULT_SIZE[1]),
+        "--sequences": (size[0], SEQUENCES),
+        "--length": (size[1], LENGTH),
         "--seed": (seed, 0),
         "--dtype": (dtype, "auto"),
     }
@@ -98,15 +96,12 @@ def print_places(console: Console, folder: Path, page: Path | None) -> None:
 
 def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentity, gone: Gone | None = None) -> None:
     """Print which blocks and sublayers go. gone: None where no model was loaded."""
-    from shallower.reporting.wording import KIND_NAMES, percent, plural
+    from shallower.reporting.wording import by_kind, percent, plural
 
     parts = []
-    for kind in KINDS:
-        units = [unit for unit in removed if unit.kind == kind]
-        if units:
-            amount = plural(len(units), KIND_NAMES[kind])
-            told = f"{len(units)} of {plural(model.blocks, kind)}" if kind == "block" else amount
-            parts.append(f"{told}: {listed(units, ', ')}")
+    for amount, units in by_kind(removed).items():
+        told = f"{len(units)} of {plural(model.blocks, 'block')}" if units[0].kind == "block" else amount
+        parts.append(f"{told}: {listed(units, ', ')}")
     console.print(f"Removes {'; '.join(parts) or 'nothing'}{' (from 0)' if parts else ''}.")
     if gone is not None:
         share = percent(gone.parameters, gone.of_model)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, print_places, print_removed, say
+from shallower.cli.output import print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import LENGTH, REPAIR_LENGTH, REPAIR_SEQUENCES, SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import UserError
+from shallower.filenames import PAGE
 from shallower.forms import FORMS
 from shallower.plan import Gone
 
@@ -44,8 +46,8 @@ def prune(
             "--sequences",
             metavar="N",
             min=1,
-            help="Calibration sequences, or questions. A repair reads at least 128. Default: "
-            f"{DEFAULT_SIZE[0]}; of a plan's text, as many as the plan was made with.",
+            help=f"Calibration sequences, or questions. A repair reads at least {REPAIR_SEQUENCES}. Default: "
+            f"{SEQUENCES}; of a plan's text, as many as the plan was made with.",
         ),
     ] = None,
     length: Annotated[
@@ -54,8 +56,9 @@ def prune(
             "--length",
             metavar="N",
             min=2,
-            help="Tokens in each sequence. A repair uses sequences of at least 256 tokens, or of the model's context "
-            f"if that is shorter. Default: {DEFAULT_SIZE[1]}; of a plan's text, as many as the plan was made with.",
+            help=f"Tokens in each sequence. A repair uses sequences of at least {REPAIR_LENGTH} tokens, or of the "
+            f"model's context if that is shorter. Default: {LENGTH}; of a plan's text, as many as the plan was made "
+            "with.",
         ),
     ] = None,
     settings: options.Settings = None,
@@ -66,8 +69,8 @@ def prune(
     instructions: options.Instructions = None,
     distill: options.Distill = None,
     text: options.Texts = None,
-    window: options.WindowLength = 1024,
-    windows: options.Windows = 12,
+    window: options.WindowLength = WINDOW,
+    windows: options.Windows = WINDOWS,
     speed: Annotated[bool, Option("--speed/--no-speed", help="Time prefill and decoding before and after.")] = True,
     form: Annotated[
         str,
@@ -159,7 +162,7 @@ def prune(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    return pruned_answer(pruned.report, out, out / "report.html", pruned.of_blocks)
+    return pruned_answer(pruned.report, out, out / PAGE, pruned.of_blocks)
 
 
 def pruned_answer(data: ReportData, folder: Path, page: Path | None, of_blocks: int | None = None) -> Answer:

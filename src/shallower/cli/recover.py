@@ -10,7 +10,9 @@ from typer import Argument, Option
 from shallower.cli import options
 from shallower.cli.output import print_places, print_removed, say
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import UserError
+from shallower.filenames import PAGE, PLAN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +44,7 @@ def recover(
     ] = None,
     plan: Annotated[
         Path | None,
-        Option("--plan", metavar="FILE", help="What is cut out. Default: plan.json in the pruned checkpoint."),
+        Option("--plan", metavar="FILE", help=f"What is cut out. Default: {PLAN} in the pruned checkpoint."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -59,17 +61,17 @@ def recover(
             "--sequences",
             metavar="N",
             min=1,
-            help="Sequences of the calibration text, for recoveries in closed form. Default: 128.",
+            help=f"Sequences of the calibration text, for recoveries in closed form. Default: {REPAIR_SEQUENCES}.",
         ),
     ] = None,
-    length: options.Length = 256,
+    length: options.Length = REPAIR_LENGTH,
     train_sequences: options.TrainSequences = None,
     instructions: options.Instructions = None,
     distill: options.Distill = None,
     settings: options.Settings = None,
     text: options.Texts = None,
-    window: options.WindowLength = 1024,
-    windows: options.Windows = 12,
+    window: options.WindowLength = WINDOW,
+    windows: options.Windows = WINDOWS,
     force: options.Force = False,
     seed: options.SeedOrPlans = None,
     memory: options.Memory = None,
@@ -123,7 +125,7 @@ def recover(
         )
         _show(console, found.plan, data, out if found.folder is not None else None)
 
-    page = {} if found.folder is None else {"page": str(found.folder / "report.html")}
+    page = {} if found.folder is None else {"page": str(found.folder / PAGE)}
     return Answer({**found.to_json(), **page}, show)
 
 
@@ -147,7 +149,7 @@ def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path 
     if folder is None:
         console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
         return
-    print_places(console, folder, folder / "report.html" if page else None)
+    print_places(console, folder, folder / PAGE if page else None)
     if data.form is not None:
         from shallower.forms import FORMS
 

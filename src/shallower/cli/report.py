@@ -10,6 +10,7 @@ from typer import Argument
 from shallower.cli.prune import pruned_answer
 from shallower.cli.recover import recovered_answer
 from shallower.cli.verb import Answer, verb
+from shallower.filenames import PLAN
 from shallower.plan import PruningPlan
 
 
@@ -29,4 +30,4 @@ def report(
     data, page = run(folder)
     if isinstance(data, ReportData):
         return pruned_answer(data, folder, page)
-    return recovered_answer(PruningPlan.load(folder / "plan.json"), data, folder, page)
+    return recovered_answer(PruningPlan.load(folder / PLAN), data, folder, page)

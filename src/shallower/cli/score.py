@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed, typed_again
+from shallower.cli.output import print_written, require_free, typed, typed_again
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import LENGTH, SEQUENCES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,8 +35,8 @@ def score(
     ] = "auto",
     objective: options.Objective = "nll",
     calibration: options.Calibration = None,
-    sequences: options.Sequences = DEFAULT_SIZE[0],
-    length: options.Length = DEFAULT_SIZE[1],
+    sequences: options.Sequences = SEQUENCES,
+    length: options.Length = LENGTH,
     settings: options.Settings = None,
     out: Annotated[
         Path | None, Option("--out", metavar="FILE", help="Write the scores here, as JSON. Default: only show them.")

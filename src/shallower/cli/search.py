@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from shallower.cli import options
-from shallower.cli.output import DEFAULT_SIZE, print_written, require_free, typed, typed_again
+from shallower.cli.output import print_written, require_free, typed, typed_again
 from shallower.cli.plan import show_plan
 from shallower.cli.verb import Answer, verb
+from shallower.defaults import LENGTH, SEQUENCES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,8 +38,8 @@ def search(
             "The calibration text that ranks units most like it is used.",
         ),
     ] = None,
-    sequences: options.Sequences = DEFAULT_SIZE[0],
-    length: options.Length = DEFAULT_SIZE[1],
+    sequences: options.Sequences = SEQUENCES,
+    length: options.Length = LENGTH,
     settings: options.Settings = None,
     exact: options.Exact = False,
     repair: options.RepairBy = "",
@@ -107,9 +108,9 @@ def search(
         plan.save(out)
     text, size = calibration, (sequences, length)
     if reads_choices(objectives.get(objective)):
-        text, size = None, DEFAULT_SIZE  # questions are no text to measure on
+        text, size = None, (SEQUENCES, LENGTH)  # questions are no text to measure on
     elif target is not None and text is not None and plan.made_by.calibration is not None:
-        text, size = plan.made_by.calibration.spec, DEFAULT_SIZE  # the one that was chosen, and how much of it
+        text, size = plan.made_by.calibration.spec, (SEQUENCES, LENGTH)  # the one that was chosen, and how much of it
 
     def show(console: Console) -> None:
         show_plan(console, plan)

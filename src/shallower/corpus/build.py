@@ -45,6 +45,7 @@ from shallower.corpus.specification import (
     written_out,
 )
 from shallower.corpus.supply import NOTHING, Supply
+from shallower.defaults import BUILT_LENGTH, SEQUENCES
 from shallower.errors import CorpusError, TooLittleText, UserError
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def build_calibration(
     spec: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    sequences: int = 32,
-    length: int = 512,
+    sequences: int = SEQUENCES,
+    length: int = BUILT_LENGTH,
     seed: int = 0,
     pack: bool = True,
     bos: Bos = "auto",

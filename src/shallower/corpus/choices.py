@@ -36,6 +36,7 @@ from shallower.corpus.calibration import (
 from shallower.corpus.questions import EXAMPLE, Question, read_questions
 from shallower.corpus.sources import name_digest
 from shallower.corpus.specification import Part, check_options, in_part, parse_specification, written_out
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import CorpusError
 from shallower.registry import Option
 
@@ -126,8 +127,8 @@ class ChoiceSet(CalibrationSet):
 class ChoiceOptions:
     """What may stand after the `?` of a specification of questions."""
 
-    questions: int = 32
-    length: int = 128
+    questions: int = SEQUENCES
+    length: int = LENGTH
     seed: int = 0
     part: Part = "all"
 
@@ -145,8 +146,8 @@ def build_choices(
     spec: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    questions: int = 32,
-    length: int = 128,
+    questions: int = SEQUENCES,
+    length: int = LENGTH,
     seed: int = 0,
     part: Part = "all",
 ) -> ChoiceSet:

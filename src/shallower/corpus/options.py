@@ -13,6 +13,7 @@ from shallower.corpus.bos import Bos
 from shallower.corpus.calibration import is_saved
 from shallower.corpus.formats import Format
 from shallower.corpus.specification import Part, check_options, joined, parse_specification
+from shallower.defaults import BUILT_LENGTH, SEQUENCES
 from shallower.plan import source_and_options
 from shallower.registry import Option
 
@@ -23,8 +24,8 @@ Position = Literal["auto", "start", "random", "end"]
 class BuildOptions:
     """What may stand after the `?` of a specification, or in a YAML file; `build_calibration` explains them."""
 
-    sequences: int = 32
-    length: int = 512
+    sequences: int = SEQUENCES
+    length: int = BUILT_LENGTH
     seed: int = 0
     pack: bool = True
     bos: Bos = "auto"

@@ -22,6 +22,7 @@ from shallower import progress
 from shallower.checkpoint.stock import evaluating
 from shallower.corpus.bos import resolve_bos
 from shallower.corpus.calibration import padded
+from shallower.defaults import WINDOW
 from shallower.engine.likelihood import perplexity_of
 from shallower.errors import CorpusError, ModelError, UserError
 
@@ -80,14 +81,14 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     text: str | Tensor,
     *,
-    window: int = 1024,
+    window: int = WINDOW,
     stride: int | None = None,
     batch_size: int = 1,
     bos: WindowBos = "auto",
     max_windows: int | None = None,
     label: str = "",
 ) -> Perplexity:
-    """Measure the perplexity of `text`.
+    """Measure the perplexity of `text`. `batch_size` and `bos` are for callers from Python; no verb sets them.
 
     Args:
         model: A causal language model; it is left in the mode (training or not) it was in.
@@ -153,7 +154,7 @@ def cut_windows(
     tokenizer: PreTrainedTokenizerBase,
     text: str | Tensor,
     *,
-    window: int = 1024,
+    window: int = WINDOW,
     stride: int | None = None,
     batch_size: int = 1,
     bos: WindowBos = "auto",

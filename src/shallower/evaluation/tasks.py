@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from shallower import progress
+from shallower.defaults import TASK_SEED
 from shallower.errors import CorpusError, ShallowerError, UserError, first_line
 from shallower.evaluation.harness import load_tasks, quiet_harness
 from shallower.evaluation.suites import suite as suite_named
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from shallower.evaluation.respondent import Respondent
 
-LM_EVAL_SEED = 1234
 BOOTSTRAPS = 1000  # for the errors of metrics that are no means
 
 
@@ -36,7 +36,7 @@ class TaskSettings:
 
     limit: int | None = None
     shots: int | None = None
-    seed: int = LM_EVAL_SEED
+    seed: int = TASK_SEED
     chat: bool = False
     batch: int | None = None
     truncate: bool = False

@@ -1,25 +1,34 @@
-"""Repair a cut model. One recovery a file: a function, registered under the file's name, with the trait `maps` where
-it puts maps at cuts that only a packaged checkpoint has a place for: True, or "constant" for constants that become maps
-where the family has no bias for them.
+"""Repair a cut model. One recovery a file: a function, registered under the file's name.
 
-It asks by name for what it needs. In closed form: `repair` (a `Repair`): the cut model with its dense teacher, the
-units that are gone, calibration text and a seed. It changes `repair.student.model` in place and returns nothing. Where
-it fits maps, the trait `inputs`, a function (repair, all options), says how many inputs the widest of them has, so that
-too short a text is refused before anything is fitted. Where it needs a matrix in front of each cut (`require_writers`),
-the trait `folds` holds the options with which it does, {} for any, so that a search keeps what could not be repaired.
+In closed form it asks for `repair`, a `Repair`: the cut model with its dense teacher, the units that are gone,
+calibration text and a seed. It changes `repair.student.model` in place and returns nothing.
 
-Trained (trait `trained`): one that is written as `method(student, task, *, options)` and decorated with
-`@trainable(Recipe())` (`shallower.training.recipe`) below `@recovery(…, trained=True)` is given a `Task` and takes the
-options of the recipe, too: see `full.py`. Without that it asks for what a `Task` is made of: `student` (a
-PreTrainedModel already cut, in memory), `anatomy` (of the dense model), `removed` (frozenset of units), `calibration`
-(a CalibrationSet), `held_out` (a function from a model to its perplexity on text that nothing is fitted on, or None),
-`folder` (where it may keep what it resumes from, or None) and `seed`. It changes the student in place and returns it.
-Where it needs all weights in every process, the trait `whole` holds the options with which it does, {} for any.
+With the trait `trained=True` it is written as `method(student, task, *, options)` and decorated with
+`@trainable(Recipe())` (`shallower.training.recipe`) below `@recovery(…)`, by which it is given a `Task` and takes the
+options of the recipe, too: see `full.py`. Without that it asks for what a `Task` is made of, changes the student in
+place and returns it:
 
-Of both kinds: where one needs the plain cut, so that no recovery can come before it, the trait `plain` holds the
-options with which it does. The trait `unread`, a function (all options), names those that nothing reads with the values
-of the others, and why; what is trained has it from its recipe. Where it needs packages, the trait `packages` names them
-by the extra of this package that brings them.
+    student      a PreTrainedModel already cut, in memory
+    anatomy      of the dense model
+    removed      frozenset of units
+    calibration  a CalibrationSet
+    held_out     a function from a model to its perplexity on text that nothing is fitted on, or None
+    folder       where it may keep what it resumes from, or None
+    seed
+
+Further traits (where one holds options, {} is for any):
+
+    maps         True where it puts maps at cuts that only a packaged checkpoint has a place for, or "constant" for
+                 constants that become maps where the family has no bias for them
+    inputs       of one that fits maps: a function (repair, all options) that says how many inputs the widest of them
+                 has, so that too short a text is refused before anything is fitted
+    folds        options with which it needs a matrix in front of each cut (`require_writers`), so that a search keeps
+                 what could not be repaired
+    plain        options with which it needs the plain cut, so that no recovery can come before it
+    whole        of one that is trained: options with which it needs all weights in every process
+    unread       a function (all options) that names those that nothing reads with the values of the others, and why;
+                 what is trained has it from its recipe
+    packages     those that it needs, by the extra of this package that brings them
 
 The dense model, with which the cut one shares tensors until they are replaced, stays as it was. Several run one after
 another, each on what the one before left.

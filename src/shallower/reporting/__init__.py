@@ -1,6 +1,7 @@
 """What a removal cost and gained: a self-contained page, its figures, and tables for the terminal.
 
-`page` and `figures` import matplotlib, `tables` imports rich; `data` and `wording` import neither.
+`style` imports matplotlib, and with it all that draw; `tables` and `evaluation` import rich; `data`, `wording` and
+`markup` import neither.
 """
 
 from shallower.reporting.data import ReportData, Side

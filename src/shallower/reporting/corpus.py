@@ -15,14 +15,14 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from shallower.corpus import CalibrationSet, Cleaning, Cluster, Counts, SharedRows
 from shallower.corpus.clean import Member
-from shallower.reporting.figures import WIDTH, styled, svg
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
+from shallower.reporting.style import BLUE, INK, PINK, VERMILION, WIDTH, styled, svg
 from shallower.reporting.wording import percent, plural
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_KEPT, _DUPLICATE, _POOR = "#0072B2", "#D55E00", "#CC79A7"  # Okabe-Ito
+_KEPT, _DUPLICATE, _POOR = BLUE, VERMILION, PINK
 _BINS = 20
 SHOWN_CLUSTERS = 8
 SHOWN_MEMBERS = 3
@@ -183,7 +183,7 @@ def quality_bars(cleaning: Cleaning) -> str | None:
             left = [(place + 0.05) / _BINS + number * width for place in range(_BINS)]
             axes.bar(left, counts[name], width, align="edge", color=colour, label=name)
         if cleaning.min_quality:
-            axes.axvline(cleaning.min_quality, color="#334155", linewidth=1, linestyle="--")
+            axes.axvline(cleaning.min_quality, color=INK, linewidth=1, linestyle="--")
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.6)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from shallower.evaluation.perplexity import Perplexity
 from shallower.evaluation.tasks import TaskResult
-from shallower.reporting.figures import round_values, styled, svg
+from shallower.filenames import CURVE_PNG, CURVE_SVG
+from shallower.reporting.style import COLOURS, GREY, perplexity_axis, styled, svg
 from shallower.reporting.wording import KIND_NAMES
 from shallower.units import Kind
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#64748B", "#B59B00")
-_SHARED = "#64748B"  # of a line that several tasks have
+_SHARED = GREY  # of a line that several tasks have
 _MARKERS = "osD^vPX*"
 _DOTS = 200  # of a PNG, an inch
 
@@ -48,8 +48,8 @@ def curve_files(points: Sequence[CurvePoint], model: str, kinds: Mapping[Kind, i
         figure.savefig(image, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
         title = f"{model}: accuracy and perplexity against units removed"
         return {
-            "curve.png": image.getvalue(),
-            "curve.svg": svg(figure, title, "One point for each prefix of the plan; dotted: chance."),
+            CURVE_PNG: image.getvalue(),
+            CURVE_SVG: svg(figure, title, "One point for each prefix of the plan; dotted: chance."),
         }
 
 
@@ -110,11 +110,3 @@ def _draw_texts(axes: Axes, places: Sequence[int], points: Sequence[CurvePoint],
         axes.plot(places, finite, label=text, markersize=4, linewidth=1.3, **style)
     perplexity_axis(axes)
     axes.set_ylabel("perplexity (log scale)")
-
-
-def perplexity_axis(axes: Axes) -> None:
-    """A logarithmic vertical axis with ticks at round values, over what was drawn."""
-    axes.set_yscale("log")
-    ticks = round_values(*axes.get_ylim())
-    axes.set_yticks(ticks, labels=[f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks])
-    axes.yaxis.set_minor_locator(NullLocator())

@@ -1,20 +1,10 @@
-"""The page's figures, each an inline SVG string. The same data give the same bytes.
-
-Object-oriented matplotlib only; the settings of the caller's matplotlib neither show here nor are changed.
-"""
+"""The page's figures, each an inline SVG string. The same data give the same bytes."""
 
 from __future__ import annotations
 
-import hashlib
-import html
-import io
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,50 +14,31 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryStage
+from shallower.reporting.style import (
+    BLUE,
+    EDGE,
+    GREEN,
+    GREY,
+    INK,
+    REMOVED,
+    WIDTH,
+    round_values,
+    styled,
+    svg,
+    tick_labels,
+)
 from shallower.reporting.wording import KIND_NAMES, score
 from shallower.scores import Score, Scores
 from shallower.units import KINDS, Kind, Unit, listed, runs, sublayers_of
 
-# Okabe-Ito, but for the grey
-_REMOVED = "#D55E00"
-_COLOURS: dict[Kind, str] = {"block": "#64748B", "attn": "#0072B2", "mlp": "#009E73"}
+_COLOURS: dict[Kind, str] = {"block": GREY, "attn": BLUE, "mlp": GREEN}
 _MARKERS: dict[Kind, str] = {"block": "o", "attn": "s", "mlp": "D"}
-_INK = "#334155"
-_PALE = "#E2E8F0"
 
 _LABELLED_BLOCKS = 40  # up to so many blocks each has its number on the axis
 _LABELLED_STARTS = 34  # the same, on the narrower axis of the heatmap
 _LABELLED_REMOVALS = 64
 _BRIGHTEST = 0.85
 _LOG_RANGE = 20  # values that differ by more than this factor get a logarithmic axis
-
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
-    "svg.hashsalt": "shallower",
-    "text.parse_math": False,  # names of methods may hold a dollar sign
-    "axes.unicode_minus": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 8.5,
-    "axes.edgecolor": "#94A3B8",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.linewidth": 0.8,
-    "grid.color": _PALE,
-    "grid.linewidth": 0.7,
-    "xtick.color": "#94A3B8",
-    "ytick.color": "#94A3B8",
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "text.color": _INK,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-}
 
 
 def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
@@ -99,7 +70,7 @@ def influence_bars(scores: Scores, removed: Collection[Unit]) -> str | None:
             for kind, label in labels.items()
         ]
         if gone:
-            handles.append(Patch(facecolor=_REMOVED, edgecolor="#F7D7C2", linewidth=2.5, label="removed"))
+            handles.append(Patch(facecolor=REMOVED, edgecolor="#F7D7C2", linewidth=2.5, label="removed"))
         _legend(panels[0], handles)
         told = listed(gone, ", ") or "none of these"
         return svg(
@@ -164,7 +135,7 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
         bar.set_ticks([0, 0.5, 1], labels=ends)
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
-        profile.plot(least, [row + 1 for row in lengths], color=_INK, linewidth=1.1, marker="o", markersize=2.2)
+        profile.plot(least, [row + 1 for row in lengths], color=INK, linewidth=1.1, marker="o", markersize=2.2)
         profile.set_xlabel(f"least {spans.metric} score")
         profile.grid(axis="both")
         profile.xaxis.set_major_locator(MaxNLocator(4))
@@ -173,10 +144,10 @@ def span_heatmap(spans: Scores, removed: Collection[Unit]) -> str | None:
         if len(chosen) == 1:
             start, length = chosen[0].start, len(chosen[0])
             plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=3.4))
-            plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor=_REMOVED, linewidth=1.8))
-            profile.axhline(length, color=_REMOVED, linewidth=1.2)
+            plane.add_patch(Rectangle((start - 0.5, length - 0.5), 1, 1, fill=False, edgecolor=REMOVED, linewidth=1.8))
+            profile.axhline(length, color=REMOVED, linewidth=1.2)
             label = f"removed: {listed(removed)}"
-            handles.append(Patch(fill=False, edgecolor=_REMOVED, linewidth=1.8, label=label))
+            handles.append(Patch(fill=False, edgecolor=REMOVED, linewidth=1.8, label=label))
         plane.legend(handles=handles, loc="upper right")  # the triangle above the diagonal is empty
         told = f"Least of length {lengths[0] + 1} starts at block {starts[0]}; of length {highest}, at {starts[-1]}."
         return svg(figure, f"Distance ({spans.metric}) between the ends of every span of blocks", told)
@@ -198,7 +169,7 @@ def loss_curve(plan: PruningPlan) -> str | None:
     with styled():
         figure, axes = _canvas(3.1)
         places, losses = [place for place, _, _ in steps], [loss for _, _, loss in steps]
-        axes.plot(places, losses, color="#94A3B8", linewidth=1.3, zorder=2)
+        axes.plot(places, losses, color=EDGE, linewidth=1.3, zorder=2)
         kinds = [kind for kind in KINDS if any(unit.kind == kind for unit, _ in plan.order)]
         size = 30 if total <= 30 else 14
         for kind in kinds:
@@ -206,7 +177,7 @@ def loss_curve(plan: PruningPlan) -> str | None:
             xs, ys = [place for place, _ in mine], [loss for _, loss in mine]
             axes.scatter(xs, ys, s=size, color=_COLOURS[kind], marker=_MARKERS[kind], zorder=3)
         if plan.dense is not None and math.isfinite(plan.dense):
-            axes.scatter([0], [plan.dense], s=size * 1.2, color="white", edgecolor=_INK, linewidth=1.2, zorder=3)
+            axes.scatter([0], [plan.dense], s=size * 1.2, color="white", edgecolor=INK, linewidth=1.2, zorder=3)
         for (place, _, loss), align in ((steps[0], "left"), (steps[-1], "right")):
             axes.annotate(
                 score(loss),
@@ -229,9 +200,6 @@ def loss_curve(plan: PruningPlan) -> str | None:
         told = f"From {score(losses[0])} at {places[0]} removals to {score(losses[-1])} at {places[-1]}."
         where = "part of the calibration text" if made.repair else "the calibration text"
         return svg(figure, f"{made.measure} on {where} after each removal", told)
-
-
-WIDTH = 9.2  # inches, at 72 units each; the page scales it
 
 
 def training_curve(stage: RecoveryStage) -> str | None:
@@ -264,23 +232,14 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-@contextmanager
-def styled() -> Iterator[None]:
-    """Inside the `with`, matplotlib draws in this project's style, whatever the caller's settings."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
-
-
 def _values(
     axes: Axes, rows: Mapping[Unit, Score], gone: Collection[Unit], kind: Kind, blocks: int, *, dots: bool
 ) -> None:
     for span in runs((unit for unit in rows if unit in gone), kind):
         # what is removed is low, so its bars alone would hardly be seen
-        axes.axvspan(span.start - 0.5, span.stop - 0.5, color=_REMOVED, alpha=0.16, linewidth=0)
+        axes.axvspan(span.start - 0.5, span.stop - 0.5, color=REMOVED, alpha=0.16, linewidth=0)
     places, values = [unit.index for unit in rows], [row.value for row in rows.values()]
-    colours = [_REMOVED if unit in gone else _COLOURS[kind] for unit in rows]
+    colours = [REMOVED if unit in gone else _COLOURS[kind] for unit in rows]
     if dots:
         axes.scatter(places, values, s=max(8.0, min(26.0, 900 / blocks)), color=colours, zorder=3)
     else:
@@ -308,7 +267,7 @@ def _value_scale(axes: Axes, values: Sequence[float]) -> None:
     """Linear, unless they are too wide."""
     axes.grid(axis="y")
     if not _wide(values):
-        axes.axhline(0, color="#94A3B8", linewidth=0.8)
+        axes.axhline(0, color=EDGE, linewidth=0.8)
         return
     sizes = sorted(abs(value) for value in values if value)
     if min(values) > 0:
@@ -318,7 +277,7 @@ def _value_scale(axes: Axes, values: Sequence[float]) -> None:
     else:
         axes.set_yscale("symlog", linthresh=sizes[len(sizes) // 2], linscale=1.2)
         axes.set_ylabel(f"{axes.get_ylabel()} (log scale)")
-        axes.axhline(0, color="#94A3B8", linewidth=0.8)
+        axes.axhline(0, color=EDGE, linewidth=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
 
 
@@ -344,22 +303,8 @@ def _perplexity_axis(axes: Axes, label: str) -> None:
     right.spines["right"].set_visible(True)
     right.set_ylim(low, high)
     ticks = round_values(*(math.exp(max(-300.0, min(loss, 300.0))) for loss in (low, high)))  # floats end at e^709
-    labels = [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]
-    right.set_yticks([math.log(tick) for tick in ticks], labels=labels)
+    right.set_yticks([math.log(tick) for tick in ticks], labels=tick_labels(ticks))
     right.set_ylabel(label)
-
-
-def round_values(low: float, high: float) -> list[float]:
-    """Three to eight round numbers between two positive ones."""
-    if high / low < 4:
-        return [float(tick) for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high and tick > 0]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 8:
-            return ticks
-    return ticks[:: 1 + len(ticks) // 8]
 
 
 def _dot(colour: str, label: str, *, marker: str = "o", edge: str | None = None) -> Line2D:
@@ -368,28 +313,3 @@ def _dot(colour: str, label: str, *, marker: str = "o", edge: str | None = None)
 
 def _legend(axes: Axes, handles: Sequence[Patch | Line2D]) -> None:
     axes.legend(handles=list(handles), loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), borderaxespad=0.2)
-
-
-def svg(figure: Figure, title: str, description: str) -> str:
-    """The figure as an element to stand inside HTML: titled, scalable, without identifiers that could clash."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"\s*<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)  # would style the page
-    referred = set(re.findall(r"(?:url\(|href=\")#([^\")]+)", text))
-    own = "f" + hashlib.sha256((title + text).encode()).hexdigest()[:8]
-    text = re.sub(r" id=\"([^\"]*)\"", _renamed(own, referred), text)
-    text = re.sub(r"(url\(|href=\")#", rf"\1#{own}-", text)
-    opening, rest = text.split(">", 1)
-    opening = re.sub(r" (width|height)=\"[^\"]*\"", "", opening)
-    return (
-        f'{opening} role="img" aria-labelledby="{own}-title {own}-desc" stroke-linejoin="round" '
-        f'stroke-linecap="butt">\n <title id="{own}-title">{html.escape(title)}</title>\n'
-        f' <desc id="{own}-desc">{html.escape(description)}</desc>{rest}'
-    )
-
-
-def _renamed(own: str, referred: Collection[str]) -> Callable[[re.Match[str]], str]:
-    return lambda match: f' id="{own}-{match[1]}"' if match[1] in referred else ""

@@ -14,7 +14,7 @@ from shallower.reporting.data import RecoveryData, RecoveryStage, ReportData
 from shallower.reporting.figures import importance, influence_bars, loss_curve, span_heatmap, training_curve
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
 from shallower.reporting.wording import (
-    KIND_NAMES,
+    by_kind,
     comparison,
     duration,
     headline,
@@ -26,7 +26,7 @@ from shallower.reporting.wording import (
     score,
 )
 from shallower.scores import Scores
-from shallower.units import KINDS, Unit, listed
+from shallower.units import Unit, listed
 
 
 def render(data: ReportData) -> str:
@@ -79,11 +79,7 @@ def _removed(plan: PruningPlan) -> str:
     removed, blocks = plan.removed, plan.model.blocks
     sublayers = any(unit.kind != "block" for unit in removed)
     cells = "".join(_cell(index, removed, sublayers) for index in range(blocks))
-    rows = []
-    for kind in KINDS:
-        units = [unit for unit in removed if unit.kind == kind]
-        if units:
-            rows.append((plural(len(units), KIND_NAMES[kind]), listed(units, ", ")))
+    rows = [(amount, listed(units, ", ")) for amount, units in by_kind(removed).items()]
     told = f"Blocks are counted from 0, so the last of the dense model's {blocks} is block {blocks - 1}."
     table = html_table(("", "Units"), rows, "Removed units", style="facts")
     return f'<ol class="map" aria-label="Blocks of the dense model">{cells}</ol>\n{table}<p class="quiet">{told}</p>\n'

@@ -15,13 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shallower.files import write_text
-from shallower.reporting.curves import COLOURS, perplexity_axis
-from shallower.reporting.figures import WIDTH, styled, svg
 from shallower.reporting.markup import glued, html_figure, html_page, html_section, html_table
+from shallower.reporting.style import BLUE, COLOURS, EDGE, INK, PALE, VERMILION, WIDTH, perplexity_axis, styled, svg
 from shallower.reporting.wording import distinct_names, number, percent
 from shallower.strict_json import spelled, write_json
 from shallower.studies.findings import Decomposition, Findings, outcomes
-from shallower.studies.overlap import Interval
+from shallower.studies.interval import Interval
 from shallower.studies.result import FACTORS, Failure, Result, counterparts, distinct, grouped
 from shallower.studies.variance import RESIDUAL
 
@@ -369,8 +368,8 @@ def agreement_bars(findings: Findings) -> str | None:
         below = [item.jaccard.value - item.jaccard.low for item in items]
         above = [item.jaccard.high - item.jaccard.value for item in items]
         errors = np.fmax(0.0, [below, above])  # 0 where there is no interval
-        colours = ["#D55E00" if item.factor == "search" else "#0072B2" for item in items]
-        axes.barh([item.factor for item in items], values, xerr=errors, color=colours, height=0.62, ecolor="#334155")
+        colours = [VERMILION if item.factor == "search" else BLUE for item in items]
+        axes.barh([item.factor for item in items], values, xerr=errors, color=colours, height=0.62, ecolor=INK)
         axes.set_xlim(0, 1)
         axes.set_xlabel("shared units of plans that differ in this only (Jaccard)")
         axes.grid(axis="x")
@@ -393,7 +392,7 @@ def share_bars(findings: Findings) -> str | None:
         axes: Axes = figure.subplots()
         left = np.zeros(len(outcomes_))
         for (label, values), colour in zip(parts.items(), COLOURS * 2, strict=False):
-            shade = {RESIDUAL: "#E2E8F0", "interactions": "#94A3B8"}.get(label, colour)
+            shade = {RESIDUAL: PALE, "interactions": EDGE}.get(label, colour)
             axes.barh(outcomes_, values, left=left, color=shade, height=0.62, label=label)
             left += np.array(values)
         axes.invert_yaxis()
@@ -445,7 +444,7 @@ def spread(results: Sequence[Result]) -> str | None:
                 colour = COLOURS[number % len(COLOURS)]
                 axes.plot(places, values, "o", color=colour, alpha=0.55, markersize=3.5, label=source)
             for start in starts[1:]:
-                axes.axvline(start - 0.5, color="#94A3B8", linewidth=0.8)
+                axes.axvline(start - 0.5, color=EDGE, linewidth=0.8)
             perplexity_axis(axes)
             axes.set_ylabel(f"perplexity, {text} (log scale)")
             axes.grid(axis="y")

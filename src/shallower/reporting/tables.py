@@ -16,7 +16,7 @@ from rich.text import Text
 from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.ranks import RankCorrelation
 from shallower.reporting.wording import (
-    KIND_NAMES,
+    by_kind,
     comparison,
     count,
     number,
@@ -134,8 +134,7 @@ def inspection_table(weights: Weights, removed: Collection[Unit] = (), gone: Uni
             )
         ]
         add_row(table, "difference", *changes)
-        amounts = {kind: sum(unit.kind == kind for unit in removed) for kind in KINDS}
-        told = ", ".join(plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount)
+        told = ", ".join(by_kind(removed))
         table.caption = Text(f"Removed: {told} ({listed(removed, ', ')}). {_COUNTED}", style="dim")
     return table
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage, ReportData
-from shallower.units import Kind
+from shallower.units import Kind, Unit
 
 KIND_NAMES: Mapping[Kind, str] = {"block": "block", "attn": "attention sublayer", "mlp": "MLP sublayer"}
 
@@ -52,8 +52,7 @@ def recovery_headline(plan: PruningPlan, data: RecoveryData) -> str:
         for name in list(last)[:_TEXTS_IN_HEADLINE]
         if name in first
     ]
-    amounts = {kind: sum(unit.kind == kind for unit in plan.remove) for kind in KIND_NAMES}
-    gone = _listed([plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount]) or "nothing"
+    gone = _listed([*by_kind(plan.remove)]) or "nothing"
     told = f"Removed {gone} of a model of {plural(plan.model.blocks, 'block')}"
     told += f", repaired by {_listed(methods)}" if methods else ""
     return told + (f": {', '.join(gains)}." if gains else ".")
@@ -152,6 +151,12 @@ def distinct_names(names: Sequence[str], given: Sequence[str]) -> list[str]:
     ]
 
 
+def by_kind(units: Collection[Unit]) -> dict[str, list[Unit]]:
+    """The units of each kind, by how many they are in words: `2 attention sublayers`. No kind that has none."""
+    found = {kind: [unit for unit in units if unit.kind == kind] for kind in KIND_NAMES}
+    return {plural(len(own), KIND_NAMES[kind]): own for kind, own in found.items() if own}
+
+
 def plural(amount: int, noun: str) -> str:
     """`1 block`, `2 blocks`."""
     return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
@@ -224,12 +229,10 @@ def _removed(data: ReportData) -> str:
     gone = dense.blocks - pruned.blocks
     shares = f"{percent(gone, dense.blocks)} of blocks, " if gone else ""
     shares += f"{percent(dense.parameters - pruned.parameters, dense.parameters)} of parameters"
-    amounts = {kind: sum(unit.kind == kind for unit in data.plan.remove) for kind in KIND_NAMES}
-    if not (amounts["attn"] or amounts["mlp"]):
+    if all(unit.kind == "block" for unit in data.plan.remove):
         return f"Removed {gone} of {plural(dense.blocks, 'block')} ({shares})"
-    named = [plural(amount, KIND_NAMES[kind]) for kind, amount in amounts.items() if amount]
     of = f"{gone} of {plural(dense.blocks, 'block')}: " if gone else ""
-    return f"Removed {_listed(named)} ({of}{shares})"
+    return f"Removed {_listed([*by_kind(data.plan.remove)])} ({of}{shares})"
 
 
 def _listed(words: Sequence[str]) -> str:

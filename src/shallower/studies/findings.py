@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from shallower.studies.overlap import RESAMPLES, Agreement, Interval, agreement, percentiles
+from shallower.studies.agreement import Agreement, agreement
+from shallower.studies.interval import RESAMPLES, Interval, percentiles
 from shallower.studies.result import CALIBRATION, FACTORS, Cell, Failure, Result, counterparts, distinct, grouped
 from shallower.studies.variance import RESIDUAL, Share, decompose
 

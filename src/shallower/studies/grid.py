@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.corpus.specification import located
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import UserError
 from shallower.files import expanded
 from shallower.strict_json import key_faults, read_yaml
@@ -46,8 +47,8 @@ class Study:
     texts: Mapping[str, str]
     remove: Names
     format: Names = ("",)
-    sequences: tuple[int, ...] = (32,)
-    length: tuple[int, ...] = (128,)
+    sequences: tuple[int, ...] = (SEQUENCES,)
+    length: tuple[int, ...] = (LENGTH,)
     seeds: tuple[int, ...] = (0,)
     objectives: Names = ("nll",)
     searches: Names = ("greedy",)

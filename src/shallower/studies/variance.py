@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from shallower.studies.overlap import RESAMPLES, Interval, percentiles
+from shallower.studies.interval import RESAMPLES, Interval, percentiles
 
 Matrix = NDArray[np.float64]
 RESIDUAL = "rest"

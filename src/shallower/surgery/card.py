@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from shallower.anatomy.weigh import size
 from shallower.checkpoint.dtype import dtype_name
+from shallower.filenames import PLAN
 from shallower.forms import FORMS, Form
 from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan, options_in_words
@@ -106,4 +107,4 @@ def _how(plan: PruningPlan) -> list[str]:
         ("fingerprint of the original", plan.model.fingerprint),
     ]
     table = [f"| {name} | {value} |" for name, value in rows if value is not None]
-    return ["## How it was chosen", "", "| | |", "|---|---|", *table, "", "`plan.json` holds the removal order.", ""]
+    return ["## How it was chosen", "", "| | |", "|---|---|", *table, "", f"`{PLAN}` holds the removal order.", ""]

@@ -10,7 +10,9 @@ from pathlib import Path, PurePath
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-_OF_SHALLOWER = ("README.md", "plan.json", "recovery.json", "report.html", "report.json")
+from shallower.filenames import CARD, PAGE, PLAN, RECOVERY, REPORT
+
+_OF_SHALLOWER = (CARD, PLAN, RECOVERY, PAGE, REPORT)
 _OF_MODELS = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # What tokenizers of transformers write, by the names that their classes give it
@@ -56,7 +58,7 @@ def listing(checkpoint: Path) -> str:
 def _listed(checkpoint: Path) -> set[str]:
     """Paths in the folder that its model card lists."""
     with suppress(OSError, ValueError):  # without a card, or one that somebody changed
-        found = _LISTED.search((checkpoint / "README.md").read_text(encoding="utf-8"))
+        found = _LISTED.search((checkpoint / CARD).read_text(encoding="utf-8"))
         return {str(name) for name in json.loads(found[1])} if found else set()
     return set()
 

@@ -24,16 +24,15 @@ from shallower.surgery.config import stored_text
 from shallower.surgery.skeleton import skeleton, skeleton_blocks
 
 
-def fold_constant(anatomy: Anatomy, writer: Writer, constant: Tensor) -> int:
+def fold_constant(anatomy: Anatomy, writer: Writer, constant: Tensor) -> None:
     """Let the model add `constant` [hidden] to the stream where `writer` writes, in place. Exact.
 
-    Returns the number of parameters that the model gained. Raises ModelError when the family has no bias there, and no
-    config field that gives it one.
+    Raises ModelError when the family has no bias there, and no config field that gives it one.
     """
-    added = 0 if writer.bias is not None else give_bias(anatomy, writer)
+    if writer.bias is None:
+        give_bias(anatomy, writer)
     assert writer.bias is not None
     writer.replace(bias=writer.bias.double() + constant.double().to(writer.bias.device) / writer.factor)
-    return added
 
 
 def fold_map(writer: Writer, matrix: Tensor) -> None:
@@ -48,10 +47,10 @@ def can_have_bias(anatomy: Anatomy, writer: Writer) -> bool:
     return writer.bias is not None or bias_switch(anatomy, writer) is not None
 
 
-def give_bias(anatomy: Anatomy, writer: Writer) -> int:
+def give_bias(anatomy: Anatomy, writer: Writer) -> None:
     """Turn on the config field that gives `writer` a bias; all new biases are zero.
 
-    Returns the number of parameters that the model gained. Raises ModelError when there is no such field.
+    Raises ModelError when there is no such field.
     """
     model = anatomy.model
     name = bias_switch(anatomy, writer)
@@ -60,15 +59,14 @@ def give_bias(anatomy: Anatomy, writer: Writer) -> int:
             f"{anatomy.family} has no bias at {writer.path} and no config field that gives it one, so a constant after "
             f"{writer.kind}.{writer.block.index} cannot be folded into an ordinary checkpoint."
         )
-    return turn_on(model, anatomy.path, name)
+    turn_on(model, anatomy.path, name)
 
 
-def turn_on(model: PreTrainedModel, path: str, name: str) -> int:
-    """Set a config field that `bias_switch` named, and add its biases as zeros. Returns how many parameters."""
+def turn_on(model: PreTrainedModel, path: str, name: str) -> None:
+    """Set a config field that `bias_switch` named, and add its biases as zeros."""
     config = _with(model.config, name)
     built = skeleton_blocks(model, config, path)
     own = dict(model.get_submodule(path).named_modules())
-    added = 0
     for place, described in built.named_modules():
         module = own.get(place)  # none where a sublayer is missing
         if module is None or getattr(described, "bias", None) is None:
@@ -77,9 +75,7 @@ def turn_on(model: PreTrainedModel, path: str, name: str) -> int:
             weight: Tensor = module.weight
             zeros = torch.zeros(described.bias.shape, dtype=weight.dtype, device=weight.device)
             module.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
-            added += zeros.numel()
     setattr(stored_text(model.config), name, True)
-    return added
 
 
 def bias_switch(anatomy: Anatomy, writer: Writer) -> str | None:

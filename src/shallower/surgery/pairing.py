@@ -31,8 +31,8 @@ class Layer:
         return tuple(Unit(self.home, kind) for kind, source in halves if source is None)  # type: ignore[arg-type]
 
 
-def re_pair(anatomy: Anatomy, units: Collection[Unit]) -> tuple[list[Layer], tuple[Unit, ...]]:
-    """Layers of the model without `units`, joining an attention with the MLP that follows it, and the units left over.
+def re_pair(anatomy: Anatomy, units: Collection[Unit]) -> list[Layer]:
+    """Layers of the model without `units`, joining an attention with the MLP that follows it.
 
     Exact where blocks are sequential and each half has its own norm; `cut` checks it before it relies on it. A block
     whose two halves are removed is gone.
@@ -64,7 +64,7 @@ def re_pair(anatomy: Anatomy, units: Collection[Unit]) -> tuple[list[Layer], tup
         elif mlp:
             layers.append(Layer(None, index, index))
     close()
-    return layers, tuple(unit for layer in layers for unit in layer.leftover)
+    return layers
 
 
 def in_place(anatomy: Anatomy, units: Collection[Unit], *, keep_empty: bool) -> list[Layer]:
@@ -85,7 +85,7 @@ def in_place(anatomy: Anatomy, units: Collection[Unit], *, keep_empty: bool) -> 
 
 def layouts(anatomy: Anatomy, units: Collection[Unit]) -> list[list[Layer]]:
     """The ways to lay out the model without `units`, in the order in which `cut` tries them; each once."""
-    ways = [re_pair(anatomy, units)[0], *(in_place(anatomy, units, keep_empty=keep) for keep in (False, True))]
+    ways = [re_pair(anatomy, units), *(in_place(anatomy, units, keep_empty=keep) for keep in (False, True))]
     return [layers for number, layers in enumerate(ways) if layers and layers not in ways[:number]]
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +23,8 @@ from shallower.checkpoint.gguf import gguf_folder
 from shallower.checkpoint.shards import rounded_formats
 from shallower.checkpoint.stock import is_quantized, quiet
 from shallower.errors import ModelError, OutputError
-from shallower.files import replacing_folder, write_text
+from shallower.filenames import CARD, PLAN
+from shallower.files import replacing_folder, write_text, writing
 from shallower.forms import FORMS, Form
 from shallower.packaged import LeavesOut
 from shallower.plan import PruningPlan
@@ -126,7 +124,8 @@ def save(
     )
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with _one_sentence(target), progress.task(f"writing {target.name}", 4) as step:
+    full = "make room or choose another place."
+    with writing(target, when_full=full), progress.task(f"writing {target.name}", 4) as step:
         with replacing_folder(target) as temporary:
             require_space(target, weights)
             _write(model, temporary, max_shard_size)
@@ -139,8 +138,8 @@ def save(
             if tokenizer is not None:
                 _write_tokenizer(tokenizer, temporary)
             if plan is not None:
-                plan.save(temporary / "plan.json")
-            for name, text in {"README.md": readme + listing(temporary), **(pages or {})}.items():
+                plan.save(temporary / PLAN)
+            for name, text in {CARD: readme + listing(temporary), **(pages or {})}.items():
                 write_text(temporary / name, text)
             step()
             ids = probe_ids(model) if verify_ids is None else verify_ids
@@ -278,18 +277,3 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     kept = {key: value for key, value in fields.items() if key not in idle}
     if kept != fields:
         write_json(path, kept)
-
-
-@contextmanager
-def _one_sentence(target: Path) -> Iterator[None]:
-    """Turn the ways in which writing fails into OutputError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full:
-            raise OutputError(
-                f"the disk is full: {target} was not written; make room or choose another place."
-            ) from error
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot write {target}: {reason}. Choose another place.") from error

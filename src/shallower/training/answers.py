@@ -7,9 +7,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from shallower import progress
+from shallower.corpus.instructions import InstructionSet
 from shallower.engine.likelihood import perplexity_of
 from shallower.training.feed import Feed
-from shallower.training.instructions import InstructionSet
 
 HELD_OUT = 20  # one conversation in so many is kept from training
 FEWEST = 4  # held-out conversations; fewer say too little

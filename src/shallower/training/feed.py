@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shallower.corpus.calibration import CalibrationSet
+from shallower.corpus.instructions import InstructionSet
 from shallower.errors import CorpusError, UserError
-from shallower.training.instructions import InstructionSet
 
 SEEDS = 1 << 63  # generators take no larger ones
 

@@ -10,13 +10,11 @@ random numbers a step draws is decided by the seed and the step's number, so tha
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shallower.errors import OutputError, UserError
-from shallower.files import nearest_parent, remove, replacing
+from shallower.files import nearest_parent, remove, replacing, writing
 from shallower.strict_json import record_faults, write_json
 
 WEIGHTS, OPTIMIZER, STATE, GOOD = "weights.safetensors", "optimizer.safetensors", "state.json", "good.safetensors"
 ENDED = "training.json"
 KEPT = "kept"  # beside the good weights: their step and held-out perplexity, as they may be newer than the state
+_WHEN_FULL = "make room, or choose another place. The training resumes from the state before."
 
 
 @dataclass
@@ -70,7 +69,7 @@ class StateStore:
         self.settings = settings
         self._good: dict[str, Tensor] = {}
         if folder is not None:
-            with _one_sentence(folder):
+            with writing(folder, when_full=_WHEN_FULL):
                 folder.mkdir(parents=True, exist_ok=True)
                 for left in (*folder.glob(".state-*"), *folder.glob(f".{GOOD}.*")):  # of a process that was killed
                     remove(left)
@@ -81,7 +80,7 @@ class StateStore:
             return
         target = self.folder / f"state-{state.step:08}"
         temporary = self.folder / f".{target.name}.{os.getpid()}"
-        with _one_sentence(target):
+        with writing(target, when_full=_WHEN_FULL):
             try:
                 shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process with this number
                 temporary.mkdir()
@@ -151,7 +150,7 @@ class StateStore:
         if self.folder is None:
             self._good = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
         else:
-            with _one_sentence(self.folder / ENDED):
+            with writing(self.folder / ENDED, when_full=_WHEN_FULL):
                 (self.folder / ENDED).unlink(missing_ok=True)  # of another training, whose result this replaces
             best = math.nan if state.best is None else state.best
             kept = torch.tensor([state.kept, best], dtype=torch.float64)
@@ -217,7 +216,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file under a temporary name, then rename. Raises OutputError when that fails."""
-    with replacing(path) as temporary, _one_sentence(path):
+    with replacing(path) as temporary, writing(path, when_full=_WHEN_FULL):
         _write(temporary, tensors)
 
 
@@ -226,7 +225,7 @@ def write_one_of_many(path: Path, tensors: Mapping[str, Tensor]) -> None:
     folder.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _one_sentence(path):
+    with writing(path, when_full=_WHEN_FULL):
         try:
             _write(temporary, tensors)
             os.replace(temporary, path)
@@ -250,19 +249,3 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     inner = settings.get("options")
     options = inner if isinstance(inner, dict) else {}
     return {name: value for name, value in settings.items() if name != "options"} | options
-
-
-@contextmanager
-def _one_sentence(target: Path) -> Iterator[None]:
-    """Turn the ways in which writing fails into OutputError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise OutputError(
-                f"the disk is full: {target} was not written; make room, or choose another place. The training "
-                "resumes from the state before."
-            ) from error
-        raise OutputError(
-            f"cannot write {target}: {getattr(error, 'strerror', None) or error}. Choose another place."
-        ) from error

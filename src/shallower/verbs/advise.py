@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from shallower import progress
 from shallower.corpus import DOMAINS, CalibrationSet
 from shallower.corpus.sources import json_records
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import CorpusError, UserError
 from shallower.files import expanded
 from shallower.plan import source_and_options, without_folders
@@ -53,8 +54,8 @@ def advise(
     target: str | Path,
     units: Sequence[Unit],
     *,
-    sequences: int = 32,
-    length: int = 128,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
     objective: str = "nll",
     options: Mapping[str, Any] | None = None,
     seed: int = 0,

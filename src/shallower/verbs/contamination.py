@@ -16,11 +16,12 @@ from shallower.corpus import (
     overlap,
     with_options,
 )
+from shallower.corpus.instructions import CONVERSATIONS
 from shallower.corpus.overlap import rows_in
+from shallower.defaults import LENGTH
 from shallower.errors import CorpusError, UserError
 from shallower.evaluation.perplexity import first_ids
 from shallower.plan import CalibrationIdentity, PruningPlan
-from shallower.training.instructions import CONVERSATIONS
 from shallower.verbs.history import texts_of, told_before
 from shallower.verbs.subject import Subject
 from shallower.verbs.supply import supply
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from shallower.verbs.questions import Questions
 
 # What score, search and prune without a plan read unless they are told otherwise
-_AS_SEARCHED = {"length": "128", "seed": "0", "part": "train"}
+_AS_SEARCHED = {"length": str(LENGTH), "seed": "0", "part": "train"}
 
 
 def shared_runs(

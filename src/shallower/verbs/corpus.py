@@ -26,6 +26,7 @@ from shallower.corpus import (
 from shallower.corpus import clean as find
 from shallower.corpus.calibration import MANIFEST, TENSORS
 from shallower.corpus.sources import require_outside
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import CorpusError, OutputError
 from shallower.files import expanded, replacing, write_text
 from shallower.progress import task
@@ -41,8 +42,8 @@ def build(
     spec: str | Path,
     model: str,
     *,
-    sequences: int = 32,
-    length: int = 128,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
     seed: int = 0,
     out: str | Path | None = None,
     force: bool = False,

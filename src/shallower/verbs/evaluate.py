@@ -10,11 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from shallower.defaults import TASK_SEED, WINDOW
 from shallower.errors import UserError
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.generation import TOKENS, continue_prompts, prompt_rooms
 from shallower.evaluation.perplexity import require_stride
-from shallower.evaluation.tasks import LM_EVAL_SEED, TaskSettings
+from shallower.evaluation.tasks import TaskSettings
+from shallower.filenames import PLAN
 from shallower.files import expanded
 from shallower.plan import PruningPlan
 from shallower.reporting.wording import distinct_names
@@ -42,7 +44,7 @@ def evaluate(
     suites: str | Sequence[str] = (),
     generation: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    window: int = 1024,
+    window: int = WINDOW,
     stride: int | None = None,
     max_windows: int | None = None,
     limit: int | None = None,
@@ -51,7 +53,7 @@ def evaluate(
     chat: bool = False,
     truncate: bool = False,
     task_data: str | Path | None = None,
-    task_seed: int = LM_EVAL_SEED,
+    task_seed: int = TASK_SEED,
     calibration: str | Path | None = None,
     out: str | Path | None = None,
     force: bool = False,
@@ -156,6 +158,6 @@ def _writings_cut(subject: Subject) -> list[str]:
 
 def _plan_of(model: ModelLike) -> PruningPlan | None:
     """The plan inside a checkpoint's folder."""
-    if isinstance(model, (str, Path)) and (file := expanded(model) / "plan.json").is_file():
+    if isinstance(model, (str, Path)) and (file := expanded(model) / PLAN).is_file():
         return PruningPlan.load(file)
     return None

@@ -10,12 +10,10 @@ from pathlib import Path, PurePath
 from shallower import files
 from shallower.errors import OutputError
 from shallower.evaluation.comparison import Comparison
+from shallower.filenames import CURVE_PNG, CURVE_SVG, EVALUATION, ITEMS
 from shallower.files import expanded, replacing_folder
 from shallower.reporting.wording import distinct_names
 from shallower.strict_json import spelled
-
-FILE, ITEMS = "evaluation.json", "items"
-_CURVE = ("curve.png", "curve.svg")  # of reporting.curves, which takes matplotlib to import
 
 
 def require_free(out: str | Path, *, force: bool) -> None:
@@ -23,7 +21,7 @@ def require_free(out: str | Path, *, force: bool) -> None:
     empty.
     """
     target = expanded(out)
-    what = f"an evaluation (no {FILE} in it)"
+    what = f"an evaluation (no {EVALUATION} in it)"
     files.require_free(
         target, f"--out {target}", force=force, replaceable=_may_be_replaced, what=what, known=_is_written
     )
@@ -38,7 +36,7 @@ def write_comparison(
     try:
         with replacing_folder(target) as made:
             text = json.dumps(spelled(comparison.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
-            (made / FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+            (made / EVALUATION).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
             for name, content in (more or {}).items():
                 (made / name).write_bytes(content.encode() if isinstance(content, str) else content)
             for each, name in zip(comparison.evaluations, _folders(comparison), strict=True):
@@ -58,14 +56,14 @@ def write_comparison(
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    return (folder / FILE).is_file()
+    return (folder / EVALUATION).is_file()
 
 
 def _is_written(path: PurePath) -> bool:
     """Whether a file, by its path in the folder, is one that an evaluation writes."""
     if path.parts[0] == ITEMS:
         return len(path.parts) == 3 and path.suffix == ".jsonl"
-    return path.as_posix() in (FILE, *_CURVE)
+    return path.as_posix() in (EVALUATION, CURVE_PNG, CURVE_SVG)
 
 
 def _folders(comparison: Comparison) -> list[str]:

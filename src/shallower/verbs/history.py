@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shallower.errors import UserError
+from shallower.filenames import RECOVERY, REPORT
 from shallower.plan import CalibrationIdentity
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
 
@@ -18,7 +19,7 @@ def told_before(folder: Path | None) -> dict[str, Any] | None:
 
     Raises UserError when the file cannot be read.
     """
-    for name, key in (("recovery.json", "made_by"), ("report.json", "recovery_made_by")):
+    for name, key in ((RECOVERY, "made_by"), (REPORT, "recovery_made_by")):
         if folder is None or not (folder / name).is_file():
             continue
         try:

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.corpus import CalibrationSet
+from shallower.defaults import WINDOW, WINDOWS
 from shallower.engine import stream_scores
 from shallower.errors import PlanError, UserError
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
+from shallower.filenames import PAGE, REPORT
 from shallower.forms import require_form
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import Configured
@@ -110,8 +112,8 @@ def prune(
     tasks: str | Sequence[str] = (),
     task_items: int | None = None,
     task_data: str | Path | None = None,
-    window: int = 1024,
-    max_windows: int | None = 12,
+    window: int = WINDOW,
+    max_windows: int | None = WINDOWS,
     speed: bool = True,
     form: str = "auto",
     seed: int | None = None,
@@ -314,7 +316,7 @@ def prune(
                 tokenizer=subject.loaded.tokenizer,
                 card=_card(data),
                 recoveries=[stage.method for stage in stages[1:]],
-                pages={"report.json": json.dumps(data.to_json(), indent=1), "report.html": render(data)},
+                pages={REPORT: json.dumps(data.to_json(), indent=1), PAGE: render(data)},
                 force=force,
                 verify_ids=read.judging.input_ids[:1, :64],
             )

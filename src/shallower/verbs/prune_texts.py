@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shallower.corpus import CalibrationSet
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.engine import reads_choices
 from shallower.errors import TooLittleText
 from shallower.plan import PruningPlan
@@ -19,8 +20,6 @@ from shallower.verbs.recovery_steps import in_closed_form
 from shallower.verbs.repaired import SplitText, judging_text
 from shallower.verbs.subject import Subject, calibrate, note_default
 from shallower.verbs.texts import held_out, or_all_of_it
-
-SIZE = (32, 128)  # sequences and tokens of each, where nobody says how much is read
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ def wanted_of_prune(
     if plan is not None and calibration is None and not reads_choices(objectives.get(objective)):
         own = text_of_plan(subject, plan, seed, repairs=repairs, has_held_out=has_held_out)
     named = own.spec if calibration is None else calibration
-    usual = own.size or SIZE
+    usual = own.size or (SEQUENCES, LENGTH)
     return Wanted(
         named, usual[0] if sequences is None else sequences, usual[1] if length is None else length, own.notes
     )

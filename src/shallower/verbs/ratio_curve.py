@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy.weigh import size
+from shallower.defaults import TASK_SEED, WINDOW
 from shallower.engine.likelihood import Asked, Likelihoods
 from shallower.errors import ModelError, PlanError
 from shallower.evaluation.comparison import Comparison, Evaluation
 from shallower.evaluation.perplexity import Perplexity, require_stride
-from shallower.evaluation.tasks import LM_EVAL_SEED, TaskResult, TaskSettings, run_tasks
+from shallower.evaluation.tasks import TaskResult, TaskSettings, run_tasks
 from shallower.plan import PruningPlan
 from shallower.reporting.curves import curve_files
 from shallower.resources import parse_memory
@@ -43,7 +44,7 @@ def ratio_curve(
     tasks: str | Sequence[str] = (),
     suites: str | Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    window: int = 1024,
+    window: int = WINDOW,
     stride: int | None = None,
     max_windows: int | None = None,
     limit: int | None = None,
@@ -51,7 +52,7 @@ def ratio_curve(
     chat: bool = False,
     truncate: bool = False,
     task_data: str | Path | None = None,
-    task_seed: int = LM_EVAL_SEED,
+    task_seed: int = TASK_SEED,
     calibration: str | Path | None = None,
     memory: int | str | None = None,
     out: str | Path | None = None,

@@ -16,8 +16,10 @@ from shallower.anatomy import Anatomy
 from shallower.anatomy.weigh import size
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, WINDOW, WINDOWS
 from shallower.errors import ModelError, ModelTooLarge, PlanError, TooLittleText, UserError
 from shallower.exporters import save
+from shallower.filenames import PAGE, PLAN, RECOVERY
 from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
@@ -37,8 +39,6 @@ from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import (
-    LENGTH,
-    SEQUENCES,
     Resume,
     perplexities,
     recovery_card,
@@ -68,8 +68,6 @@ from shallower.verbs.subject import (
     require_space_for,
 )
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
-
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +110,13 @@ def recover(
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: str | Path | CalibrationSet | None = None,
     sequences: int | None = None,
-    length: int = LENGTH,
+    length: int = REPAIR_LENGTH,
     train_sequences: int | None = None,
     instructions: str | Path | None = None,
     settings: Mapping[str, str] | None = None,
     texts: str | Path | Sequence[str | Path] = (),
-    window: int = 1024,
-    max_windows: int | None = 12,
+    window: int = WINDOW,
+    max_windows: int | None = WINDOWS,
     seed: int | None = None,
     force: bool = False,
     memory: int | str | None = None,
@@ -170,7 +168,7 @@ def recover(
     seed = seed or 0
     text = None
     if in_closed_form(steps):
-        count = SEQUENCES if sequences is None else sequences
+        count = REPAIR_SEQUENCES if sequences is None else sequences
         try:
             text = calibrate(dense, calibration, sequences=count, length=length, seed=seed)
         except TooLittleText as error:
@@ -242,8 +240,8 @@ def recover(
             card=recovery_card(stages, before_cut, made),
             recoveries=[*methods_of(before), *(stage.method for stage in stages[1:])],
             pages={
-                "recovery.json": json.dumps(told.to_json(), indent=1),
-                "report.html": render_recovery(given, told, Path(out).name),
+                RECOVERY: json.dumps(told.to_json(), indent=1),
+                PAGE: render_recovery(given, told, Path(out).name),
             },
             force=force,
             verify_ids=text.input_ids[:1, :64],

@@ -23,6 +23,8 @@ from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import determinants, determined
 from shallower.corpus import CalibrationSet
+from shallower.corpus.instructions import InstructionSet, build_instructions
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, TRAIN_SEQUENCES
 from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
 from shallower.errors import ModelError, TooLittleText, UserError
@@ -39,7 +41,6 @@ from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
 from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
-from shallower.training.instructions import InstructionSet, build_instructions
 from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED, begun_options, require_room
@@ -48,9 +49,6 @@ from shallower.verbs.recovery_steps import in_closed_form, options_in_use, that_
 from shallower.verbs.subject import Subject, calibrate, calibrate_most
 from shallower.verbs.texts import fitting, held_out, text_perplexity, text_title, tokens_read
 from shallower.version import __version__
-
-SEQUENCES, LENGTH = 128, 256  # a matrix with 1,536 inputs wants many times as many tokens
-TRAIN_SEQUENCES = 4096  # training reads on, and a million tokens are more than a processor trains on in an hour
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +118,8 @@ def repair_size(subject: Subject, sequences: int, length: int) -> tuple[int, int
     A model that cannot read the usual length is repaired on what it can read.
     """
     limit = context_limit(subject.model)
-    return max(sequences, SEQUENCES), max(length, LENGTH if limit is None else min(LENGTH, limit))
+    usual = REPAIR_LENGTH if limit is None else min(REPAIR_LENGTH, limit)
+    return max(sequences, REPAIR_SEQUENCES), max(length, usual)
 
 
 def require_ready(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shallower import progress
 from shallower.errors import OutputError, UserError
+from shallower.filenames import PAGE, PLAN, RECOVERY, REPORT
 from shallower.files import expanded, write_text
 from shallower.plan import PruningPlan
 from shallower.reporting.data import RecoveryData, ReportData
@@ -20,21 +21,21 @@ def report(folder: str | Path) -> tuple[ReportData | RecoveryData, Path | None]:
     Raises UserError when the folder has neither, PlanError when the plan cannot be read.
     """
     folder = expanded(folder)
-    page, source = folder / "report.html", folder / "recovery.json"
+    page, source = folder / PAGE, folder / RECOVERY
     if source.is_file():
         try:
             content = json.loads(source.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{source} cannot be read as what a recovery tells: {error}.") from None
         repaired = RecoveryData.from_json(content, str(source))
-        rendered = render_recovery(PruningPlan.load(folder / "plan.json"), repaired, folder.resolve().name)
+        rendered = render_recovery(PruningPlan.load(folder / PLAN), repaired, folder.resolve().name)
         return repaired, _written(page, rendered)
-    if not (folder / "report.json").is_file():
+    if not (folder / REPORT).is_file():
         raise UserError(
-            f"{folder} holds no report.json and no recovery.json: give a folder that `shallower prune --out` or "
+            f"{folder} holds no {REPORT} and no {RECOVERY}: give a folder that `shallower prune --out` or "
             "`shallower recover --out` wrote."
         )
-    data = ReportData.load(folder / "report.json")
+    data = ReportData.load(folder / REPORT)
     return data, _written(page, render(data))
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower.anatomy.streamed import is_streamed
 from shallower.corpus import CalibrationSet
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.engine import (
     Ablator,
     StreamStatistic,
@@ -44,7 +45,6 @@ from shallower.verbs.subject import (
 from shallower.version import __version__
 
 ALL = "all"
-SEQUENCES, LENGTH = 32, 128
 ADAPTIVE = frozenset({"units", "losses", "differences", "rng"})
 
 

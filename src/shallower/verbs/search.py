@@ -15,6 +15,7 @@ from shallower.anatomy.streamed import is_streamed
 from shallower.anatomy.weigh import parameters, size
 from shallower.budget import Amount, parse_protect, parse_remove
 from shallower.corpus import CalibrationSet
+from shallower.defaults import LENGTH, SEQUENCES
 from shallower.engine import Ablator, Racing, Spent, needs_backward
 from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import Gone, MadeBy, PruningPlan
@@ -58,8 +59,8 @@ def search(
     protect: str = "",
     calibration: str | Path | CalibrationSet | SplitText | None = None,
     target: str | Path | None = None,
-    sequences: int = 32,
-    length: int = 128,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
     settings: Mapping[str, str] | None = None,
     exact: bool = False,
     repair: str = "",

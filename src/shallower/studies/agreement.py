@@ -8,29 +8,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from shallower.studies.interval import Interval, mean_interval
 from shallower.studies.result import FACTORS, Cell, Result, grouped
 from shallower.units import Unit, sublayers_of
-
-RESAMPLES = 2000
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the bounds of its bootstrap interval, which are nan where too little was measured for one."""
-
-    value: float
-    low: float
-    high: float
-
-    def told(self, form: Callable[[float], str]) -> str:
-        """As `value [low, high]`, with `–` for what is not known."""
-        if math.isnan(self.value):
-            return "–"
-        return f"{form(self.value)} [{'–' if math.isnan(self.low) else f'{form(self.low)}, {form(self.high)}'}]"
 
 
 @dataclass(frozen=True)
@@ -126,25 +108,3 @@ def _group(alike: Sequence[Cell], factor: str) -> Hashable:
     calibrated = [cell for cell in alike if "text" in cell.reads]
     shared = set(FACTORS).intersection(*(cell.reads for cell in calibrated)) - {factor}
     return alike[0].stratum, tuple(getattr(alike[0], name) for name in FACTORS if name in shared)
-
-
-def mean_interval(groups: Sequence[NDArray[np.float64]], seed: int = 0) -> Interval:
-    """Mean of all values, with a bootstrap interval that draws whole groups, which takes two of them. Values that are
-    nan do not count.
-    """
-    sums = np.array([np.nansum(group) for group in groups])
-    counts = np.array([np.count_nonzero(~np.isnan(group)) for group in groups])
-    if not counts.sum():
-        return Interval(float("nan"), float("nan"), float("nan"))
-    if np.count_nonzero(counts) < 2:
-        return Interval(float(sums.sum() / counts.sum()), float("nan"), float("nan"))
-    drawn = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
-    total = counts[drawn].sum(1)
-    means = np.where(total, sums[drawn].sum(1) / np.maximum(total, 1), np.nan)
-    return Interval(float(sums.sum() / counts.sum()), *percentiles(means))
-
-
-def percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The bounds between which the middle `CONFIDENCE` of resampled values lie."""
-    low, high = np.nanquantile(values, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return float(low), float(high)
