@@ -31,7 +31,7 @@ from shallower.verbs.subject import (
     require_there,
     several,
 )
-from shallower.verbs.texts import require_measurable, text_perplexity, tokens_read, windows_cut
+from shallower.verbs.texts import perplexities, require_measurable, tokens_read, windows_cut
 
 
 def evaluate(
@@ -116,23 +116,15 @@ def evaluate(
                 require_measurable(subject, asked.contents, window, stride, max_windows)
             # before texts: answers are kept, and what cannot be asked is refused at once
             results = model_tasks(subject, asked, answered, label)
-            perplexities = {
-                name: text_perplexity(
-                    subject,
-                    content,
-                    window=window,
-                    stride=stride,
-                    max_windows=max_windows,
-                    label=f"of {label} on {name}",
-                )
-                for name, content in asked.contents.items()
-            }
+            found_on = perplexities(
+                subject, asked.contents, window, max_windows, label=f"of {label} on", stride=stride
+            )
             written = None
             if asked.generation:
                 written = continue_prompts(subject.model, subject.tokenizer, label=label)
             blocks, parameters = subject.identity.blocks, subject.weights.model.parameters
             measured.append(measured_model(subject))
-            found.append(Evaluation(label, blocks, parameters, perplexities, tuple(results), written))
+            found.append(Evaluation(label, blocks, parameters, found_on, tuple(results), written))
             del subject
     labels = distinct_names([each.model for each in found], [path_of(model) for model in models])
     named = tuple(replace(each, model=label) for each, label in zip(found, labels, strict=True))

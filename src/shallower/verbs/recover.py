@@ -40,7 +40,6 @@ from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
     Resume,
-    perplexities,
     recovery_card,
     recovery_made_by,
     require_place,
@@ -48,7 +47,6 @@ from shallower.verbs.recoveries import (
     run_recoveries,
     texts_read,
     training_text,
-    values,
     with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
@@ -67,7 +65,15 @@ from shallower.verbs.subject import (
     require_place_for,
     require_space_for,
 )
-from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
+from shallower.verbs.texts import (
+    held_out,
+    nothing_held_out,
+    perplexities,
+    read_texts,
+    text_title,
+    tokens_read,
+    values,
+)
 
 PLAN = "plan.json"
 
