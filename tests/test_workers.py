@@ -333,7 +333,7 @@ def test_each_worker_has_its_share_of_the_memory_it_is_in(monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0, "CPU": 8.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": {"GPU": 2.0, "CPU": 8.0}, "Alive": True}])
     monkeypatch.setattr(ray, "init", lambda **how: None)
-    monkeypatch.setattr(ray_workers, "free_beside", lambda model: 4000)
+    monkeypatch.setattr(workers, "free_beside", lambda model: 4000)
     model = tiny_model("llama")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for asked, device, told, free in (

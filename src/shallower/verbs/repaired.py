@@ -26,7 +26,7 @@ from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import Memo, context_key
 from shallower.engine.method_code import code_of, told
 from shallower.engine.twins import Streams
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
+from shallower.engine.workers import usual_memory
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
@@ -137,8 +137,7 @@ class RepairedLosses:
         self.steps = steps
         self.subject = subject
         self.judged, self.fitted = text.judged, text.fitted
-        free = int(free_beside(subject.model) * SHARE_OF_FREE_MEMORY)
-        self.memory = (free if memory is None else memory) // 2
+        self.memory = (usual_memory(subject.model) if memory is None else memory) // 2
         self._streams = Streams(subject.anatomy, self.fitted, self.memory)
         self.spent = Spent()
         self._known: dict[frozenset[Unit], float] = {}
