@@ -37,7 +37,8 @@ from shallower.resources import cluster, parse_memory, parse_workers
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
-from shallower.verbs.subject import make_ablator, open_subject
+from shallower.verbs.measuring import make_ablator
+from shallower.verbs.subject import open_subject
 from shallower.version import __version__
 
 

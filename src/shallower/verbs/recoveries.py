@@ -44,8 +44,9 @@ from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate, calibrate_most
 from shallower.verbs.recovery_steps import in_closed_form, options_in_use, that_fold
-from shallower.verbs.subject import Subject, calibrate, calibrate_most
+from shallower.verbs.subject import Subject
 from shallower.verbs.texts import fitting, held_out, text_title, tokens_read, values
 from shallower.version import __version__
 

@@ -33,8 +33,9 @@ from shallower.recovery import Repair
 from shallower.registry import Configured, Method
 from shallower.surgery import cut
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate
 from shallower.verbs.recoveries import repair_size
-from shallower.verbs.subject import Subject, calibrate
+from shallower.verbs.subject import Subject
 from shallower.verbs.texts import or_all_of_it
 
 REPAIRED_AS = 4  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number

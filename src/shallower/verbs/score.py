@@ -32,15 +32,9 @@ from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import Unit
-from shallower.verbs.subject import (
-    Subject,
-    calibrate,
-    make_ablator,
-    note_default,
-    open_subject,
-    require_streamable,
-    units_of,
-)
+from shallower.verbs.calibrate import calibrate, note_default
+from shallower.verbs.measuring import make_ablator
+from shallower.verbs.subject import Subject, open_subject, require_streamable, units_of
 from shallower.version import __version__
 
 ALL = "all"

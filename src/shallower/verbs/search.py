@@ -26,20 +26,14 @@ from shallower.searches import Losses
 from shallower.surgery import cut, is_spread, leftovers, require_together, require_whole
 from shallower.units import Unit, listed, plain, sublayers_of
 from shallower.verbs.advise import advise, is_auto
+from shallower.verbs.calibrate import calibrate, note_default
+from shallower.verbs.measuring import make_ablator
 from shallower.verbs.ranking import metric_of, rank, ranked, read_scores
 from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.score import require_finite, require_no_gradients
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
-from shallower.verbs.subject import (
-    Subject,
-    calibrate,
-    make_ablator,
-    note_default,
-    open_subject,
-    require_streamable,
-    units_of,
-)
+from shallower.verbs.subject import Subject, open_subject, require_streamable, units_of
 from shallower.verbs.trail import removal_order, require_covered, run_search
 from shallower.version import __version__
 

@@ -18,7 +18,8 @@ from shallower.evaluation.text import read_evaluation_text
 from shallower.files import expanded
 from shallower.plan import text_name, without_folders
 from shallower.reporting.wording import distinct_names
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, several_names
+from shallower.verbs.calibrate import DEFAULT_CALIBRATION
+from shallower.verbs.subject import Subject, several_names
 from shallower.verbs.supply import supply
 
 
