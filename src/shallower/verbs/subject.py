@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy, dissect
-from shallower.anatomy.streamed import stream_from_processor
+from shallower.anatomy.streamed import is_streamed, stream_from_processor
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
 from shallower.checkpoint.determinants import code_of_model, determinants
 from shallower.checkpoint.dtype import DTYPES, dtype_name, parse_device, parse_dtype, require_float64
@@ -181,6 +181,12 @@ def _loaded(model: str, device: str, dtype: str, *, trust_remote_code: bool, str
         )
     stream_from_processor(loaded.model, place)
     return loaded
+
+
+def will_stream(model: ModelLike, stream_blocks: bool) -> bool:
+    """Whether blocks wait on the processor until they run: of a model to be opened so, or of one in memory that was."""
+    given = model.model if isinstance(model, Subject) else model
+    return stream_blocks or (isinstance(given, PreTrainedModel) and is_streamed(given))
 
 
 def require_streamable(
