@@ -44,8 +44,9 @@ from shallower.corpus import CalibrationSet, build_calibration, build_choices
 from shallower.corpus.choices import ChoiceSet
 from shallower.reporting.style import EDGE, PALE, styled
 from shallower.units import KINDS, Span, Unit, listed
+from shallower.verbs.measuring import make_ablator
 from shallower.verbs.score import score
-from shallower.verbs.subject import Subject, make_ablator, open_subject
+from shallower.verbs.subject import Subject, open_subject
 
 Removed = frozenset[Unit]
 

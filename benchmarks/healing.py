@@ -34,7 +34,8 @@ from shallower.plan import PruningPlan
 from shallower.registry import recovery
 from shallower.surgery import cut
 from shallower.units import parse_units
-from shallower.verbs.subject import Subject, calibrate_most, open_subject
+from shallower.verbs.calibrate import calibrate_most
+from shallower.verbs.subject import Subject, open_subject
 
 MOST = 1 << 20  # sequences to train on: all whole ones of the text's training part
 

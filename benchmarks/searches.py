@@ -33,8 +33,9 @@ from shallower.engine import Ablator, Racing, reads_choices
 from shallower.evaluation import read_evaluation_text
 from shallower.registry import objective as objectives
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate
 from shallower.verbs.search import search
-from shallower.verbs.subject import Subject, calibrate, open_subject
+from shallower.verbs.subject import Subject, open_subject
 
 SHARES = ("10%", "20%", "30%")
 BASELINES = ("one-shot cosine", "contiguous angular", "greedy nll")

@@ -33,9 +33,10 @@ from shallower.corpus.calibration import Batch
 from shallower.studies.grid import parse_study
 from shallower.studies.result import Cell
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate
 from shallower.verbs.request import budget_for
 from shallower.verbs.study import study
-from shallower.verbs.subject import Subject, calibrate, open_subject, units_of
+from shallower.verbs.subject import Subject, open_subject, units_of
 
 SEARCHES, REMOVE = ("one-shot:loss", "contiguous", "greedy", "evolutionary"), ("10%", "20%")
 GENERATIONS = 10

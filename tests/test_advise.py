@@ -17,8 +17,10 @@ from shallower.engine import Ablator
 from shallower.errors import CorpusError, UserError
 from shallower.verbs import recoveries
 from shallower.verbs.advise import advise
+from shallower.verbs.calibrate import calibrate
+from shallower.verbs.measuring import make_ablator
 from shallower.verbs.search import search
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject, units_of
+from shallower.verbs.subject import Subject, open_subject, units_of
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,10 @@ from shallower.evaluation.text import read_evaluation_text
 from shallower.plan import MadeBy, PruningPlan, without_folders
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
-from shallower.verbs import subject as verbs_subject
+from shallower.verbs.calibrate import calibrate, calibrate_most
 from shallower.verbs.contamination import _calibration_of
 from shallower.verbs.corpus import build
-from shallower.verbs.subject import calibrate, calibrate_most, open_subject
+from shallower.verbs.subject import open_subject
 from shallower.verbs.supply import sample
 from shallower.verbs.texts import held_out, nothing_held_out
 
@@ -533,7 +533,7 @@ def test_all_of_a_text_is_found_in_few_builds(
         assert len(asked) < 4, f"built {len(asked)} times"
         return build_calibration(*given, **named)
 
-    monkeypatch.setattr(verbs_subject, "build_calibration", counted)
+    monkeypatch.setattr("shallower.verbs.calibrate.build_calibration", counted)
     text, sequences = calibrate_most(subject, two[0], sequences=1000, length=16, seed=0)
     assert 50 < text.sequences == sequences < 1000
     asked.clear()

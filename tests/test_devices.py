@@ -31,7 +31,8 @@ from shallower.registry import metric as metrics
 from shallower.surgery import cut
 from shallower.testing.families import BLOCKS, tiny_model, tiny_tokenizer
 from shallower.units import parse_units
-from shallower.verbs.subject import make_ablator, open_subject
+from shallower.verbs.measuring import make_ablator
+from shallower.verbs.subject import open_subject
 
 FIRST, SECOND = torch.device("privateuseone:0"), torch.device("privateuseone:1")
 IDS = torch.randint(3, 120, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -33,8 +33,8 @@ from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.training import loop
 from shallower.units import parse_units
+from shallower.verbs import calibrate, recoveries
 from shallower.verbs import recover as verb
-from shallower.verbs import recoveries, subject
 from shallower.verbs.prune import _recoveries
 from shallower.verbs.recoveries import Resume
 from shallower.verbs.recovery_steps import parse_recoveries, require_launch
@@ -617,13 +617,13 @@ def test_it_is_said_how_many_conversations_are_used(files: Path) -> None:
 
 def test_pruning_repairs_and_trains_on_longer_text_where_asked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, int]] = []
-    build = subject.build_calibration
+    build = calibrate.build_calibration
 
     def noted(spec: str, tokenizer: Any, **given: Any) -> Any:
         read.append((given["sequences"], given["length"]))
         return build(spec, tokenizer, **given)
 
-    monkeypatch.setattr(subject, "build_calibration", noted)
+    monkeypatch.setattr(calibrate, "build_calibration", noted)
 
     def sizes(sequences: int, length: int) -> list[tuple[int, int]]:
         given = asked(files, sequences=sequences, length=length, train_sequences=4, settings={**SMALL, "epochs": "0.1"})

@@ -56,7 +56,7 @@ from shallower.surgery.verify import cached_logits, full_logits
 from shallower.testing.conformance import sample_text, with_identity_block
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit, parse_units
-from shallower.verbs import recoveries, repaired
+from shallower.verbs import recoveries, repaired, texts
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
 from shallower.verbs.prune_checks import require_storable
@@ -1422,13 +1422,13 @@ def test_a_refusal_after_the_search_names_what_was_chosen(
 
 def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
-    measure = recoveries.text_perplexity
+    measure = texts.perplexity
 
     def noted(*args: Any, label: str, **given: Any) -> Perplexity:
         measured.append(label)
         return measure(*args, label=label, **given)
 
-    monkeypatch.setattr(recoveries, "text_perplexity", noted)
+    monkeypatch.setattr(texts, "perplexity", noted)
     pruned = prune(
         files / "dense",
         "block.2-3",
@@ -1443,8 +1443,8 @@ def test_prune_recovers_in_one_command(files: Path, monkeypatch: pytest.MonkeyPa
     assert last == pytest.approx(dict(pruned.report.pruned.perplexity))
     assert len(measured) == 4  # the dense model, the cut one, and what each of the recoveries made of it
     written = open_subject(files / "out", dtype="float32")
-    found = recoveries.perplexities(written, held_out(asked(files)["calibration"]), 64, 3)
-    assert last == pytest.approx(recoveries.values(found), rel=1e-5)
+    found = texts.perplexities(written, held_out(asked(files)["calibration"]), 64, 3)
+    assert last == pytest.approx(texts.values(found), rel=1e-5)
     report = ReportData.load(files / "out" / "report.json")
     assert report.recovery == pruned.report.recovery
     assert report.recovery[2].options["ridge"] == 0.1

@@ -21,7 +21,8 @@ from shallower.errors import ModelError, UserError
 from shallower.registry import metric as metrics
 from shallower.testing.families import BLOCKS, CORE, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 from shallower.units import Unit
-from shallower.verbs.subject import make_ablator, open_subject
+from shallower.verbs.measuring import make_ablator
+from shallower.verbs.subject import open_subject
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, VOCAB, (6, 100), generator=torch.Generator().manual_seed(0))  # three batches

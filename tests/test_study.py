@@ -870,9 +870,10 @@ def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
     import torch
 
     from shallower.engine import Ablator
+    from shallower.verbs.calibrate import calibrate
     from shallower.verbs.score import score_many
     from shallower.verbs.search import search
-    from shallower.verbs.subject import calibrate, open_subject
+    from shallower.verbs.subject import open_subject
 
     subject = open_subject(str(place / "tiny"), dtype="float32")
     text = calibrate(subject, str(place / "a.txt"), sequences=4, length=24, seed=0)
@@ -902,8 +903,8 @@ def test_searches_share_an_ablator_and_refuse_another_ones(place: Path) -> None:
 
 def test_one_crew_of_workers_is_there_at_a_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shallower.engine.evaluator import Evaluator, Job, Measured
+    from shallower.verbs import measuring
     from shallower.verbs import study as studies
-    from shallower.verbs import subject
 
     pytest.importorskip("ray")
     there: list[object] = []
@@ -934,7 +935,7 @@ def test_one_crew_of_workers_is_there_at_a_time(place: Path, tmp_path: Path, mon
         def close(self) -> None:
             connected.append("closed")
 
-    monkeypatch.setattr(subject, "RayWorkers", Crew)
+    monkeypatch.setattr(measuring, "RayWorkers", Crew)
     monkeypatch.setattr(studies, "connect", Session)
     monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "cache"))  # else nothing is measured
     file = place / "few.yaml"
@@ -1069,7 +1070,7 @@ def test_a_text_on_which_the_model_overflows_costs_no_other(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from shallower.verbs import study as studies
-    from shallower.verbs.subject import make_ablator
+    from shallower.verbs.measuring import make_ablator
 
     def overflowing(subject: object, text: Any, *how: Any, **more: Any) -> object:
         if "b.txt" in text.spec:

@@ -37,7 +37,8 @@ from shallower.resources import cluster, parse_memory, parse_workers
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model, tiny_tokenizer
 from shallower.units import Unit
-from shallower.verbs.subject import make_ablator, open_subject
+from shallower.verbs.measuring import make_ablator
+from shallower.verbs.subject import open_subject
 from shallower.version import __version__
 
 
@@ -333,7 +334,7 @@ def test_each_worker_has_its_share_of_the_memory_it_is_in(monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0, "CPU": 8.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": {"GPU": 2.0, "CPU": 8.0}, "Alive": True}])
     monkeypatch.setattr(ray, "init", lambda **how: None)
-    monkeypatch.setattr(ray_workers, "free_beside", lambda model: 4000)
+    monkeypatch.setattr(workers, "free_beside", lambda model: 4000)
     model = tiny_model("llama")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for asked, device, told, free in (

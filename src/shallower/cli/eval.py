@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -160,66 +160,45 @@ def evaluate(
         raise UserError("--plan takes one model, and neither --generate nor --batch; evaluate checkpoints for those.")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not (names or suite):
-        of_tasks = {"--limit": limit, "--fewshot": fewshot, "--batch": batch, "--task-data": task_data}
-        given = {**of_tasks, "--chat-template": chat_template or None, "--truncate": truncate or None}
-        options.require_reader(
-            {**given, "--task-seed": None if task_seed == TASK_SEED else task_seed}, "--tasks or a --suite"
-        )
+        of_tasks = {
+            "--limit": limit,
+            "--fewshot": fewshot,
+            "--batch": batch,
+            "--task-data": task_data,
+            "--chat-template": chat_template or None,
+            "--truncate": truncate or None,
+            "--task-seed": None if task_seed == TASK_SEED else task_seed,
+        }
+        options.require_reader(of_tasks, "--tasks or a --suite")
     if not text:
-        shape = {"--window": None if window == WINDOW else window, "--stride": stride, "--windows": windows}
-        options.require_reader(shape, "a --text")
+        of_texts = {"--window": None if window == WINDOW else window, "--stride": stride, "--windows": windows}
+        options.require_reader(of_texts, "a --text")
     from shallower.verbs.evaluate import evaluate as run
     from shallower.verbs.ratio_curve import ratio_curve
 
+    common: dict[str, Any] = {
+        "tasks": names,
+        "suites": suite or (),
+        "window": window,
+        "stride": stride,
+        "max_windows": windows,
+        "limit": limit,
+        "shots": fewshot,
+        "chat": chat_template,
+        "truncate": truncate,
+        "task_data": task_data,
+        "task_seed": task_seed,
+        "calibration": calibration,
+        "out": out,
+        "force": force,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
     if plan is not None:
-        found = ratio_curve(
-            models[0],
-            plan,
-            counts,
-            text or (),
-            tasks=names,
-            suites=suite or (),
-            window=window,
-            stride=stride,
-            max_windows=windows,
-            limit=limit,
-            shots=fewshot,
-            chat=chat_template,
-            truncate=truncate,
-            task_data=task_data,
-            task_seed=task_seed,
-            calibration=calibration,
-            memory=memory,
-            out=out,
-            force=force,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        found = ratio_curve(models[0], plan, counts, text or (), memory=memory, **common)
     else:
-        found = run(
-            models,
-            text or (),
-            tasks=names,
-            suites=suite or (),
-            generation=generate,
-            window=window,
-            stride=stride,
-            max_windows=windows,
-            limit=limit,
-            shots=fewshot,
-            batch=batch,
-            chat=chat_template,
-            truncate=truncate,
-            task_data=task_data,
-            task_seed=task_seed,
-            calibration=calibration,
-            out=out,
-            force=force,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        found = run(models, text or (), generation=generate, batch=batch, **common)
 
     def show(console: Console) -> None:
         _show(console, found)
@@ -242,36 +221,22 @@ def _counts(text: str | None) -> list[int]:
 
 
 def _show(console: Console, found: Comparison) -> None:
-    from shallower.reporting.evaluation import TaskColumn, generation_table, samples_table, task_table
-    from shallower.reporting.tables import PerplexityRow, perplexity_table
+    from shallower.reporting.evaluation import (
+        generation_table,
+        perplexity_rows,
+        samples_table,
+        task_columns,
+        task_table,
+        text_sentences,
+    )
+    from shallower.reporting.tables import perplexity_table
 
     if found.texts:
-        rows = []
-        for each in found.evaluations:
-            differences = {text: found.text_difference(each, text) for text in found.texts}
-            unclear = {text for text, one in differences.items() if one is not None and not one.significant}
-            values = {text: measured.perplexity for text, measured in each.perplexity.items()}
-            apart = {text for text in found.texts if found.apart(each, text)}
-            rows.append(PerplexityRow(each.model, each.blocks, each.parameters, values, unclear, apart))
-        console.print(perplexity_table(rows))
-        for text in found.texts:
-            bits = ", ".join(f"{each.perplexity[text].bits_per_byte:.3f}" for each in found.evaluations)
-            measured = found.evaluations[0].perplexity[text]
-            scored = f"{measured.tokens:,} tokens scored in {measured.windows} windows"
-            others = [each for each in found.evaluations if found.apart(each, text)]
-            told = "".join(f", other windows by {each.model}" for each in others)
-            say(console, f"{text}: {scored}{told}; bits per byte {bits}.")
+        console.print(perplexity_table(perplexity_rows(found)))
+        for sentence in text_sentences(found):
+            say(console, sentence)
     if found.evaluations[0].tasks:
-        columns = []
-        for each in found.evaluations:
-            pairs = {}
-            for result in each.tasks:
-                for metric in result.metrics:
-                    difference = found.task_difference(each, result.task, metric.name)
-                    if difference is not None:
-                        pairs[result.task, metric.name] = difference
-            columns.append(TaskColumn(each.model, each.tasks, pairs))
-        console.print(task_table(columns))
+        console.print(task_table(task_columns(found)))
     written = {each.model: each.generation for each in found.evaluations if each.generation is not None}
     if written:
         console.print(generation_table(written))

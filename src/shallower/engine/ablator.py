@@ -33,7 +33,7 @@ from shallower.engine.scoring import reads_choices
 from shallower.engine.states import States
 from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import prove
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Sweeps, Threads, Workers, free_beside, thread_count
+from shallower.engine.workers import Sweeps, Threads, Workers, thread_count, usual_memory
 from shallower.errors import CorpusError, UserError
 from shallower.registry import objective as objectives
 from shallower.units import Unit
@@ -124,7 +124,7 @@ class Ablator:
         self._batches = list(mixed.batches(sequences))
         prove(anatomy, self._batches[0], shared=True)
         if memory is None:
-            memory = int(free_beside(anatomy.model) * SHARE_OF_FREE_MEMORY)
+            memory = usual_memory(anatomy.model)
         threads = threads or thread_count(anatomy)
         evaluator = Evaluator(
             anatomy,

@@ -22,7 +22,7 @@ from shallower.engine.head import ROW_CHUNK_BYTES, ROW_CHUNK_BYTES_ELSEWHERE, He
 from shallower.engine.routes import Route, route_of
 from shallower.engine.states import States
 from shallower.engine.trace import Trace, prove
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, Threads, free_beside, thread_count
+from shallower.engine.workers import Threads, thread_count, usual_memory
 from shallower.registry import objective as objectives
 from shallower.units import Unit
 
@@ -62,7 +62,7 @@ class Likelihoods:
         self.anatomy = anatomy
         self.candidates = tuple(frozenset(candidate) for candidate in candidates)
         self.routes: list[Route] = [route_of(anatomy, candidate) for candidate in candidates]
-        self.memory = int(free_beside(anatomy.model) * SHARE_OF_FREE_MEMORY) if memory is None else memory
+        self.memory = usual_memory(anatomy.model) if memory is None else memory
 
     def of(
         self, asked: Sequence[Asked], tick: Callable[[], None] = lambda: None

@@ -29,7 +29,7 @@ from shallower.corpus.calibration import Batch
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order, shares
 from shallower.engine.ray_session import Session, connect
 from shallower.engine.states import States
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
+from shallower.engine.workers import usual_memory
 from shallower.errors import ModelTooLarge, ShallowerError, UserError
 from shallower.registry import Method
 from shallower.version import __version__
@@ -111,7 +111,7 @@ class Setup:
         """Bytes for one worker, which holds `model`."""
         if self.memory is not None:
             return self.memory // self.neighbours
-        return int(free_beside(model) * SHARE_OF_FREE_MEMORY) // self.sharing
+        return usual_memory(model) // self.sharing
 
 
 class Worker:

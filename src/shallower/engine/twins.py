@@ -22,7 +22,7 @@ from shallower.anatomy.patch import held
 from shallower.anatomy.writers import Halves, Writer
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.trace import Trace, trace
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
+from shallower.engine.workers import usual_memory
 from shallower.errors import ModelError
 from shallower.units import Kind, Unit
 
@@ -148,7 +148,7 @@ class Twins:
         self.student, self.dense = student, dense
         self.batches = list(calibration.batches(max(1, TOKENS_A_BATCH // calibration.length)))
         needed = 2 * _bytes(dense, calibration)
-        allowed = int(free_beside(dense.model) * SHARE_OF_FREE_MEMORY) if memory is None else memory
+        allowed = usual_memory(dense.model) if memory is None else memory
         self._holds = needed <= allowed
         self._streams = streams
         self._shared = 0

@@ -22,7 +22,7 @@ from shallower.anatomy.streamed import is_streamed
 from shallower.checkpoint.determinants import is_untouched
 from shallower.engine.evaluator import Evaluator, Job, Measured, shares
 
-SHARE_OF_FREE_MEMORY = 0.25  # for what the engine keeps besides the model, unless told
+SHARE_OF_FREE_MEMORY = 0.25
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 MOST_THREADS = 8  # beyond this Python itself, of which one thread runs at a time, holds them up
@@ -146,6 +146,11 @@ def free_memory(device: torch.device) -> int:
 def free_beside(model: nn.Module) -> int:
     """Bytes that are free where a model is; of several devices, on the fullest one."""
     return min(free_memory(device) for device in {weight.device for weight in model.parameters()})
+
+
+def usual_memory(model: nn.Module) -> int:
+    """Bytes that the engine keeps besides a model unless told otherwise: a share of what is free where it is."""
+    return int(free_beside(model) * SHARE_OF_FREE_MEMORY)
 
 
 def place_for(needed: int, device: torch.device) -> torch.device:

@@ -23,7 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from shallower import progress
 from shallower.checkpoint.determinants import determinants
 from shallower.checkpoint.stock import evaluating
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
+from shallower.engine.workers import usual_memory
 from shallower.errors import ModelError, UserError, out_of_memory
 from shallower.evaluation.answered import Answered, digest
 from shallower.evaluation.harness import quiet_harness
@@ -214,7 +214,7 @@ class Respondent(HFLM):  # type: ignore[misc]
         """How many rows of `length` tokens go through the model at a time."""
         if self.batch is not None:
             return self.batch
-        room = free_beside(self.model) * SHARE_OF_FREE_MEMORY
+        room = usual_memory(self.model)
         if self.model.device.type == "cpu":
             room = min(room, LOGIT_BYTES)
         vocabulary = self.model.get_input_embeddings().num_embeddings

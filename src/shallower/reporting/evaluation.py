@@ -1,23 +1,47 @@
-"""Tables of tasks and of what models write, for the terminal."""
+"""What the terminal shows of a comparison: its texts, tables of tasks, and what models write."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from shallower.evaluation.comparison import Comparison
 from shallower.evaluation.generation import Generation
 from shallower.evaluation.pairs import Difference
 from shallower.evaluation.tasks import TaskMetric, TaskResult
-from shallower.reporting.tables import CHANCE, add_row, new_table
+from shallower.reporting.tables import CHANCE, PerplexityRow, add_row, new_table
 from shallower.reporting.wording import percent, signed
 
 _SAMPLES = 3
 _WIDEST = 180  # characters of a text shown: six lines where two stand side by side on a terminal of 80 columns
+
+
+def perplexity_rows(found: Comparison) -> list[PerplexityRow]:
+    """What `perplexity_table` shows of a comparison."""
+    rows = []
+    for each in found.evaluations:
+        differences = {text: found.text_difference(each, text) for text in found.texts}
+        unclear = {text for text, one in differences.items() if one is not None and not one.significant}
+        values = {text: measured.perplexity for text, measured in each.perplexity.items()}
+        apart = {text for text in found.texts if found.apart(each, text)}
+        rows.append(PerplexityRow(each.model, each.blocks, each.parameters, values, unclear, apart))
+    return rows
+
+
+def text_sentences(found: Comparison) -> Iterator[str]:
+    """A sentence on each text of a comparison: how much of it was scored, and each model's bits per byte."""
+    for text in found.texts:
+        bits = ", ".join(f"{each.perplexity[text].bits_per_byte:.3f}" for each in found.evaluations)
+        measured = found.evaluations[0].perplexity[text]
+        scored = f"{measured.tokens:,} tokens scored in {measured.windows} windows"
+        others = [each for each in found.evaluations if found.apart(each, text)]
+        told = "".join(f", other windows by {each.model}" for each in others)
+        yield f"{text}: {scored}{told}; bits per byte {bits}."
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,20 @@ class TaskColumn:
     model: str
     results: Sequence[TaskResult]
     differences: Mapping[tuple[str, str], Difference]
+
+
+def task_columns(found: Comparison) -> list[TaskColumn]:
+    """What `task_table` shows of a comparison."""
+    columns = []
+    for each in found.evaluations:
+        differences = {}
+        for result in each.tasks:
+            for metric in result.metrics:
+                difference = found.task_difference(each, result.task, metric.name)
+                if difference is not None:
+                    differences[result.task, metric.name] = difference
+        columns.append(TaskColumn(each.model, each.tasks, differences))
+    return columns
 
 
 def task_table(columns: Sequence[TaskColumn]) -> Table:

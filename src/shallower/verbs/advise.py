@@ -19,8 +19,10 @@ from shallower.errors import CorpusError, UserError
 from shallower.files import expanded
 from shallower.plan import source_and_options, without_folders
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate
+from shallower.verbs.measuring import make_ablator
 from shallower.verbs.score import require_finite
-from shallower.verbs.subject import Subject, calibrate, make_ablator
+from shallower.verbs.subject import Subject
 
 AUTO = "auto"
 TASK = "task"  # the objective for a target that is questions

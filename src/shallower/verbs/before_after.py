@@ -14,8 +14,8 @@ from shallower.reporting.data import Side
 from shallower.reporting.wording import plural
 from shallower.timing.speed import Speed, compare_speed
 from shallower.verbs.questions import Questions, TaskScores, task_scores
-from shallower.verbs.recoveries import perplexities, values
 from shallower.verbs.subject import Subject
+from shallower.verbs.texts import perplexities, values
 
 PROMPT, GENERATE = 128, 32  # tokens, where speed is timed
 REPEATS = 5  # runs of each model, of which fewer would show a difference by chance

@@ -32,7 +32,8 @@ from shallower.files import expanded, replacing, write_text
 from shallower.progress import task
 from shallower.reporting.corpus import CleanReport, cluster_png, clusters_json, render, shown_places
 from shallower.strict_json import write_json
-from shallower.verbs.subject import open_subject, require_room_to_write
+from shallower.verbs.calibrate import require_room_to_write
+from shallower.verbs.subject import open_subject
 from shallower.verbs.supply import supply
 
 PAGE, FIGURE, CLUSTERS = "report.html", "clusters.png", "clusters.json"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +23,7 @@ from shallower.reporting.wording import distinct_names
 from shallower.verbs.contamination import contamination
 from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.measured_by import measured_by, measured_model
-from shallower.verbs.questions import model_tasks, open_answered, read_questions, require_templates
+from shallower.verbs.questions import Questions, model_tasks, open_answered, read_questions, require_templates
 from shallower.verbs.subject import (
     ModelLike,
     Subject,
@@ -33,7 +33,10 @@ from shallower.verbs.subject import (
     require_there,
     several,
 )
-from shallower.verbs.texts import require_measurable, text_perplexity, tokens_read, windows_cut
+from shallower.verbs.texts import perplexities, require_measurable, tokens_read, windows_cut
+
+if TYPE_CHECKING:
+    from shallower.evaluation.answered import Answered
 
 
 def evaluate(
@@ -99,53 +102,73 @@ def evaluate(
         settings=TaskSettings(limit, shots, task_seed, chat, batch, truncate),
         task_data=task_data,
     )
-    found: list[Evaluation] = []
-    measured: list[dict[str, Any]] = []
-    notes = [*asked.notes]
+    found: list[_Evaluated] = []
     with ExitStack() as stack:
         answered = stack.enter_context(open_answered()) if asked.tasks is not None else None
         for model, applied in zip(models, plans, strict=True):
             subject = open_subject(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-            label = subject.identity.name
-            tokens = tokens_read(subject, window, stride, max_windows)
-            notes += contamination(
-                subject, applied, calibration, asked, tokens, cut=applied is not None, insist=not found
-            )
-            notes += windows_cut(subject, asked.contents, window, stride)
-            if asked.generation:
-                notes += _writings_cut(subject)
-            if asked.tasks is not None:
-                require_measurable(subject, asked.contents, window, stride, max_windows)
-            # before texts: answers are kept, and what cannot be asked is refused at once
-            results = model_tasks(subject, asked, answered, label)
-            perplexities = {
-                name: text_perplexity(
+            found.append(
+                _evaluated(
                     subject,
-                    content,
-                    window=window,
-                    stride=stride,
-                    max_windows=max_windows,
-                    label=f"of {label} on {name}",
+                    applied,
+                    asked,
+                    answered,
+                    window,
+                    stride,
+                    max_windows,
+                    calibration=calibration,
+                    insist=not found,
                 )
-                for name, content in asked.contents.items()
-            }
-            written = None
-            if asked.generation:
-                written = continue_prompts(subject.model, subject.tokenizer, label=label)
-            blocks, parameters = subject.identity.blocks, subject.weights.model.parameters
-            measured.append(measured_model(subject))
-            found.append(Evaluation(label, blocks, parameters, perplexities, tuple(results), written))
-            del subject
-    labels = distinct_names([each.model for each in found], [path_of(model) for model in models])
-    named = tuple(replace(each, model=label) for each, label in zip(found, labels, strict=True))
-    models_as_measured = [{**each, "model": label} for each, label in zip(measured, labels, strict=True)]
-    made_by = measured_by(models_as_measured, asked, window, stride, max_windows)
-    comparison = Comparison(named, made_by=made_by)
-    told = (*dict.fromkeys(notes), *comparison.windows_apart(), *comparison.overflows())
-    comparison = replace(comparison, notes=told)
+            )
+            del subject  # before the next is loaded
+    labels = distinct_names([each.evaluation.model for each in found], [path_of(model) for model in models])
+    named = tuple(replace(each.evaluation, model=label) for each, label in zip(found, labels, strict=True))
+    as_measured = [{**each.as_measured, "model": label} for each, label in zip(found, labels, strict=True)]
+    comparison = Comparison(named, made_by=measured_by(as_measured, asked, window, stride, max_windows))
+    notes = dict.fromkeys((*asked.notes, *(note for each in found for note in each.notes)))
+    comparison = replace(comparison, notes=(*notes, *comparison.windows_apart(), *comparison.overflows()))
     if out is not None:
         write_comparison(comparison, out, force=force)
     return comparison
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """One model, under its own name. as_measured: see `measured_model`. notes: what to know of what it reached."""
+
+    evaluation: Evaluation
+    as_measured: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+def _evaluated(
+    subject: Subject,
+    applied: PruningPlan | None,
+    asked: Questions,
+    answered: Answered | None,
+    window: int,
+    stride: int | None,
+    max_windows: int | None,
+    *,
+    calibration: str | Path | None,
+    insist: bool,
+) -> _Evaluated:
+    """Ask a loaded model everything. applied: the plan that it was cut by. insist: as for `contamination`."""
+    label = subject.identity.name
+    tokens = tokens_read(subject, window, stride, max_windows)
+    notes = [*contamination(subject, applied, calibration, asked, tokens, cut=applied is not None, insist=insist)]
+    notes += windows_cut(subject, asked.contents, window, stride)
+    if asked.generation:
+        notes += _writings_cut(subject)
+    if asked.tasks is not None:
+        require_measurable(subject, asked.contents, window, stride, max_windows)
+    # before texts: answers are kept, and what cannot be asked is refused at once
+    results = model_tasks(subject, asked, answered, label)
+    on_texts = perplexities(subject, asked.contents, window, max_windows, f"of {label} on", stride=stride)
+    written = continue_prompts(subject.model, subject.tokenizer, label=label) if asked.generation else None
+    blocks, parameters = subject.identity.blocks, subject.weights.model.parameters
+    evaluation = Evaluation(label, blocks, parameters, on_texts, tuple(results), written)
+    return _Evaluated(evaluation, measured_model(subject), notes)
 
 
 def _writings_cut(subject: Subject) -> list[str]:

@@ -11,8 +11,9 @@ from shallower.engine import reads_choices
 from shallower.errors import CorpusError, UserError
 from shallower.plan import PruningPlan, source_and_options
 from shallower.registry import objective as objectives
+from shallower.verbs.calibrate import DEFAULT_CALIBRATION
 from shallower.verbs.contamination import read_again
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject
+from shallower.verbs.subject import Subject
 from shallower.verbs.supply import supply
 from shallower.verbs.texts import held_out
 

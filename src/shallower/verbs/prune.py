@@ -43,7 +43,6 @@ from shallower.verbs.questions import read_questions
 from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
-    perplexities,
     recovery_card,
     recovery_made_by,
     require_place,
@@ -66,7 +65,14 @@ from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
 from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
-from shallower.verbs.texts import fitting, nothing_held_out, read_texts, require_measurable, tokens_read
+from shallower.verbs.texts import (
+    fitting,
+    nothing_held_out,
+    perplexities,
+    read_texts,
+    require_measurable,
+    tokens_read,
+)
 from shallower.version import __version__
 
 INFLUENCE = "cosine"

@@ -35,12 +35,12 @@ from shallower.surgery.save import form_of
 from shallower.surgery.silence import adds_nothing
 from shallower.surgery.stations import layers_of
 from shallower.units import Unit, listed, sublayers_of
+from shallower.verbs.calibrate import calibrate, note_default
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import (
     Resume,
-    perplexities,
     recovery_card,
     recovery_made_by,
     require_place,
@@ -48,7 +48,6 @@ from shallower.verbs.recoveries import (
     run_recoveries,
     texts_read,
     training_text,
-    values,
     with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
@@ -59,15 +58,16 @@ from shallower.verbs.recovery_steps import (
     require_training,
     that_need_plain,
 )
-from shallower.verbs.subject import (
-    Subject,
-    calibrate,
-    note_default,
-    open_subject,
-    require_place_for,
-    require_space_for,
+from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
+from shallower.verbs.texts import (
+    held_out,
+    nothing_held_out,
+    perplexities,
+    read_texts,
+    text_title,
+    tokens_read,
+    values,
 )
-from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,9 +45,10 @@ from shallower.training.patch import attach, cuts
 from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate, calibrate_most
 from shallower.verbs.recovery_steps import in_closed_form, options_in_use, that_fold
-from shallower.verbs.subject import Subject, calibrate, calibrate_most
-from shallower.verbs.texts import fitting, held_out, text_perplexity, text_title, tokens_read
+from shallower.verbs.subject import Subject
+from shallower.verbs.texts import fitting, held_out, text_title, tokens_read, values
 from shallower.version import __version__
 
 
@@ -380,26 +381,11 @@ def run_recoveries(
     return student, tuple(stages), tuple(notes)
 
 
-def values(found: Mapping[str, Perplexity]) -> dict[str, float]:
-    """The bare perplexities."""
-    return {name: each.perplexity for name, each in found.items()}
-
-
 def _told(told: Mapping[str, Any]) -> str:
     """A training in a sentence. told: its training.json."""
     sentence = f"{plural(told['step'], 'step')} of training in {told['seconds'] / 60:.1f} minutes"
     sentence += f", which stopped early: {told['stopped']}" if told["stopped"] else ""
     return f"{sentence}; the weights of step {told['kept']} are kept."
-
-
-def perplexities(
-    subject: Subject, contents: Mapping[str, str], window: int, max_windows: int | None, label: str = "on"
-) -> dict[str, Perplexity]:
-    """Perplexity on each text, by the text's name, which `label` stands before while it is measured."""
-    return {
-        name: text_perplexity(subject, content, window=window, max_windows=max_windows, label=f"{label} {name}")
-        for name, content in contents.items()
-    }
 
 
 def texts_read(

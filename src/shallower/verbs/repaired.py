@@ -26,15 +26,16 @@ from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import Memo, context_key
 from shallower.engine.method_code import code_of, told
 from shallower.engine.twins import Streams
-from shallower.engine.workers import SHARE_OF_FREE_MEMORY, free_beside
+from shallower.engine.workers import usual_memory
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
 from shallower.plan import PruningPlan
 from shallower.recovery import Repair
 from shallower.registry import Configured, Method
 from shallower.surgery import cut
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate
 from shallower.verbs.recoveries import repair_size
-from shallower.verbs.subject import Subject, calibrate
+from shallower.verbs.subject import Subject
 from shallower.verbs.texts import or_all_of_it
 
 REPAIRED_AS = 4  # to be raised when cuts or repairs come out otherwise than before, beside the engine's own number
@@ -137,8 +138,7 @@ class RepairedLosses:
         self.steps = steps
         self.subject = subject
         self.judged, self.fitted = text.judged, text.fitted
-        free = int(free_beside(subject.model) * SHARE_OF_FREE_MEMORY)
-        self.memory = (free if memory is None else memory) // 2
+        self.memory = (usual_memory(subject.model) if memory is None else memory) // 2
         self._streams = Streams(subject.anatomy, self.fitted, self.memory)
         self.spent = Spent()
         self._known: dict[frozenset[Unit], float] = {}

@@ -6,12 +6,12 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shallower.anatomy.streamed import is_streamed
 from shallower.corpus import CalibrationSet
 from shallower.defaults import LENGTH, SEQUENCES
 from shallower.engine import (
@@ -27,21 +27,15 @@ from shallower.engine import (
 from shallower.engine.stream import Positions
 from shallower.errors import ModelError, UnknownName, UserError
 from shallower.plan import MadeBy
-from shallower.registry import Method, share_options
+from shallower.registry import Configured, Method, share_options
 from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import Unit
-from shallower.verbs.subject import (
-    Subject,
-    calibrate,
-    make_ablator,
-    note_default,
-    open_subject,
-    require_streamable,
-    units_of,
-)
+from shallower.verbs.calibrate import calibrate, note_default
+from shallower.verbs.measuring import make_ablator
+from shallower.verbs.subject import Subject, open_subject, require_streamable, units_of, will_stream
 from shallower.version import __version__
 
 ALL = "all"
@@ -139,21 +133,18 @@ def score_many(
     Raises what `score` raises, and UserError for an ablator of something else.
     """
     methods = chosen_metrics(names)
-    adaptive = [method for method in methods if _is_adaptive(method)]
-    judges = [objectives.get(objective)] if adaptive else []
+    judges = [objectives.get(objective)] if any(map(_is_adaptive, methods)) else []
     what = " or ".join(f"{asked.kind} {asked.name!r}" for asked in (*methods, *judges))
     shared = share_options(what, [*methods, *judges], settings or {})
     judged = shared.pop() if judges else {}
-    given = dict(zip([method.name for method in methods], shared, strict=True))
+    asked = list(zip(methods, shared, strict=True))
     if positions not in (choices := ("auto", *get_args(Positions))):
         raise UnknownName("choice of positions", positions, choices)
     memory, workers = parse_memory(memory), parse_workers(workers)
-    backward = [method.name for method in methods if needs_backward(method)]
-    if stream_blocks:
+    if will_stream(model, stream_blocks):
         require_streamable(workers=workers)
-        require_no_gradients(backward)
-    stream = [method for method in methods if reads_stream(method)]
-    if spans and not stream:
+        require_no_gradients([method.name for method in methods if needs_backward(method)])
+    if spans and not any(map(reads_stream, methods)):
         raise UserError(
             f"metric {methods[0].name!r} has no span scores; use a metric of the stream, such as angular or cosine."
         )
@@ -174,51 +165,117 @@ def score_many(
         stream_blocks=stream_blocks,
     )
     wanted = units_of(subject, units)
-    if is_streamed(subject.model):
-        require_no_gradients(backward)
     text = None
-    if adaptive or stream or backward:
-        asked = objective if adaptive else "nll"
+    if any(map(_reads_text, methods)):
+        asking = objective if judges else "nll"
         note_default(calibration)
-        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=asked)
-        if adaptive and ablator is not None:
+        text = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=asking)
+        if judges and ablator is not None:
             ablator.require_measures(subject.model, text, objective, judged)
-    takes = [unit for unit in wanted if only is None or unit in only]
-    rows: dict[str, tuple[Score, ...]] = {}
-    if stream:
-        assert text is not None
-        statistics = [
-            stream_statistic(method, given[method.name], spans=spans, positions=positions) for method in stream
-        ]
-        for statistic, found in zip(statistics, stream_scores(subject.anatomy, text, statistics, wanted), strict=True):
-            rows[statistic.metric.name] = found
-            given[statistic.metric.name] = {**statistic.options, "positions": statistic.positions}
-    weighing = [WeightStatistic(method, given[method.name]) for method in methods if reads_weights(method)]
-    if weighing:
-        for weight, found in zip(weighing, weight_scores(subject.anatomy, text, weighing, wanted), strict=True):
-            rows[weight.metric.name] = found
-    if adaptive:
-        assert text is not None
-        with ExitStack() as stack:
-            if ablator is None:
-                ablator = make_ablator(subject, text, objective, judged, memory=memory, workers=workers)
-                stack.enter_context(closing(ablator))
-            for method in adaptive:
-                rows[method.name] = measured_scores(method, given[method.name], ablator, takes, seed)
-                given[method.name] = {**judged, **given[method.name]}
-    made = {
-        method.name: MadeBy(
+    found = {
+        **_by_stream(subject, text, asked, wanted, spans=spans, positions=positions),
+        **_by_weights(subject, text, asked, wanted),
+        **_by_losses(
+            subject,
+            text,
+            asked,
+            [unit for unit in wanted if only is None or unit in only],
+            objective=objective,
+            judged=judged,
+            seed=seed,
+            memory=memory,
+            workers=workers,
+            ablator=ablator,
+        ),
+    }
+    scores = []
+    for method in methods:
+        measured = found[method.name]
+        made_by = MadeBy(
             None,
-            objective if method in adaptive else None,
+            objective if _is_adaptive(method) else None,
             method.name,
-            {**given[method.name], "dtype": subject.dtype},
+            {**measured.options, "dtype": subject.dtype},
             seed,
             text.identity if text is not None and _reads_text(method) else None,
             __version__,
         )
-        for method in methods
+        scores.append(Scores(subject.identity, method.name, measured.rows, made_by))
+    return ScoreSheet(tuple(scores))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Scores by one metric, and the options that they were measured with."""
+
+    rows: tuple[Score, ...]
+    options: Mapping[str, Any]
+
+
+def _by_stream(
+    subject: Subject,
+    text: CalibrationSet | None,
+    asked: Sequence[Configured],
+    units: Sequence[Unit],
+    *,
+    spans: bool | None,
+    positions: Positions | Literal["auto"],
+) -> dict[str, _Measured]:
+    """Scores by those of the metrics that compare the residual stream, by name."""
+    statistics = [
+        stream_statistic(method, options, spans=spans, positions=positions)
+        for method, options in asked
+        if reads_stream(method)
+    ]
+    if not statistics:
+        return {}
+    assert text is not None
+    found = stream_scores(subject.anatomy, text, statistics, units)
+    return {
+        each.metric.name: _Measured(rows, {**each.options, "positions": each.positions})
+        for each, rows in zip(statistics, found, strict=True)
     }
-    return ScoreSheet(tuple(Scores(subject.identity, name, rows[name], made[name]) for name in made))
+
+
+def _by_weights(
+    subject: Subject, text: CalibrationSet | None, asked: Sequence[Configured], units: Sequence[Unit]
+) -> dict[str, _Measured]:
+    """Scores by those of the metrics that read weights or their gradients, by name."""
+    statistics = [WeightStatistic(method, options) for method, options in asked if reads_weights(method)]
+    if not statistics:
+        return {}
+    found = weight_scores(subject.anatomy, text, statistics, units)
+    return {each.metric.name: _Measured(rows, each.options) for each, rows in zip(statistics, found, strict=True)}
+
+
+def _by_losses(
+    subject: Subject,
+    text: CalibrationSet | None,
+    asked: Sequence[Configured],
+    units: Sequence[Unit],
+    *,
+    objective: str,
+    judged: Mapping[str, Any],
+    seed: int,
+    memory: int | None,
+    workers: int | str | None,
+    ablator: Ablator | None,
+) -> dict[str, _Measured]:
+    """Scores by those of the metrics that ask for losses of the model without units, by name. judged: options of the
+    objective. ablator: who measures, and stays open; by default one that is made for it.
+    """
+    adaptive = [(method, options) for method, options in asked if _is_adaptive(method)]
+    if not adaptive:
+        return {}
+    assert text is not None
+    with ExitStack() as stack:
+        if ablator is None:
+            ablator = make_ablator(subject, text, objective, judged, memory=memory, workers=workers)
+            stack.enter_context(closing(ablator))
+        return {
+            method.name: _Measured(measured_scores(method, options, ablator, units, seed), {**judged, **options})
+            for method, options in adaptive
+        }
 
 
 def require_no_gradients(backward: Sequence[str]) -> None:

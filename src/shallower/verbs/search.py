@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,14 @@ from shallower.searches import Losses
 from shallower.surgery import cut, is_spread, leftovers, require_together, require_whole
 from shallower.units import Unit, listed, plain, sublayers_of
 from shallower.verbs.advise import advise, is_auto
+from shallower.verbs.calibrate import calibrate, note_default
+from shallower.verbs.measuring import make_ablator
 from shallower.verbs.ranking import metric_of, rank, ranked, read_scores
 from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.score import require_finite, require_no_gradients
-from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
-from shallower.verbs.subject import (
-    Subject,
-    calibrate,
-    make_ablator,
-    note_default,
-    open_subject,
-    require_streamable,
-    units_of,
-)
+from shallower.verbs.search_methods import Chosen, require_possible
+from shallower.verbs.subject import Subject, open_subject, require_streamable, units_of, will_stream
 from shallower.verbs.trail import removal_order, require_covered, run_search
 from shallower.version import __version__
 
@@ -105,7 +100,8 @@ def search(
     ablator of something else.
     """
     memory, workers = parse_memory(memory), parse_workers(workers)
-    require_possible(
+    exact = exact and ablator is None  # which knows whether it runs races
+    chosen = require_possible(
         remove,
         search,
         objective,
@@ -114,16 +110,15 @@ def search(
         units=units,
         ordinary=ordinary,
         protect=protect,
-        exact=exact and ablator is None,
+        exact=exact,
         repair=repair,
         workers=workers,
     )
     _require_target(calibration, target)
-    chosen = chosen_methods(search, objective, repair, settings or {}, metric)
-    stages = chosen.stages
-    if stream_blocks:
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact and ablator is None)
-    scores = _scores_to_rank_by(stages, metric, remove, scores, units=units, stream_blocks=stream_blocks)
+    stream = will_stream(model, stream_blocks)
+    if stream:
+        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
+    scores = _scores_to_rank_by(chosen, remove, scores, units=units, stream=stream)
     subject = open_subject(
         model,
         tokenizer,
@@ -132,8 +127,6 @@ def search(
         trust_remote_code=trust_remote_code,
         stream_blocks=stream_blocks,
     )
-    if is_streamed(subject.model):
-        require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact and ablator is None)
     require_whole(subject.model)  # else no plan for it could be applied
     if repair or ordinary:
         require_together(subject.model)  # candidates are cut
@@ -142,21 +135,79 @@ def search(
     if request.budget is None:
         _cut_named(subject, request.units)
     elif scores is not None:
-        ranking = ranked(subject, stages, metric, scores, chosen.of_metric, units)
-        require_covered(stages, ranking, request.units)
+        ranking = ranked(subject, chosen.stages, metric, scores, chosen.of_metric, units)
+        require_covered(chosen.stages, ranking, request.units)
     read = _text(
         subject,
         calibration,
         target,
         chosen,
-        objective,
         lambda: units_of(subject, units, parse_protect(protect, len(subject.anatomy.blocks))),
         memory=memory,
         workers=workers,
         shape={"sequences": sequences, "length": length, "seed": seed},
     )
-    whole, text = (read.whole, read.judged) if isinstance(read, SplitText) else (read, read)
-    with _ablator(ablator, subject, text, objective, chosen.of_objective, exact, memory, workers) as measuring:
+    found = _found(
+        subject,
+        request,
+        chosen,
+        read,
+        ranking,
+        units=units,
+        ordinary=ordinary,
+        settings=settings,
+        exact=exact,
+        seed=seed,
+        memory=memory,
+        workers=workers,
+        ablator=ablator,
+    )
+    asked = {"remove": str(remove), "units": units, "ordinary": ordinary, "protect": protect}
+    return PruningPlan(
+        subject.identity,
+        tuple(sorted(found.order)),
+        tuple(zip(found.order, found.losses[1:], strict=True)),
+        found.losses[0],
+        _made_by(subject, request, chosen, read, found, asked, seed),
+        {"tokens": found.spent.tokens, "exhaustive": found.spent.exhaustive, "recalled": found.spent.recalled},
+        _gone(subject, found.order),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The units to remove, one after another, with the objective of the dense model and after each removal. ranking:
+    the scores that were read. racing: how candidates raced, None where they did not.
+    """
+
+    order: Sequence[Unit]
+    losses: Sequence[float]
+    ranking: Scores | None
+    spent: Spent
+    racing: Racing | None
+
+
+def _found(
+    subject: Subject,
+    request: Request,
+    chosen: Chosen,
+    read: CalibrationSet | SplitText,
+    ranking: Scores | None,
+    *,
+    units: str,
+    ordinary: bool,
+    settings: Mapping[str, str] | None,
+    exact: bool,
+    seed: int,
+    memory: int | None,
+    workers: int | str | None,
+    ablator: Ablator | None,
+) -> _Found:
+    """Search, or take the units that were named, and measure what is left after each removal. ranking: scores that were
+    measured before.
+    """
+    text = read.judged if isinstance(read, SplitText) else read
+    with _ablator(ablator, subject, text, chosen, exact, memory, workers) as measuring:
         before = measuring.account()
         judge = _judge(subject, read, chosen.repairs, measuring, memory)
         if request.budget is None:
@@ -165,11 +216,11 @@ def search(
             if ranking is None:
                 ranking = rank(
                     subject,
-                    stages,
+                    chosen.stages,
                     text,
-                    metric=metric,
+                    metric=chosen.metric,
                     units="sublayer" if ordinary else units,
-                    objective=objective,
+                    objective=chosen.objective,
                     settings=settings,
                     seed=seed,
                     memory=memory,
@@ -178,36 +229,45 @@ def search(
                     only=sublayers_of(request.units) if ordinary else request.units,
                 )
             require_finite(judge.losses)
-            if repair:
+            if chosen.repairs:
                 measuring.close()  # what it keeps in memory would stand beside what repairs keep
-            order = _order(subject, request, search, stages, judge.losses, ranking, seed, ordinary=ordinary)
-        measured = _measured(judge, order)
+            order = _order(subject, request, chosen, judge.losses, ranking, seed, ordinary=ordinary)
+        losses = _measured(judge, order)
         if request.budget is not None:
-            _require_finite(measured[-1], order, objective)
+            _require_finite(losses[-1], order, chosen.objective)
         spent = _spent(measuring, before, judge)
-        progress.note(_cost(spent, repaired=bool(repair)))
+        progress.note(_cost(spent, repaired=bool(chosen.repairs)))
+    return _Found(order, losses, ranking, spent, measuring.racing)
+
+
+def _made_by(
+    subject: Subject,
+    request: Request,
+    chosen: Chosen,
+    read: CalibrationSet | SplitText,
+    found: _Found,
+    asked: Mapping[str, Any],
+    seed: int,
+) -> MadeBy:
+    """What makes the same plan again. asked: which units may go, and how many, as it was said."""
+    whole, text = (read.whole, read.judged) if isinstance(read, SplitText) else (read, read)
     options = {
         **chosen.options,
-        "remove": str(remove),
-        "units": units,
-        "ordinary": ordinary,
-        "protect": protect,
+        **asked,
         "dtype": subject.dtype,
         "device": subject.model.device.type,  # a race looks at its batches, whose size depends on it
-        **_of_races(measuring.racing, spent, repair),
-        **_of_scores(ranking, text, objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
+        **_of_races(found.racing, found.spent, chosen.repair),
+        **_of_scores(found.ranking, text, chosen.objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
         **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
     }
-    name, ranked_by = (None if request.budget is None else search), (None if ranking is None else ranking.metric)
-    made_by = MadeBy(name, objective, ranked_by, options, seed, whole.identity, __version__)
-    return PruningPlan(
-        subject.identity,
-        tuple(sorted(order)),
-        tuple(zip(order, measured[1:], strict=True)),
-        measured[0],
-        made_by,
-        {"tokens": spent.tokens, "exhaustive": spent.exhaustive, "recalled": spent.recalled},
-        _gone(subject, order),
+    return MadeBy(
+        None if request.budget is None else chosen.search,
+        chosen.objective,
+        None if found.ranking is None else found.ranking.metric,
+        options,
+        seed,
+        whole.identity,
+        __version__,
     )
 
 
@@ -223,7 +283,6 @@ def _text(
     calibration: str | Path | CalibrationSet | SplitText | None,
     target: str | Path | None,
     chosen: Chosen,
-    objective: str,
     removable: Callable[[], Sequence[Unit]],
     *,
     memory: int | None,
@@ -242,7 +301,7 @@ def _text(
             str(calibration),
             target,
             removable(),
-            objective=objective,
+            objective=chosen.objective,
             options=chosen.of_objective,
             memory=memory,
             workers=workers,
@@ -253,7 +312,7 @@ def _text(
         calibration = advice.candidates[0].source
     if chosen.repairs:
         return judging_text(subject, calibration, **shape)
-    return calibrate(subject, calibration, objective=objective, **shape)
+    return calibrate(subject, calibration, objective=chosen.objective, **shape)
 
 
 def _judge(
@@ -298,8 +357,7 @@ def _spent(measuring: Ablator, before: Spent, judge: Ablator | RepairedLosses) -
 def _order(
     subject: Subject,
     request: Request,
-    search: str,
-    stages: Sequence[Configured],
+    chosen: Chosen,
     losses: Losses,
     ranking: Scores | None,
     seed: int,
@@ -311,12 +369,12 @@ def _order(
     Raises BudgetError when nothing would stay, and ModelError when what would stay cannot be built.
     """
     assert request.budget is not None
-    trail = run_search(stages, request.units, request.budget, losses, ranking, seed)
+    trail = run_search(chosen.stages, request.units, request.budget, losses, ranking, seed)
     found = plain(trail[-1])
     if takes_all(subject, trail[-1]):
         raise BudgetError(
-            f"search {search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, and "
-            "something must stay: remove less, or choose smaller --units."
+            f"search {chosen.search!r} removes {request.budget} only with all {len(subject.anatomy.blocks)} blocks, "
+            "and something must stay: remove less, or choose smaller --units."
         )
     smaller = _cut_found(subject, found)
     if ordinary:
@@ -375,13 +433,12 @@ def _of_scores(
 
 
 def _scores_to_rank_by(
-    stages: Sequence[Configured],
-    metric: str | None,
+    chosen: Chosen,
     remove: str | int,
     scores: Scores | ScoreSheet | str | Path | None,
     *,
     units: str,
-    stream_blocks: bool,
+    stream: bool,
 ) -> Scores | None:
     """The scores that were given, read, and checked as far as that goes without a model.
 
@@ -389,8 +446,8 @@ def _scores_to_rank_by(
     gradients.
     """
     if scores is not None:
-        return read_scores(stages, scores, metric, units)
-    method = metric_of(stages, metric) if stream_blocks else None
+        return read_scores(chosen.stages, scores, chosen.metric, units)
+    method = metric_of(chosen.stages, chosen.metric) if stream else None
     if method is not None and isinstance(parse_remove(str(remove))[0], Amount):
         require_no_gradients([method.name] if needs_backward(method) else [])
     return None
@@ -458,20 +515,20 @@ def _ablator(
     given: Ablator | None,
     subject: Subject,
     text: CalibrationSet,
-    objective: str,
-    options: Mapping[str, Any],
+    chosen: Chosen,
     exact: bool,
     memory: int | None,
     workers: int | str | None,
 ) -> Iterator[Ablator]:
     """The one that is given, checked, or one for the time of the `with`."""
-    if given is None:
-        # each look of a race would bring all blocks once more
-        racing = None if exact or is_streamed(subject.model) else Racing()
-        with closing(
-            make_ablator(subject, text, objective, options, racing=racing, memory=memory, workers=workers)
-        ) as own:
-            yield own
+    if given is not None:
+        given.require_measures(subject.model, text, chosen.objective, chosen.of_objective)
+        yield given
         return
-    given.require_measures(subject.model, text, objective, options)
-    yield given
+    # each look of a race would bring all blocks once more
+    racing = None if exact or is_streamed(subject.model) else Racing()
+    own = make_ablator(
+        subject, text, chosen.objective, chosen.of_objective, racing=racing, memory=memory, workers=workers
+    )
+    with closing(own):
+        yield own

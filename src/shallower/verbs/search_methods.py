@@ -27,10 +27,14 @@ PAIRING = ("sublayer", "all")
 
 @dataclass(frozen=True)
 class Chosen:
-    """The methods of a search: searches, recoveries that candidates are judged behind, objective and, for a search that
-    ranks, metric, with the options of each.
+    """The methods of a search, by name as they were asked for, and with the options of each: searches, recoveries that
+    candidates are judged behind, objective and, for a search that ranks, metric.
     """
 
+    search: str
+    objective: str
+    metric: str | None
+    repair: str
     stages: list[Configured]
     repairs: Sequence[Configured]
     of_objective: dict[str, Any]
@@ -56,14 +60,15 @@ def require_possible(
     exact: bool = False,
     repair: str = "",
     workers: object = None,
-) -> None:
-    """Refuse what is wrong with any model, before one is loaded.
+) -> Chosen:
+    """Look the methods up, and refuse what is wrong with any model, before one is loaded.
 
     Raises UnknownName for an unknown method or option, BudgetError when `remove`, `protect` or `units` cannot be read,
     and UserError when `ordinary` would restrict nothing, `repair` or `exact` change nothing, or `repair` cannot be
     done.
     """
-    stages = chosen_methods(search, objective, repair, settings or {}, metric).stages
+    chosen = chosen_methods(search, objective, repair, settings or {}, metric)
+    stages = chosen.stages
     kinds_of(units)  # refuses another word
     if metric is not None:
         readers = that_rank(stages)
@@ -95,6 +100,7 @@ def require_possible(
             f"--ordinary needs --units {' or '.join(PAIRING)}, not {units}: whole blocks are ordinary anyway, and no "
             "plan of attention or MLP alone is."
         )
+    return chosen
 
 
 def search_stages(
@@ -134,6 +140,10 @@ def chosen_methods(names: str, objective: str, repair: str, settings: Mapping[st
     require_order(steps)
     require_read(steps, {*settings}.difference(*(method.options for method in asked if method not in repairs)))
     return Chosen(
+        names,
+        objective,
+        metric,
+        repair,
         list(zip(methods, own, strict=True)),
         steps,
         rest[len(repairs)],

@@ -42,12 +42,14 @@ from shallower.studies.grid import Study, read_study
 from shallower.studies.ledger import Ledger
 from shallower.studies.result import Cell, Failure, Result, search_and_metric
 from shallower.units import Unit
+from shallower.verbs.calibrate import calibrate
+from shallower.verbs.measuring import make_ablator
 from shallower.verbs.ranking import metric_of, rank
 from shallower.verbs.request import Request, resolve
 from shallower.verbs.runnable import require_runnable, settings_of, shared_texts
 from shallower.verbs.search import search
 from shallower.verbs.search_methods import search_stages
-from shallower.verbs.subject import Subject, calibrate, make_ablator, open_subject
+from shallower.verbs.subject import Subject, open_subject
 from shallower.verbs.supply import supply
 from shallower.version import __version__
 

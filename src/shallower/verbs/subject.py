@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,46 +15,17 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy, dissect
 from shallower.anatomy.streamed import is_streamed, stream_from_processor
 from shallower.anatomy.weigh import UnitWeight, Weights, weigh
-from shallower.checkpoint.cache import cache_root
-from shallower.checkpoint.determinants import (
-    beside_weights,
-    code_of_model,
-    determinants,
-    determined,
-    is_portable,
-)
+from shallower.checkpoint.determinants import code_of_model, determinants
 from shallower.checkpoint.dtype import DTYPES, dtype_name, parse_device, parse_dtype, require_float64
-from shallower.checkpoint.fingerprint import checksum, fingerprint
+from shallower.checkpoint.fingerprint import fingerprint
 from shallower.checkpoint.load import LoadedModel, load_model
 from shallower.checkpoint.locate import locate
 from shallower.checkpoint.shards import stored_dtype
-from shallower.corpus import CalibrationSet, asks_model, build_calibration, build_choices, named_options
-from shallower.corpus.options import OPTIONS
-from shallower.corpus.questions import EXAMPLE
-from shallower.engine import Ablator, Racing, reads_choices
-from shallower.engine.memo import Memo
-from shallower.engine.ray_workers import Checkpoint, RayWorkers
-from shallower.errors import (
-    BudgetError,
-    CorpusError,
-    ModelError,
-    ModelTooLarge,
-    TooLittleText,
-    UserError,
-    out_of_memory,
-)
-from shallower.evaluation.perplexity import context_limit
+from shallower.errors import BudgetError, CorpusError, ModelTooLarge, UserError
 from shallower.plan import ModelIdentity
-from shallower.registry import objective as objectives
-from shallower.resources import parse_memory, parse_workers
-from shallower.surgery import is_spread, require_apart, require_free, require_space, sharing
+from shallower.surgery import require_apart, require_free, require_space, sharing
 from shallower.surgery.ordinary_pairs import exact_pairs, weigh_pairs
 from shallower.units import KINDS, Kind, Unit
-from shallower.verbs.supply import supply
-
-_POSITIONS = re.compile(r"(^|[._])(wpe|\w*positions?\w*)([._]|$)")  # of parameters
-_RESERVED = range(3)  # rows of such a table that are of no position (OPT: 2)
-DEFAULT_CALIBRATION = "python"  # the one text that every machine has; better: text like what the model will read
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +183,12 @@ def _loaded(model: str, device: str, dtype: str, *, trust_remote_code: bool, str
     return loaded
 
 
+def will_stream(model: ModelLike, stream_blocks: bool) -> bool:
+    """Whether blocks wait on the processor until they run: of a model to be opened so, or of one in memory that was."""
+    given = model.model if isinstance(model, Subject) else model
+    return stream_blocks or (isinstance(given, PreTrainedModel) and is_streamed(given))
+
+
 def require_streamable(
     *, repair: str = "", ordinary: bool = False, workers: int | str | None = None, exact: bool = False
 ) -> None:
@@ -293,194 +268,3 @@ def units_of(subject: Subject, which: str, protected: frozenset[int] = frozenset
     if not units:
         raise BudgetError(f"no {which} unit is left to remove after protecting {len(protected)} blocks.")
     return units
-
-
-def calibrate(
-    subject: Subject,
-    calibration: str | Path | CalibrationSet | None,
-    *,
-    sequences: int,
-    length: int,
-    seed: int,
-    objective: str = "nll",
-) -> CalibrationSet:
-    """The calibration set itself, or one built from a specification (by default Python's standard library).
-
-    One document in ten is left for held-out evaluation unless the specification says `part=…`. For an objective that
-    reads choices the specification is a .jsonl file of questions, and `sequences` are questions.
-
-    Raises CorpusError when the text is missing, too short, or not text, or longer than what the model can read.
-    """
-    if isinstance(calibration, CalibrationSet):
-        text = calibration
-    else:
-        require_room_to_write(subject.model, str(calibration or DEFAULT_CALIBRATION), length)
-        text = _build(subject, calibration, sequences, length, seed, objective)
-    require_room(subject.model, text.length)
-    require_known(subject.model, text)
-    return text
-
-
-def note_default(calibration: str | Path | CalibrationSet | None) -> None:
-    """Tell those who named no text what is read."""
-    if calibration is None:
-        progress.note(
-            "No text was named, so the documentation and the code of this Python are read. Text like what the model "
-            "will read serves better (--calibration text.jsonl)."
-        )
-
-
-def calibrate_most(
-    subject: Subject, calibration: str | Path | CalibrationSet | None, *, sequences: int, length: int, seed: int
-) -> tuple[CalibrationSet, int]:
-    """As `calibrate`, of a text that holds less than `sequences` all it has; and how many sequences were asked for in
-    the end.
-
-    Raises CorpusError as `calibrate` does: TooLittleText when it holds none, or less than its specification asks for.
-    """
-    short: TooLittleText | None = None
-    while True:
-        try:
-            return calibrate(subject, calibration, sequences=sequences, length=length, seed=seed), sequences
-        except TooLittleText as error:  # of a mixture each text is told of on its own
-            short = error
-            sequences = math.floor(sequences * error.share + 1e-9)
-            # what the specification says wins over the argument, and would fail again
-            if not sequences or "sequences" in named_options(str(calibration)):
-                raise
-        except CorpusError:
-            if short is None:
-                raise
-            raise short from None  # so few that a small weight of the mixture is none of them
-
-
-def require_room_to_write(model: PreTrainedModel, spec: str, length: int) -> None:
-    """Raise CorpusError when a specification asks for the model's own text in sequences that it cannot read.
-
-    length: of these sequences where the specification does not say it itself.
-    """
-    if asks_model(spec):
-        require_room(model, OPTIONS["length"].parse(named_options(spec).get("length", str(length))))
-
-
-def require_room(model: PreTrainedModel, length: int) -> None:
-    """Raise CorpusError when sequences of `length` are more than a model can read.
-
-    Beyond the length that its config has, rotary positions go on, and a table of learned ones ends. Whatever else may
-    fail there (GPT-J's table of computed positions, MPT's bias) is found by reading one sequence.
-    """
-    limit = context_limit(model)
-    if limit is None or length <= limit:
-        return
-    ends = any(_POSITIONS.search(name) and len(table) - limit in _RESERVED for name, table in model.named_parameters())
-    if not ends:
-        try:
-            with torch.no_grad(), progress.task(f"trying a sequence of {length:,} tokens"):
-                model.base_model(torch.zeros((1, length), dtype=torch.long, device=model.device), use_cache=False)
-        except (IndexError, RuntimeError) as error:
-            if out_of_memory(error):
-                raise
-            ends = True
-    if ends:
-        raise CorpusError(
-            f"sequences of {length} tokens are longer than the {limit} positions that the model has: use --length "
-            f"{limit} or less."
-        )
-
-
-def require_known(model: PreTrainedModel, text: CalibrationSet) -> None:
-    """Raise CorpusError when ids of a text have no embedding in the model."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    least, most = int(text.input_ids.min()), int(text.input_ids.max())
-    if least < 0 or most >= rows:
-        raise CorpusError(
-            f"{text.spec} has the token id {least if least < 0 else most}, and the model knows 0 to {rows - 1}: build "
-            "the set with the model's own tokenizer."
-        )
-
-
-def _build(
-    subject: Subject, calibration: str | Path | None, sequences: int, length: int, seed: int, objective: str
-) -> CalibrationSet:
-    if reads_choices(objectives.get(objective)):
-        if calibration is None:
-            raise CorpusError(
-                f"objective {objective!r} reads multiple-choice questions, and none were given: name a .jsonl file of "
-                f"them (--calibration), with rows such as {EXAMPLE}."
-            )
-        return build_choices(
-            str(calibration), subject.tokenizer, questions=sequences, length=length, seed=seed, part="train"
-        )
-    spec = DEFAULT_CALIBRATION if calibration is None else str(calibration)
-    return build_calibration(
-        spec,
-        subject.tokenizer,
-        sequences=sequences,
-        length=length,
-        seed=seed,
-        part="train",
-        supply=supply(subject.model, subject.tokenizer),
-    )
-
-
-def make_ablator(
-    subject: Subject,
-    calibration: CalibrationSet,
-    objective: str,
-    options: Mapping[str, Any] | None = None,
-    *,
-    racing: Racing | None = None,
-    memory: int | str | None = None,
-    workers: int | str | None = None,
-) -> Ablator:
-    """An evaluator that remembers on disk what was measured, so that interrupted work resumes. Close it after use.
-
-    options: of the objective. memory: bytes that it may keep besides the model, as a number or as in `4GB`. workers: a
-    number of Ray workers on this machine, or the address of a Ray cluster; by default threads of this process measure.
-
-    Raises UserError when either cannot be read, Ray is not installed, or workers are asked for and the model is
-    streamed, and ModelError when it is spread over devices, or computes what it does in this process alone.
-    """
-    limit, asked = parse_memory(memory), parse_workers(workers)
-    crew = None
-    if asked is not None:
-        if is_streamed(subject.model):
-            require_streamable(workers=asked)
-        if is_spread(subject.model):
-            raise ModelError(
-                f"the model is spread over devices by accelerate, and each worker (--workers {asked}) would need it "
-                "all: drop --workers, or load it on one device."
-            )
-        if not is_portable(subject.model):
-            raise ModelError(
-                "autocast, a hook on all modules, another forward of a class, or an attention that transformers does "
-                f"not have holds in this process alone, and workers (--workers {asked}) would measure another model: "
-                "undo it, or drop --workers."
-            )
-        crew = partial(RayWorkers, asked=asked, memory=limit, checkpoint=_checkpoint(subject))
-    return Ablator(
-        subject.anatomy,
-        calibration,
-        objective,
-        options,
-        racing=racing,
-        memo=Memo(cache_root() / "measured.sqlite"),
-        memory=limit,
-        workers=crew,
-    )
-
-
-def _checkpoint(subject: Subject) -> Checkpoint | None:
-    """Where workers read the model themselves; None for one that is in memory only, or computes otherwise there."""
-    loaded, model = subject.loaded, subject.model
-    if loaded.path is None or not determined(model):
-        return None
-    return Checkpoint(
-        str(loaded.path.resolve()),
-        loaded.name,
-        loaded.revision,
-        checksum(model),
-        beside_weights(model),
-        subject.dtype,
-        type(model).__module__.startswith("transformers_modules"),  # code of the Hub that the user trusted here
-    )

@@ -18,7 +18,8 @@ from shallower.evaluation.text import read_evaluation_text
 from shallower.files import expanded
 from shallower.plan import text_name, without_folders
 from shallower.reporting.wording import distinct_names
-from shallower.verbs.subject import DEFAULT_CALIBRATION, Subject, several_names
+from shallower.verbs.calibrate import DEFAULT_CALIBRATION
+from shallower.verbs.subject import Subject, several_names
 from shallower.verbs.supply import supply
 
 
@@ -124,25 +125,35 @@ def windows_of(subject: Subject, content: str, window: int, stride: int | None, 
     )
 
 
-def text_perplexity(
+def perplexities(
     subject: Subject,
-    content: str,
-    *,
+    contents: Mapping[str, str],
     window: int,
+    max_windows: int | None,
+    label: str = "on",
+    *,
     stride: int | None = None,
-    max_windows: int | None = None,
-    label: str = "",
-) -> Perplexity:
-    """Perplexity of a loaded model; a window longer than the model's context is cut to it, and so is the stride."""
-    return perplexity(
-        subject.model,
-        subject.tokenizer,
-        content,
-        window=fitting(subject, window),
-        stride=fitting_stride(subject, window, stride),
-        max_windows=max_windows,
-        label=label,
-    )
+) -> dict[str, Perplexity]:
+    """Perplexity of a loaded model on each text, by the text's name, which `label` stands before while it is measured;
+    a window longer than the model's context is cut to it, and so is the stride.
+    """
+    return {
+        name: perplexity(
+            subject.model,
+            subject.tokenizer,
+            content,
+            window=fitting(subject, window),
+            stride=fitting_stride(subject, window, stride),
+            max_windows=max_windows,
+            label=f"{label} {name}",
+        )
+        for name, content in contents.items()
+    }
+
+
+def values(found: Mapping[str, Perplexity]) -> dict[str, float]:
+    """The bare perplexities."""
+    return {name: each.perplexity for name, each in found.items()}
 
 
 def fitting(subject: Subject, window: int) -> int:
