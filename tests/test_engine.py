@@ -45,13 +45,14 @@ from shallower.engine.states import DenseAnswers, States
 from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import Trace, trace
 from shallower.engine.workers import thread_count
-from shallower.errors import BudgetError, CorpusError, ModelError, OutputError
+from shallower.errors import BudgetError, CorpusError, ModelError, OutputError, UserError
 from shallower.files import alone
 from shallower.registry import search as searches
 from shallower.store import Store
 from shallower.surgery import cut
 from shallower.testing.conformance import sample_choices, sample_text
 from shallower.testing.families import FAMILIES, tiny_model
+from shallower.training.adapters import projections, quantise
 from shallower.units import Unit, parse_units
 from shallower.verbs.score import score
 from shallower.verbs.search import search
@@ -832,6 +833,26 @@ def test_modules_that_cannot_be_copied_are_told_with_their_hooks():
     block.seen = model(torch.arange(8)[None]).logits  # what a hook kept, with its graph
     with pytest.raises(ModelError, match=r"cannot be copied.* remove what was attached to modules"):
         cut(dissect(model), [Unit(1, "block")])
+
+
+def test_quantized_weights_are_not_taken_for_changed_ones():
+    quantized = pytest.importorskip("bitsandbytes.nn")
+    model = tiny_model("llama", blocks=2)
+    quantise(model, projections(model))
+    model.model.layers[0].mlp.gate_proj = quantized.Linear8bitLt(
+        model.config.hidden_size, model.config.intermediate_size, bias=False, has_fp16_weights=False
+    ).to("cpu")
+    text = sample_text(model)
+    ablator = Ablator(dissect(model), text)
+    ablator.losses([frozenset()])
+    ablator.require_measures(model, text, "nll", {})
+    packed = model.model.layers[1].mlp.gate_proj.weight
+    packed.data = packed.data.clone()  # as bitsandbytes packs them on some processors
+    ablator.require_measures(model, text, "nll", {})
+    with torch.no_grad():
+        packed.zero_()
+    with pytest.raises(UserError, match="before its weights were changed"):
+        ablator.require_measures(model, text, "nll", {})
 
 
 def test_a_subject_is_what_its_weights_are_now():

@@ -22,6 +22,7 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.streamed import is_streamed
 from shallower.checkpoint.determinants import determinants, determined
+from shallower.checkpoint.fingerprint import stored
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
@@ -423,9 +424,17 @@ def _draws(text: CalibrationSet, asks: bool) -> NDArray[np.int64]:
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Where each stored tensor is, and how often it was written to, but for what is written through `.data`."""
-    tensors = model.state_dict(keep_vars=True).values()
-    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    """Where each stored tensor is, and how often it was written to, but for what is written through `.data`.
+
+    Of quantized weights it is which tensor that is: measuring may pack them anew, in other memory.
+    """
+    return [
+        (
+            tensor.data_ptr() if tensor.is_floating_point() or tensor.is_meta else id(tensor),
+            0 if tensor.is_inference() else tensor._version,
+        )
+        for tensor in stored(model).values()
+    ]
 
 
 def _crew(evaluator: Evaluator, threads: int) -> Workers:
