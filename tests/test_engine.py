@@ -1240,9 +1240,9 @@ def test_machines_that_share_a_memo_use_no_write_ahead_log(kind, mode, tmp_path,
         assert found.execute("PRAGMA journal_mode").fetchone() == (mode,)
 
 
-def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> tuple[bool, float]:
-    """Whether a race for the `keep` best of losses [candidates, sequences] ends wrong, as one that is not chosen is
-    better than one that is by more than a tie, and which share of them it reads. batch: sequences read at once.
+def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> tuple[np.ndarray, int, float]:
+    """Whom a race for the `keep` best of losses [candidates, sequences] chooses, the best first, how many sequences it
+    reads of these, and which share of the losses in all. batch: sequences read at once.
     """
     candidates, sequences = losses.shape
     alive, read, spent = np.arange(candidates), 0, 0
@@ -1253,8 +1253,13 @@ def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> 
         if len(alive) <= keep:
             break
     chosen = alive[np.argsort(losses[alive, :read].mean(1))[:keep]]
+    return chosen, read, spent / losses.size
+
+
+def is_wrong(losses: np.ndarray, chosen: np.ndarray, racing: Racing) -> bool:
+    """Whether one that is not chosen is better than one that is by more than a tie."""
     means = losses.mean(1)
-    return bool(means[chosen].max() > np.delete(means, chosen).min() * (1 + racing.tie)), spent / losses.size
+    return bool(means[chosen].max() > np.delete(means, chosen).min() * (1 + racing.tie))
 
 
 @pytest.mark.parametrize(
@@ -1280,9 +1285,10 @@ def test_racing_keeps_the_winners_at_the_stated_rate(tie, sequences, keep, batch
     for _ in range(200):
         means = np.sort(rng.gamma(2.0, 0.05, 20))
         losses = 3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + rng.normal(0, 0.08, (20, sequences))
-        outcomes.append(raced(losses, racing, keep, batch))
-    lost, spent = np.mean(outcomes, axis=0)
-    assert lost <= racing.error
+        chosen, _, share = raced(losses, racing, keep, batch)
+        outcomes.append((is_wrong(losses, chosen, racing), share))
+    wrong, spent = np.mean(outcomes, axis=0)
+    assert wrong <= racing.error
     assert spent < most  # and it saves something
 
 
@@ -1299,7 +1305,7 @@ def test_the_stated_rate_holds_when_many_are_just_behind(sequences, keep, batch)
         noise = rng.normal(0, 0.08, (20, sequences))
         noise -= noise.mean(1, keepdims=True)
         losses = 3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + noise
-        lost += raced(losses, racing, keep, batch)[0]
+        lost += is_wrong(losses, raced(losses, racing, keep, batch)[0], racing)
     assert lost / 300 <= racing.error
 
 
@@ -1350,8 +1356,11 @@ def test_the_engine_races_as_the_simulated_races_do(keep, batch):
     for _ in range(5):
         losses = 3 + rng.gamma(2.0, 0.05, 20)[:, None] + rng.normal(0, 0.08, (20, 48))
         found, spent = _asked(losses, racing=Racing(), keep=keep, batch=batch)
-        assert spent == raced(losses, Racing(), keep, batch)[1] < 1
-        assert min(found) == pytest.approx(losses[int(np.argmin(found))].mean(), rel=0.05)
+        chosen, read, share = raced(losses, Racing(), keep, batch)
+        assert spent == share < 1
+        best = sorted(range(len(found)), key=found.__getitem__)[:keep]
+        assert best == chosen.tolist()
+        assert [found[index] for index in best] == pytest.approx(losses[chosen, :read].mean(1))
 
 
 @pytest.mark.parametrize(("keep", "batch"), [(1, 1), (1, 2), (4, 1)])
