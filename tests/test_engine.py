@@ -718,6 +718,18 @@ def test_a_model_is_also_how_its_attention_and_experts_are_computed():
     assert determined(model)
 
 
+def test_a_model_is_also_how_products_are_rounded():
+    model, before = tiny_model("llama", blocks=2), torch.get_float32_matmul_precision()
+    keys = []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            keys.append(determinants(model))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert keys[0] != keys[1]
+
+
 def test_a_model_with_adapters_is_not_remembered():
     peft = pytest.importorskip("peft")
     model = tiny_model("llama", blocks=2)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy.dissect import dissect
-from shallower.checkpoint.determinants import beside_weights, code_of_model
+from shallower.checkpoint.determinants import beside_weights, code_of_model, round_as, rounding
 from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
 from shallower.checkpoint.stock import copied
@@ -35,16 +35,7 @@ from shallower.registry import Method
 from shallower.version import __version__
 
 MOST_DEATHS = 3  # of one worker in a row, with nothing measured in between
-_MKLDNN: Any = torch.backends.mkldnn  # whose types lack `matmul`
 PATIENCE = 600  # seconds that nothing happens while no worker has its model
-
-
-def _rounding() -> str | tuple[str, str]:
-    """How exact products of float32 are in this process."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each kind of device, as torch has it since 2.9
-        return torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class Setup:
     """All that a worker needs besides the model. memory: bytes on each machine, which `neighbours` workers divide; None
     for a share of what is free on its device, which `sharing` workers divide.
 
-    rounding: see `_rounding`.
+    rounding: of products, see `rounding`.
     """
 
     batches: Sequence[Batch]
@@ -105,7 +96,7 @@ class Setup:
     memory: int | None
     neighbours: int
     sharing: int
-    rounding: str | tuple[str, str] = field(default_factory=_rounding)
+    rounding: str | tuple[str, str] = field(default_factory=rounding)
 
     def memory_of_one(self, model: PreTrainedModel) -> int:
         """Bytes for one worker, which holds `model`."""
@@ -127,7 +118,7 @@ class Worker:
     def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> list[str] | None:
         """Get ready to measure, and tell with what `_code`; None when the checkpoint is not to be had here."""
         torch.set_num_threads(setup.threads)
-        _round_as(setup.rounding)
+        round_as(setup.rounding)
         model = source.load(setup.device) if isinstance(source, Checkpoint) else source.to(setup.device)
         if model is None:
             return None
@@ -366,14 +357,6 @@ def _code(model: PreTrainedModel) -> list[str]:
     version, *files = code_of_model(model)
     own = [name for name in files if not name.startswith("__main__.")]
     return [f"shallower {__version__}", f"transformers {version}", *own]
-
-
-def _round_as(rounding: str | tuple[str, str]) -> None:
-    """Compute products of float32 as exactly as the process that `_rounding` is of."""
-    if isinstance(rounding, str):
-        torch.set_float32_matmul_precision(rounding)
-    else:
-        torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision = rounding
 
 
 def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
