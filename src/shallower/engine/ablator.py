@@ -372,7 +372,8 @@ class Ablator:
             number = done.job.number
             if self._memo is not None:  # also for searches by the objectives that came along
                 self._remember(self._memo, done)
-            self._measured.update({(route, number): sums[0] for route, sums in done.sums.items()})
+            # copies, as a view would keep the rows of the objectives that came along
+            self._measured.update({(route, number): sums[0].copy() for route, sums in done.sums.items()})
             self.spent.tokens += done.tokens
             self.spent.block_tokens += done.block_tokens
 
