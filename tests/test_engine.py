@@ -528,6 +528,31 @@ def test_memo_is_kept_apart_by_text_and_objective(tmp_path):
     assert not same.spent.tokens
 
 
+def test_an_option_is_as_its_default_where_it_is_not_given(tmp_path):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text, memo = sample_text(anatomy.model), Memo(tmp_path / "memo.sqlite")
+    first = Ablator(anatomy, text, "kl", memo=memo)
+    first.losses([frozenset()])
+    again = Ablator(anatomy, text, "kl", {"temperature": 1.0}, memo=memo)
+    again.losses([frozenset()])
+    assert again.spent.recalled
+    first.require_measures(anatomy.model, text, "kl", {"temperature": 1.0})
+    with pytest.raises(UserError, match="made for another objective"):
+        first.require_measures(anatomy.model, text, "kl", {"temperature": 2.0})
+
+
+def test_an_ablator_is_not_of_an_objective_that_took_its_name(monkeypatch):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text = sample_text(anatomy.model)
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    registry.objective("mine")(_closing_over(1.0))
+    ablator = Ablator(anatomy, text, "mine")
+    ablator.require_measures(anatomy.model, text, "mine", {})
+    registry.objective("mine")(_closing_over(3.0))
+    with pytest.raises(UserError, match="made for another objective"):
+        ablator.require_measures(anatomy.model, text, "mine", {})
+
+
 def test_memo_is_kept_apart_by_how_weights_were_stored(tmp_path):
     model = tiny_model("llama")
     text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")

@@ -138,6 +138,10 @@ class Method:
         known = self.options.get(name)
         return given.get(name, None if known is None else known.default)
 
+    def options_in_use(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options: those that are set, and the defaults of the others."""
+        return {**{name: option.default for name, option in self.options.items()}, **given}
+
     def parse_options(self, given: Mapping[str, str]) -> dict[str, Any]:
         """Check `--set` texts against the options and fill in nothing that was not given.
 

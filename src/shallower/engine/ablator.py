@@ -103,7 +103,7 @@ class Ablator:
         self.anatomy = anatomy
         self.calibration = calibration
         self.objective = objectives.get(objective)
-        self.options = dict(options or {})
+        self.options = self.objective.options_in_use(options or {})
         self._questions: int | None = None
         if reads_choices(self.objective):
             if not isinstance(calibration, ChoiceSet):
@@ -167,10 +167,11 @@ class Ablator:
         self, model: nn.Module, calibration: CalibrationSet, objective: str, options: Mapping[str, Any]
     ) -> None:
         """Raise UserError unless this was made for a model, with the weights that it has now, text and objective."""
+        asked = objectives.get(objective)
         others = {
             "model": self.anatomy.model is not model,
             "calibration": self.calibration.digest != calibration.digest,
-            "objective": (self.objective.name, self.options) != (objective, dict(options)),
+            "objective": self.objective is not asked or self.options != asked.options_in_use(options),
         }
         if other := next((name for name in others if others[name]), None):
             raise UserError(f"the ablator was made for another {other}; give one that was made for this, or none.")

@@ -205,7 +205,10 @@ class RepairedLosses:
         return context_key(
             {
                 "model": determinants(self.subject.model),
-                "repaired_by": [[method.name, code_of(method), sorted(given.items())] for method, given in self.steps],
+                "repaired_by": [
+                    [method.name, code_of(method), sorted(method.options_in_use(given).items())]
+                    for method, given in self.steps
+                ],
                 "fitted": self.fitted.digest,
                 "judged": self.judged.digest,
                 "measured_as": [MEASURED_AS, REPAIRED_AS],

@@ -358,7 +358,7 @@ def _of_scores(
     made, own = ranking.made_by, dict[str, Any]()
     method = next((each for each in metrics if each.name == ranking.metric), None)
     if method is not None:  # else it is of a package that is not installed here
-        own = {name: option.default for name, option in method.options.items()}
+        own = method.options_in_use({})
         own["positions"] = method.traits.get("positions", "all")
     asked = judging if made.objective is not None else {"dtype": judging["dtype"]}
     judged, wanted = ({key: each[key] for key in each if key not in own} for each in (made.options, asked))
