@@ -184,7 +184,7 @@ def search(
         if request.budget is not None:
             _require_finite(measured[-1], order, objective)
         spent = _spent(measuring, before, judge)
-        progress.note(_cost(spent, repaired=bool(repair)))
+        progress.note(_cost(spent, ranking if scores is None else None, repaired=bool(repair)))
     options = {
         **chosen.options,
         "remove": str(remove),
@@ -404,9 +404,12 @@ def _require_finite(last: float, order: Sequence[Unit], objective: str) -> None:
         )
 
 
-def _cost(spent: Spent, *, repaired: bool) -> str:
+def _cost(spent: Spent, measured: Scores | None, *, repaired: bool) -> str:
+    """measured: the scores that were measured to rank by; only those that ask an objective are in what was spent."""
     times = "passes of repairs and of those who judge" if repaired else "candidate sets"
     sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times {times})"
+    if measured is not None and measured.made_by.calibration is not None and measured.made_by.objective is None:
+        sentence += f", besides what {measured.metric} read"
     if spent.recalled:
         sentence += f"; {spent.recalled:,} measurements were remembered from before"
     if spent.exhaustive > spent.tokens:
