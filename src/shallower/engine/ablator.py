@@ -27,7 +27,7 @@ from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
 from shallower.engine.memo import Memo, context_key
-from shallower.engine.method_code import code_of, told
+from shallower.engine.method_code import code_of, is_fully_known
 from shallower.engine.race import FEWEST_SEQUENCES, Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
@@ -91,7 +91,7 @@ class Ablator:
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. memo: knows the model by its weights, which
         are read for that once, so change none while this is in use; not used where the model is not
-        `determined`, or the objective not `told`.
+        `determined`, or the objective not `is_fully_known`.
 
         memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
         order: how the tree is walked, by default what is faster on the device. threads: how many measure, by default
@@ -138,7 +138,7 @@ class Ablator:
         )
         self._workers = _crew(evaluator, threads) if workers is None else workers(evaluator)
         each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
-        known = determined(anatomy.model) and told(self.objective)
+        known = determined(anatomy.model) and is_fully_known(self.objective)
         self._versions = _versions(anatomy.model)
         if memo is not None and not known:
             progress.note(
