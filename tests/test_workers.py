@@ -72,11 +72,13 @@ def long_text(batches: int = 6) -> CalibrationSet:
 def all_ready(crew: RayWorkers) -> list[int]:
     """Their processes, once all have their model: the first that is ready may have measured everything by then."""
     until = time.monotonic() + 120
-    while len(found := crew.processes) < crew.count:
+    while True:
+        ready = [place.actor for place in crew._places if place.ready]
+        if len(ready) == crew.count:
+            return [crew._session.ray.get(actor.__ray_call__.remote(lambda worker: os.getpid())) for actor in ready]
         assert time.monotonic() < until
         time.sleep(0.05)
         list(crew.run([Job(0, ("......",))], lambda: None))
-    return found
 
 
 @pytest.mark.parametrize("objective", ["nll", "kl"])

@@ -182,11 +182,6 @@ class RayWorkers:
     def count(self) -> int:
         return self._session.count
 
-    @property
-    def processes(self) -> list[int]:
-        """Process ids of the workers that have their model."""
-        return [self._session.ray.get(place.actor.process.remote()) for place in self._places if place.ready]
-
     def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
         """Yield each job's result when it is there; `tick` is called for each of its routes then.
 
