@@ -209,7 +209,7 @@ class Registry:
             if name in self._methods and self._methods[name].function.__module__ != function.__module__:
                 raise TypeError(f"{self.kind} {name!r} is registered twice")
             method = Method(
-                self.kind, name, function, source, _options(function), traits, _code(function), tuple(published)
+                self.kind, name, function, source, _options(function), traits, source_of(function), tuple(published)
             )
             self._require_supplied(method)
             self._methods[name] = method
@@ -292,7 +292,7 @@ def _load_from(point: EntryPoint) -> None:
         ) from error
 
 
-def _code(function: Callable[..., Any]) -> str:
+def source_of(function: Callable[..., Any]) -> str:
     """A function's code with all that is in its file, which may be another one later than what was imported."""
     function = inspect.unwrap(function)
     try:
