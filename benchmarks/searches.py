@@ -2,8 +2,9 @@
 
 Every search removes 10, 20 and 30 % of the parameters in blocks, one after the other with what it measured before,
 from the same calibration tokens. The perplexity of each cut is taken on held-out texts; the seconds and the tokens read
-are those of all three. Searches that rank (`one-shot cosine`, `contiguous angular`) are given a metric, others an
-objective; `random` and `last` look at neither, and `random` is one draw, that of --seed. Nothing is recalled from disk.
+are those of all three, besides what a metric read. Searches that rank (`one-shot cosine`, `contiguous angular`) are
+given a metric, others an objective; `random` and `last` look at neither, and `random` is one draw, that of --seed.
+Nothing is recalled from disk.
 
     python benchmarks/searches.py --calibration c4.jsonl --held-out wikitext2.test.txt --held-out books.jsonl
         [--rows "greedy nll" "greedy,swap kl" "greedy kl sublayer"] [--sequences 32] [--length 128] [--json]

@@ -588,6 +588,25 @@ def test_a_checksum_sees_every_bit_and_where_it_is() -> None:
         checksum(empty)
 
 
+def test_a_checksum_sees_the_scales_of_quantized_weights() -> None:
+    nn = pytest.importorskip("bitsandbytes.nn")
+    for kind, options in (
+        (nn.Linear4bit, {"compress_statistics": True}),
+        (nn.Linear8bitLt, {"has_fp16_weights": False}),
+    ):
+        model = tiny()
+        projection = kind(32, 64, bias=False, **options).to("cpu")
+        model.model.layers[0].mlp.gate_proj = projection
+        expected = checksum(model)
+        if kind is nn.Linear8bitLt:
+            projection.init_8bit_state()  # as the first forward does
+            assert checksum(model) == expected
+            projection.state.SCB *= 2
+        else:
+            projection.weight.quant_state.state2.absmax *= 2
+        assert checksum(model) != expected
+
+
 def test_a_checksum_does_not_depend_on_where_in_memory_a_weight_begins() -> None:
     model, moved = tiny(), tiny()
     expected = checksum(model)

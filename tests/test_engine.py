@@ -45,13 +45,14 @@ from shallower.engine.states import DenseAnswers, States
 from shallower.engine.stream import mean_and_error
 from shallower.engine.trace import Trace, trace
 from shallower.engine.workers import thread_count
-from shallower.errors import BudgetError, CorpusError, ModelError, OutputError
+from shallower.errors import BudgetError, CorpusError, ModelError, OutputError, UserError
 from shallower.files import alone
 from shallower.registry import search as searches
 from shallower.store import Store
 from shallower.surgery import cut
 from shallower.testing.conformance import sample_choices, sample_text
 from shallower.testing.families import FAMILIES, tiny_model
+from shallower.training.adapters import projections, quantise
 from shallower.units import Unit, parse_units
 from shallower.verbs.score import score
 from shallower.verbs.search import search
@@ -527,6 +528,31 @@ def test_memo_is_kept_apart_by_text_and_objective(tmp_path):
     assert not same.spent.tokens
 
 
+def test_an_option_is_as_its_default_where_it_is_not_given(tmp_path):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text, memo = sample_text(anatomy.model), Memo(tmp_path / "memo.sqlite")
+    first = Ablator(anatomy, text, "kl", memo=memo)
+    first.losses([frozenset()])
+    again = Ablator(anatomy, text, "kl", {"temperature": 1.0}, memo=memo)
+    again.losses([frozenset()])
+    assert again.spent.recalled
+    first.require_measures(anatomy.model, text, "kl", {"temperature": 1.0})
+    with pytest.raises(UserError, match="made for another objective"):
+        first.require_measures(anatomy.model, text, "kl", {"temperature": 2.0})
+
+
+def test_an_ablator_is_not_of_an_objective_that_took_its_name(monkeypatch):
+    anatomy = dissect(tiny_model("llama", blocks=2))
+    text = sample_text(anatomy.model)
+    monkeypatch.setattr(registry.objective, "_methods", {method.name: method for method in registry.objective})
+    registry.objective("mine")(_closing_over(1.0))
+    ablator = Ablator(anatomy, text, "mine")
+    ablator.require_measures(anatomy.model, text, "mine", {})
+    registry.objective("mine")(_closing_over(3.0))
+    with pytest.raises(UserError, match="made for another objective"):
+        ablator.require_measures(anatomy.model, text, "mine", {})
+
+
 def test_memo_is_kept_apart_by_how_weights_were_stored(tmp_path):
     model = tiny_model("llama")
     text, memo = sample_text(model), Memo(tmp_path / "memo.sqlite")
@@ -717,6 +743,18 @@ def test_a_model_is_also_how_its_attention_and_experts_are_computed():
     assert determined(model)
 
 
+def test_a_model_is_also_how_products_are_rounded():
+    model, before = tiny_model("llama", blocks=2), torch.get_float32_matmul_precision()
+    keys = []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            keys.append(determinants(model))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert keys[0] != keys[1]
+
+
 def test_a_model_with_adapters_is_not_remembered():
     peft = pytest.importorskip("peft")
     model = tiny_model("llama", blocks=2)
@@ -832,6 +870,26 @@ def test_modules_that_cannot_be_copied_are_told_with_their_hooks():
     block.seen = model(torch.arange(8)[None]).logits  # what a hook kept, with its graph
     with pytest.raises(ModelError, match=r"cannot be copied.* remove what was attached to modules"):
         cut(dissect(model), [Unit(1, "block")])
+
+
+def test_quantized_weights_are_not_taken_for_changed_ones():
+    quantized = pytest.importorskip("bitsandbytes.nn")
+    model = tiny_model("llama", blocks=2)
+    quantise(model, projections(model))
+    model.model.layers[0].mlp.gate_proj = quantized.Linear8bitLt(
+        model.config.hidden_size, model.config.intermediate_size, bias=False, has_fp16_weights=False
+    ).to("cpu")
+    text = sample_text(model)
+    ablator = Ablator(dissect(model), text)
+    ablator.losses([frozenset()])
+    ablator.require_measures(model, text, "nll", {})
+    packed = model.model.layers[1].mlp.gate_proj.weight
+    packed.data = packed.data.clone()  # as bitsandbytes packs them on some processors
+    ablator.require_measures(model, text, "nll", {})
+    with torch.no_grad():
+        packed.zero_()
+    with pytest.raises(UserError, match="before its weights were changed"):
+        ablator.require_measures(model, text, "nll", {})
 
 
 def test_a_subject_is_what_its_weights_are_now():
@@ -1219,9 +1277,9 @@ def test_machines_that_share_a_memo_use_no_write_ahead_log(kind, mode, tmp_path,
         assert found.execute("PRAGMA journal_mode").fetchone() == (mode,)
 
 
-def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> tuple[bool, float]:
-    """Whether a race for the `keep` best of losses [candidates, sequences] ends wrong, as one that is not chosen is
-    better than one that is by more than a tie, and which share of them it reads. batch: sequences read at once.
+def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> tuple[np.ndarray, int, float]:
+    """Whom a race for the `keep` best of losses [candidates, sequences] chooses, the best first, how many sequences it
+    reads of these, and which share of the losses in all. batch: sequences read at once.
     """
     candidates, sequences = losses.shape
     alive, read, spent = np.arange(candidates), 0, 0
@@ -1232,8 +1290,13 @@ def raced(losses: np.ndarray, racing: Racing, keep: int = 1, batch: int = 1) -> 
         if len(alive) <= keep:
             break
     chosen = alive[np.argsort(losses[alive, :read].mean(1))[:keep]]
+    return chosen, read, spent / losses.size
+
+
+def is_wrong(losses: np.ndarray, chosen: np.ndarray, racing: Racing) -> bool:
+    """Whether one that is not chosen is better than one that is by more than a tie."""
     means = losses.mean(1)
-    return bool(means[chosen].max() > np.delete(means, chosen).min() * (1 + racing.tie)), spent / losses.size
+    return bool(means[chosen].max() > np.delete(means, chosen).min() * (1 + racing.tie))
 
 
 @pytest.mark.parametrize(
@@ -1259,9 +1322,10 @@ def test_racing_keeps_the_winners_at_the_stated_rate(tie, sequences, keep, batch
     for _ in range(200):
         means = np.sort(rng.gamma(2.0, 0.05, 20))
         losses = 3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + rng.normal(0, 0.08, (20, sequences))
-        outcomes.append(raced(losses, racing, keep, batch))
-    lost, spent = np.mean(outcomes, axis=0)
-    assert lost <= racing.error
+        chosen, _, share = raced(losses, racing, keep, batch)
+        outcomes.append((is_wrong(losses, chosen, racing), share))
+    wrong, spent = np.mean(outcomes, axis=0)
+    assert wrong <= racing.error
     assert spent < most  # and it saves something
 
 
@@ -1278,7 +1342,7 @@ def test_the_stated_rate_holds_when_many_are_just_behind(sequences, keep, batch)
         noise = rng.normal(0, 0.08, (20, sequences))
         noise -= noise.mean(1, keepdims=True)
         losses = 3 + means[:, None] + rng.normal(0, 0.5, sequences)[None] + noise
-        lost += raced(losses, racing, keep, batch)[0]
+        lost += is_wrong(losses, raced(losses, racing, keep, batch)[0], racing)
     assert lost / 300 <= racing.error
 
 
@@ -1329,8 +1393,11 @@ def test_the_engine_races_as_the_simulated_races_do(keep, batch):
     for _ in range(5):
         losses = 3 + rng.gamma(2.0, 0.05, 20)[:, None] + rng.normal(0, 0.08, (20, 48))
         found, spent = _asked(losses, racing=Racing(), keep=keep, batch=batch)
-        assert spent == raced(losses, Racing(), keep, batch)[1] < 1
-        assert min(found) == pytest.approx(losses[int(np.argmin(found))].mean(), rel=0.05)
+        chosen, read, share = raced(losses, Racing(), keep, batch)
+        assert spent == share < 1
+        best = sorted(range(len(found)), key=found.__getitem__)[:keep]
+        assert best == chosen.tolist()
+        assert [found[index] for index in best] == pytest.approx(losses[chosen, :read].mean(1))
 
 
 @pytest.mark.parametrize(("keep", "batch"), [(1, 1), (1, 2), (4, 1)])
@@ -1683,6 +1750,19 @@ def test_a_search_counts_what_its_metric_measured_and_measures_nothing_twice(not
     [sentence] = notes
     assert sentence.startswith(f"The search read {(singles + both) * text.input_ids.numel():,} tokens")
     assert "remembered" not in sentence  # what this search itself measured before is not told
+    assert "besides" not in sentence
+
+
+@pytest.mark.parametrize("metric", ["cosine", "magnitude"])
+def test_a_search_tells_that_what_its_metric_read_is_not_counted(metric):
+    model = tiny_model("llama", blocks=3)
+    text, told = sample_text(model), []
+    scores = score(model, metric, calibration=text if metric == "cosine" else None)
+    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
+        for given in (None, scores):
+            search(model, 1, search="one-shot", metric=metric, calibration=text, scores=given)
+    assert ("candidate sets), besides what cosine read" in told[0]) == (metric == "cosine")  # magnitude reads no text
+    assert "besides" not in told[1]
 
 
 def test_an_objective_is_measured_at_its_own_default(monkeypatch):

@@ -1,6 +1,7 @@
 """The head in chunks against whole rows of logits, and what could spoil sums over the vocabulary."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from shallower.anatomy import dissect
 from shallower.corpus import CalibrationSet
 from shallower.engine import Ablator, Racing, evaluator
 from shallower.engine.head import WORDS, Head, Reduced, _pieces
+from shallower.engine.scoring import Scorer
 from shallower.registry import objective
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_model
@@ -139,6 +141,12 @@ def test_buffers_of_an_accelerator_are_bounded(monkeypatch, memory, most):
     asked.clear()
     head.reduce(torch.empty(8_190, 16), torch.zeros(8_190, dtype=torch.int64), memory=memory)
     assert asked == [8_190]  # few words at a time on a processor
+
+
+@pytest.mark.parametrize(("memory", "most"), [(1 << 40, 1_365), (50_000_000, 25), (0, 16)])
+def test_whole_rows_on_an_accelerator_keep_to_the_memory_that_was_given(memory, most):
+    scorer = SimpleNamespace(targets=torch.empty(1, device="meta"), vocabulary=49_152, _memory=memory)
+    assert Scorer._chunk(scorer) == most
 
 
 @pytest.mark.parametrize("objective", ["nll", "kl", "js", "hidden-cosine"])

@@ -31,7 +31,13 @@ from shallower.errors import CorpusError, ModelError, UnknownName, UserError
 from shallower.registry import metric
 from shallower.reporting.ranks import rank_correlations
 from shallower.scores import Scores, ScoreSheet
-from shallower.testing.conformance import check_identity_is_lowest, check_metric, sample_text, static_metrics
+from shallower.testing.conformance import (
+    check_identity_is_lowest,
+    check_metric,
+    sample_choices,
+    sample_text,
+    static_metrics,
+)
 from shallower.testing.families import tiny_model
 from shallower.units import Span, Unit, sublayers_of
 from shallower.verbs.prune import prune
@@ -362,6 +368,15 @@ def test_taylor_of_both_orders(family: str) -> None:
         curved = sum((w * gradients[w] - w**2 * fisher[w] / 2).abs().sum() for w in weights)
         assert second[unit] == pytest.approx(float(curved), rel=1e-5)
         assert abs(first[unit] - second[unit]) > 3e-5 * first[unit]
+
+
+def test_the_second_order_takes_each_choice_of_a_question_for_a_sequence(llama: PreTrainedModel) -> None:
+    questions = sample_choices(llama)
+    rows = CalibrationSet("x", questions.input_ids, questions.attention_mask)
+    found, expected = (
+        score(llama, "taylor", calibration=text, settings={"order": "2"}).units for text in (questions, rows)
+    )
+    assert found == pytest.approx(expected)
 
 
 def test_gradients_are_added_up_one_at_a_time(llama: PreTrainedModel) -> None:

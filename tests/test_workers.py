@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from shallower import progress, registry
 from shallower.anatomy import dissect
 from shallower.checkpoint import load
+from shallower.checkpoint import own_code as own_codes
 from shallower.checkpoint.determinants import beside_weights
 from shallower.checkpoint.fingerprint import checksum
 from shallower.cli import main
@@ -73,11 +76,13 @@ def long_text(batches: int = 6) -> CalibrationSet:
 def all_ready(crew: RayWorkers) -> list[int]:
     """Their processes, once all have their model: the first that is ready may have measured everything by then."""
     until = time.monotonic() + 120
-    while len(found := crew.processes) < crew.count:
+    while True:
+        ready = [place.actor for place in crew._places if place.ready]
+        if len(ready) == crew.count:
+            return [crew._session.ray.get(actor.__ray_call__.remote(lambda worker: os.getpid())) for actor in ready]
         assert time.monotonic() < until
         time.sleep(0.05)
         list(crew.run([Job(0, ("......",))], lambda: None))
-    return found
 
 
 @pytest.mark.parametrize("objective", ["nll", "kl"])
@@ -515,6 +520,30 @@ def test_a_worker_with_other_code_is_refused(ray: Any, monkeypatch: pytest.Monke
         for _ in range(2):
             with pytest.raises(UserError, match=rf"other code than this process \(shallower {__version__}\): install"):
                 list(crew.run([Job(0, ("..",))], lambda: None))
+
+
+@pytest.mark.parametrize("edited", ["mine", "helper"])
+def test_a_worker_with_another_file_of_an_objective_is_refused(
+    edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "its_helper.py").write_text("FACTOR = 1.0\n")
+    (tmp_path / "its_mine.py").write_text(
+        "from its_helper import FACTOR\n\n\ndef mine(target_logits, log_normalizer):\n"
+        "    return FACTOR * (log_normalizer - target_logits)\n"
+    )
+    own = importlib.import_module("its_mine").mine
+    method = registry.Method("objective", "mine", own, "", {}, code=registry.source_of(own))
+    model, batches = tiny_model("llama", blocks=2), list(long_text(1).batches(1))
+    crew = RayWorkers(Evaluator(dissect(model), batches, method, {}, states=States(0), memory=0), 1)
+    expected = crew._expected()
+    setup = ray_workers.Setup(batches, method, {}, None, "cpu", torch.get_num_threads(), 0, 1, 1)
+    assert set(ray_workers.Worker().prepare(setup, model) or ()) == set(expected)
+    file = tmp_path / f"its_{edited}.py"
+    file.write_text(file.read_text().replace("1.0", "2.0").replace("FACTOR * ", "2 * FACTOR * "))
+    monkeypatch.setattr(own_codes, "_contents", WeakKeyDictionary())  # as another process has read none
+    [other] = {*(ray_workers.Worker().prepare(setup, model) or ())} - {*expected}
+    assert other.startswith("mine ")
 
 
 @pytest.mark.parametrize("how", ["autocast", "hook on all modules"])

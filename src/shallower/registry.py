@@ -138,6 +138,10 @@ class Method:
         known = self.options.get(name)
         return given.get(name, None if known is None else known.default)
 
+    def options_in_use(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options: those that are set, and the defaults of the others."""
+        return {**{name: option.default for name, option in self.options.items()}, **given}
+
     def parse_options(self, given: Mapping[str, str]) -> dict[str, Any]:
         """Check `--set` texts against the options and fill in nothing that was not given.
 
@@ -205,7 +209,7 @@ class Registry:
             if name in self._methods and self._methods[name].function.__module__ != function.__module__:
                 raise TypeError(f"{self.kind} {name!r} is registered twice")
             method = Method(
-                self.kind, name, function, source, _options(function), traits, _code(function), tuple(published)
+                self.kind, name, function, source, _options(function), traits, source_of(function), tuple(published)
             )
             self._require_supplied(method)
             self._methods[name] = method
@@ -288,7 +292,7 @@ def _load_from(point: EntryPoint) -> None:
         ) from error
 
 
-def _code(function: Callable[..., Any]) -> str:
+def source_of(function: Callable[..., Any]) -> str:
     """A function's code with all that is in its file, which may be another one later than what was imported."""
     function = inspect.unwrap(function)
     try:

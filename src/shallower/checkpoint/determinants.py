@@ -29,6 +29,7 @@ NOT_OF_THE_MODEL = frozenset(
 )
 """Entries of a config, at any depth, that two copies of one model may differ in."""
 _IMPLEMENTATIONS = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)
+_MKLDNN: Any = torch.backends.mkldnn  # whose types lack `matmul`
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # read once, as a file may be edited after it was imported
 _sources: WeakKeyDictionary[type, dict[str, bytes]] = WeakKeyDictionary()
@@ -36,15 +37,32 @@ _codes: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()  # when a clas
 
 
 def determinants(model: PreTrainedModel) -> list[str]:
-    """Digests of the weights to the last bit, of the config and of the code that runs the model, its number format
-    and kind of device. The same in every process and for every place it is loaded from; never the same again for a
-    model that is not `determined`.
+    """Digests of the weights to the last bit, of the config and of the code that runs the model, its number format and
+    kind of device, and the `rounding` of this process. The same in every process that rounds alike and for every place
+    it is loaded from; never the same again for a model that is not `determined`.
 
     Raises ModelError when weights are not in memory (meta device).
     """
     weights = checksum(model)  # as a fingerprint takes models for one that differ in single weights
     once = [] if determined(model) else [uuid.uuid4().hex]
-    return [weights, beside_weights(model), *code_of_model(model), str(model.dtype), model.device.type, *once]
+    where = [str(model.dtype), model.device.type, str(rounding())]
+    return [weights, beside_weights(model), *code_of_model(model), *where, *once]
+
+
+def rounding() -> str | tuple[str, str]:
+    """How exact products of float32 are in this process."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each kind of device, as torch has it since 2.9
+        return torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision
+
+
+def round_as(wanted: str | tuple[str, str]) -> None:
+    """Compute products of float32 as exactly as the process that `rounding` is of."""
+    if isinstance(wanted, str):
+        torch.set_float32_matmul_precision(wanted)
+    else:
+        torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision = wanted
 
 
 def determined(model: PreTrainedModel) -> bool:

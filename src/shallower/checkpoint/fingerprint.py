@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shallower.checkpoint.shards import weight_files
@@ -60,8 +60,9 @@ def fingerprint(model: PreTrainedModel, folder: Path | None = None) -> str:
 
 
 def checksum(model: PreTrainedModel) -> str:
-    """`sha256:…` over all bits of all parameters and buffers, with their names, number formats and shapes: for results
-    that are kept, which one changed weight or another rounding makes those of another model.
+    """`sha256:…` over all bits of all parameters and buffers, with their names, number formats and shapes, and of the
+    scales of quantized weights: for results that are kept, which one changed weight or another rounding makes those of
+    another model.
 
     What is digested are sums of the bits over rows and over columns, made where the weights are: SHA-256 of the weights
     themselves would take most of a minute for 8B parameters.
@@ -69,12 +70,38 @@ def checksum(model: PreTrainedModel) -> str:
     Raises ModelError when weights are not in memory (meta device).
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
+    held = [*model.named_parameters(), *model.named_buffers(), *_scales(model)]
+    for name, tensor in sorted(held, key=lambda item: item[0]):
         _require_in_memory(name, tensor)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for part in _sums(tensor.detach()):
             digest.update(part.cpu().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def stored(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers, by name. `state_dict` will not do: for it bitsandbytes makes new tensors, and
+    unpacks weights of four bits in place, which rounds them.
+    """
+    return {
+        f"{path}.{name}": tensor
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None and name not in part._non_persistent_buffers_set
+    }
+
+
+def _scales(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What bitsandbytes keeps beside its weights of four or eight bits, which are others without it."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            holders = [getattr(parameter, "quant_state", None)]
+            holders.append(getattr(holders[0], "state2", None))  # by which scales themselves are quantized
+            if hasattr(parameter, "SCB"):  # which the first forward takes to the module's state
+                holders += [parameter, getattr(module, "state", None)]
+            held = (getattr(holder, key, None) for holder in holders for key in ("absmax", "code", "offset", "SCB"))
+            scales = [tensor for tensor in held if isinstance(tensor, Tensor)]
+            yield from ((f"{path}.{name} {number}", tensor) for number, tensor in enumerate(scales))
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:

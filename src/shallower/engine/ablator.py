@@ -22,11 +22,12 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.streamed import is_streamed
 from shallower.checkpoint.determinants import determinants, determined
+from shallower.checkpoint.fingerprint import stored
 from shallower.corpus.calibration import CalibrationSet
 from shallower.corpus.choices import ChoiceSet
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order
 from shallower.engine.memo import Memo, context_key
-from shallower.engine.method_code import code_of, told
+from shallower.engine.method_code import code_of, is_fully_known
 from shallower.engine.race import FEWEST_SEQUENCES, Racing, looks, survivors
 from shallower.engine.routes import Route, route_of
 from shallower.engine.scoring import reads_choices
@@ -90,7 +91,7 @@ class Ablator:
     ) -> None:
         """Prepare to measure `objective`. racing: None evaluates exactly. memo: knows the model by its weights, which
         are read for that once, so change none while this is in use; not used where the model is not
-        `determined`, or the objective not `told`.
+        `determined`, or the objective not `is_fully_known`.
 
         memory: bytes for streams and logits that are kept besides the model, by default a quarter of what is free.
         order: how the tree is walked, by default what is faster on the device. threads: how many measure, by default
@@ -102,7 +103,7 @@ class Ablator:
         self.anatomy = anatomy
         self.calibration = calibration
         self.objective = objectives.get(objective)
-        self.options = dict(options or {})
+        self.options = self.objective.options_in_use(options or {})
         self._questions: int | None = None
         if reads_choices(self.objective):
             if not isinstance(calibration, ChoiceSet):
@@ -137,7 +138,7 @@ class Ablator:
         )
         self._workers = _crew(evaluator, threads) if workers is None else workers(evaluator)
         each = ((self.objective, self.options), *((other, {}) for other in evaluator.besides))
-        known = determined(anatomy.model) and told(self.objective)
+        known = determined(anatomy.model) and is_fully_known(self.objective)
         self._versions = _versions(anatomy.model)
         if memo is not None and not known:
             progress.note(
@@ -166,10 +167,11 @@ class Ablator:
         self, model: nn.Module, calibration: CalibrationSet, objective: str, options: Mapping[str, Any]
     ) -> None:
         """Raise UserError unless this was made for a model, with the weights that it has now, text and objective."""
+        asked = objectives.get(objective)
         others = {
             "model": self.anatomy.model is not model,
             "calibration": self.calibration.digest != calibration.digest,
-            "objective": (self.objective.name, self.options) != (objective, dict(options)),
+            "objective": self.objective is not asked or self.options != asked.options_in_use(options),
         }
         if other := next((name for name in others if others[name]), None):
             raise UserError(f"the ablator was made for another {other}; give one that was made for this, or none.")
@@ -373,7 +375,8 @@ class Ablator:
             number = done.job.number
             if self._memo is not None:  # also for searches by the objectives that came along
                 self._remember(self._memo, done)
-            self._measured.update({(route, number): sums[0] for route, sums in done.sums.items()})
+            # copies, as a view would keep the rows of the objectives that came along
+            self._measured.update({(route, number): sums[0].copy() for route, sums in done.sums.items()})
             self.spent.tokens += done.tokens
             self.spent.block_tokens += done.block_tokens
 
@@ -425,9 +428,17 @@ def _draws(text: CalibrationSet, asks: bool) -> NDArray[np.int64]:
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Where each stored tensor is, and how often it was written to, but for what is written through `.data`."""
-    tensors = model.state_dict(keep_vars=True).values()
-    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    """Where each stored tensor is, and how often it was written to, but for what is written through `.data`.
+
+    Of quantized weights it is which tensor that is: measuring may pack them anew, in other memory.
+    """
+    return [
+        (
+            tensor.data_ptr() if tensor.is_floating_point() or tensor.is_meta else id(tensor),
+            0 if tensor.is_inference() else tensor._version,
+        )
+        for tensor in stored(model).values()
+    ]
 
 
 def _crew(evaluator: Evaluator, threads: int) -> Workers:

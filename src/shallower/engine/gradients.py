@@ -4,8 +4,9 @@ What the signature of a metric may ask for, and who pays for it:
 
     weights       parameters of one unit, float32; no pass at all if nothing else is asked for
     gradients     of the mean next-token loss of the calibration text with respect to these, float32
-    fisher        mean over sequences of the squared gradient of a sequence's loss, float32; None unless the metric's
-                  option `order` is 2, as it takes a pass for every single sequence and as much memory again
+    fisher        mean over sequences, by their tokens, of the squared gradient of a sequence's mean loss, float32; None
+                  unless the metric's option `order` is 2, as it takes a pass for every single sequence (of questions
+                  each choice is one) and as much memory again
     gate          derivative of the loss with respect to a factor 1 on what the unit adds to the stream, float64
 
 Gates need no gradients of weights: the derivative is the scalar product of the stream's gradient after a unit and the
@@ -160,7 +161,10 @@ def _backward(anatomy: Anatomy, calibration: CalibrationSet, asked: Collection[s
     _require_gradients(anatomy)
     device = anatomy.model.device
     tokens = TOKENS_A_BATCH.get(device.type, TOKENS_A_BATCH_ELSEWHERE)
-    batches = list(calibration.batches(1 if "fisher" in asked else max(1, tokens // calibration.length)))
+    if "fisher" in asked:
+        batches = list(CalibrationSet.batches(calibration, 1))  # one sequence each, where a ChoiceSet gives questions
+    else:
+        batches = list(calibration.batches(max(1, tokens // calibration.length)))
     prove(anatomy, batches[0])
     sublayers = "gate" in asked and any(unit.kind != "block" for unit in units)
     midpoints = find_midpoints(anatomy) if sublayers else {}

@@ -16,7 +16,7 @@ def code_of(method: Method) -> str:
     """A method's code and whatever stands beside it in its file, which it may call, as they were when it was
     registered; of one that comes from elsewhere also the values that it closes over, its defaults, and what its names
     stand for now: numbers, texts and functions, and of modules, classes and objects the files that make them. Never the
-    same again for one that is not `told`.
+    same again for one that is not `is_fully_known`.
     """
     values = _values(method)
     if values is None:
@@ -24,7 +24,7 @@ def code_of(method: Method) -> str:
     return f"{method.code}{values}" if values else method.code
 
 
-def told(method: Method) -> bool:
+def is_fully_known(method: Method) -> bool:
     """Whether `code_of` says all that a method computes: not where it closes over what is no number, text or function,
     nor a list of these, or uses a module or class that has no file.
     """

@@ -7,7 +7,8 @@ job changes nothing in its result.
 
 from __future__ import annotations
 
-import os
+import hashlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,30 +22,23 @@ from transformers import PreTrainedModel
 
 from shallower import progress
 from shallower.anatomy.dissect import dissect
-from shallower.checkpoint.determinants import beside_weights, code_of_model
+from shallower.checkpoint.determinants import beside_weights, code_of_model, round_as, rounding
 from shallower.checkpoint.fingerprint import checksum
 from shallower.checkpoint.load import load_model
+from shallower.checkpoint.own_code import own_code
 from shallower.checkpoint.stock import copied
 from shallower.corpus.calibration import Batch
 from shallower.engine.evaluator import Evaluator, Job, Measured, Order, shares
+from shallower.engine.method_code import is_ours
 from shallower.engine.ray_session import Session, connect
 from shallower.engine.states import States
 from shallower.engine.workers import usual_memory
 from shallower.errors import ModelTooLarge, ShallowerError, UserError
-from shallower.registry import Method
+from shallower.registry import Method, source_of
 from shallower.version import __version__
 
 MOST_DEATHS = 3  # of one worker in a row, with nothing measured in between
-_MKLDNN: Any = torch.backends.mkldnn  # whose types lack `matmul`
 PATIENCE = 600  # seconds that nothing happens while no worker has its model
-
-
-def _rounding() -> str | tuple[str, str]:
-    """How exact products of float32 are in this process."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each kind of device, as torch has it since 2.9
-        return torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class Setup:
     """All that a worker needs besides the model. memory: bytes on each machine, which `neighbours` workers divide; None
     for a share of what is free on its device, which `sharing` workers divide.
 
-    rounding: see `_rounding`.
+    rounding: of products, see `rounding`.
     """
 
     batches: Sequence[Batch]
@@ -105,7 +99,7 @@ class Setup:
     memory: int | None
     neighbours: int
     sharing: int
-    rounding: str | tuple[str, str] = field(default_factory=_rounding)
+    rounding: str | tuple[str, str] = field(default_factory=rounding)
 
     def memory_of_one(self, model: PreTrainedModel) -> int:
         """Bytes for one worker, which holds `model`."""
@@ -120,14 +114,10 @@ class Worker:
     def __init__(self) -> None:
         self._evaluator: Evaluator | None = None
 
-    def process(self) -> int:
-        """Its id, to tell which process this is."""
-        return os.getpid()
-
     def prepare(self, setup: Setup, source: PreTrainedModel | Checkpoint) -> list[str] | None:
         """Get ready to measure, and tell with what `_code`; None when the checkpoint is not to be had here."""
         torch.set_num_threads(setup.threads)
-        _round_as(setup.rounding)
+        round_as(setup.rounding)
         model = source.load(setup.device) if isinstance(source, Checkpoint) else source.to(setup.device)
         if model is None:
             return None
@@ -141,7 +131,8 @@ class Worker:
             memory=share // 2,
             order=setup.order,
         )
-        return _code(model)
+        objective = setup.objective
+        return _code(model) + _code_of(objective, source_of(objective.function) if _is_imported(objective) else None)
 
     def measure(self, job: Job) -> Measured:
         """Measure the job's routes on its batch."""
@@ -190,11 +181,6 @@ class RayWorkers:
     @property
     def count(self) -> int:
         return self._session.count
-
-    @property
-    def processes(self) -> list[int]:
-        """Process ids of the workers that have their model."""
-        return [self._session.ray.get(place.actor.process.remote()) for place in self._places if place.ready]
 
     def run(self, jobs: Sequence[Job], tick: Callable[[], None]) -> Iterator[Measured]:
         """Yield each job's result when it is there; `tick` is called for each of its routes then.
@@ -332,15 +318,21 @@ class RayWorkers:
             return answer if job is not None else None
         if answer is None:
             place.waiting = place.actor.prepare.remote(self._setup, self._model)
-        elif other := sorted({*answer} - {*_code(self._evaluator.anatomy.model)}):
+        elif other := sorted({*answer} - {*self._expected()}):
             self._prepare(place)
             raise UserError(
                 f"a worker runs other code than this process ({', '.join(other)}): install the same versions of "
-                "shallower and transformers, and put the same files of the model's own code, on every machine."
+                "shallower and transformers, and put the same files of the model's and the objective's own code, on "
+                "every machine."
             )
         else:
             place.ready = True
         return None
+
+    def _expected(self) -> list[str]:
+        """What a worker may say that it measures with."""
+        evaluator = self._evaluator
+        return _code(evaluator.anatomy.model) + _code_of(evaluator.objective, evaluator.objective.code)
 
     def _bury(self, place: _Place, error: Exception) -> None:
         """Keep the job of a worker that died, and start another, unless that was tried often enough."""
@@ -368,12 +360,20 @@ def _code(model: PreTrainedModel) -> list[str]:
     return [f"shallower {__version__}", f"transformers {version}", *own]
 
 
-def _round_as(rounding: str | tuple[str, str]) -> None:
-    """Compute products of float32 as exactly as the process that `_rounding` is of."""
-    if isinstance(rounding, str):
-        torch.set_float32_matmul_precision(rounding)
-    else:
-        torch.backends.cuda.matmul.fp32_precision, _MKLDNN.matmul.fp32_precision = rounding
+def _code_of(objective: Method, source: str | None) -> list[str]:
+    """Digests of an objective of another package, of its file's text and of what it imports. None without a text."""
+    if source is None or is_ours(objective):
+        return []
+    around = own_code(objective.function.__module__)
+    return [f"{objective.name} {hashlib.sha256(f'{source}{around}'.encode()).hexdigest()}"]
+
+
+def _is_imported(objective: Method) -> bool:
+    """Whether this process, which was sent the objective, imported it: what has no place in a module comes whole."""
+    found: Any = sys.modules.get(objective.function.__module__)
+    for name in getattr(objective.function, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is objective.function
 
 
 def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:

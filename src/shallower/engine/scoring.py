@@ -33,6 +33,7 @@ OF_DENSE = frozenset({"dense_mean_logit", "dense_entropy"})
 REDUCED = OF_DENSE | {"log_normalizer", "target_logits"}
 # Logits of whole rows on a processor, where a comparison holds some ten tensors of this size, in each thread
 COMPARED_CHUNK_BYTES = 8 << 20
+COMPARED_TENSORS = 10  # which elsewhere share the memory that was given
 ROWS_TOGETHER = 512  # as many as make the products of the head run at full speed; a batch of text may have half of it
 CHOICES = frozenset({"log_likelihoods", "tokens", "bytes", "gold"})
 
@@ -84,8 +85,9 @@ class Scorer:
         """copies: the trace of so many copies of the batch. dense: the stream leaving the dense model's last block,
         None when the objective does not compare with it. besides: objectives that come along with this one.
 
-        memory: bytes that the dense model's logits may take; beyond it they are computed anew for each candidate. keep
-        is given what was made of them, and kept is what an earlier visit of the batch has given it.
+        memory: bytes that the dense model's logits may take, and on an accelerator the rows at work; beyond it they are
+        computed anew for each candidate. keep is given what was made of them, and kept is what an earlier visit of the
+        batch has given it.
         """
         self.objective = objective
         self.besides = tuple(besides)
@@ -268,7 +270,10 @@ class Scorer:
         return flat
 
     def _chunk(self) -> int:
-        limit = COMPARED_CHUNK_BYTES if self.targets.device.type == "cpu" else ROW_CHUNK_BYTES_ELSEWHERE
+        """Rows of logits at a time, in each of several tensors."""
+        limit = COMPARED_CHUNK_BYTES
+        if self.targets.device.type != "cpu":
+            limit = min(ROW_CHUNK_BYTES_ELSEWHERE, self._memory // COMPARED_TENSORS)
         return max(16, limit // (4 * self.vocabulary))
 
     def _dense_logit_rows(self, dense: Tensor) -> Callable[[slice], Tensor]:

@@ -20,6 +20,7 @@ from shallower import progress
 from shallower.anatomy.dissect import Anatomy
 from shallower.anatomy.patch import held
 from shallower.anatomy.writers import Halves, Writer
+from shallower.checkpoint.fingerprint import stored
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.trace import Trace, trace
 from shallower.engine.workers import usual_memory
@@ -120,7 +121,7 @@ def _alike(student: Anatomy, dense: Anatomy) -> int:
     are replaced, never written to.
     """
     for depth, (one, other) in enumerate(zip(student.blocks, dense.blocks, strict=False)):
-        ours, theirs = one.module.state_dict(keep_vars=True), other.module.state_dict(keep_vars=True)
+        ours, theirs = stored(one.module), stored(other.module)
         if ours.keys() != theirs.keys() or any(tensor is not theirs[name] for name, tensor in ours.items()):
             return depth
     return min(len(student.blocks), len(dense.blocks))

@@ -46,7 +46,7 @@ from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
 from shallower.verbs.calibrate import calibrate, calibrate_most
-from shallower.verbs.recovery_steps import in_closed_form, options_in_use, that_fold
+from shallower.verbs.recovery_steps import in_closed_form, that_fold
 from shallower.verbs.subject import Subject
 from shallower.verbs.texts import fitting, held_out, text_title, tokens_read, values
 from shallower.version import __version__
@@ -141,7 +141,7 @@ def require_ready(
         if ready is not None and training is not None:
             ready(student.model, training.text, options)
         if inputs := method.traits.get("inputs"):
-            widest = inputs(Repair(student, dense, removed, text), options_in_use(method, options))
+            widest = inputs(Repair(student, dense, removed, text), method.options_in_use(options))
             require_tokens(text.tokens, widest, least=f"the widest map of {method.name}")
 
 
@@ -373,7 +373,7 @@ def run_recoveries(
             gained = size((student.model,))[0] - before
             # of a training as they were settled: the number format in the place of `compute=auto`
             settled = {name: value for name, value in begun_options(folder).items() if name in method.options}
-            used = {**options_in_use(method, options), **settled}
+            used = {**method.options_in_use(options), **settled}
             shown = values(measure(student))
             stages.append(RecoveryStage(method.name, shown, gained, tokens, round(seconds, 1), curve, used))
     finally:

@@ -87,7 +87,7 @@ def _unread(method: Method, given: Mapping[str, Any], name: str) -> str:
     unread = method.traits.get("unread") or getattr(method.function, "unread", None)
     if unread is None or given[name] == method.options[name].default:
         return ""
-    return str(unread(options_in_use(method, given)).get(name, ""))
+    return str(unread(method.options_in_use(given)).get(name, ""))
 
 
 def _asked(method: Method, given: Mapping[str, Any], trait: str) -> str:
@@ -100,14 +100,9 @@ def _asked(method: Method, given: Mapping[str, Any], trait: str) -> str:
     return ", ".join(f"{name}={value}" for name, value in wanted.items()) or method.name
 
 
-def options_in_use(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a method: those that are set, and the defaults of the others."""
-    return {**{name: option.default for name, option in method.options.items()}, **options}
-
-
 def that_fold(steps: Sequence[Configured]) -> list[Method]:
     """Those of the recoveries that need a matrix in front of each cut, with their options."""
-    return [method for method, given in steps if _asked(method, options_in_use(method, given), "folds")]
+    return [method for method, given in steps if _asked(method, method.options_in_use(given), "folds")]
 
 
 def in_closed_form(steps: Sequence[Configured]) -> bool:

@@ -24,7 +24,7 @@ from shallower.corpus.choices import ChoiceSet
 from shallower.engine import Ablator, Spent
 from shallower.engine.ablator import MEASURED_AS
 from shallower.engine.memo import Memo, context_key
-from shallower.engine.method_code import code_of, told
+from shallower.engine.method_code import code_of, is_fully_known
 from shallower.engine.twins import Streams
 from shallower.engine.workers import usual_memory
 from shallower.errors import CorpusError, ModelError, TooLittleText, UserError
@@ -143,7 +143,7 @@ class RepairedLosses:
         self.spent = Spent()
         self._known: dict[frozenset[Unit], float] = {}
         self._refused: dict[frozenset[Unit], str] = {}
-        self._memo = memo = memo if all(told(method) for method, _ in self.steps) else None
+        self._memo = memo = memo if all(is_fully_known(method) for method, _ in self.steps) else None
         self._context = ""
         self._remembered: dict[str, float] = {}
         if memo is not None:
@@ -207,7 +207,10 @@ class RepairedLosses:
         return context_key(
             {
                 "model": determinants(self.subject.model),
-                "repaired_by": [[method.name, code_of(method), sorted(given.items())] for method, given in self.steps],
+                "repaired_by": [
+                    [method.name, code_of(method), sorted(method.options_in_use(given).items())]
+                    for method, given in self.steps
+                ],
                 "fitted": self.fitted.digest,
                 "judged": self.judged.digest,
                 "measured_as": [MEASURED_AS, REPAIRED_AS],

@@ -210,6 +210,7 @@ def _found(
     with _ablator(ablator, subject, text, chosen, exact, memory, workers) as measuring:
         before = measuring.account()
         judge = _judge(subject, read, chosen.repairs, measuring, memory)
+        given = ranking
         if request.budget is None:
             order = list(request.units)
         else:
@@ -236,7 +237,7 @@ def _found(
         if request.budget is not None:
             _require_finite(losses[-1], order, chosen.objective)
         spent = _spent(measuring, before, judge)
-        progress.note(_cost(spent, repaired=bool(chosen.repairs)))
+        progress.note(_cost(spent, None if given else ranking, repaired=bool(chosen.repairs)))
     return _Found(order, losses, ranking, spent, measuring.racing)
 
 
@@ -417,7 +418,7 @@ def _of_scores(
     made, own = ranking.made_by, dict[str, Any]()
     method = next((each for each in metrics if each.name == ranking.metric), None)
     if method is not None:  # else it is of a package that is not installed here
-        own = {name: option.default for name, option in method.options.items()}
+        own = method.options_in_use({})
         own["positions"] = method.traits.get("positions", "all")
     asked = judging if made.objective is not None else {"dtype": judging["dtype"]}
     judged, wanted = ({key: each[key] for key in each if key not in own} for each in (made.options, asked))
@@ -462,9 +463,12 @@ def _require_finite(last: float, order: Sequence[Unit], objective: str) -> None:
         )
 
 
-def _cost(spent: Spent, *, repaired: bool) -> str:
+def _cost(spent: Spent, measured: Scores | None, *, repaired: bool) -> str:
+    """measured: the scores that were measured to rank by; only those that ask an objective are in what was spent."""
     times = "passes of repairs and of those who judge" if repaired else "candidate sets"
     sentence = f"The search read {spent.tokens:,} tokens (calibration tokens times {times})"
+    if measured is not None and measured.made_by.calibration is not None and measured.made_by.objective is None:
+        sentence += f", besides what {measured.metric} read"
     if spent.recalled:
         sentence += f"; {spent.recalled:,} measurements were remembered from before"
     if spent.exhaustive > spent.tokens:

@@ -54,7 +54,7 @@ from shallower.verbs.supply import supply
 from shallower.version import __version__
 
 CELLS = "cells.jsonl"
-RANKED_AS = 1  # to be raised when units are ranked otherwise than before, by the same metrics
+RANKED_AS = 2  # to be raised when units are ranked otherwise than before, by the same metrics
 _QUESTION_TOKENS = 256
 
 Judge = Callable[[Sequence[frozenset[Unit]]], list[float]]
