@@ -894,6 +894,29 @@ def test_a_second_map_repairs_what_the_first_one_left(units: str) -> None:
     assert torch.allclose(logits(repair.student.model, repair.calibration), once, atol=1e-3)
 
 
+TWO_CUTS = "mlp.2,attn.3,block.4"  # in the middle of one block and at its end
+
+
+def test_a_stream_is_read_in_front_of_the_maps_behind_it() -> None:
+    model = tiny_model("mistral")  # no biases, so that constants are maps, too
+    text = text_of(model)
+    repair = repair_of(model, frozenset(parse_units(TWO_CUTS)), text)
+    recovery.get("emulated-update").function(repair)
+    middle, _ = repair.cuts
+    between, _ = captured(repair.student.model, text, repair.student.model.model.layers[2].post_attention_layernorm)
+    assert torch.allclose(next(repair.twins().read(middle)).stream.double(), between, atol=1e-4)
+
+
+def test_maps_stand_on_the_maps_of_one_block() -> None:
+    model = tiny_model("llama")
+    first = repair_of(model, frozenset(parse_units(TWO_CUTS)), text_of(model))
+    recovery.get("low-rank").function(first, rank=2)
+    second = Repair(dissect(first.student.model), first.dense, first.removed, first.calibration)
+    recovery.get("low-rank").function(second, rank=3)
+    assert [patch.rank for _, patch in patches(second.student.model)] == [2, 3, 2, 3]
+    mapped(second.student.model, second.dense, second.removed)
+
+
 def test_a_place_holds_as_many_maps_as_sublayers_are_missing() -> None:
     model = tiny_model("llama")
     removed = frozenset(parse_units("attn.2"))

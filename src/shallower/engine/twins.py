@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
-from shallower.anatomy.patch import held
+from shallower.anatomy.patch import held, lifted
 from shallower.anatomy.writers import Halves, Writer
 from shallower.corpus.calibration import Batch, CalibrationSet
 from shallower.engine.trace import Trace, trace
@@ -243,7 +243,8 @@ class Twins:
             self._held[number, of_student] = index, hidden
         if point.without:
             self.tokens += hidden.shape[0] * hidden.shape[1]
-            return replay.run(index, hidden, point.without)
+            with lifted(replay.anatomy.blocks[index].module, "exit"):  # it stands behind this point
+                return replay.run(index, hidden, point.without)
         return hidden
 
     def _pass_through(self, dense: Trace, station: Station, stream: Tensor) -> Tensor:
