@@ -982,6 +982,12 @@ def test_families_without_a_place_for_maps_say_so_at_once(family: str) -> None:
         recoveries.require_place(parse_recoveries("low-rank", {}), dense, frozenset(parse_units("block.2")))
 
 
+def test_a_family_that_does_not_run_with_maps_says_so_at_once() -> None:
+    dense = dissect(tiny_model("mamba"))  # its block reads the type of a norm that went with its mixer
+    with pytest.raises(ModelError, match="low-rank makes could not be saved: mamba does not run without these units"):
+        recoveries.require_place(parse_recoveries("low-rank", {}), dense, frozenset(parse_units("attn.2")))
+
+
 def plan_for(model: PreTrainedModel, units: str = "block.2-3") -> PruningPlan:
     identity = open_subject(model).identity
     removed = parse_units(units)
