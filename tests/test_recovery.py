@@ -259,6 +259,17 @@ def test_emulated_update_is_the_mean_update() -> None:
         assert torch.allclose(student[2].mlp.down_proj.bias.double(), (left - given).mean(0), atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi's halves run side by side
+def test_two_halves_of_a_block_make_of_a_stream_what_the_block_does(family: str) -> None:
+    model = tiny_model(family)
+    made = []
+    for units in ("block.3", "attn.3,mlp.3"):
+        repair = repair_of(model, frozenset(parse_units(units)), text_of(model))
+        [cut_at] = repair.cuts
+        made.append(next(repair.twins().read(cut_at, aim="cut")).target)
+    assert torch.allclose(*made, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("first", "options"), [("emulated-update", {}), ("low-rank", {"rank": 4}), ("refit", {"bias": True})]
 )
