@@ -598,6 +598,11 @@ def test_what_other_software_takes_for_another_kind_is_told(family: str, period:
     assert f"one block in {period} has {rare} there" in note
 
 
+def test_biases_that_other_software_leaves_out_are_told() -> None:
+    [note] = ordinary(cut(dissect(tiny_model("llama_bias")), units("block.0"))).notes
+    assert note.startswith("SGLang, as of early 2026, computes something else, without a warning: it leaves out the")
+
+
 def test_a_step_of_routed_blocks_is_rewritten_or_told_of() -> None:
     config = tiny_config("llama4", blocks=8)
     config.layer_types, config.no_rope_layers = ["full_attention"] * 8, [1, 1, 1, 0] * 2
