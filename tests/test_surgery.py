@@ -471,6 +471,22 @@ def test_routed_blocks_stay_routed() -> None:
     assert (new.first_k_dense_replace, new.num_nextn_predict_layers) == (2, 0)
 
 
+def test_a_list_of_kinds_outweighs_their_period() -> None:
+    from transformers import ZambaConfig
+
+    config = ZambaConfig(num_hidden_layers=24)
+    kept = [0, *range(2, 13), *range(14, 24)]
+    assert cut_config(config, kept).layers_block_type == [config.layers_block_type[index] for index in kept]
+
+
+def test_prediction_blocks_are_no_blocks() -> None:
+    from transformers import InklingTextConfig
+
+    config = InklingTextConfig(num_hidden_layers=6, num_mtp_layers=2, mtp_local_layer_ids=[1])
+    new = cut_config(config, [0, 2, 3, 5])
+    assert (new.num_mtp_layers, new.mtp_local_layer_ids) == (0, [1])
+
+
 def test_per_layer_config_is_renumbered() -> None:
     from transformers import LlamaConfig
 
