@@ -97,7 +97,7 @@ def refusal(family: str, removed: Collection[Unit]) -> str | None:
 
 def counts(config: PretrainedConfig, index: int) -> bool:
     types = getattr(config, "layer_types", None)
-    return types is None or types[index] not in ("linear_attention", "conv")
+    return types is None or types[index] not in ("linear_attention", "conv", "moe", "mlp")
 
 
 def is_periodic(family: str, config: PretrainedConfig, kept: list[int]) -> bool:
@@ -263,6 +263,9 @@ def test_sublayers(family: str) -> None:
         with pytest.raises(BudgetError, match="told apart"):
             cut(anatomy, units("mlp.0"))
         return
+    if not any(block.attn is not None and block.mlp is not None for block in anatomy.blocks):
+        require_same_as_passed_over(anatomy, units("mlp.1,attn.5"))
+        return
     for text in ("attn.0,attn.3", "mlp.0,block.2,mlp.4", "attn.2,mlp.1,attn.5"):
         removed = units(text)
         blocks = [unit for unit in removed if unit.kind == "block"]
@@ -346,6 +349,7 @@ def test_removing_nothing_is_the_dense_model() -> None:
     ("family", "why"),
     [
         ("gpt2_inverse_scale", r"cannot describe block 2 in its new place: attn\.scaling"),
+        ("zamba2", "cannot describe block 2 in its new place"),
         ("gemma3n", "num_kv_shared_layers"),
         ("gemma4", "num_kv_shared_layers"),
     ],
@@ -356,13 +360,18 @@ def test_what_depends_on_depth_is_refused(family: str, why: str) -> None:
         cut(anatomy, units("block.1"))
 
 
+def test_a_config_that_no_model_can_be_built_from_is_refused() -> None:
+    with pytest.raises(ModelError, match="zamba does not run without these units: ValueError"):
+        cut(dissect(tiny_model("zamba")), units("block.1-2"))  # one block with attention has none to share it with
+
+
 def test_depth_scale_is_compensated() -> None:
     anatomy = dissect(tiny_model("minicpm3"))
     require_same_as_passed_over(anatomy, units("block.1,block.4"))
 
 
 def test_depth_bound_families_are_all_known() -> None:
-    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", "minimax", *SOMETIMES}
+    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", "minimax", "zamba2", *SOMETIMES}
 
 
 @pytest.mark.parametrize(
@@ -387,9 +396,10 @@ def test_attentions_of_one_kind(family: str, text: str) -> None:
     require_same_as_passed_over(dense(family)[0], units(text))
 
 
-def test_positions_without_any_attention_are_refused() -> None:
+@pytest.mark.parametrize(("family", "text"), [("gpt2", "attn.0-5"), ("nemotron_h", "block.2,block.5")])
+def test_positions_without_any_attention_are_refused(family: str, text: str) -> None:
     with pytest.raises(ModelError, match="KV cache"):
-        cut(dense("gpt2")[0], units("attn.0-5"))
+        cut(dense(family)[0], units(text))
 
 
 def test_tensors_made_from_a_place_are_refused() -> None:
@@ -639,7 +649,7 @@ TOLD = {*runtimes._PERIODS, *runtimes._LARGEST, "deepseek_v2", "deepseek_v3", "e
 READ = {"bamba", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "granite_swa", "granitemoehybrid", "hy_v3", "jamba"}
 READ |= {"kimi_linear", "laguna", "lfm2", "lfm2_moe", "mellum", "mimo_v2_flash", "olmo3"}
 # … taken for one kind, or refused, in the dense model as well; …
-AS_DENSE = {"gpt2", "hunyuan_v1_moe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+AS_DENSE = {"gpt2", "hunyuan_v1_moe", "nemotron_h", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
 # … not known to its converter; …
 UNKNOWN = {
     "cwm",
@@ -650,6 +660,8 @@ UNKNOWN = {
     "olmo_hybrid",
     "recurrent_gemma",
     "vaultgemma",
+    "zamba",
+    "zamba2",
 }
 # … or never cut.
 NEVER_CUT = {"gemma3n_text", "gemma4_text"}

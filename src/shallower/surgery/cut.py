@@ -37,7 +37,7 @@ from shallower.surgery.skeleton import (
 from shallower.surgery.verify import cached_logits, decoding_noise, difference, full_logits, tolerance
 from shallower.units import Unit, require_distinct
 
-_STATES = {"linear_attention", "conv", "mamba", "dummy"}
+_STATES = {"linear_attention", "conv", "mamba", "dummy", "moe", "mlp"}
 """Kinds of cache slot that do not count tokens."""
 
 
