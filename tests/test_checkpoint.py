@@ -740,6 +740,9 @@ def test_gguf_that_cannot_be_read(gguf_file: Path, monkeypatch: pytest.MonkeyPat
     gguf_file.write_bytes(data.replace(b"llama", b"lamma"))
     assert "GGUF model with architecture lamma is not supported yet" in refusal(gguf_file)
     assert not any((cache.cache_root() / ".scratch").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.memmap", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert refusal(gguf_file).endswith("cannot be read: Input/output error.")
     write_gguf(gguf_file, tiny(), parts=2)
     assert "llama-gguf-split --merge" in refusal(gguf_file)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

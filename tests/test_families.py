@@ -170,7 +170,7 @@ def test_every_family_can_be_weighed(family: str) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     anatomy = dissect(model)
     weights = weigh(anatomy)
-    held = {parameter for block in anatomy.blocks for parameter in block.module.parameters()}
+    held = [parameter for block in anatomy.blocks for parameter in block.module.parameters()]  # once in each block
     assert weights.blocks.parameters == sum(parameter.numel() for parameter in held)
     assert all(weights.units[unit].flops > 0 for unit in anatomy.of_kind("block"))
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained

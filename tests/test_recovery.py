@@ -258,6 +258,17 @@ def test_emulated_update_is_the_mean_update() -> None:
         assert torch.allclose(student[2].mlp.down_proj.bias.double(), (left - given).mean(0), atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi's halves run side by side
+def test_two_halves_of_a_block_make_of_a_stream_what_the_block_does(family: str) -> None:
+    model = tiny_model(family)
+    made = []
+    for units in ("block.3", "attn.3,mlp.3"):
+        repair = repair_of(model, frozenset(parse_units(units)), text_of(model))
+        [cut_at] = repair.cuts
+        made.append(next(repair.twins().read(cut_at, aim="cut")).target)
+    assert torch.allclose(*made, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("first", "options"), [("emulated-update", {}), ("low-rank", {"rank": 4}), ("refit", {"bias": True})]
 )
@@ -893,6 +904,29 @@ def test_a_second_map_repairs_what_the_first_one_left(units: str) -> None:
     assert torch.allclose(logits(repair.student.model, repair.calibration), once, atol=1e-3)
 
 
+TWO_CUTS = "mlp.2,attn.3,block.4"  # in the middle of one block and at its end
+
+
+def test_a_stream_is_read_in_front_of_the_maps_behind_it() -> None:
+    model = tiny_model("mistral")  # no biases, so that constants are maps, too
+    text = text_of(model)
+    repair = repair_of(model, frozenset(parse_units(TWO_CUTS)), text)
+    recovery.get("emulated-update").function(repair)
+    middle, _ = repair.cuts
+    between, _ = captured(repair.student.model, text, repair.student.model.model.layers[2].post_attention_layernorm)
+    assert torch.allclose(next(repair.twins().read(middle)).stream.double(), between, atol=1e-4)
+
+
+def test_maps_stand_on_the_maps_of_one_block() -> None:
+    model = tiny_model("llama")
+    first = repair_of(model, frozenset(parse_units(TWO_CUTS)), text_of(model))
+    recovery.get("low-rank").function(first, rank=2)
+    second = Repair(dissect(first.student.model), first.dense, first.removed, first.calibration)
+    recovery.get("low-rank").function(second, rank=3)
+    assert [patch.rank for _, patch in patches(second.student.model)] == [2, 3, 2, 3]
+    mapped(second.student.model, second.dense, second.removed)
+
+
 def test_a_place_holds_as_many_maps_as_sublayers_are_missing() -> None:
     model = tiny_model("llama")
     removed = frozenset(parse_units("attn.2"))
@@ -956,6 +990,12 @@ def test_families_without_a_place_for_maps_say_so_at_once(family: str) -> None:
     dense = dissect(tiny_model(family))
     with pytest.raises(ModelError, match=r"low-rank makes could not be saved: .* does not see the stream itself"):
         recoveries.require_place(parse_recoveries("low-rank", {}), dense, frozenset(parse_units("block.2")))
+
+
+def test_a_family_that_does_not_run_with_maps_says_so_at_once() -> None:
+    dense = dissect(tiny_model("mamba"))  # its block reads the type of a norm that went with its mixer
+    with pytest.raises(ModelError, match="low-rank makes could not be saved: mamba does not run without these units"):
+        recoveries.require_place(parse_recoveries("low-rank", {}), dense, frozenset(parse_units("attn.2")))
 
 
 def plan_for(model: PreTrainedModel, units: str = "block.2-3") -> PruningPlan:

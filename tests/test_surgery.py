@@ -96,7 +96,7 @@ def refusal(family: str, removed: Collection[Unit]) -> str | None:
 
 def counts(config: PretrainedConfig, index: int) -> bool:
     types = getattr(config, "layer_types", None)
-    return types is None or types[index] not in ("linear_attention", "conv")
+    return types is None or types[index] not in ("linear_attention", "conv", "moe", "mlp")
 
 
 def is_periodic(family: str, config: PretrainedConfig, kept: list[int]) -> bool:
@@ -262,6 +262,9 @@ def test_sublayers(family: str) -> None:
         with pytest.raises(BudgetError, match="told apart"):
             cut(anatomy, units("mlp.0"))
         return
+    if not any(block.attn is not None and block.mlp is not None for block in anatomy.blocks):
+        require_same_as_passed_over(anatomy, units("mlp.1,attn.5"))
+        return
     for text in ("attn.0,attn.3", "mlp.0,block.2,mlp.4", "attn.2,mlp.1,attn.5"):
         removed = units(text)
         blocks = [unit for unit in removed if unit.kind == "block"]
@@ -345,6 +348,7 @@ def test_removing_nothing_is_the_dense_model() -> None:
     ("family", "why"),
     [
         ("gpt2_inverse_scale", r"cannot describe block 2 in its new place: attn\.scaling"),
+        ("zamba2", "cannot describe block 2 in its new place"),
         ("gemma3n", "num_kv_shared_layers"),
         ("gemma4", "num_kv_shared_layers"),
     ],
@@ -355,13 +359,18 @@ def test_what_depends_on_depth_is_refused(family: str, why: str) -> None:
         cut(anatomy, units("block.1"))
 
 
+def test_a_config_that_no_model_can_be_built_from_is_refused() -> None:
+    with pytest.raises(ModelError, match="zamba does not run without these units: ValueError"):
+        cut(dissect(tiny_model("zamba")), units("block.1-2"))  # one block with attention has none to share it with
+
+
 def test_depth_scale_is_compensated() -> None:
     anatomy = dissect(tiny_model("minicpm3"))
     require_same_as_passed_over(anatomy, units("block.1,block.4"))
 
 
 def test_depth_bound_families_are_all_known() -> None:
-    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", "minimax", *SOMETIMES}
+    assert set(DEPTH_BOUND) <= {"gpt2_inverse_scale", "gemma3n", "gemma4", "minicpm3", "minimax", "zamba2", *SOMETIMES}
 
 
 @pytest.mark.parametrize(
@@ -386,9 +395,10 @@ def test_attentions_of_one_kind(family: str, text: str) -> None:
     require_same_as_passed_over(dense(family)[0], units(text))
 
 
-def test_positions_without_any_attention_are_refused() -> None:
+@pytest.mark.parametrize(("family", "text"), [("gpt2", "attn.0-5"), ("nemotron_h", "block.2,block.5")])
+def test_positions_without_any_attention_are_refused(family: str, text: str) -> None:
     with pytest.raises(ModelError, match="KV cache"):
-        cut(dense("gpt2")[0], units("attn.0-5"))
+        cut(dense(family)[0], units(text))
 
 
 def test_tensors_made_from_a_place_are_refused() -> None:
@@ -468,6 +478,22 @@ def test_routed_blocks_stay_routed() -> None:
     deep = DeepseekV3Config(num_hidden_layers=6, first_k_dense_replace=3, num_nextn_predict_layers=1)
     new = cut_config(deep, [0, 2, 3, 5])
     assert (new.first_k_dense_replace, new.num_nextn_predict_layers) == (2, 0)
+
+
+def test_a_list_of_kinds_outweighs_their_period() -> None:
+    from transformers import ZambaConfig
+
+    config = ZambaConfig(num_hidden_layers=24)
+    kept = [0, *range(2, 13), *range(14, 24)]
+    assert cut_config(config, kept).layers_block_type == [config.layers_block_type[index] for index in kept]
+
+
+def test_prediction_blocks_are_no_blocks() -> None:
+    from transformers import InklingTextConfig
+
+    config = InklingTextConfig(num_hidden_layers=6, num_mtp_layers=2, mtp_local_layer_ids=[1])
+    new = cut_config(config, [0, 2, 3, 5])
+    assert (new.num_mtp_layers, new.mtp_local_layer_ids) == (0, [1])
 
 
 def test_per_layer_config_is_renumbered() -> None:
@@ -597,6 +623,11 @@ def test_what_other_software_takes_for_another_kind_is_told(family: str, period:
     assert f"one block in {period} has {rare} there" in note
 
 
+def test_biases_that_other_software_leaves_out_are_told() -> None:
+    [note] = ordinary(cut(dissect(tiny_model("llama_bias")), units("block.0"))).notes
+    assert note.startswith("SGLang, as of early 2026, computes something else, without a warning: it leaves out the")
+
+
 def test_a_step_of_routed_blocks_is_rewritten_or_told_of() -> None:
     config = tiny_config("llama4", blocks=8)
     config.layer_types, config.no_rope_layers = ["full_attention"] * 8, [1, 1, 1, 0] * 2
@@ -617,7 +648,7 @@ TOLD = {*runtimes._PERIODS, *runtimes._LARGEST, "deepseek_v2", "deepseek_v3", "e
 READ = {"bamba", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "granite_swa", "granitemoehybrid", "hy_v3", "jamba"}
 READ |= {"kimi_linear", "laguna", "lfm2", "lfm2_moe", "mellum", "mimo_v2_flash", "olmo3"}
 # … taken for one kind, or refused, in the dense model as well; …
-AS_DENSE = {"gpt2", "hunyuan_v1_moe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+AS_DENSE = {"gpt2", "hunyuan_v1_moe", "nemotron_h", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
 # … not known to its converter; …
 UNKNOWN = {
     "cwm",
@@ -628,6 +659,8 @@ UNKNOWN = {
     "olmo_hybrid",
     "recurrent_gemma",
     "vaultgemma",
+    "zamba",
+    "zamba2",
 }
 # … or never cut.
 NEVER_CUT = {"gemma3n_text", "gemma4_text"}

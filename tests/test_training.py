@@ -866,6 +866,8 @@ def test_experts_that_are_one_tensor_are_left_out_and_named(notes: list[str]) ->
         ("hunyuan_v1_moe", "mlp.gate.wg"),
         ("falcon_h1", "mamba.out_proj"),
         ("jamba", "mamba.out_proj"),
+        ("jamba", "mamba.x_proj"),
+        ("mamba", "mixer.dt_proj"),
     ],
 )
 def test_routers_and_what_is_read_past_the_product_have_no_adapters(family: str, left_out: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -44,3 +46,18 @@ def held(module: nn.Module, where: Where) -> nn.Sequential | None:
     found = module._modules.get(f"{where}_patch")
     assert found is None or isinstance(found, nn.Sequential)
     return found
+
+
+@contextmanager
+def lifted(module: nn.Module, where: Where) -> Iterator[None]:
+    """Inside the `with`, the patches that a module holds there change nothing."""
+    standing = held(module, where)
+    if standing is None:
+        yield
+        return
+    name = f"{where}_patch"
+    module._modules[name] = nn.Sequential()
+    try:
+        yield
+    finally:
+        module._modules[name] = standing

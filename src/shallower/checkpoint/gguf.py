@@ -164,7 +164,7 @@ def _text(field: Any) -> str:
 def _read(path: Path) -> Any:
     """The parsed file, a `gguf.GGUFReader`. Its tensors are views of the file.
 
-    Raises ModelError for a truncated or damaged file, and for a part of a split one.
+    Raises ModelError for a file that cannot be read, is truncated or damaged, or is a part of a split one.
     """
     import gguf
 
@@ -183,6 +183,8 @@ def _read(path: Path) -> Any:
         reader = Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ModelError(f"{path} is truncated or damaged. Download it again.") from error
+    except OSError as error:  # else the cache, where it is converted, would be said to be full
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
     parts = reader.fields.get("split.count")
     if parts is not None and int(parts.parts[parts.data[0]][0]) > 1:
         raise ModelError(f"{path} is one part of a split GGUF; join the parts first with `llama-gguf-split --merge`.")

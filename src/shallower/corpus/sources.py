@@ -384,15 +384,16 @@ def _arrow(path: Path, field: str | None) -> Source:
         require_package("pyarrow", "data", str(path))
         import pyarrow
 
-        seen: set[str] = set()
+        seen: set[bytes] = set()  # digests, as the texts themselves could be more than memory holds
         for file in files:
             try:
                 with pyarrow.memory_map(str(file)) as mapped:
                     records = (row for batch in pyarrow.ipc.open_stream(mapped) for row in batch.to_pylist())
                     for number, record in enumerate(records):
                         text = text_of_record(record, field, f"{file}, row {number}")
-                        if text not in seen:
-                            seen.add(text)
+                        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                        if digest not in seen:
+                            seen.add(digest)
                             yield text, record
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise CorpusError(f"{file} cannot be read as an Arrow stream: {error}.") from None

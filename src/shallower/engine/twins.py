@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
-from shallower.anatomy.patch import held
+from shallower.anatomy.patch import held, lifted
 from shallower.anatomy.writers import Halves, Writer
 from shallower.checkpoint.fingerprint import stored
 from shallower.corpus.calibration import Batch, CalibrationSet
@@ -50,8 +50,8 @@ class Station:
 
     here: the place. before: the same place in the dense model. after: where the dense model has gone when the cut model
     runs its next sublayer. missing: the units between the two, in order; none where nothing was cut. writes: block and
-    sublayer that wrote to the stream last; None where it is still the embedding. beside: missing units ran side by side
-    with what is left of their block, on the stream that entered it.
+    sublayer that wrote to the stream last; None where it is still the embedding. beside: missing units cannot be run
+    apart from what is left of their block, which reads the stream that they read.
     """
 
     here: Point
@@ -244,7 +244,8 @@ class Twins:
             self._held[number, of_student] = index, hidden
         if point.without:
             self.tokens += hidden.shape[0] * hidden.shape[1]
-            return replay.run(index, hidden, point.without)
+            with lifted(replay.anatomy.blocks[index].module, "exit"):  # it stands behind this point
+                return replay.run(index, hidden, point.without)
         return hidden
 
     def _pass_through(self, dense: Trace, station: Station, stream: Tensor) -> Tensor:
@@ -252,8 +253,8 @@ class Twins:
         for unit in station.missing:
             if station.beside and unit.kind != "block":
                 raise ModelError(
-                    f"{unit} runs side by side with what is left of its block, so its update cannot be measured behind "
-                    "it, in the cut model: measure in the dense model."
+                    f"{unit} cannot be run apart from what is left of its block, so its update cannot be measured in "
+                    "the cut model: measure in the dense model."
                 )
             stream = dense.run(unit.index, stream, others[unit.kind])
             self.tokens += stream.shape[0] * stream.shape[1]

@@ -102,7 +102,7 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int], *, mlp: Sequence[i
     text.per_layer_config = None
     text.num_hidden_layers = len(cut.attn)
     for name, value in vars(dense_text).items():
-        if not isinstance(value, list | tuple) or name in _FORMULAS or name.startswith("_"):
+        if not isinstance(value, list | tuple) or name in _FORMULAS or name.startswith(("_", "mtp_")):
             continue
         source = cut.mlp if _ABOUT_MLP.search(name) else cut.attn
         if _INDICES.search(name):
@@ -204,6 +204,8 @@ def _period(about: str) -> Callable[[_Cut, str], None]:
     """Jamba: block i is special where i % period == offset."""
 
     def rewrite(cut: _Cut, name: str) -> None:
+        if about == "attn_layer" and "layers_block_type" in vars(cut.dense):  # Zamba: the list says it all
+            return
         old_period, old_offset = getattr(cut.dense, f"{about}_period"), getattr(cut.dense, f"{about}_offset")
         source = cut.mlp if _ABOUT_MLP.search(about) else cut.attn
         wanted = [old % old_period == old_offset for old in source]
@@ -290,4 +292,5 @@ _FORMULAS: dict[str, Callable[[_Cut, str], None]] = {
     "interleave_moe_layer_step": _routed_step,
     "scale_depth": _scale_depth,
     "num_nextn_predict_layers": _no_prediction_blocks,
+    "num_mtp_layers": _no_prediction_blocks,
 }

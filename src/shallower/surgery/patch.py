@@ -7,13 +7,14 @@ in, on the way out, or between attention and MLP. So whatever finds, replays, co
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from shallower.anatomy.dissect import Anatomy, pack, unpack
-from shallower.anatomy.patch import Patch, Where, held
+from shallower.anatomy.patch import Patch, Where, held, lifted
 from shallower.anatomy.writers import Halves, find_writers
 from shallower.engine.twins import Point
 from shallower.errors import ModelError
@@ -30,6 +31,8 @@ def attach(anatomy: Anatomy, index: int, where: Where, patch: Patch, halves: Hal
     """
     block = anatomy.blocks[index].module
     if where == "middle":
+        if halves.attn is None and any(patches(block)):  # a map changes what is seen of the sublayers in front of it
+            halves = _halves_beneath(anatomy, index)
         if halves.attn is None or not halves.sequential:
             raise ModelError(
                 f"{anatomy.family} has no point between attention and MLP where a map could stand (block {index})."
@@ -94,6 +97,16 @@ def repeat_patches(source: Anatomy, target: Anatomy) -> None:
                 )
                 copied.requires_grad_(patch.down.requires_grad)
                 attach(target, block.index, where, copied, halves[block.index])
+
+
+def _halves_beneath(anatomy: Anatomy, index: int) -> Halves:
+    """How the block writes to the stream without its patches."""
+    block = anatomy.blocks[index].module
+    with ExitStack() as stack:
+        for module in list(block.modules()):
+            for where in PLACES:
+                stack.enter_context(lifted(module, where))
+        return find_writers(anatomy)[index]
 
 
 def _hold(module: nn.Module, where: Where, patch: Patch) -> None:

@@ -45,9 +45,9 @@ _BOTH = "llama.cpp and vLLM, as of early 2026,"
 
 
 def misreadings(model: PreTrainedModel) -> tuple[str, ...]:
-    """What llama.cpp and vLLM take for something else in this model, one sentence each."""
+    """What llama.cpp, vLLM and SGLang take for something else in this model, one sentence each."""
     text = stored_text(model.config)
-    return (*_by_number(text), *_by_count(text), *_by_place(model))
+    return (*_by_number(text), *_by_count(text), *_by_place(model), *_by_switch(text))
 
 
 def _by_number(text: Any) -> Iterator[str]:
@@ -102,6 +102,12 @@ def _by_place(model: PreTrainedModel) -> Iterator[str]:
             "warning: blocks have moved. transformers reads them from the checkpoint; vLLM, as of early 2026, computes "
             "what MiniMax has of these."
         )
+
+
+def _by_switch(text: Any) -> Iterator[str]:
+    """Of weights that a switch in the config says are there."""
+    if text.model_type == "llama" and text.mlp_bias:
+        yield f"{_wrong('SGLang, as of early 2026,')}: it leaves out the biases of the MLPs (mlp_bias)."
 
 
 def _wrong(who: str) -> str:

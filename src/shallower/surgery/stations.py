@@ -49,9 +49,10 @@ def stations(
     ]
     ends = [entering for _, _, entering, _, _, _ in steps[1:]] + [Point(len(dense.blocks))]
     keys = [key for _, _, _, key, _, _ in steps[1:]] + [2 * len(dense.blocks)]
+    gone = _as_run(removed, halves)
     found = []
     for (here, before, _, key, writes, leftover), after, next_key in zip(steps, ends, keys, strict=True):
-        missing = [unit for unit in sorted(removed) if key < _key(unit) < _start(next_key, after)]
+        missing = [unit for unit in gone if key < _key(unit) < _start(next_key, after)]
         found.append(Station(here, before, after, (*leftover, *missing), writes, beside=bool(leftover)))
     return tuple(found)
 
@@ -80,6 +81,16 @@ def _steps(place: int, layer: Layer, dense: Anatomy, halves: Sequence[Halves]) -
     if mlp is not None:
         steps.append((here, Point(mlp + 1), Point(mlp, ("mlp",)), 2 * mlp + 1, (place, "mlp"), ()))
     return steps
+
+
+def _as_run(removed: Collection[Unit], halves: Sequence[Halves]) -> list[Unit]:
+    """The units in order of depth; in place of two halves that run side by side, on one stream, their block."""
+    units = set(removed)
+    for index, half in enumerate(halves):
+        block = Unit(index, "block")
+        if not half.sequential and units.issuperset(block.sublayers):
+            units = units.difference(block.sublayers) | {block}
+    return sorted(units)
 
 
 def _key(unit: Unit) -> int:

@@ -115,6 +115,12 @@ def _numbered_from_one(places: str) -> Callable[[int], dict[str, Any]]:
 
 
 _SLIDING: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": _alternate("sliding_attention")}
+_NO_LEAST = 1e-6  # of a Mamba 2's time steps: decoding does not keep to it
+_NEMOTRON = ("linear_attention", "moe", "full_attention", "mlp", "linear_attention", "full_attention", "moe", "moe")
+_ZAMBA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "layers_block_type": _pattern("linear_attention", "hybrid", ".xx.x.x."),
+}
 _DENSE_OR_SPARSE = _pattern("sparse", "dense", "x..x..x.")
 
 
@@ -225,6 +231,13 @@ FAMILIES: dict[str, ConfigFactory] = {
     "olmoe": _family("olmoe", num_key_value_heads=4, **_EXPERTS),
     "flex_olmo": _family("flex_olmo", **_EXPERTS),
     "granitemoe": _family("granitemoe", residual_multiplier=0.6, num_local_experts=4, num_experts_per_tok=2),
+    "granitemoeshared": _family(
+        "granitemoeshared",
+        residual_multiplier=0.6,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=24,
+    ),
     "minimax_m2": _family("minimax_m2", **_EXPERTS),
     "hunyuan_v1_moe": _family("hunyuan_v1_moe", num_experts=4, moe_topk=_pattern(2, 1, ".x..x..x")),
     "jetmoe": _family("jetmoe", kv_channels=8, num_local_experts=4, num_experts_per_tok=2),
@@ -375,6 +388,23 @@ FAMILIES: dict[str, ConfigFactory] = {
         attention_window_size=WINDOW,
         block_types=_pattern("recurrent", "attention", ".x..x.xx"),
     ),
+    # Blocks of one sublayer each.
+    "nemotron_h": _family(
+        "nemotron_h",
+        layers_block_type=lambda blocks: [_NEMOTRON[i % len(_NEMOTRON)] for i in range(blocks)],
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        chunk_size=8,
+        time_step_min=_NO_LEAST,
+        moe_shared_expert_intermediate_size=24,
+        n_group=1,
+        topk_group=1,
+        **_ROUTED,
+    ),
+    # Blocks with attention share one, and have a Mamba each, as the others do.
+    "zamba": _family("zamba", mamba_d_state=8, n_mamba_heads=2, **_ZAMBA),
     "solar_open": _family("solar_open", **_ROUTED),
     "doge": _family("doge", keep_window_size=64),
     # No attention at all.
@@ -447,6 +477,18 @@ DEPTH_BOUND: dict[str, ConfigFactory] = {
         expert_layer_offset=1,
         mamba_d_state=8,
         **_EXPERTS,
+    ),
+    # Adapters of the shared attention, as many as there are blocks with one.
+    "zamba2": _family(
+        "zamba2",
+        mamba_d_state=8,
+        n_mamba_heads=4,
+        mamba_headdim=16,
+        mamba_ngroups=1,
+        chunk_size=8,
+        time_step_min=_NO_LEAST,
+        adapter_rank=4,
+        **_ZAMBA,
     ),
     # The first block is built without its input norm.
     "modernbert_decoder": _family(

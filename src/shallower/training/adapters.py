@@ -19,6 +19,7 @@ from shallower.errors import ModelError
 from shallower.training.heal import block_of
 
 _ROUTER = re.compile("Router|Gat(e|ing)$")  # and not what ends in GatedMLP, or the like
+_READ_BY_MAMBA = frozenset({"dt_proj", "out_proj", "x_proj"})
 
 
 Maps = Literal["all", "attn", "mlp"]
@@ -26,8 +27,8 @@ Maps = Literal["all", "attn", "mlp"]
 
 def projections(student: PreTrainedModel, first: int = 0, maps: Maps = "all") -> list[str]:
     """Names of the linear maps in the student's blocks from `first` on that get adapters, or of those of its attention
-    or MLP sublayers. Routers do not, as most give
-    more than a product, nor a Mamba's last map, whose weights are read past one, nor experts in one tensor.
+    or MLP sublayers. Routers do not, as most give more than a product, nor a Mamba's maps whose weights are read past
+    an adapter, nor experts in one tensor.
 
     Raises ModelError when there are none.
     """
@@ -97,8 +98,8 @@ def _is_plain(student: PreTrainedModel, name: str) -> bool:
     around = [student.get_submodule(".".join(path[: depth + 1])) for depth in range(len(path))]
     if any(_ROUTER.search(type(module).__name__) for module in around):
         return False
-    # Mamba's kernels are given the last map's weights; of what has A_log, linear attention has no D and no such kernel
-    return not (path[-1] == "out_proj" and hasattr(around[-2], "A_log") and hasattr(around[-2], "D"))
+    # Mamba and its kernels multiply by these maps' weights; of what has A_log, linear attention has no D and does not
+    return not (path[-1] in _READ_BY_MAMBA and hasattr(around[-2], "A_log") and hasattr(around[-2], "D"))
 
 
 def adapt(
