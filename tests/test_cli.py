@@ -201,9 +201,10 @@ def test_what_a_race_may_get_wrong_is_told(cli: Cli, root: Path) -> None:
 def test_inspect(cli: Cli, place: Path) -> None:
     ran = cli("inspect", place / "tiny", "--remove", "block.1-2,attn.4")
     assert ran.code == 0
-    assert "Removes 2 of 6 blocks: block.1-2; 1 attention sublayer: attn.4 (from 0)." in ran.out
+    assert "Removes 2 of 6 blocks: block.1-2; 1 attention sublayer: attn.4 (numbered from 0)." in ran.out
     assert re.search(r"That is [\d,]+ of [\d,]+ parameters \([\d.]+ %; [\d.]+ % of those in blocks\)", ran.out)
-    assert "2 attention sublayers: attn.3-4 (from 0)" in cli("inspect", place / "tiny", "--remove", "attn.3-4").out
+    of_attentions = cli("inspect", place / "tiny", "--remove", "attn.3-4").out
+    assert "2 attention sublayers: attn.3-4 (numbered from 0)" in of_attentions
     assert "; 33.3 % of those in blocks)" in cli("inspect", place / "tiny", "--remove", "block.1-2").out
     told = cli("inspect", place / "tiny", "--remove", "block.1", "--json").json
     assert told["model"]["blocks"] == BLOCKS
