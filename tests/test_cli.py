@@ -219,12 +219,14 @@ def test_score(cli: Cli, place: Path, tmp_path: Path) -> None:
     ran = cli(*asked, "--out", out)
     assert ran.code == 0
     assert "block.0" in ran.out
+    assert re.search(r"Length +Least span +angular", ran.out)
     assert f"Wrote the scores to {out}" in ran.out
     scores = Scores.load(out)
     assert len(scores.units) == BLOCKS
     assert len(scores.spans) == BLOCKS * (BLOCKS + 1) // 2
     assert cli(*asked, "--json").json == json.loads(out.read_text())
     assert len(cli(*asked, "--no-spans", "--units", "sublayer", "--json").json["rows"]) == 2 * BLOCKS
+    assert "Least span" not in cli(*asked, "--no-spans").out
     assert sentence(cli(*asked, "--out", out, "--quiet")).startswith(f"--out {out} exists; name another file")
     assert cli(*asked, "--out", out, "--force", "--positions", "all").code == 0
     assert Scores.load(out).made_by.options["positions"] == "all"
@@ -249,11 +251,21 @@ def test_several_metrics_side_by_side(cli: Cli, place: Path, tmp_path: Path) -> 
     assert cli(*chosen, "--metric", "taylor", "--json").json["made_by"]["metric"] == "taylor"
 
 
-@pytest.mark.parametrize("units", ["block", "attn", "mlp", "sublayer", "all"])
-def test_what_is_advised_after_scores_can_be_typed(cli: Cli, place: Path, tmp_path: Path, units: str) -> None:
-    text = ("--calibration", place / "text.txt", *SMALL)
+@pytest.mark.parametrize(
+    ("units", "metric", "way"),
+    [
+        *((units, "cosine", "one-shot") for units in ("block", "attn", "mlp", "sublayer", "all")),
+        *((units, "angular", "contiguous") for units in ("block", "sublayer")),
+        *((units, "angular", "one-shot") for units in ("attn", "all")),
+    ],
+)
+def test_what_is_advised_after_scores_can_be_typed(
+    cli: Cli, place: Path, tmp_path: Path, units: str, metric: str, way: str
+) -> None:
+    text = ("--metric", metric, "--calibration", place / "text.txt", *SMALL)
     ran = cli("score", place / "tiny", "--units", units, *text, "--out", tmp_path / "it's scores.json")
     [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
+    assert f" --search {way} " in advice
     found = cli(*shlex.split(advice), "--json")
     assert found.code == 0, found.err
     assert (
