@@ -139,7 +139,7 @@ def evaluate(
     models_as_measured = [{**each, "model": label} for each, label in zip(measured, labels, strict=True)]
     made_by = measured_by(models_as_measured, asked, window, stride, max_windows)
     comparison = Comparison(named, made_by=made_by)
-    told = (*dict.fromkeys(notes), *comparison.windows_apart(), *comparison.overflows())
+    told = (*dict.fromkeys(notes), *comparison.windows_apart(), *comparison.prompts_cut(), *comparison.overflows())
     comparison = replace(comparison, notes=told)
     if out is not None:
         write_comparison(comparison, out, force=force)
