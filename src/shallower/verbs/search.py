@@ -143,7 +143,7 @@ def search(
     elif scores is not None:
         ranking = ranked(subject, stages, metric, scores, chosen.of_metric, units)
         require_covered(stages, ranking, request.units)
-    read = _text(
+    read, of_text = _text(
         subject,
         calibration,
         target,
@@ -196,6 +196,7 @@ def search(
         **_of_races(measuring.racing, spent, repair),
         **_of_scores(ranking, text, objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
         **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
+        **of_text,
     }
     name, ranked_by = (None if request.budget is None else search), (None if ranking is None else ranking.metric)
     made_by = MadeBy(name, objective, ranked_by, options, seed, whole.identity, __version__)
@@ -233,8 +234,9 @@ def _text(
     if isinstance(calibration, SplitText):
         if not chosen.repairs:
             raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
-        return calibration
+        return calibration, {}
     note_default(calibration)
+    told: Mapping[str, str] = {}
     if target is not None:
         advice = advise(
             subject,
@@ -247,12 +249,13 @@ def _text(
             workers=workers,
             **shape,
         )
+        told = advice.options
         if not chosen.repairs:
-            return advice.text
+            return advice.text, told
         calibration = advice.candidates[0].source
     if chosen.repairs:
-        return judging_text(subject, calibration, **shape)
-    return calibrate(subject, calibration, objective=objective, **shape)
+        return judging_text(subject, calibration, **shape), told
+    return calibrate(subject, calibration, objective=objective, **shape), told
 
 
 def _judge(
