@@ -51,8 +51,8 @@ _REMOVE = Option(
     "--remove",
     metavar="AMOUNT",
     help="How much to remove: a number of units (6), a share of the parameters in blocks (25%) or of another quantity "
-    "(33%:kv_bytes; also bytes, flops and blocks, where a sublayer is half a block), several of these "
-    "(20%,33%:kv_bytes), or the units themselves (block.13-18,attn.22).",
+    "(33%:kv_bytes; also bytes, flops, blocks, where a sublayer is half a block, and units, of which --units says the "
+    "kind), several of these (20%,33%:kv_bytes), or the units themselves (block.13-18,attn.22).",
 )
 Remove = Annotated[str, _REMOVE]
 RemoveOrPlan = Annotated[str | None, _REMOVE]
