@@ -35,7 +35,7 @@ def evaluate(
             "--text",
             metavar="TEXT",
             help="Text for perplexity: a .txt or .jsonl file, a folder, hf:owner/name, wikitext2 or c4; "
-            "repeatable. Default: none.",
+            "repeatable. A .txt with wikitext in its name is joined as for published results. Default: none.",
         ),
     ] = None,
     tasks: Annotated[

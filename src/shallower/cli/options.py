@@ -199,7 +199,8 @@ Texts = Annotated[
     Option(
         "--text",
         metavar="TEXT",
-        help="Held-out text for perplexity; repeatable. Default: held-out documents of the calibration text.",
+        help="Held-out text for perplexity; repeatable. A .txt with wikitext in its name is joined as for published "
+        "results. Default: held-out documents of the calibration text.",
     ),
 ]
 WindowLength = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]
