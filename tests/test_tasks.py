@@ -1139,6 +1139,7 @@ def test_eval_on_the_command_line(
     for wrong, sentence in (
         ([str(folder)], "nothing to evaluate"),
         ([str(folder), "--tasks", "boolq", "--at", "1"], "--at and --memory are for --plan"),
+        ([str(folder), "--suite", "quick, knowledgee"], "unknown suite 'knowledgee'; did you mean 'knowledge'?"),
         ([str(folder), "--plan", str(tmp_path / "plan.json"), "--at", "x", *shared], "cannot be read"),
         ([str(folder), str(folder), "--plan", str(tmp_path / "plan.json"), *shared], "--plan takes one model"),
         ([str(folder), *shared, *out], "exists"),

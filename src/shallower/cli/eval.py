@@ -46,10 +46,10 @@ def evaluate(
         list[str] | None,
         Option(
             "--suite",
-            metavar="NAME",
+            metavar="NAMES",
             help="commonsense (the seven tasks of 2402.02834), knowledge (mmlu 5-shot, boolq), reasoning (gsm8k, "
-            "arc_challenge) or quick (five tasks of 200 items, standard error at most 0.035 each, and --generate); "
-            "repeatable. Default: none.",
+            "arc_challenge), quick (five tasks of 200 items, standard error at most 0.035 each, and --generate) or "
+            "several of them (quick,knowledge); repeatable. Default: none.",
         ),
     ] = None,
     generate: Annotated[
@@ -152,8 +152,8 @@ def evaluate(
         raise UserError("--at and --memory are for --plan; name a plan, or leave them out.")
     if plan is not None and (len(models) > 1 or generate or batch):
         raise UserError("--plan takes one model, and neither --generate nor --batch; evaluate checkpoints for those.")
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if not (names or suite):
+    names, suites = _names(tasks or ""), [name for several in suite or () for name in _names(several)]
+    if not (names or suites):
         of_tasks = {"--limit": limit, "--fewshot": fewshot, "--batch": batch, "--task-data": task_data}
         given = {**of_tasks, "--chat-template": chat_template or None, "--truncate": truncate or None}
         options.require_reader(
@@ -172,7 +172,7 @@ def evaluate(
             counts,
             text or (),
             tasks=names,
-            suites=suite or (),
+            suites=suites,
             window=window,
             stride=stride,
             max_windows=windows,
@@ -195,7 +195,7 @@ def evaluate(
             models,
             text or (),
             tasks=names,
-            suites=suite or (),
+            suites=suites,
             generation=generate,
             window=window,
             stride=stride,
@@ -220,12 +220,16 @@ def evaluate(
         if out is not None:
             files = [
                 "evaluation.json",
-                *(["items/"] if names or suite else []),
+                *(["items/"] if names or suites else []),
                 *(["curve.svg", "curve.png"] if plan else []),
             ]
             console.print(f"\nWrote {out}: {', '.join(files)}", soft_wrap=True)
 
     return Answer(found.to_json(), show)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _counts(text: str | None) -> list[int]:
