@@ -509,6 +509,9 @@ def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, 
     assert page.read_text(encoding="utf-8") == shown
     answer = cli("report", tmp_path / "out", "--json").json
     assert (answer["recovery"], answer["page"]) == (written["recovery"], str(page))
+    unwritten = cli(*asked[:-2], "--calibration", place / "text.txt", *SMALL, *texts, "--json").json
+    assert set(unwritten) == set(answer)
+    assert [unwritten[key] for key in ("folder", "page", "form")] == [None] * 3
 
 
 def test_eval_compares_with_the_first(cli: Cli, place: Path, pruned: Path) -> None:
