@@ -176,11 +176,26 @@ def test_the_help_names_every_method_that_ships() -> None:
     shipped = {
         options._shipped(package) for package in ("metrics", "objectives", "searches", "recovery", "corpus/quality")
     }
-    registered = {
-        ", ".join(method.name for method in kind if method.function.__module__.startswith("shallower."))
-        for kind in registry.REGISTRIES
-    }
+    registered = {", ".join(method.name for method in kind if _ships(method)) for kind in registry.REGISTRIES}
     assert shipped == registered
+
+
+def test_the_help_tells_the_defaults_that_methods_have(cli: Cli) -> None:
+    told = " ".join(cli("score", "--help").out.split())
+    traits = {method.name: method.traits for method in registry.metric if _ships(method)}
+    spanned, last = ([name for name in traits if traits[name].get(trait)] for trait in ("spans", "positions"))
+    assert f"Default: for {' and '.join(spanned)}." in told
+    assert f"auto: the last for {' and '.join(last)}, all for the others." in told
+    own = [
+        f"{method.traits['metric']} for {method.name}"
+        for method in registry.search
+        if _ships(method) and "metric" in method.traits
+    ]
+    assert f"Default: {', '.join(own)}." in " ".join(cli("search", "--help").out.split())
+
+
+def _ships(method: registry.Method) -> bool:
+    return method.function.__module__.startswith("shallower.")
 
 
 def test_what_a_race_may_get_wrong_is_told(cli: Cli, root: Path) -> None:

@@ -44,7 +44,8 @@ Metric = Annotated[
     Option(
         "--metric",
         metavar="NAME",
-        help=f"Metric to rank by, in searches that rank: {_shipped('metrics')}. Default: as in the search's paper.",
+        help=f"Metric to rank by, in searches that rank: {_shipped('metrics')}. Default: angular for contiguous, "
+        "loss for milp, cosine for one-shot.",
     ),
 ]
 _REMOVE = Option(

@@ -25,12 +25,17 @@ def score(
         bool | None,
         Option(
             "--spans/--no-spans",
-            help="Also score every span of blocks (--units sublayer: of these). Default: as in the paper.",
+            help="Also score every span of blocks (--units sublayer: of these). Default: for angular and "
+            "linear-residual.",
         ),
     ] = None,
     positions: Annotated[
         Literal["auto", "all", "last"],
-        Option("--positions", metavar="WHICH", help="Average over all tokens, the last, or auto: as in the paper."),
+        Option(
+            "--positions",
+            metavar="WHICH",
+            help="Average over all tokens, the last, or auto: the last for angular, all for the others.",
+        ),
     ] = "auto",
     objective: options.Objective = "nll",
     calibration: options.Calibration = None,

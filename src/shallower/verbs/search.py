@@ -79,7 +79,7 @@ def search(
     such as `first:4,last:2`.
     ordinary: only plans whose sublayers pair up, so that what is left is an ordinary model: whole blocks, and an MLP
     with the attention after it. Each counts as one unit; a plan lists the sublayers of a pair one after the other.
-    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead; where they
+    metric: for searches that rank (default: their own). scores: measured before, to rank by instead; where they
     are by several metrics, `metric` names the one.
     settings: options of the search, the metric, the objective and the repair as text. search: one, or several that
     improve on each other (`greedy,swap`), of which all but the first start from what was found before them
@@ -229,8 +229,10 @@ def _text(
     memory: int | None,
     workers: int | str | None,
     shape: Mapping[str, Any],
-) -> CalibrationSet | SplitText:
-    """What candidates are measured on; behind a repair, what they are repaired and judged on."""
+) -> tuple[CalibrationSet | SplitText, Mapping[str, str]]:
+    """What candidates are measured on; behind a repair, what they are repaired and judged on. And of a text that was
+    chosen for a target how that was done, as `made_by.options` of the plan tells it.
+    """
     if isinstance(calibration, SplitText):
         if not chosen.repairs:
             raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
