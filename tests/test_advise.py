@@ -80,6 +80,19 @@ def test_a_target_of_questions_is_judged_by_answers(place: Path, subject: Subjec
     )
     assert plan.made_by.calibration is not None
     assert plan.made_by.calibration.spec.startswith(str(place))
+    assert plan.made_by.options["target"] == "quiz.jsonl"
+    assert re.fullmatch(r"(tale|sums)\.txt -?\d\.\d\d, (tale|sums)\.txt -?\d\.\d\d", plan.made_by.options["compared"])
+
+
+def test_of_a_short_target_all_is_read(
+    place: Path, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(shallower.verbs.advise.progress, "note", notes.append)
+    (tmp_path / "brief.txt").write_text((place / "mine.txt").read_text()[:120])
+    sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
+    advise(subject, sources, tmp_path / "brief.txt", units_of(subject, "block"), sequences=8, length=32)
+    assert re.fullmatch(r"brief\.txt holds text for [1-7] of 8 sequences of 32 tokens: all of it is read\.", notes[0])
 
 
 def test_the_objective_is_asked_with_its_options(
@@ -157,7 +170,7 @@ def test_a_target_that_is_not_there_is_told_before_sources_are_read(
     missing = place / "typo.txt"
     with pytest.raises(CorpusError, match=r"typo\.txt"):
         advise(subject, f"auto:{place / 'tale.txt'}", missing, units_of(subject, "block"), sequences=8, length=32)
-    assert read == [missing]
+    assert not read
 
 
 @pytest.mark.parametrize("calibration", ["auto", "auto:", "auto: ,"])

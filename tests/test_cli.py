@@ -176,11 +176,26 @@ def test_the_help_names_every_method_that_ships() -> None:
     shipped = {
         options._shipped(package) for package in ("metrics", "objectives", "searches", "recovery", "corpus/quality")
     }
-    registered = {
-        ", ".join(method.name for method in kind if method.function.__module__.startswith("shallower."))
-        for kind in registry.REGISTRIES
-    }
+    registered = {", ".join(method.name for method in kind if _ships(method)) for kind in registry.REGISTRIES}
     assert shipped == registered
+
+
+def test_the_help_tells_the_defaults_that_methods_have(cli: Cli) -> None:
+    told = " ".join(cli("score", "--help").out.split())
+    traits = {method.name: method.traits for method in registry.metric if _ships(method)}
+    spanned, last = ([name for name in traits if traits[name].get(trait)] for trait in ("spans", "positions"))
+    assert f"Default: for {' and '.join(spanned)}." in told
+    assert f"auto: the last for {' and '.join(last)}, all for the others." in told
+    own = [
+        f"{method.traits['metric']} for {method.name}"
+        for method in registry.search
+        if _ships(method) and "metric" in method.traits
+    ]
+    assert f"Default: {', '.join(own)}." in " ".join(cli("search", "--help").out.split())
+
+
+def _ships(method: registry.Method) -> bool:
+    return method.function.__module__.startswith("shallower.")
 
 
 def test_what_a_race_may_get_wrong_is_told(cli: Cli, root: Path) -> None:
@@ -201,9 +216,10 @@ def test_what_a_race_may_get_wrong_is_told(cli: Cli, root: Path) -> None:
 def test_inspect(cli: Cli, place: Path) -> None:
     ran = cli("inspect", place / "tiny", "--remove", "block.1-2,attn.4")
     assert ran.code == 0
-    assert "Removes 2 of 6 blocks: block.1-2; 1 attention sublayer: attn.4 (from 0)." in ran.out
+    assert "Removes 2 of 6 blocks: block.1-2; 1 attention sublayer: attn.4 (numbered from 0)." in ran.out
     assert re.search(r"That is [\d,]+ of [\d,]+ parameters \([\d.]+ %; [\d.]+ % of those in blocks\)", ran.out)
-    assert "2 attention sublayers: attn.3-4 (from 0)" in cli("inspect", place / "tiny", "--remove", "attn.3-4").out
+    of_attentions = cli("inspect", place / "tiny", "--remove", "attn.3-4").out
+    assert "2 attention sublayers: attn.3-4 (numbered from 0)" in of_attentions
     assert "; 33.3 % of those in blocks)" in cli("inspect", place / "tiny", "--remove", "block.1-2").out
     told = cli("inspect", place / "tiny", "--remove", "block.1", "--json").json
     assert told["model"]["blocks"] == BLOCKS
@@ -218,12 +234,14 @@ def test_score(cli: Cli, place: Path, tmp_path: Path) -> None:
     ran = cli(*asked, "--out", out)
     assert ran.code == 0
     assert "block.0" in ran.out
+    assert re.search(r"Length +Least span +angular", ran.out)
     assert f"Wrote the scores to {out}" in ran.out
     scores = Scores.load(out)
     assert len(scores.units) == BLOCKS
     assert len(scores.spans) == BLOCKS * (BLOCKS + 1) // 2
     assert cli(*asked, "--json").json == json.loads(out.read_text())
     assert len(cli(*asked, "--no-spans", "--units", "sublayer", "--json").json["rows"]) == 2 * BLOCKS
+    assert "Least span" not in cli(*asked, "--no-spans").out
     assert sentence(cli(*asked, "--out", out, "--quiet")).startswith(f"--out {out} exists; name another file")
     assert cli(*asked, "--out", out, "--force", "--positions", "all").code == 0
     assert Scores.load(out).made_by.options["positions"] == "all"
@@ -248,11 +266,21 @@ def test_several_metrics_side_by_side(cli: Cli, place: Path, tmp_path: Path) -> 
     assert cli(*chosen, "--metric", "taylor", "--json").json["made_by"]["metric"] == "taylor"
 
 
-@pytest.mark.parametrize("units", ["block", "attn", "mlp", "sublayer", "all"])
-def test_what_is_advised_after_scores_can_be_typed(cli: Cli, place: Path, tmp_path: Path, units: str) -> None:
-    text = ("--calibration", place / "text.txt", *SMALL)
+@pytest.mark.parametrize(
+    ("units", "metric", "way"),
+    [
+        *((units, "cosine", "one-shot") for units in ("block", "attn", "mlp", "sublayer", "all")),
+        *((units, "angular", "contiguous") for units in ("block", "sublayer")),
+        *((units, "angular", "one-shot") for units in ("attn", "all")),
+    ],
+)
+def test_what_is_advised_after_scores_can_be_typed(
+    cli: Cli, place: Path, tmp_path: Path, units: str, metric: str, way: str
+) -> None:
+    text = ("--metric", metric, "--calibration", place / "text.txt", *SMALL)
     ran = cli("score", place / "tiny", "--units", units, *text, "--out", tmp_path / "it's scores.json")
     [advice] = re.findall("^Next: shallower (.*)$", ran.out, re.MULTILINE)
+    assert f" --search {way} " in advice
     found = cli(*shlex.split(advice), "--json")
     assert found.code == 0, found.err
     assert (
@@ -496,6 +524,9 @@ def test_recover_shows_what_each_step_gave(cli: Cli, place: Path, pruned: Path, 
     assert page.read_text(encoding="utf-8") == shown
     answer = cli("report", tmp_path / "out", "--json").json
     assert (answer["recovery"], answer["page"]) == (written["recovery"], str(page))
+    unwritten = cli(*asked[:-2], "--calibration", place / "text.txt", *SMALL, *texts, "--json").json
+    assert set(unwritten) == set(answer)
+    assert [unwritten[key] for key in ("folder", "page", "form")] == [None] * 3
 
 
 def test_eval_compares_with_the_first(cli: Cli, place: Path, pruned: Path) -> None:

@@ -1754,15 +1754,15 @@ def test_a_search_counts_what_its_metric_measured_and_measures_nothing_twice(not
 
 
 @pytest.mark.parametrize("metric", ["cosine", "magnitude"])
-def test_a_search_tells_that_what_its_metric_read_is_not_counted(metric):
+def test_a_search_tells_that_what_its_metric_read_is_not_counted(metric, notes):
     model = tiny_model("llama", blocks=3)
-    text, told = sample_text(model), []
+    text = sample_text(model)
     scores = score(model, metric, calibration=text if metric == "cosine" else None)
-    with progress.listening(lambda description, total: nullcontext(lambda n=1: None), told.append):
-        for given in (None, scores):
-            search(model, 1, search="one-shot", metric=metric, calibration=text, scores=given)
-    assert ("candidate sets), besides what cosine read" in told[0]) == (metric == "cosine")  # magnitude reads no text
-    assert "besides" not in told[1]
+    notes.clear()
+    for given in (None, scores):
+        search(model, 1, search="one-shot", metric=metric, calibration=text, scores=given)
+    assert ("candidate sets), besides what cosine read" in notes[0]) == (metric == "cosine")  # magnitude reads no text
+    assert "besides" not in notes[1]
 
 
 def test_an_objective_is_measured_at_its_own_default(monkeypatch):

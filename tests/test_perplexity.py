@@ -170,7 +170,9 @@ def test_context_limit(model: Any) -> None:
     assert context_limit(tiny_model("bloom", blocks=1)) is None
 
 
-def test_reading_evaluation_text(tmp_path: Path) -> None:
+def test_reading_evaluation_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("shallower.evaluation.text.progress.note", notes.append)
     rows = " \n = Title = \n \n One . \n"
     (tmp_path / "wikitext2.test.txt").write_text(rows)
     (tmp_path / "plain.txt").write_text(rows)
@@ -178,6 +180,7 @@ def test_reading_evaluation_text(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     assert read_evaluation_text(str(tmp_path / "wikitext2.test.txt")) == "\n\n = Title = \n\n\n\n\n One . \n"
     assert read_evaluation_text(str(tmp_path / "plain.txt")) == rows
+    assert [note.partition(" is read as WikiText")[0] for note in notes] == ["wikitext2.test.txt"]
     assert read_evaluation_text(str(tmp_path / "some.jsonl")) == "a\n\nb"
     for name in ("wikitext2.test.txt", "plain.txt"):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))

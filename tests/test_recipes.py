@@ -58,13 +58,15 @@ def written(folder: Path, **changes: object) -> Path:
         ("recover {out}/x --teacher {model} --with=lora --out {out}/y", "lora needs the package `peft`, which is not"),
         ("recover {out}/x --teacher {model} --with refit --set ridge=-1 --out {out}/y", "ridge='-1' does not fit"),
         ("recover {out}/x --teacher {model} --with refitt --out {out}/y", "did you mean 'refit'"),
+        ("eval {model} --tasks boolq --out {out}/y", "asking tasks needs the package `lm-eval`, which is not"),
+        ("eval {model} --suite commonsense --out {out}/y", "pip install 'shallower[eval]'"),
     ],
 )
-def test_a_recovery_that_cannot_run_is_told_before_the_first_step(
+def test_what_cannot_run_is_told_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str, said: str
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else found(name))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("peft", "lm_eval") else found(name))
     first = "score {model} --calibration {text} --sequences 2 --length 16 --out {out}/scores.json"
     recipe, out = (
         written(tmp_path, steps=[first, f"{step} --calibration {{text}} --memory {{remove}}GB"]),

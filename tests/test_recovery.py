@@ -1783,11 +1783,12 @@ def test_prune_searches_behind_the_repair_that_it_is_told(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("recover_by", "warned"), [("", True), ("refit", False)])
-def test_that_a_repair_only_judges_is_said_before_anything_is_loaded(recover_by: str, warned: bool) -> None:
-    told: list[str] = []
-    with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append), pytest.raises(ModelError):
+def test_that_a_repair_only_judges_is_said_before_anything_is_loaded(
+    recover_by: str, warned: bool, notes: list[str]
+) -> None:
+    with pytest.raises(ModelError):
         prune("nowhere", 1, repair="low-rank", recover=recover_by)
-    assert ["not repaired: add --recover low-rank" in note for note in told] == [True] * warned
+    assert ["not repaired: add --recover low-rank" in note for note in notes] == [True] * warned
 
 
 def test_a_set_that_cannot_be_repaired_is_only_passed_over() -> None:

@@ -26,6 +26,7 @@ from shallower.reporting.tables import (
     new_table,
     perplexity_table,
     scores_table,
+    spans_table,
 )
 from shallower.reporting.wording import comparison, count, duration, headline, number, score, size
 from shallower.scores import Score, Scores
@@ -444,7 +445,7 @@ def test_spans_that_end_in_mid_block_are_in_no_cell_of_the_plane():
     data = report()
     halves = tuple(Score(Span(start + 0.5, start + 1.5), -9.0) for start in range(5))
     assert span_heatmap(replace(data.spans, rows=(*data.spans.rows, *halves)), ()) == span_heatmap(data.spans, ())
-    table = scores_table(replace(data.spans, rows=(*halves, Score(Span(0, 2.5), 0.25), Score(Span(0, 1), 1.0))))
+    table = spans_table(replace(data.spans, rows=(*halves, Score(Span(0, 2.5), 0.25), Score(Span(0, 1), 1.0))))
     assert [[str(cell) for cell in column.cells][:2] for column in table.columns[:2]] == [
         ["1", "2.5"],
         ["attn.1,mlp.0", "block.0-1,attn.2"],
@@ -466,7 +467,7 @@ def test_tables_fit_80_columns():
         before_after_table(sublayers),
         scores_table(data.influence[0]),
         scores_table(sublayers.influence[1]),
-        scores_table(data.spans),
+        spans_table(data.spans),
         perplexity_table(rows),
     ):
         lines = shown(table).splitlines()
@@ -475,7 +476,7 @@ def test_tables_fit_80_columns():
     told = shown(perplexity_table(rows))
     assert "+43.8 (2.67×)" in told
     assert "[red]pruned" in told
-    assert re.search(r"^ *3 +block\.0-2 ", shown(scores_table(data.spans)), re.MULTILINE)
+    assert re.search(r"^ *3 +block\.0-2 ", shown(spans_table(data.spans)), re.MULTILINE)
     assert "−2 (−20.0 %)" in shown(before_after_table(data))
 
 

@@ -382,16 +382,19 @@ def test_other_errors_are_no_full_memory(tasks: LoadedTasks, model: Any, monkeyp
         run_tasks(respondent(model), tasks, TaskSettings(limit=1))
 
 
-def test_a_prompt_beyond_the_context_is_refused_or_cut(data: Path, model: Any, notes: list[str]) -> None:
+def test_a_prompt_beyond_the_context_is_refused_or_cut(data: Path, model: Any) -> None:
     own = open_tasks(["arc_easy"], data=data)
     with pytest.raises(UserError, match=r"item \d+ of task arc_easy is [\d,]+ tokens long, .* 256 .*--truncate"):
         run_tasks(respondent(model), own, TaskSettings(shots=5))
     [found] = run_tasks(respondent(model, truncate=True), own, TaskSettings(shots=5))
     assert found.count == ITEMS
-    [cut_off] = [
-        note for note in notes if "prompts were longer than the model's context and were cut from the left" in note
-    ]
-    assert 1 < int(cut_off.split()[0]) <= ITEMS, "not their choices"
+    assert 1 < found.cut <= ITEMS, "not their choices"
+    asked: dict[str, Any] = {"tasks": "arc_easy", "shots": 5, "truncate": True, "task_data": data}
+    told = f"arc_easy: {found.cut} of {ITEMS} prompts were longer than the context of {{}}, and were cut from the left."
+    whole = evaluate(model, tokenizer=tiny_tokenizer(), **asked)
+    assert whole.notes == (told.format(whole.evaluations[0].model),)
+    curve = ratio_curve(model, make_plan(model, [2]), tokenizer=tiny_tokenizer(), **asked)
+    assert curve.notes == (told.format("dense"), told.format("1 removed"))
 
 
 def test_written_answers(data: Path, model: Any, tmp_path: Path) -> None:
@@ -556,14 +559,16 @@ def _leaves(name: str) -> list[str]:
     return names
 
 
-def test_a_missing_split_is_said_and_not_replaced(data: Path, tmp_path: Path, notes: list[str]) -> None:
+def test_a_missing_split_is_said_and_not_replaced(data: Path, tmp_path: Path) -> None:
     rows = (data / "arc_easy" / "test.jsonl").read_text()
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "validation.jsonl").write_text(rows)
-    own = open_tasks(["arc_easy"], data=tmp_path)
+    asked = read_questions((), "arc_easy", (), settings=TaskSettings(), task_data=tmp_path)
+    own = asked.tasks
+    assert own is not None
     assert own.records["arc_easy"].split == "validation"
     assert own.records["arc_easy"].missing == {"training_split": "train", "test_split": "test"}
-    assert [note for note in notes if "arc_easy (validation)" in note]
+    assert asked.notes == ("No test split at hand; another was evaluated: arc_easy (validation).",)
     (tmp_path / "arc_easy" / "validation.jsonl").rename(tmp_path / "arc_easy" / "train.jsonl")
     with pytest.raises(CorpusError, match=r"evaluated on its split test or validation, .*holds only train"):
         open_tasks(["arc_easy"], data=tmp_path)
@@ -1118,6 +1123,7 @@ def test_eval_on_the_command_line(
     for wrong, sentence in (
         ([str(folder)], "nothing to evaluate"),
         ([str(folder), "--tasks", "boolq", "--at", "1"], "--at and --memory are for --plan"),
+        ([str(folder), "--suite", "quick, knowledgee"], "unknown suite 'knowledgee'; did you mean 'knowledge'?"),
         ([str(folder), "--plan", str(tmp_path / "plan.json"), "--at", "x", *shared], "cannot be read"),
         ([str(folder), str(folder), "--plan", str(tmp_path / "plan.json"), *shared], "--plan takes one model"),
         ([str(folder), *shared, *out], "exists"),

@@ -104,9 +104,9 @@ class Amount:
 def parse_remove(text: str) -> tuple[Amount, ...] | tuple[Unit, ...]:
     """Read `--remove`: a list of units, or amounts that are all to be removed.
 
-    `8` is a number of units, `25%` a share of the parameters in blocks, `33%:kv_bytes` a share of another quantity,
-    `20%,33%:kv_bytes` both. Of `blocks` a lone sublayer is half of one. Raises BudgetError for what cannot be read, is
-    zero or negative, more than any model holds, or 100 % and more.
+    `8` is a number of units, `25%` a share of the parameters in blocks, `33%:kv_bytes` a share of another quantity (of
+    `QUANTITIES`), `20%,33%:kv_bytes` both. Of `blocks` a lone sublayer is half of one. Raises BudgetError for what
+    cannot be read, is zero or negative, more than any model holds, or 100 % and more.
     """
     text = text.strip()
     if re.match(r"[a-z]", text) and "%" not in text:
@@ -156,16 +156,24 @@ def make_limit(amount: Amount, cost: Mapping[Unit, float], total: float) -> Limi
     if needed >= total * (1 - TOLERANCE):
         as_share = f" For a share write {amount.value:g}%." if amount.quantity == "units" and not amount.share else ""
         raise BudgetError(
-            f"cannot remove {amount}: the model's blocks hold {total:g} and something must stay.{as_share}"
+            f"cannot remove {amount}: the model's blocks hold {_in_full(total)} and something must stay.{as_share}"
         )
     if math.isclose(removable, 0):
         raise BudgetError(f"the units that may go hold no {amount.quantity}; choose other --units.")
     if needed > removable * (1 + TOLERANCE):
+        # beside blocks it would say the same again
+        of_units = amount.share and amount.quantity != "units" and not any(unit.kind == "block" for unit in cost)
+        share = f"; for a share of these units write {amount.value:g}%:units" if of_units else ""
         raise BudgetError(
-            f"cannot remove {amount}: the {len(cost)} units that may go hold {removable:g} of {total:g}. "
-            "Protect fewer or remove less."
+            f"cannot remove {amount}: the {len(cost)} units that may go hold {_in_full(removable)} of "
+            f"{_in_full(total)}. Protect fewer or remove less{share}."
         )
     return Limit(amount.quantity, needed, total, cost)
+
+
+def _in_full(value: float) -> str:
+    """Of parameters and bytes every digit; blocks may be halves."""
+    return f"{value:,.15g}"
 
 
 def require_run(units: Iterable[Unit], budget: Budget) -> None:

@@ -35,7 +35,7 @@ def evaluate(
             "--text",
             metavar="TEXT",
             help="Text for perplexity: a .txt or .jsonl file, a folder, hf:owner/name, wikitext2 or c4; "
-            "repeatable. Default: none.",
+            "repeatable. A .txt with wikitext in its name is joined as for published results. Default: none.",
         ),
     ] = None,
     tasks: Annotated[
@@ -46,10 +46,10 @@ def evaluate(
         list[str] | None,
         Option(
             "--suite",
-            metavar="NAME",
+            metavar="NAMES",
             help="commonsense (the seven tasks of 2402.02834), knowledge (mmlu 5-shot, boolq), reasoning (gsm8k, "
-            "arc_challenge) or quick (five tasks of 200 items, standard error at most 0.035 each, and --generate); "
-            "repeatable. Default: none.",
+            "arc_challenge), quick (five tasks of 200 items, standard error at most 0.035 each, and --generate) or "
+            "several of them (quick,knowledge); repeatable. Default: none.",
         ),
     ] = None,
     generate: Annotated[
@@ -158,8 +158,8 @@ def evaluate(
         raise UserError("--at and --memory are for --plan; name a plan, or leave them out.")
     if plan is not None and (len(models) > 1 or generate or batch):
         raise UserError("--plan takes one model, and neither --generate nor --batch; evaluate checkpoints for those.")
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if not (names or suite):
+    names, suites = _names(tasks or ""), [name for several in suite or () for name in _names(several)]
+    if not (names or suites):
         of_tasks = {
             "--limit": limit,
             "--fewshot": fewshot,
@@ -178,7 +178,7 @@ def evaluate(
 
     common: dict[str, Any] = {
         "tasks": names,
-        "suites": suite or (),
+        "suites": suites,
         "window": window,
         "stride": stride,
         "max_windows": windows,
@@ -205,12 +205,16 @@ def evaluate(
         if out is not None:
             files = [
                 EVALUATION,
-                *([f"{ITEMS}/"] if names or suite else []),
+                *([f"{ITEMS}/"] if names or suites else []),
                 *([CURVE_SVG, CURVE_PNG] if plan else []),
             ]
             console.print(f"\nWrote {out}: {', '.join(files)}", soft_wrap=True)
 
     return Answer(found.to_json(), show)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _counts(text: str | None) -> list[int]:

@@ -45,15 +45,16 @@ Metric = Annotated[
     Option(
         "--metric",
         metavar="NAME",
-        help=f"Metric to rank by, in searches that rank: {_shipped('metrics')}. Default: as in the search's paper.",
+        help=f"Metric to rank by, in searches that rank: {_shipped('metrics')}. Default: angular for contiguous, "
+        "loss for milp, cosine for one-shot.",
     ),
 ]
 _REMOVE = Option(
     "--remove",
     metavar="AMOUNT",
     help="How much to remove: a number of units (6), a share of the parameters in blocks (25%) or of another quantity "
-    "(33%:kv_bytes; also bytes, flops and blocks, where a sublayer is half a block), several of these "
-    "(20%,33%:kv_bytes), or the units themselves (block.13-18,attn.22).",
+    "(33%:kv_bytes; also bytes, flops, blocks, where a sublayer is half a block, and units, of which --units says the "
+    "kind), several of these (20%,33%:kv_bytes), or the units themselves (block.13-18,attn.22).",
 )
 Remove = Annotated[str, _REMOVE]
 RemoveOrPlan = Annotated[str | None, _REMOVE]
@@ -193,8 +194,8 @@ RepairBy = Annotated[
         metavar="NAME",
         help="Changes only what is chosen; the model itself is not repaired (that is --recover). Every candidate is "
         "repaired by this recovery (linear-fold), and judged by its loss on the calibration text. The recovery is "
-        f"fitted on other text, at least {REPAIR_SEQUENCES} sequences of {REPAIR_LENGTH} tokens, which takes long. Runs "
-        "no races. Default: judge it as cut.",
+        f"fitted on other text, at least {REPAIR_SEQUENCES} sequences of {REPAIR_LENGTH} tokens, which takes long. "
+        "Runs no races. Default: judge it as cut.",
     ),
 ]
 Texts = Annotated[
@@ -202,7 +203,8 @@ Texts = Annotated[
     Option(
         "--text",
         metavar="TEXT",
-        help="Held-out text for perplexity; repeatable. Default: held-out documents of the calibration text.",
+        help="Held-out text for perplexity; repeatable. A .txt with wikitext in its name is joined as for published "
+        "results. Default: held-out documents of the calibration text.",
     ),
 ]
 WindowLength = Annotated[int, Option("--window", metavar="N", min=2, help="Tokens in a window of held-out text.")]

@@ -102,7 +102,7 @@ def print_removed(console: Console, removed: Sequence[Unit], model: ModelIdentit
     for amount, units in by_kind(removed).items():
         told = f"{len(units)} of {plural(model.blocks, 'block')}" if units[0].kind == "block" else amount
         parts.append(f"{told}: {listed(units, ', ')}")
-    console.print(f"Removes {'; '.join(parts) or 'nothing'}{' (from 0)' if parts else ''}.")
+    console.print(f"Removes {'; '.join(parts) or 'nothing'}{' (numbered from 0)' if parts else ''}.")
     if gone is not None:
         share = percent(gone.parameters, gone.of_model)
         told = ", embeddings counted" if gone.of_blocks is None else ""

@@ -116,30 +116,21 @@ def recover(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-
-    def show(console: Console) -> None:
-        from shallower.reporting.data import RecoveryData
-
-        data = RecoveryData(
-            found.made_by, found.dense, found.stages, found.notes, found.form or None, None, found.tokenizer
-        )
-        _show(console, found.plan, data, out if found.folder is not None else None)
-
-    page = {} if found.folder is None else {"page": str(found.folder / PAGE)}
-    return Answer({**found.to_json(), **page}, show)
+    page = None if found.folder is None else found.folder / PAGE
+    return recovered_answer(found.plan, found.data, found.folder, page)
 
 
-def recovered_answer(plan: PruningPlan, data: RecoveryData, folder: Path, page: Path | None) -> Answer:
-    """What was removed, what each recovery gained, where it is and how to load it. page: None where it could not be
-    written.
+def recovered_answer(plan: PruningPlan, data: RecoveryData, folder: Path | None, page: Path | None) -> Answer:
+    """What was removed, what each recovery gained, where it is and how to load it. folder: None where nothing was
+    written; page: None where it could not be.
     """
     told = {key: value for key, value in data.to_json().items() if key != "format"}
-    places = {"folder": str(folder), "page": None if page is None else str(page)}
+    places = {name: None if path is None else str(path) for name, path in (("folder", folder), ("page", page))}
     answer = {**places, "plan": plan.to_json(), **told}
-    return Answer(answer, lambda console: _show(console, plan, data, folder, page=page is not None))
+    return Answer(answer, lambda console: _show(console, plan, data, folder, page))
 
 
-def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path | None, *, page: bool = True) -> None:
+def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path | None, page: Path | None) -> None:
     from shallower.reporting.tables import recovery_table
 
     console.print(recovery_table(data.recovery, data.dense))
@@ -149,7 +140,7 @@ def _show(console: Console, plan: PruningPlan, data: RecoveryData, folder: Path 
     if folder is None:
         console.print("\nNothing was written; add --out FOLDER to keep the repaired model.")
         return
-    print_places(console, folder, folder / PAGE if page else None)
+    print_places(console, folder, page)
     if data.form is not None:
         from shallower.forms import FORMS
 

@@ -110,7 +110,7 @@ def run(
     found: list[Any] = []
     for number, (command, waits) in enumerate(zip(commands, pending, strict=True), 1):
         if waits:
-            _require_recoveries(command, f"step {number} of {recipe}")
+            _require_possible(command, f"step {number} of {recipe}")
     if behind_new:  # also where it is stopped before its first step has ended
         write_json(folder / DONE, {"steps": []})
     for number, (command, step, waits) in enumerate(zip(commands, steps, pending, strict=True), 1):
@@ -140,24 +140,26 @@ def run(
         print_json({**told, "steps": found})
 
 
-def _require_recoveries(command: str, label: str) -> None:
-    """Raise UserError where a command line asks for recoveries that there are not, with options out of range, or
-    without their packages: what else is wrong it says itself.
+def _require_possible(command: str, label: str) -> None:
+    """Raise UserError where a command line asks for recoveries that there are not, with options out of range, or for
+    recoveries or tasks without their packages: what else is wrong it says itself.
     """
     from shallower.cli import main
+    from shallower.evaluation.harness import require_harness
     from shallower.verbs.recovery_steps import named_recoveries, parse_recoveries
 
     words = shlex.split(command)
-    if words[:1] not in (["prune"], ["recover"]):
+    if words[:1] not in (["prune"], ["recover"], ["eval"]):
         return
     verb = main.verb_of(typer.main.get_command(main.app), words)
     asked = verb.make_context(words[0], words[1:], resilient_parsing=True).params
-    if not (names := asked.get("recover") or asked.get("methods")):
-        return
     try:
-        theirs = {option for method in named_recoveries(names) for option in method.options}
-        given = options.parse_settings(asked.get("settings"))
-        parse_recoveries(names, {name: text for name, text in given.items() if name in theirs}, elsewhere=theirs)
+        if asked.get("tasks") or asked.get("suite"):
+            require_harness()
+        if names := asked.get("recover") or asked.get("methods"):
+            theirs = {option for method in named_recoveries(names) for option in method.options}
+            given = options.parse_settings(asked.get("settings"))
+            parse_recoveries(names, {name: text for name, text in given.items() if name in theirs}, elsewhere=theirs)
     except UserError as error:
         raise UserError(f"{label} cannot run: {error}") from None
 

@@ -26,12 +26,17 @@ def score(
         bool | None,
         Option(
             "--spans/--no-spans",
-            help="Also score every span of blocks (--units sublayer: of these). Default: as in the paper.",
+            help="Also score every span of blocks (--units sublayer: of these). Default: for angular and "
+            "linear-residual.",
         ),
     ] = None,
     positions: Annotated[
         Literal["auto", "all", "last"],
-        Option("--positions", metavar="WHICH", help="Average over all tokens, the last, or auto: as in the paper."),
+        Option(
+            "--positions",
+            metavar="WHICH",
+            help="Average over all tokens, the last, or auto: the last for angular, all for the others.",
+        ),
     ] = "auto",
     objective: options.Objective = "nll",
     calibration: options.Calibration = None,
@@ -57,7 +62,7 @@ def score(
     require_free(out, force=force)
     chosen = options.parse_settings(settings)
     from shallower.reporting.ranks import rank_correlations
-    from shallower.reporting.tables import correlations_table, scores_table, sheet_table
+    from shallower.reporting.tables import correlations_table, scores_table, sheet_table, spans_table
     from shallower.verbs.score import chosen_metrics, score_many
 
     chosen_metrics(metric)
@@ -82,7 +87,7 @@ def score(
     )
     if out is not None:
         sheet.save(out)
-    several = len(sheet.scores) > 1
+    several, first = len(sheet.scores) > 1, sheet.scores[0]
     alike = rank_correlations(sheet)
 
     def show(console: Console) -> None:
@@ -90,11 +95,15 @@ def score(
             console.print(sheet_table(sheet))
             console.print(correlations_table(sheet.metrics, alike))
         else:
-            console.print(scores_table(sheet.scores[0]))
+            console.print(scores_table(first))
+            if first.spans:
+                console.print(spans_table(first))
         # attentions alone may hold less than a quarter of the parameters
         amount = "25%" if units == "block" else f"25%:units --units {units}"
-        step = f"shallower search {typed(model)} --remove {amount} --search one-shot --scores {typed(out)}"
-        step += f" --metric {sheet.metrics[0]}" if several else ""
+        # beside whole blocks none of the spans ends in mid-block, and a lone kind of sublayer has no use for them
+        way = "contiguous" if first.spans and units in ("block", "sublayer") else "one-shot"
+        step = f"shallower search {typed(model)} --remove {amount} --search {way} --scores {typed(out)}"
+        step += f" --metric {first.metric}" if several else ""
         step += "" if objective == "nll" else f" --objective {objective}"
         step += typed_again(calibration, (sequences, length), seed, dtype, trust_remote_code=trust_remote_code)
         step += " --stream-blocks" * stream_blocks

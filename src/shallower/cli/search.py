@@ -34,8 +34,10 @@ def search(
         Option(
             "--for",
             metavar="TEXT",
-            help="With --calibration auto: a sample of what the smaller model is for, a text or a .jsonl of questions. "
-            "The calibration text that ranks units most like it is used.",
+            help="With --calibration auto: a sample of what the smaller model is for, a text (all of a short one is "
+            "read) or a .jsonl of questions. The calibration text that ranks units most like it is used. To find it, "
+            "the model is measured without each unit on the sample and on every text, up to seven: minutes before the "
+            "search.",
         ),
     ] = None,
     sequences: options.Sequences = SEQUENCES,

@@ -91,6 +91,16 @@ class Comparison:
                         "float32."
                     )
 
+    def prompts_cut(self) -> Iterator[str]:
+        """Sentences about prompts that a model did not read whole."""
+        for each in self.evaluations:
+            for result in each.tasks:
+                if result.cut and result.within is None:  # a group counts those of its tasks
+                    yield (
+                        f"{result.task}: {result.cut:,} of {result.count:,} prompts were longer than the context of "
+                        f"{each.model}, and were cut from the left."
+                    )
+
     def task_difference(self, other: Evaluation, task: str, metric: str) -> Difference | None:
         """Of a metric that is a mean over items, the same for both; None for another."""
         found = []

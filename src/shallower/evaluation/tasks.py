@@ -71,8 +71,9 @@ class TaskResult:
 
     shots: examples before each question, None where a group's tasks differ. split, route: what was read, and from
     where. group: whether it sums others up; within: the nearest group whose sum it is in. chance: the accuracy of
-    guessing among an item's choices, over the items; None where the main metric is none, or not known. samples: of each
-    item what was asked and answered, as lm-eval logs it.
+    guessing among an item's choices, over the items; None where the main metric is none, or not known. cut: of how many
+    items the prompt lost its beginning, as it was longer than the model's context. samples: of each item what was asked
+    and answered, as lm-eval logs it.
     """
 
     task: str
@@ -85,6 +86,7 @@ class TaskResult:
     group: bool = False
     within: str | None = None
     chance: float | None = None
+    cut: int = 0
     samples: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
 
     @property
@@ -117,6 +119,13 @@ class LoadedTasks:
     records: Mapping[str, DataRecord] = field(repr=False)
     shots: Mapping[str, int | None] = field(default_factory=dict)
     of_suites: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader must know of their data."""
+        found = [f"{name} ({record.split})" for name, record in self.records.items() if "test_split" in record.missing]
+        shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        return (f"No test split at hand; another was evaluated: {shown}.",) if found else ()
 
     def questions(self, limit: int | None) -> Iterator[tuple[str, str]]:
         """The text of each question that is asked, with its task."""
@@ -160,7 +169,6 @@ def open_tasks(
         for name, task in loaded["tasks"].items():
             _require_text(name, task)
             _require_answers(name, task, limit)
-    _note_splits(source.records)
     of_suites = {task: count for one in chosen for task, count in one.shots.items()}
     shots = {name: task.get_config("num_fewshot") for name, task in loaded["tasks"].items()}
     return LoadedTasks(every, loaded, source.records, shots, of_suites)
@@ -221,9 +229,7 @@ def run_tasks(respondent: Respondent, tasks: LoadedTasks, settings: TaskSettings
             fewshot_as_multiturn=settings.chat,
             log_samples=True,
         )
-    if respondent.cut:
-        progress.note(f"{len(respondent.cut)} prompts were longer than the model's context and were cut from the left.")
-    return _results(found, tasks)
+    return _results(found, tasks, respondent.cut)
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, whose: str = "the model") -> None:
@@ -253,13 +259,6 @@ def _set_shots(tasks: LoadedTasks, settings: TaskSettings) -> None:
                 f"{tasks.records[name].route} does not have: add {split}.jsonl to a folder for --task-data, or ask "
                 "without examples (--fewshot 0)."
             )
-
-
-def _note_splits(records: Mapping[str, DataRecord]) -> None:
-    evaluated = [f"{name} ({record.split})" for name, record in records.items() if "test_split" in record.missing]
-    if evaluated:
-        shown = ", ".join(evaluated[:5]) + (f" and {len(evaluated) - 5} more" if len(evaluated) > 5 else "")
-        progress.note(f"No test split at hand; another was evaluated: {shown}.")
 
 
 def _docs(task: Any, limit: int | None) -> Iterator[Any]:
@@ -302,7 +301,8 @@ def _require_answers(name: str, task: Any, limit: int | None) -> None:
                 )
 
 
-def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
+def _results(found: Mapping[str, Any], tasks: LoadedTasks, cut: Collection[tuple[str, int]]) -> list[TaskResult]:
+    """cut: items, by their task, whose prompt was cut."""
     parents = {child: group for group, children in found.get("group_subtasks", {}).items() for child in children}
     members: dict[str, list[str]] = {}
     for name in tasks.loaded["tasks"]:
@@ -329,6 +329,7 @@ def _results(found: Mapping[str, Any], tasks: LoadedTasks) -> list[TaskResult]:
                 metrics=metrics,
                 group=group,
                 chance=_chance(tasks, leaves, found["samples"]) if metrics[0].name.startswith("acc") else None,
+                cut=sum(task in leaves for task, _ in cut),
                 samples=() if group else tuple(found["samples"][name]),
             )
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from shallower import progress
 from shallower.corpus.pieces import PIECE, pieces
 from shallower.corpus.sources import file_kind, open_source, text_lines
 from shallower.corpus.specification import Part, in_part, parse_specification
@@ -58,6 +59,7 @@ def read_evaluation_text(spec: str, supply: Supply = NOTHING) -> str:
     if part == "all" and file_kind(path) == ".txt" and os.path.isfile(path):
         lines = [line for _, line in text_lines(path)]
         if "wikitext" in path.name.lower():
+            progress.note(f"{path.name} is read as WikiText, for its name: rows are joined as for published results.")
             lines = [line if line.strip() else "" for line in lines]
             return _not_blank("\n\n".join(lines), spec)
         return _not_blank("".join(lines), spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -74,9 +74,31 @@ def recovery_table(stages: Sequence[RecoveryStage], dense: Mapping[str, float]) 
 
 
 def scores_table(scores: Scores) -> Table:
-    """Every unit in order of depth with its rank (1 goes first); of spans, the least of each length."""
+    """Every unit in order of depth with its rank (1 goes first)."""
+    rank = {unit: place for place, unit in enumerate(scores.ranked(), start=1)}
+    finite = [abs(value) for value in scores.units.values() if math.isfinite(value)]
+    longest = max(finite, default=0.0)
+    table = new_table("Unit", "Rank", scores.metric, "± error", caption="Rank 1 matters least.")
+    table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
     units = [(row.of, row) for row in scores.rows if isinstance(row.of, Unit)]
-    return _unit_table(scores, units) if units else _span_table(scores)
+    for unit, row in sorted(units, key=lambda pair: pair[0]):
+        add_row(table, str(unit), str(rank[unit]), score(row.value), score(row.error), _bar(row.value, longest))
+    return table
+
+
+def spans_table(scores: Scores) -> Table:
+    """Of the spans of each length, the least."""
+    best: dict[float, tuple[Span, Score]] = {}
+    for row in scores.rows:
+        if isinstance(row.of, Span) and (row.of.blocks not in best or row.value < best[row.of.blocks][1].value):
+            best[row.of.blocks] = (row.of, row)
+    longest = max((abs(row.value) for _, row in best.values() if math.isfinite(row.value)), default=0.0)
+    table = new_table("Length", "Least span", scores.metric, "± error", caption=_COUNTED)
+    table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
+    for length, (span, row) in sorted(best.items()):
+        told = score(row.value), score(row.error), _bar(row.value, longest)
+        add_row(table, f"{length:g}", listed(span.units), *told)
+    return table
 
 
 def sheet_table(sheet: ScoreSheet) -> Table:
@@ -200,31 +222,6 @@ def _timing(spread: Spread, tokens_per_s: float, against: Spread | None) -> str:
         mark = {True: "", False: "≈ ", None: "? "}[spread.differs_from(against)]
         lines.append(mark + signed(spread.faster_than(against), "{:.1f} %".format))
     return "\n".join(lines)
-
-
-def _unit_table(scores: Scores, units: Iterable[tuple[Unit, Score]]) -> Table:
-    rank = {unit: place for place, unit in enumerate(scores.ranked(), start=1)}
-    finite = [abs(value) for value in scores.units.values() if math.isfinite(value)]
-    longest = max(finite, default=0.0)
-    table = new_table("Unit", "Rank", scores.metric, "± error", caption="Rank 1 matters least.")
-    table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
-    for unit, row in sorted(units, key=lambda pair: pair[0]):
-        add_row(table, str(unit), str(rank[unit]), score(row.value), score(row.error), _bar(row.value, longest))
-    return table
-
-
-def _span_table(scores: Scores) -> Table:
-    best: dict[float, tuple[Span, Score]] = {}
-    for row in scores.rows:
-        if isinstance(row.of, Span) and (row.of.blocks not in best or row.value < best[row.of.blocks][1].value):
-            best[row.of.blocks] = (row.of, row)
-    longest = max((abs(row.value) for _, row in best.values() if math.isfinite(row.value)), default=0.0)
-    table = new_table("Length", "Least span", scores.metric, "± error", caption=_COUNTED)
-    table.add_column("", justify="left", no_wrap=True, min_width=4, max_width=_BAR)
-    for length, (span, row) in sorted(best.items()):
-        told = score(row.value), score(row.error), _bar(row.value, longest)
-        add_row(table, f"{length:g}", listed(span.units), *told)
-    return table
 
 
 def _bar(value: float, longest: float) -> str:

@@ -17,9 +17,9 @@ from shallower.corpus.sources import json_records
 from shallower.defaults import LENGTH, SEQUENCES
 from shallower.errors import CorpusError, UserError
 from shallower.files import expanded
-from shallower.plan import source_and_options, without_folders
+from shallower.plan import source_and_options, text_name
 from shallower.units import Unit
-from shallower.verbs.calibrate import calibrate
+from shallower.verbs.calibrate import calibrate, calibrate_most
 from shallower.verbs.measuring import make_ablator
 from shallower.verbs.score import require_finite
 from shallower.verbs.subject import Subject
@@ -38,11 +38,20 @@ class CandidateText:
 
 @dataclass(frozen=True)
 class Advice:
-    """Candidates, the best first, and why, in one sentence. text: the best one's calibration set."""
+    """Candidates, the best first, and why, in one sentence. text: the best one's calibration set. target: what it is
+    chosen for, without its folder.
+    """
 
     candidates: tuple[CandidateText, ...]
     text: CalibrationSet
     why: str
+    target: str
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The same for `made_by.options` of a plan, without folders."""
+        compared = ", ".join(f"{text_name(item.source)} {item.correlation:.2f}" for item in self.candidates)
+        return {"target": self.target, "compared": compared}
 
 
 def is_auto(calibration: object) -> bool:
@@ -70,8 +79,8 @@ def advise(
     reads, not how the texts look: two texts that differ in every word may need the same blocks.
 
     calibration: `auto` for every domain that can be had here, or `auto:a.jsonl,b.jsonl` for these. target: a text, or a
-    .jsonl file of multiple-choice questions, on which the objective is then the margin of the right choice. options: of
-    the objective.
+    .jsonl file of multiple-choice questions, on which the objective is then the margin of the right choice; of a short
+    text all is read. options: of the objective.
 
     Raises CorpusError when no source, or not the target, can be read, and UserError when there is nothing to rank, or
     no text ranks the units at all.
@@ -83,7 +92,10 @@ def advise(
         )
     named = [item.strip() for item in calibration.partition(":")[2].split(",") if item.strip()]
     judged = TASK if _asks(target) else objective
-    goal = calibrate(subject, target, sequences=sequences, length=length, seed=seed, objective=judged)
+    shown = text_name(str(target))
+    goal, there = calibrate_most(subject, target, sequences=sequences, length=length, seed=seed, objective=judged)
+    if there < sequences:
+        progress.note(f"{shown} holds text for {there} of {sequences} sequences of {length} tokens: all of it is read.")
 
     def ranking(text: CalibrationSet, judged: str) -> list[float]:
         own = options if judged == objective else None
@@ -107,7 +119,7 @@ def advise(
         raise CorpusError(
             f"--calibration auto finds no text here ({failed[0]}) Name some: --calibration auto:web.jsonl,books.jsonl."
         )
-    with progress.task(f"comparing {len(built)} sources with {without_folders(str(target))}", len(built) + 1) as step:
+    with progress.task(f"comparing {len(built)} sources with {shown}", len(built) + 1) as step:
         wanted = ranking(goal, judged)
         step()
         found = []
@@ -126,7 +138,7 @@ def advise(
         f"correlation of the loss without each: {told})."
     )
     progress.note(why)
-    return Advice(tuple(found), built[found[0].source], why)
+    return Advice(tuple(found), built[found[0].source], why, shown)
 
 
 def _correlation(wanted: Sequence[float], found: Sequence[float]) -> float:

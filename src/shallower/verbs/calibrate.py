@@ -61,7 +61,13 @@ def note_default(calibration: str | Path | CalibrationSet | None) -> None:
 
 
 def calibrate_most(
-    subject: Subject, calibration: str | Path | CalibrationSet | None, *, sequences: int, length: int, seed: int
+    subject: Subject,
+    calibration: str | Path | CalibrationSet | None,
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
+    objective: str = "nll",
 ) -> tuple[CalibrationSet, int]:
     """As `calibrate`, of a text that holds less than `sequences` all it has; and how many sequences were asked for in
     the end.
@@ -71,7 +77,8 @@ def calibrate_most(
     short: TooLittleText | None = None
     while True:
         try:
-            return calibrate(subject, calibration, sequences=sequences, length=length, seed=seed), sequences
+            read = calibrate(subject, calibration, sequences=sequences, length=length, seed=seed, objective=objective)
+            return read, sequences
         except TooLittleText as error:  # of a mixture each text is told of on its own
             short = error
             sequences = math.floor(sequences * error.share + 1e-9)

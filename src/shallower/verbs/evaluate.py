@@ -126,7 +126,8 @@ def evaluate(
     as_measured = [{**each.as_measured, "model": label} for each, label in zip(found, labels, strict=True)]
     comparison = Comparison(named, made_by=measured_by(as_measured, asked, window, stride, max_windows))
     notes = dict.fromkeys((*asked.notes, *(note for each in found for note in each.notes)))
-    comparison = replace(comparison, notes=(*notes, *comparison.windows_apart(), *comparison.overflows()))
+    of_all = (*comparison.windows_apart(), *comparison.prompts_cut(), *comparison.overflows())
+    comparison = replace(comparison, notes=(*notes, *of_all))
     if out is not None:
         write_comparison(comparison, out, force=force)
     return comparison

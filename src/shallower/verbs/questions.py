@@ -74,6 +74,7 @@ def read_questions(
     loaded = None
     if tasks or chosen:
         loaded = open_tasks(tasks, suites, data=task_data, limit=settings.limit)
+        notes += loaded.notes
     return Questions(contents, loaded, settings, generation, notes)
 
 
@@ -112,7 +113,9 @@ def model_tasks(subject: Subject, asked: Questions, answered: Answered | None, l
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores before and after, by what a report calls them. notes: which differences could be chance."""
+    """Scores before and after, by what a report calls them. notes: what is to be known of the questions, and which
+    differences could be chance.
+    """
 
     dense: Mapping[str, float] = field(default_factory=dict)
     pruned: Mapping[str, float] = field(default_factory=dict)
@@ -128,7 +131,7 @@ def task_scores(dense: Subject, pruned: Subject, asked: Questions) -> TaskScores
             sides.append(Evaluation(label, len(subject.anatomy.blocks), 0, tasks=tuple(results)))
     both = Comparison(tuple(sides))
     scores: tuple[dict[str, float], dict[str, float]] = {}, {}
-    notes = [*both.overflows()]
+    notes = [*asked.notes, *both.overflows()]
     for before, after in zip(sides[0].tasks, sides[1].tasks, strict=True):
         if before.within is not None:
             continue

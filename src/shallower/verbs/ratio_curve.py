@@ -113,7 +113,7 @@ def ratio_curve(
     ]
     made_by = measured_by([measured_model(subject, labels[0])], asked, window, stride, max_windows, given)
     comparison = Comparison(tuple(evaluations), made_by=made_by)
-    comparison = replace(comparison, notes=(*notes, *comparison.overflows()))
+    comparison = replace(comparison, notes=(*notes, *comparison.prompts_cut(), *comparison.overflows()))
     if out is not None:
         kinds = {unit.kind: len(subject.anatomy.of_kind(unit.kind)) for unit in removed[-1]}
         curve = curve_files(comparison.evaluations, subject.identity.name, kinds)

@@ -27,7 +27,6 @@ from shallower.registry import Configured
 from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage
 from shallower.reporting.page import render_recovery
 from shallower.resources import parse_memory
-from shallower.strict_json import spelled
 from shallower.surgery import cut, require_unquantized
 from shallower.surgery.adopt import adopt
 from shallower.surgery.plain import is_plain
@@ -73,8 +72,8 @@ from shallower.verbs.texts import (
 @dataclass(frozen=True, eq=False)
 class Recovered:
     """A repaired model. stages: the cut model, then what each recovery made of it. dense: perplexities of the dense
-    model, by name of the text. made_by: what the recoveries worked with.
-    folder: None when not saved; form: that of the checkpoint (`shallower.forms`), then empty. tokenizer: whether the
+    model, by name of the text. made_by: what the recoveries worked with. folder: None when not saved; form: that of the
+    checkpoint (`shallower.forms`), then None. before: what had repaired the model already. tokenizer: whether the
     folder has one.
     """
 
@@ -85,19 +84,14 @@ class Recovered:
     folder: Path | None
     made_by: RecoveryMadeBy
     dense: Mapping[str, float] = field(default_factory=dict)
-    form: str = ""
+    form: str | None = None
+    before: Mapping[str, Any] | None = field(default=None, repr=False)
     tokenizer: bool = True
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "folder": None if self.folder is None else str(self.folder),
-            "form": self.form,
-            "plan": self.plan.to_json(),
-            "dense": spelled(self.dense),
-            "recovery": [stage.to_json() for stage in self.stages],
-            "made_by": self.made_by.to_json(),
-            "notes": list(self.notes),
-        }
+    @property
+    def data(self) -> RecoveryData:
+        """What recovery.json and the page tell."""
+        return RecoveryData(self.made_by, self.dense, self.stages, self.notes, self.form, self.before, self.tokenizer)
 
 
 def recover(
@@ -249,7 +243,7 @@ def recover(
     if leads():
         resume.clear()
     wait()
-    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form or "", has_tokenizer)
+    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form, before, has_tokenizer)
 
 
 def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:

@@ -66,9 +66,9 @@ def score(
     """Score the units of a model by one metric; higher means keep.
 
     units: `block`, `attn`, `mlp`, `sublayer` or `all`. spans: also score every span of blocks, or for `sublayer` of
-    these (default: where the metric's paper does). positions: which tokens a stream metric averages over (`auto`: as in
-    the metric's paper). settings: options of the metric, and of the objective, as text. objective: what an adaptive
-    metric asks.
+    these (default: for angular and linear-residual). positions: which tokens a stream metric averages over (`auto`: the
+    last for angular, all for the others). settings: options of the metric, and of the objective, as text. objective:
+    what an adaptive metric asks.
     memory: bytes that an adaptive metric may keep besides the model (`4GB`; default: a quarter of what is free).
     workers: how many Ray workers measure it, or the address of a Ray cluster (default: threads of this process).
     stream_blocks: of a model that is given by name or path, leave the blocks on the processor, and bring each to the
@@ -372,6 +372,6 @@ def stream_statistic(
     spans: bool | None = None,
     positions: Positions | Literal["auto"] = "auto",
 ) -> StreamStatistic:
-    """A stream metric with its paper's positions and spans, unless told otherwise."""
+    """A stream metric with its own positions and spans, unless told otherwise."""
     chosen = method.traits.get("positions", "all") if positions == "auto" else positions
     return StreamStatistic(method, options, chosen, bool(method.traits.get("spans")) if spans is None else spans)

@@ -75,7 +75,7 @@ def search(
     such as `first:4,last:2`.
     ordinary: only plans whose sublayers pair up, so that what is left is an ordinary model: whole blocks, and an MLP
     with the attention after it. Each counts as one unit; a plan lists the sublayers of a pair one after the other.
-    metric: for searches that rank (default: their paper's). scores: measured before, to rank by instead; where they
+    metric: for searches that rank (default: their own). scores: measured before, to rank by instead; where they
     are by several metrics, `metric` names the one.
     settings: options of the search, the metric, the objective and the repair as text. search: one, or several that
     improve on each other (`greedy,swap`), of which all but the first start from what was found before them
@@ -137,7 +137,7 @@ def search(
     elif scores is not None:
         ranking = ranked(subject, chosen.stages, metric, scores, chosen.of_metric, units)
         require_covered(chosen.stages, ranking, request.units)
-    read = _text(
+    read, of_text = _text(
         subject,
         calibration,
         target,
@@ -168,7 +168,7 @@ def search(
         tuple(sorted(found.order)),
         tuple(zip(found.order, found.losses[1:], strict=True)),
         found.losses[0],
-        _made_by(subject, request, chosen, read, found, asked, seed),
+        _made_by(subject, request, chosen, read, of_text, found, asked, seed),
         {"tokens": found.spent.tokens, "exhaustive": found.spent.exhaustive, "recalled": found.spent.recalled},
         _gone(subject, found.order),
     )
@@ -246,11 +246,14 @@ def _made_by(
     request: Request,
     chosen: Chosen,
     read: CalibrationSet | SplitText,
+    of_text: Mapping[str, str],
     found: _Found,
     asked: Mapping[str, Any],
     seed: int,
 ) -> MadeBy:
-    """What makes the same plan again. asked: which units may go, and how many, as it was said."""
+    """What makes the same plan again. of_text: as `_text` tells it. asked: which units may go, and how many, as it was
+    said.
+    """
     whole, text = (read.whole, read.judged) if isinstance(read, SplitText) else (read, read)
     options = {
         **chosen.options,
@@ -260,6 +263,7 @@ def _made_by(
         **_of_races(found.racing, found.spent, chosen.repair),
         **_of_scores(found.ranking, text, chosen.objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
         **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
+        **of_text,
     }
     return MadeBy(
         None if request.budget is None else chosen.search,
@@ -289,13 +293,16 @@ def _text(
     memory: int | None,
     workers: int | str | None,
     shape: Mapping[str, Any],
-) -> CalibrationSet | SplitText:
-    """What candidates are measured on; behind a repair, what they are repaired and judged on."""
+) -> tuple[CalibrationSet | SplitText, Mapping[str, str]]:
+    """What candidates are measured on; behind a repair, what they are repaired and judged on. And of a text that was
+    chosen for a target how that was done, as `made_by.options` of the plan tells it.
+    """
     if isinstance(calibration, SplitText):
         if not chosen.repairs:
             raise UserError("a text in two parts is for a search with a repair: name one, or give the text as a whole.")
-        return calibration
+        return calibration, {}
     note_default(calibration)
+    told: Mapping[str, str] = {}
     if target is not None:
         advice = advise(
             subject,
@@ -308,12 +315,13 @@ def _text(
             workers=workers,
             **shape,
         )
+        told = advice.options
         if not chosen.repairs:
-            return advice.text
+            return advice.text, told
         calibration = advice.candidates[0].source
     if chosen.repairs:
-        return judging_text(subject, calibration, **shape)
-    return calibrate(subject, calibration, objective=chosen.objective, **shape)
+        return judging_text(subject, calibration, **shape), told
+    return calibrate(subject, calibration, objective=chosen.objective, **shape), told
 
 
 def _judge(
