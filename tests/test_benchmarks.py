@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -109,21 +109,60 @@ def test_the_reference_of_contiguous_reads_the_stream_in_front_of_the_final_norm
         assert Unit(5, "block") in found
 
 
+def _select(
+    selection: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, tasks: Sequence[str], *options: str
+) -> None:
+    """Run tasks of `selection` on a tiny model."""
+    tiny_model("llama", blocks=10).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    lines = (json.dumps({"text": " ".join(str(n * n) for n in range(i, i + 60))}) for i in range(200))
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    asked = ["selection", "--model", str(folder / "model"), "--text", str(folder / "text.jsonl"), "--json"]
+    chosen = [word for task in tasks for word in ("--task", task)]
+    monkeypatch.setattr(sys, "argv", [*asked, "--dtype", "float32", *chosen, *options])
+    selection.main()
+
+
+def test_selection_races_and_repeats(
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    selection = script("selection")
+    monkeypatch.setattr(selection, "OFFSPRING", 4)
+    tasks = ["greedy-blocks", "evolutionary"]
+    _select(selection, tmp_path, monkeypatch, tasks, "--tokens", "512", "--repeats", "2")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["task"] for row in rows] == tasks
+    assert [row["tokens_reference"] // 512 for row in rows] == [sum(range(3, 11)), 1 + 12 * 4]
+    for row in rows:
+        assert row["speedup"] == row["reference_s"] / row["ours_s"]
+        assert 0 < row["tokens_ours"] < row["tokens_reference"]
+        assert row["loss_gap"] == 0 or not row["same_plan"]
+
+
+def test_selection_tells_what_each_objective_takes(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection = script("selection")
+    model = tiny_model("llama", blocks=2)
+    text = sample_text(model, padded=False)
+    monkeypatch.setattr(selection, "build_calibration", lambda *_, **__: text)
+    [told] = selection.head_memory(open_subject(model, tiny_tokenizer()), "text.jsonl")
+    for objective in ("hidden-cosine", "nll", "kl", "js", "logit-l2", "top1"):
+        assert told[f"above_model_{objective}_mb"] >= 0
+    assert told["model_mb"] > 0
+
+
 def test_selection_prints_one_object_a_task(
     script: Callable[[str], ModuleType],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tiny_model("llama", blocks=10).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    lines = (json.dumps({"text": " ".join(str(n * n) for n in range(i, i + 60))}) for i in range(200))
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    asked = ["selection", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.jsonl"), "--json"]
     tasks = ["growth", "one-shot", "greedy-blocks-exact", "greedy-sublayers-exact", "evolutionary-exact"]
-    chosen = [word for task in tasks for word in ("--task", task)]
-    monkeypatch.setattr(sys, "argv", [*asked, "--tokens", "128", "--dtype", "float32", *chosen])
-    script("selection").main()
+    _select(script("selection"), tmp_path, monkeypatch, tasks, "--tokens", "128")
     growth, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["task"] for line in (growth, *rows)] == tasks
     assert all(line["threads"] > 0 for line in (growth, *rows))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -201,12 +202,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             entangled.add(module)
 
     handles = [module.register_forward_hook(remember) for module in watched]
-    try:
-        with torch.no_grad():
-            model(input_ids=probe_ids(model), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_probe(model, handles)
 
     def sublayer(block: nn.Module, names: tuple[str, ...]) -> Sublayer | None:
         called = tuple(name for name in names if block.get_submodule(name) in returned)
@@ -237,6 +233,16 @@ def probe_ids(model: PreTrainedModel, sequences: int = 1) -> Tensor:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(sequences * PROBE_TOKENS, device=model.device) * 7919 % max(vocabulary - 1, 1)
     return torch.as_tensor(ids).view(sequences, PROBE_TOKENS)
+
+
+def run_probe(model: PreTrainedModel, handles: Iterable[RemovableHandle]) -> None:
+    """Run a model on a few tokens while hooks look on, and take these off."""
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_ids(model), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 _MIXES_TOKENS = re.compile(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shallower.anatomy.dissect import Anatomy, Block, probe_ids, unpack
+from shallower.anatomy.dissect import Anatomy, Block, run_probe, unpack
 from shallower.units import Kind
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -97,12 +97,7 @@ def find_writers(anatomy: Anatomy) -> tuple[Halves, ...]:
     handles = [
         block.module.register_forward_pre_hook(remember(block.index), with_kwargs=True) for block in anatomy.blocks
     ]
-    try:
-        with torch.no_grad():
-            anatomy.model(input_ids=probe_ids(anatomy.model), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_probe(anatomy.model, handles)
     with torch.no_grad():
         return tuple(_halves(block, *calls[block.index]) for block in anatomy.blocks)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shallower.anatomy.dissect import find_blocks, probe_ids
+from shallower.anatomy.dissect import find_blocks, run_probe
 from shallower.registry import AtLeast, recovery
 from shallower.training.heal import block_of, finish, heal, own_parameters
 from shallower.training.recipe import Recipe, Task, Trained, trainable
@@ -39,12 +38,7 @@ def _ends(student: PreTrainedModel) -> set[int]:
     handles = [
         module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in (*outside, blocks[0])
     ]
-    try:
-        with torch.no_grad():
-            student(input_ids=probe_ids(student), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_probe(student, handles)
     before = ran[: ran.index(blocks[0])]
     own = [parameter for module in before for parameter in module.parameters(recurse=False)]
     own += [parameter for module in outside for parameter in module.parameters(recurse=False) if parameter.ndim > 1]

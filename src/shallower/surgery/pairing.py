@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from shallower.anatomy.dissect import Anatomy, Block, Sublayer, probe_ids, unpack
+from shallower.anatomy.dissect import Anatomy, Block, Sublayer, run_probe, unpack
 from shallower.units import Unit
 
 
@@ -129,12 +128,7 @@ def _watch(anatomy: Anatomy) -> list[list[_Call]]:
     for block in anatomy.blocks:
         for name, child in block.module.named_children():
             watch(block, name, child)
-    try:
-        with torch.no_grad():
-            anatomy.model(input_ids=probe_ids(anatomy.model), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_probe(anatomy.model, handles)
     return calls
 
 

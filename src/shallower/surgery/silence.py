@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from shallower.anatomy.dissect import Anatomy, probe_ids
+from shallower.anatomy.dissect import Anatomy, run_probe
 from shallower.units import Unit
 
 
@@ -29,12 +29,7 @@ def output_projections(anatomy: Anatomy, units: Collection[Unit]) -> dict[Unit, 
             for path, module in block.module.get_submodule(name).named_modules(prefix=name):
                 if module._parameters:
                     watch(unit, path, module)
-    try:
-        with torch.no_grad():
-            anatomy.model(input_ids=probe_ids(anatomy.model), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_probe(anatomy.model, handles)
     return {unit: last.get(unit, ()) for unit in units}
 
 
