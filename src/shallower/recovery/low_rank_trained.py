@@ -55,7 +55,7 @@ def low_rank_trained(
     patches = attach(student, places, rank, task.seed)
     if by == "mse":
         task = settled(task, student)
-        student = train(UnitObjective(task.anatomy, places, patches), student, task, None).student
+        student = train(UnitObjective(task.anatomy, places, patches), student, task, None)
     else:
         share = 1.0 if by == "kl" else 0.0
         student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, distill=share)))

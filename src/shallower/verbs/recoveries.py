@@ -365,7 +365,8 @@ def run_recoveries(
                 student = student.holding(made)
             seconds, tokens = time.perf_counter() - start, repair.tokens
             curve: tuple[dict[str, float], ...] = ()
-            if folder is not None and (folder / ENDED).is_file():  # a method from elsewhere may keep nothing
+            # this file is how a training tells of itself, as it outlives a kill; a method from elsewhere may keep none
+            if folder is not None and (folder / ENDED).is_file():
                 told = json.loads((folder / ENDED).read_text(encoding="utf-8"))
                 seconds, tokens, curve = max(seconds, told["seconds"]), told["tokens"], tuple(told["curve"])
                 repair.notes.append(_told(told))
