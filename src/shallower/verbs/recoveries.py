@@ -38,9 +38,10 @@ from shallower.surgery import cut
 from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
 from shallower.surgery.patch import patches
+from shallower.surgery.stations import cuts
 from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
 from shallower.training.instructions import InstructionSet, build_instructions
-from shallower.training.patch import attach, cuts
+from shallower.training.maps_at_cuts import attach_maps
 from shallower.training.recipe import TRAINED_AS, HeldOut
 from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
@@ -175,12 +176,13 @@ def require_place(steps: Sequence[Configured], dense: Anatomy, removed: frozense
     if not maps:
         return
     trial = cut(dense, removed)
-    places = cuts(trial, dense, removed)
+    places = cuts(dissect(trial), dense, removed, find_writers(dense))
     generator = torch.Generator().manual_seed(0)
     makers: list[str] = []
     for method in maps:
         constant = method.traits["maps"] == "constant"
-        made = attach(trial, _without_bias(trial, places) if constant else places, rank=0 if constant else 1, seed=0)
+        here = _without_bias(trial, places) if constant else places
+        made = attach_maps(trial, here, rank=0 if constant else 1, seed=0)
         makers += [method.name] if len(made) else []
         for patch in made:
             assert isinstance(patch, Patch)
