@@ -37,7 +37,6 @@ from shallower.reporting.wording import measured_how, plural, recovery_rows
 from shallower.surgery import cut
 from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
-from shallower.surgery.patch import patches
 from shallower.surgery.stations import cuts
 from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
 from shallower.training.instructions import InstructionSet, build_instructions
@@ -411,14 +410,6 @@ def texts_read(
 ) -> tuple[CalibrationSet | None, CalibrationSet | None]:
     """What the recoveries in closed form read, and what those that train do; None where there is none of that kind."""
     return text if in_closed_form(steps) else None, None if training is None else training.text
-
-
-def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:
-    """The model that can be saved: itself, or where maps stand at cuts, one that has them in place of what is missing.
-
-    dense: of the model it was cut from, in the same precision.
-    """
-    return mapped(model, dense, removed) if any(patches(model)) else model
 
 
 def recovery_made_by(
