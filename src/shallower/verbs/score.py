@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shallower.anatomy.streamed import is_streamed
 from shallower.corpus import CalibrationSet
@@ -33,7 +33,7 @@ from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import Unit
 from shallower.verbs.subject import (
-    Subject,
+    ModelLike,
     calibrate,
     make_ablator,
     note_default,
@@ -49,7 +49,7 @@ ADAPTIVE = frozenset({"units", "losses", "differences", "rng"})
 
 
 def score(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     metric: str = "cosine",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -107,7 +107,7 @@ def score(
 
 
 def score_many(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     names: str | Sequence[str] = ALL,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,

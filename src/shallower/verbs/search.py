@@ -32,6 +32,7 @@ from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.score import require_finite, require_no_gradients
 from shallower.verbs.search_methods import Chosen, chosen_methods, require_possible
 from shallower.verbs.subject import (
+    ModelLike,
     Subject,
     calibrate,
     make_ablator,
@@ -45,7 +46,7 @@ from shallower.version import __version__
 
 
 def search(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     remove: str | int,
     *,
     search: str = "greedy",
