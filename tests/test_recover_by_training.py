@@ -36,9 +36,10 @@ from shallower.units import parse_units
 from shallower.verbs import recover as verb
 from shallower.verbs import recoveries, subject
 from shallower.verbs.prune import _recoveries
-from shallower.verbs.recoveries import TRAIN_SEQUENCES, Resume
+from shallower.verbs.recoveries import Resume
 from shallower.verbs.recovery_steps import parse_recoveries, require_launch
 from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.training_text import TRAIN_SEQUENCES
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
 

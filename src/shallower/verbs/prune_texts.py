@@ -14,11 +14,12 @@ from shallower.registry import Configured
 from shallower.registry import objective as objectives
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.plan_text import PlanText, text_of_plan
-from shallower.verbs.recoveries import Training, repair_size, texts_read, training_text
+from shallower.verbs.recoveries import repair_size, texts_read
 from shallower.verbs.recovery_steps import in_closed_form
 from shallower.verbs.repaired import SplitText, judging_text
 from shallower.verbs.subject import Subject, calibrate, note_default
 from shallower.verbs.texts import held_out, or_all_of_it
+from shallower.verbs.training_text import Training, training_text
 
 SIZE = (32, 128)  # sequences and tokens of each, where nobody says how much is read
 

@@ -39,7 +39,6 @@ from shallower.verbs.recoveries import (
     LENGTH,
     SEQUENCES,
     Resume,
-    Training,
     perplexities,
     recovery_card,
     recovery_made_by,
@@ -47,7 +46,6 @@ from shallower.verbs.recoveries import (
     require_recoverable,
     run_recoveries,
     texts_read,
-    training_text,
     values,
 )
 from shallower.verbs.recovery_steps import (
@@ -69,6 +67,7 @@ from shallower.verbs.subject import (
     require_space_for,
 )
 from shallower.verbs.texts import held_out, nothing_held_out, read_texts, text_title, tokens_read
+from shallower.verbs.training_text import Training, training_text
 
 PLAN = "plan.json"
 
