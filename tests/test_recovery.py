@@ -60,7 +60,7 @@ from shallower.verbs import recoveries, repaired, texts
 from shallower.verbs.history import told_before
 from shallower.verbs.prune import prune
 from shallower.verbs.prune_checks import require_storable
-from shallower.verbs.prune_texts import Wanted, wanted_of_prune
+from shallower.verbs.prune_texts import _Wanted, _wanted
 from shallower.verbs.ratio_curve import ratio_curve
 from shallower.verbs.recover import recover
 from shallower.verbs.recovery_steps import parse_recoveries
@@ -1253,11 +1253,11 @@ def test_of_a_plan_whose_text_cannot_be_had_the_usual_one_is_read(files: Path, n
     dense = open_subject(files / "dense", dtype="float32")
     plan = search(dense, "attn.2", calibration=f"{files / 'text.jsonl'}?sequences=6&length=40")
 
-    def asked_for(objective: str = "nll", repairs: bool = False, **recorded: str) -> Wanted:
+    def asked_for(objective: str = "nll", repairs: bool = False, **recorded: str) -> _Wanted:
         calibration = replace(plan.made_by.calibration, **recorded)
         made_by = replace(plan.made_by, calibration=calibration, objective=objective)
         given = (dense, replace(plan, made_by=made_by), None, "nll", None, None, None)
-        return wanted_of_prune(*given, repairs=repairs, has_held_out=False)
+        return _wanted(*given, repairs=repairs, has_held_out=False)
 
     for change, why in (
         ({"digest": "sha256:0"}, "text.jsonl, is not read (it is not what it was)"),

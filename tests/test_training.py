@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from shallower.anatomy import Anatomy, dissect
+from shallower.anatomy.writers import find_writers
 from shallower.corpus import CalibrationSet
 from shallower.corpus.calibration import tokens_digest
 from shallower.corpus.instructions import InstructionSet, build_instructions
@@ -38,6 +39,7 @@ from shallower.recovery import Repair
 from shallower.registry import recovery
 from shallower.surgery import cut
 from shallower.surgery.patch import patches
+from shallower.surgery.stations import cuts
 from shallower.testing.conformance import sample_text
 from shallower.testing.families import tiny_config, tiny_model, tiny_tokenizer
 from shallower.training import loop, state, teacher
@@ -47,8 +49,8 @@ from shallower.training.divergence import LossTrend
 from shallower.training.feed import Feed, Portion
 from shallower.training.head_loss import Guide, head_losses
 from shallower.training.heal import block_of, own_parameters
+from shallower.training.maps_at_cuts import UnitObjective, attach_maps
 from shallower.training.objective import shared_blocks
-from shallower.training.patch import UnitObjective, attach, cuts
 from shallower.training.recipe import Recipe, Task
 from shallower.units import parse_units
 
@@ -942,7 +944,8 @@ def test_four_bits_train_on_a_processor_and_merge_into_what_they_stand_for(recwa
 def test_patches_stand_where_units_are_missing(family: str, removed: str, where: list[str]) -> None:
     anatomy, units = dissect(tiny_model(family)), frozenset(parse_units(removed))
     student = cut(anatomy, units)
-    attach(student, cuts(student, anatomy, units), rank=1, seed=0)
+    places = cuts(dissect(student), anatomy, units, find_writers(anatomy))
+    attach_maps(student, places, rank=1, seed=0)
     found = [name.rpartition("layers.")[2].rpartition(".")[0] for name, _ in patches(student)]
     assert sorted(found) == where
 
@@ -952,9 +955,9 @@ def test_a_patch_that_does_nothing_has_an_error_of_one_and_learns_a_constant() -
     anatomy, removed = dissect(model), frozenset(parse_units("attn.1,block.3"))
     student = cut(anatomy, removed)
     own_parameters(student)
-    places = cuts(student, anatomy, removed)
+    places = cuts(dissect(student), anatomy, removed, find_writers(anatomy))
     start = logits(student)
-    made = attach(student, places, rank=3, seed=0)
+    made = attach_maps(student, places, rank=3, seed=0)
     assert torch.equal(logits(student), start)
     text = sample_text(model, sequences=6)
     feed = Feed(text, 144, 144, seed=0)
@@ -975,8 +978,8 @@ def test_what_maps_learn_of_conversations_is_the_same_together_and_apart(tmp_pat
     text = build_instructions(_jsonl(tmp_path / "rows.jsonl", ROWS), tiny_tokenizer(), length=120)
     anatomy, removed = dissect(tiny_model("llama")), frozenset(parse_units("block.2"))
     student = cut(anatomy, removed)
-    places = cuts(student, anatomy, removed)
-    made = attach(student, places, rank=3, seed=0)
+    places = cuts(dissect(student), anatomy, removed, find_writers(anatomy))
+    made = attach_maps(student, places, rank=3, seed=0)
     for parameter in made.parameters():
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     objective, feed = UnitObjective(anatomy, places, made), Feed(text, 1, 1000, seed=0)

@@ -57,7 +57,7 @@ from shallower.engine.twins import Aim, Reading, Station, Streams, Twins, token_
 from shallower.errors import CorpusError, ModelError
 from shallower.surgery.fold import fold_constant
 from shallower.surgery.patch import attach_at, patches
-from shallower.surgery.stations import stations
+from shallower.surgery.stations import cuts, stations
 from shallower.units import Unit
 
 
@@ -88,17 +88,21 @@ class Repair:
         return find_writers(self.student)
 
     @cached_property
+    def _halves_of_dense(self) -> tuple[Halves, ...]:
+        return find_writers(self.dense)
+
+    @cached_property
     def stations(self) -> tuple[Station, ...]:
         """Every place behind a kept sublayer, in order of depth.
 
         Raises PlanError when the student is not the dense model without the removed units.
         """
-        return stations(self.student, self.dense, self.removed, find_writers(self.dense))
+        return stations(self.student, self.dense, self.removed, self._halves_of_dense)
 
-    @property
+    @cached_property
     def cuts(self) -> tuple[Station, ...]:
-        """The places where units are missing."""
-        return tuple(station for station in self.stations if station.missing)
+        """The places where units are missing. Raises PlanError as `stations` does."""
+        return cuts(self.student, self.dense, self.removed, self._halves_of_dense)
 
     def twins(self) -> Twins:
         """Both models on the calibration text; for a run through stations in order of depth."""

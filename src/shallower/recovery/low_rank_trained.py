@@ -8,12 +8,15 @@ from typing import Annotated, Any, Literal
 
 from transformers import PreTrainedModel
 
+from shallower.anatomy.dissect import dissect
+from shallower.anatomy.writers import find_writers
 from shallower.errors import UserError
 from shallower.registry import AtLeast, recovery
 from shallower.surgery.plain import is_plain
+from shallower.surgery.stations import cuts
 from shallower.training.heal import finish, heal, own_parameters
 from shallower.training.loop import settled, train
-from shallower.training.patch import UnitObjective, attach, cuts
+from shallower.training.maps_at_cuts import UnitObjective, attach_maps
 from shallower.training.recipe import Recipe, Task, trainable
 
 
@@ -51,11 +54,11 @@ def low_rank_trained(
             "low-rank-trained come first."
         )
     own_parameters(student)
-    places = cuts(student, task.anatomy, task.removed)
-    patches = attach(student, places, rank, task.seed)
+    places = cuts(dissect(student), task.anatomy, task.removed, find_writers(task.anatomy))
+    patches = attach_maps(student, places, rank, task.seed)
     if by == "mse":
         task = settled(task, student)
-        student = train(UnitObjective(task.anatomy, places, patches), student, task, None).student
+        student = train(UnitObjective(task.anatomy, places, patches), student, task, None)
     else:
         share = 1.0 if by == "kl" else 0.0
         student = heal(student, dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, distill=share)))

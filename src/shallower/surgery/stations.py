@@ -57,6 +57,11 @@ def stations(
     return tuple(found)
 
 
+def cuts(student: Anatomy, dense: Anatomy, removed: Collection[Unit], halves: Sequence[Halves]) -> tuple[Station, ...]:
+    """Those of the `stations` where units are missing."""
+    return tuple(station for station in stations(student, dense, removed, halves) if station.missing)
+
+
 # here, before, where the dense model starts it, its place among 2 N sublayers, what writes, units missing inside
 _Step = tuple[Point, Point, Point, int, tuple[int, Kind] | None, tuple[Unit, ...]]
 

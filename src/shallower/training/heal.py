@@ -85,7 +85,7 @@ def heal(student: PreTrainedModel, task: Task) -> PreTrainedModel:
     own = attend(student, recipe.attention)
     try:
         with compiled(student, shared) if recipe.compile else nullcontext():
-            student = train(objective, student, task, teacher).student
+            student = train(objective, student, task, teacher)
     finally:
         attend(student, own)
         if recipe.recompute:

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import torch
@@ -54,27 +54,11 @@ class Guiding(Protocol):
     def place(self, device: torch.device) -> None: ...
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a training went.
-
-    student: the one that was given, or where its weights were spread over processes, one that holds them all, on the
-    same device; what was not trained are the tensors that there were. stopped: why it ended early, empty when it did
-    not. kept: the step whose weights were best. curve: as in State.
-    """
-
-    student: PreTrainedModel
-
-    steps: int
-    tokens: int
-    seconds: float
-    stopped: str
-    kept: int
-    curve: tuple[dict[str, Any], ...]
-
-
-def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: Guiding | None) -> Outcome:
+def train(objective: nn.Module, student: PreTrainedModel, task: Task, teacher: Guiding | None) -> PreTrainedModel:
     """Train the parameters of `objective` that take gradients; afterwards they hold the best weights.
+
+    Returns the student, or where its weights were spread over processes, another one that holds them all, on the same
+    device; what was not trained are the tensors that there were. `training.json` in the task's folder says how it went.
 
     objective: module whose forward (portion, guide) gives sums over scored tokens: the loss, and two parts of it.
     student: what held-out perplexity is measured of.
@@ -165,12 +149,12 @@ class _Loop:
         self.before = 0.0  # seconds of earlier processes
         self.last: dict[str, float] = {}  # losses of the step before
 
-    def run(self) -> Outcome:
+    def run(self) -> PreTrainedModel:
         if (ended := self.store.finished()) is not None:
-            self.state, stopped = ended
+            self.state = ended
             self._set_weights(self.store.good())
             progress.note(f"trained already, for {self._spent()}; the weights of step {self.state.kept} are kept")
-            return self._outcome(stopped)
+            return self._result()
         found = self.store.load()
         if found is None:
             self._measure()
@@ -334,7 +318,7 @@ class _Loop:
                     for key, moment in found.items()
                 }
 
-    def _end(self, stopped: str) -> Outcome:
+    def _end(self, stopped: str) -> PreTrainedModel:
         state = self.state
         state.seconds = self._seconds()
         self._set_weights(self.store.good())  # after a resume those of the last step may be others
@@ -345,16 +329,14 @@ class _Loop:
         if self.accelerator.is_main_process:
             self.store.finish(state, stopped)
         self.accelerator.wait_for_everyone()  # others read what was finished
-        return self._outcome(stopped)
+        return self._result()
 
     def _spent(self) -> str:
         state = self.state
         return f"{state.step} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes"
 
-    def _outcome(self, stopped: str) -> Outcome:
-        state = self.state
-        student = self.student if self.plain is None else _filled(self.plain, self.student, self.home)
-        return Outcome(student, state.step, state.tokens, state.seconds, stopped, state.kept, tuple(state.curve))
+    def _result(self) -> PreTrainedModel:
+        return self.student if self.plain is None else _filled(self.plain, self.student, self.home)
 
 
 def settled(task: Task, student: PreTrainedModel) -> Task:

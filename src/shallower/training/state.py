@@ -95,17 +95,15 @@ class StateStore:
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def finished(self) -> tuple[State, str] | None:
-        """The end of this very training and why it came early (empty when it did not); None when it is not at its end.
-        What `good` gives is then its result.
-        """
+    def finished(self) -> State | None:
+        """This very training as it ended, whose result `good` gives; None when it is not at its end."""
         if self.folder is None or not (self.folder / GOOD).is_file():
             return None
         data = _read(self.folder / ENDED)
         if data.get("settings") != self.settings or record_faults(ENDED, {**data, "curve": {}}, _Ended):
             return None
-        stopped = data.pop("stopped")
-        return State(**data), stopped
+        del data["stopped"]
+        return State(**data)
 
     def load(self) -> tuple[State, dict[str, Tensor], dict[str, Tensor]] | None:
         """The newest state, None when there is none.

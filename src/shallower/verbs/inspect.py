@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ from shallower.packaged import LeavesOut
 from shallower.plan import ModelIdentity
 from shallower.surgery import cut, require_unquantized
 from shallower.units import Unit, parse_units
-from shallower.verbs.subject import Subject, open_subject
+from shallower.verbs.subject import ModelLike, Subject, open_subject
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Inspection:
 
 
 def inspect(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     *,
     remove: str = "",
     device: str = "auto",

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from shallower import progress
 from shallower.corpus import CalibrationSet
 from shallower.defaults import WINDOW, WINDOWS
 from shallower.engine import stream_scores
-from shallower.errors import PlanError, UserError
+from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UserError
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.filenames import PAGE, REPORT
@@ -33,14 +33,12 @@ from shallower.reporting.wording import size, speed_rows
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_together, require_unquantized, require_whole, save
-from shallower.surgery.adopt import adopt
 from shallower.surgery.patch import patches
-from shallower.units import Kind, Unit, plain
-from shallower.verbs.before_after import Clock, before_after
+from shallower.units import Kind, Unit, listed, plain
+from shallower.verbs.before_after import BeforeAfter, Clock, before_after
 from shallower.verbs.prune_checks import require_consistent, require_prunable, require_storable
-from shallower.verbs.prune_texts import shared_with_held_out, texts_of_prune, wanted_of_prune
+from shallower.verbs.prune_texts import JobTexts, shared_with_held_out, texts_of_prune
 from shallower.verbs.questions import read_questions
-from shallower.verbs.recover import as_stored
 from shallower.verbs.recoveries import (
     Resume,
     recovery_card,
@@ -48,23 +46,22 @@ from shallower.verbs.recoveries import (
     require_place,
     require_recoverable,
     run_recoveries,
-    with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
-    in_closed_form,
     named_recoveries,
     parse_recoveries,
     require_closed_form,
     require_launch,
     require_training,
 )
-from shallower.verbs.repairable import keep_repairable, naming
+from shallower.verbs.repairable import keep_repairable
 from shallower.verbs.repaired import left_unrepaired
 from shallower.verbs.request import Request, parameters_left, resolve, takes_all
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
 from shallower.verbs.search_methods import require_possible, settable
-from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
+from shallower.verbs.stored import as_stored, stored_cut
+from shallower.verbs.subject import ModelLike, Subject, open_subject, require_place_for, require_space_for
 from shallower.verbs.texts import (
     fitting,
     nothing_held_out,
@@ -92,8 +89,45 @@ class Pruned:
     of_blocks: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What is worked on, and with what, whatever the search chooses."""
+
+    subject: Subject
+    request: Request
+    steps: Sequence[Configured]
+    form: str
+    read: JobTexts
+    window: int
+    max_windows: int | None
+    seed: int
+    memory: int | None
+    resume: Resume
+    out: str | Path | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """What is left after a cut, to be measured, and how it is stored."""
+
+    subject: Subject
+    export: Export
+
+
+@dataclass(frozen=True, eq=False)
+class _Repaired:
+    """A cut model behind the recoveries, if there are any. before: the parameters that they were given. stages: the cut
+    model, and the model behind each. notes: what is to be told of them.
+    """
+
+    subject: Subject
+    before: Sequence[nn.Parameter] | None = None
+    stages: tuple[RecoveryStage, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def prune(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     remove: str | int | None = None,
     *,
     out: str | Path | None = None,
@@ -192,31 +226,17 @@ def prune(
             require_space_for(out, subject, parameters_left(subject, request))
     if steps and form == "auto":
         form = "packaged"  # where blocks are not whole: transformers' own way is made from the dense model's weights
-    # what is known to go is cut before anything is read and measured
-    known_cut = _cut(subject, frozenset(request.units), form) if request.budget is None else None
-    if known_cut is None:
-        require_storable(subject, request, steps, form, saved=out is not None)
-    elif out is not None:
-        require_place(steps, subject.anatomy, frozenset(request.units))
+    known_cut = _cut_ahead(subject, request, steps, form, saved=out is not None)
     with clock("calibration text"):
-        text = wanted_of_prune(
+        read = texts_of_prune(
             subject,
             given,
             calibration,
-            objective,
-            sequences,
-            length,
-            seed,
-            repairs=in_closed_form(steps) or (bool(steps) and instructions is None),
-            has_held_out=bool(contents),
-        )
-        seed = seed or 0
-        read = texts_of_prune(
-            subject,
-            text,
             steps,
             objective,
             contents,
+            sequences=sequences,
+            length=length,
             repair=bool(repair),
             train_sequences=train_sequences,
             instructions=instructions,
@@ -226,12 +246,14 @@ def prune(
         )
         require_measurable(subject, read.held_out, window, max_windows=max_windows)
         require_prunable(subject, request, steps, read.fitted, read.training, resume)
+    job = _Job(subject, request, steps, form, read, window, max_windows, seed or 0, memory, resume, out)
     with clock("stream metrics"):
-        influence, spans = _stream_metrics(subject, _kinds(request), read.whole, seed)
+        influence, spans = _stream_metrics(subject, _kinds(request), read.whole, job.seed)
     with clock("search"):
-        if given is None:
+        chosen = given
+        if chosen is None:
             assert remove is not None
-            given = search_plan(
+            chosen = search_plan(
                 subject,
                 remove,
                 search=search,
@@ -245,89 +267,28 @@ def prune(
                 settings=settings,
                 exact=exact,
                 repair=repair,
-                seed=seed,
+                seed=job.seed,
                 memory=memory,
                 workers=workers,
             )
-    with nullcontext() if request.budget is None else naming(given.remove):
-        smaller, exported = known_cut or _cut(subject, given.removed, form)
-    before_repair = [*smaller.model.parameters()]
-    stages: tuple[RecoveryStage, ...] = ()
-    said: tuple[str, ...] = ()
-    if steps:
-        with nullcontext() if request.budget is None else naming(given.remove), clock("recovery"):
-            if out is not None and known_cut is None:
-                require_place(steps, subject.anatomy, given.removed)
-            require_recoverable(smaller, subject, given.removed, steps, read.fitted, read.training, resume)
-            smaller, stages, said = run_recoveries(
-                smaller,
-                subject,
-                given.removed,
-                steps,
-                read.fitted,
-                training=read.training,
-                resume=resume,
-                measure=lambda repaired: perplexities(repaired, read.held_out, window, max_windows),
-                seed=seed,
-                memory=memory,
-            )
-        smaller = smaller.holding(smaller.model)
-    stored = exported
+    with _naming(request, chosen.remove):
+        smaller = known_cut or _cut(subject, chosen.removed, form)
+        repaired = _repaired(job, smaller.subject, chosen.removed, clock)
+    stored = smaller.export
     if out is not None:
         with clock("loading again"):
-            stored = _as_stored(subject, exported, given.removed, form, smaller.model if steps else None, before_repair)
-    known = stages[-1].perplexity if stages else None
+            stored = _as_stored(job, smaller.export, chosen.removed, repaired)
+    known = repaired.stages[-1].perplexity if repaired.stages else None
     measured = before_after(
-        subject, smaller, read.held_out, asked, clock, window, max_windows, speed=speed, known=known
+        subject, repaired.subject, read.held_out, asked, clock, window, max_windows, speed=speed, known=known
     )
-    data = ReportData(
-        plan=given,
-        influence=(influence,),
-        spans=spans,
-        dense=measured.dense,
-        pruned=measured.pruned,
-        speed_setting=measured.speed_setting,
-        seconds=clock.seconds,
-        notes=(
-            *shared_with_held_out(subject, read, steps, tokens_read(subject, window, None, max_windows)),
-            *text.notes,
-            *nothing_held_out(read.held_out, text.calibration),
-            *measured.of_tasks,
-            *(() if steps else left_unrepaired(given, "this model was", "Add --recover {}.")),
-            *measured.of_speed,
-            *stored.notes,
-            *said,
-        ),
-        machine=_machine(),
-        form="packaged" if any(patches(smaller.model)) else stored.form.name,
-        base_model=subject.identity.name,
-        folder=Path(out).name if out is not None else "",
-        recovery=stages,
-        recovery_made_by=(
-            recovery_made_by(subject, steps, read.fitted, read.training, seed, window, max_windows) if steps else None
-        ),
-        dtype=subject.dtype,
-        device=subject.model.device.type,
-        window=fitting(subject, window),
-        windows=max_windows,
-        tokenizer=subject.loaded.tokenizer is not None,
-    )
+    report = _report(job, chosen, influence, spans, repaired, stored, measured, clock.seconds)
     folder = None
     if out is not None:
         with clock("writing and verifying"):
-            folder = save(
-                stored,
-                out,
-                plan=given,
-                tokenizer=subject.loaded.tokenizer,
-                card=_card(data),
-                recoveries=[stage.method for stage in stages[1:]],
-                pages={REPORT: json.dumps(data.to_json(), indent=1), PAGE: render(data)},
-                force=force,
-                verify_ids=read.judging.input_ids[:1, :64],
-            )
+            folder = _save(job, stored, out, report, force=force)
     resume.clear()
-    return Pruned(smaller.model, given, data, folder, subject.weights.blocks.parameters)
+    return Pruned(repaired.subject.model, chosen, report, folder, subject.weights.blocks.parameters)
 
 
 def _request(
@@ -364,31 +325,142 @@ def _request(
     return request, kept
 
 
-def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> tuple[Subject, Export]:
-    """What will be stored, to be measured, and how."""
+def _cut_ahead(
+    subject: Subject, request: Request, steps: Sequence[Configured], form: str, *, saved: bool
+) -> _Cut | None:
+    """What is known to go is cut before anything is read and measured; where it is for a search to say, what can be is
+    tried. saved: also what maps at the cuts become.
+    """
+    if request.budget is not None:
+        require_storable(subject, request, steps, form, saved=saved)
+        return None
+    removed = frozenset(request.units)
+    ahead = _cut(subject, removed, form)
+    if saved:
+        require_place(steps, subject.anatomy, removed)
+    return ahead
+
+
+def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> _Cut:
     with progress.task("cutting"):
         found = export(subject.anatomy, removed, cut(subject.anatomy, removed), form)
-        return subject.holding(found.model), found
+        return _Cut(subject.holding(found.model), found)
 
 
-def _as_stored(
-    subject: Subject,
-    measured: Export,
-    removed: frozenset[Unit],
-    form: str,
-    repaired: PreTrainedModel | None,
-    before_repair: list[nn.Parameter],
-) -> Export:
-    """What is stored: the cut model in the precision that the dense checkpoint is stored in, whatever it was measured
-    in, with what recoveries made of it. repaired: None without any; before_repair: the parameters that they were given.
+@contextmanager
+def _naming(request: Request, chosen: Sequence[Unit]) -> Iterator[None]:
+    """Say in an error what a search had chosen, so that it need not be searched again."""
+    try:
+        yield
+    except (CorpusError, ModelError, OutputError) as error:
+        if request.budget is None:
+            raise
+        units = listed(chosen)
+        raise type(error)(
+            f"{error} The search had chosen {units}: --remove {units} takes that without another search, and what was "
+            "measured is remembered, too."
+        ) from error
+
+
+def _repaired(job: _Job, smaller: Subject, removed: frozenset[Unit], clock: Clock) -> _Repaired:
+    """What the recoveries make of the cut model, which is changed."""
+    if not job.steps:
+        return _Repaired(smaller)
+    before = [*smaller.model.parameters()]
+    with clock("recovery"):
+        if job.out is not None and job.request.budget is not None:  # else that was tried before
+            require_place(job.steps, job.subject.anatomy, removed)
+        require_recoverable(smaller, job.subject, removed, job.steps, job.read.fitted, job.read.training, job.resume)
+        repaired, stages, notes = run_recoveries(
+            smaller,
+            job.subject,
+            removed,
+            job.steps,
+            job.read.fitted,
+            training=job.read.training,
+            resume=job.resume,
+            measure=lambda so_far: perplexities(so_far, job.read.held_out, job.window, job.max_windows),
+            seed=job.seed,
+            memory=job.memory,
+        )
+    return _Repaired(repaired.holding(repaired.model), before, stages, notes)
+
+
+def _as_stored(job: _Job, measured: Export, removed: frozenset[Unit], repaired: _Repaired) -> Export:
+    """How the model is stored: `measured`, or where the checkpoint is in another precision or maps stand at cuts,
+    another one.
     """
-    again = as_stored(subject, removed)
-    anatomy = subject.anatomy if again is None else again[0]
-    found = measured if again is None else export(anatomy, removed, again[1], form)
-    if repaired is not None and found is not measured:
-        adopt(found.model, repaired, before_repair)
-    complete = with_maps_inside(found.model, anatomy, removed)
-    return found if complete is found.model else export(anatomy, removed, complete, form)
+    again = stored_cut(job.subject, removed)
+    found = as_stored(job.subject.anatomy, repaired.subject.model, removed, again, repaired.before)
+    return measured if found.model is measured.model else export(found.dense, removed, found.model, job.form)
+
+
+def _report(
+    job: _Job,
+    plan: PruningPlan,
+    influence: Scores,
+    spans: Scores | None,
+    repaired: _Repaired,
+    stored: Export,
+    measured: BeforeAfter,
+    seconds: Mapping[str, float],
+) -> ReportData:
+    subject, made_by = job.subject, None
+    if job.steps:
+        made_by = recovery_made_by(
+            subject, job.steps, job.read.fitted, job.read.training, job.seed, job.window, job.max_windows
+        )
+    return ReportData(
+        plan=plan,
+        influence=(influence,),
+        spans=spans,
+        dense=measured.dense,
+        pruned=measured.pruned,
+        speed_setting=measured.speed_setting,
+        seconds=seconds,
+        notes=_notes(job, plan, repaired, stored, measured),
+        machine=_machine(),
+        form="packaged" if any(patches(repaired.subject.model)) else stored.form.name,
+        base_model=subject.identity.name,
+        folder=Path(job.out).name if job.out is not None else "",
+        recovery=repaired.stages,
+        recovery_made_by=made_by,
+        dtype=subject.dtype,
+        device=subject.model.device.type,
+        window=fitting(subject, job.window),
+        windows=job.max_windows,
+        tokenizer=subject.loaded.tokenizer is not None,
+    )
+
+
+def _notes(job: _Job, plan: PruningPlan, repaired: _Repaired, stored: Export, measured: BeforeAfter) -> tuple[str, ...]:
+    """What the reader of the report must know."""
+    read, tokens = job.read, tokens_read(job.subject, job.window, None, job.max_windows)
+    return (
+        *shared_with_held_out(job.subject, read, job.steps, tokens),
+        *read.notes,
+        *nothing_held_out(read.held_out, read.calibration),
+        *measured.of_tasks,
+        *(() if job.steps else left_unrepaired(plan, "this model was", "Add --recover {}.")),
+        *measured.of_speed,
+        *stored.notes,
+        *repaired.notes,
+    )
+
+
+def _save(job: _Job, stored: Export, out: str | Path, report: ReportData, *, force: bool) -> Path:
+    """Write the checkpoint with its report."""
+    return save(
+        stored,
+        out,
+        plan=report.plan,
+        tokenizer=job.subject.loaded.tokenizer,
+        card=_card(report),
+        recoveries=[stage.method for stage in report.recovery[1:]],
+        pages={REPORT: json.dumps(report.to_json(), indent=1), PAGE: render(report)},
+        force=force,
+        verify_ids=job.read.judging.input_ids[:1, :64],
+    )
 
 
 def _recoveries(

@@ -13,10 +13,11 @@ from shallower.launched import world_size
 from shallower.registry import Configured
 from shallower.surgery import cut
 from shallower.units import Kind, Unit, plain
-from shallower.verbs.recoveries import Resume, Training, require_place, require_ready, trained_parameters
+from shallower.verbs.recoveries import Resume, require_place, require_ready, trained_parameters
 from shallower.verbs.recovery_steps import require_first
 from shallower.verbs.request import Request
 from shallower.verbs.subject import Subject
+from shallower.verbs.training_text import Training
 
 
 def require_consistent(remove: object, plan: object, repair: str, recover: str, form: str) -> None:

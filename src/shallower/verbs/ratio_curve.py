@@ -31,12 +31,12 @@ from shallower.verbs.evaluation_folder import require_free, write_comparison
 from shallower.verbs.measured_by import measured_by, measured_model
 from shallower.verbs.questions import Questions, open_answered, read_questions, require_templates
 from shallower.verbs.repaired import left_unrepaired
-from shallower.verbs.subject import Subject, open_subject, require_computable
+from shallower.verbs.subject import ModelLike, Subject, open_subject, require_computable
 from shallower.verbs.texts import require_measurable, tokens_read, windows_cut, windows_of
 
 
 def ratio_curve(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     plan: PruningPlan | str | Path,
     at: Sequence[int] = (),
     texts: str | Path | Sequence[str | Path] = (),

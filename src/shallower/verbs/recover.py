@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shallower import progress
-from shallower.anatomy import Anatomy
 from shallower.anatomy.weigh import size
 from shallower.checkpoint.locate import locate
 from shallower.corpus import CalibrationSet
@@ -28,12 +28,11 @@ from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage
 from shallower.reporting.page import render_recovery
 from shallower.resources import parse_memory
 from shallower.surgery import cut, require_unquantized
-from shallower.surgery.adopt import adopt
 from shallower.surgery.plain import is_plain
 from shallower.surgery.save import form_of
 from shallower.surgery.silence import adds_nothing
 from shallower.surgery.stations import layers_of
-from shallower.units import Unit, listed, sublayers_of
+from shallower.units import listed, sublayers_of
 from shallower.verbs.calibrate import calibrate, note_default
 from shallower.verbs.contamination import shared_runs
 from shallower.verbs.history import methods_of, told_before
@@ -46,8 +45,6 @@ from shallower.verbs.recoveries import (
     require_recoverable,
     run_recoveries,
     texts_read,
-    training_text,
-    with_maps_inside,
 )
 from shallower.verbs.recovery_steps import (
     in_closed_form,
@@ -57,7 +54,14 @@ from shallower.verbs.recovery_steps import (
     require_training,
     that_need_plain,
 )
-from shallower.verbs.subject import Subject, open_subject, require_place_for, require_space_for
+from shallower.verbs.stored import Stored, as_stored, stored_checkpoint, stored_cut
+from shallower.verbs.subject import (
+    ModelLike,
+    Subject,
+    open_subject,
+    require_place_for,
+    require_space_for,
+)
 from shallower.verbs.texts import (
     held_out,
     nothing_held_out,
@@ -67,6 +71,7 @@ from shallower.verbs.texts import (
     tokens_read,
     values,
 )
+from shallower.verbs.training_text import Training, training_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +100,10 @@ class Recovered:
 
 
 def recover(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     methods: str,
     *,
-    teacher: str | Path | PreTrainedModel | Subject | None = None,
+    teacher: ModelLike | None = None,
     plan: PruningPlan | str | Path | None = None,
     out: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -142,34 +147,114 @@ def recover(
     if out is not None:
         require_place_for(out, model, teacher, force=force)
     contents = read_texts(texts)
-    named = calibration if contents else None  # else what it holds out is shown
     given = _plan(model, teacher, plan)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     dense = open_subject(model if teacher is None else teacher, tokenizer, **options)
     require_unquantized(dense.model)
-    student, reload = _student(model, dense, given, has_teacher=teacher is not None, options=options)
+    student, load_again = _student(model, dense, given, has_teacher=teacher is not None, options=options)
     _require_first_repair(student, steps)
     _require_plain(student, dense, given, steps)
-    if out is not None and leads():
-        require_space_for(out, dense if teacher is None else student, size((student.model,))[0])
-    own = PlanText()
+    checkpoint = dense if teacher is None else student
+    if out is not None:
+        if leads():
+            require_space_for(out, checkpoint, size((student.model,))[0])
+        require_place(steps, dense.anatomy, given.removed)
+    read = _texts(
+        dense,
+        given,
+        steps,
+        calibration,
+        contents,
+        sequences=sequences,
+        length=length,
+        train_sequences=train_sequences,
+        instructions=instructions,
+        window=window,
+        max_windows=max_windows,
+        seed=seed,
+    )
+    seed = seed or 0
+    resume = Resume(out)
+    require_recoverable(student, dense, given.removed, steps, read.fitted, read.training, resume)
+    before = told_before(student.loaded.path) if teacher is not None else None
+    # only to tell what changed where it is loaded again: held, they take memory through a whole training
+    loads_again = leads() and out is not None and checkpoint.stored_dtype != checkpoint.dtype
+    before_repair = [*student.model.parameters()] if loads_again else []
+    made_by = recovery_made_by(dense, steps, read.fitted, read.training, seed, window, max_windows)
+    of_dense = values(perplexities(dense, read.held_out, window, max_windows, label="of the dense model on"))
+    shared = _shared_with_held_out(dense, read, steps, tokens_read(dense, window, None, max_windows))
+    student, stages, said = run_recoveries(
+        student,
+        dense,
+        given.removed,
+        steps,
+        read.fitted,
+        training=read.training,
+        resume=resume,
+        measure=lambda repaired: perplexities(repaired, read.held_out, window, max_windows),
+        seed=seed,
+        memory=memory,
+        repaired=before is not None or _is_changed(student, dense, given),
+    )
+    notes = (*shared, *read.notes, *nothing_held_out(read.held_out, read.calibration), *said)
+    wait()  # until all have read what the trainings left
+    folder, form, has_tokenizer = None, None, dense.loaded.tokenizer is not None
+    if leads() and out is not None:
+        stored = as_stored(dense.anatomy, student.model, given.removed, load_again(), before_repair).model
+        form = "packaged" if isinstance(stored, LeavesOut) else form_of("ordinary", stored).name
+        told = RecoveryData(made_by, of_dense, stages, notes, form, before, has_tokenizer)
+        folder = _save(stored, out, given, told, dense.loaded.tokenizer, read.fitted, force=force)
+    if leads():
+        resume.clear()
+    wait()
+    return Recovered(student.model, given, stages, notes, folder, made_by, of_dense, form, before, has_tokenizer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """What is read. calibration: what was named, or the plan's own text. notes: what is to be told of that. fitted:
+    what repairs in closed form are fitted on; where there are none, what is trained on. training: what trainings read,
+    None without any. held_out: texts by name that perplexity is measured on.
+    """
+
+    calibration: str | Path | CalibrationSet | None
+    notes: tuple[str, ...]
+    fitted: CalibrationSet
+    training: Training | None
+    held_out: Mapping[str, str]
+
+
+def _texts(
+    dense: Subject,
+    plan: PruningPlan,
+    steps: Sequence[Configured],
+    calibration: str | Path | CalibrationSet | None,
+    contents: Mapping[str, str],
+    *,
+    sequences: int | None,
+    length: int,
+    train_sequences: int | None,
+    instructions: str | Path | None,
+    window: int,
+    max_windows: int | None,
+    seed: int | None,
+) -> _Texts:
+    """All texts, as `recover` says; `contents` are held out where there are any, else what calibration left out."""
+    own, only_read = PlanText(), calibration if contents else None  # else what it holds out is shown
     if calibration is None and (in_closed_form(steps) or instructions is None or not contents):
         repairs = in_closed_form(steps) or instructions is None
-        own = text_of_plan(dense, given, seed, repairs=repairs, has_held_out=bool(contents))
+        own = text_of_plan(dense, plan, seed, repairs=repairs, has_held_out=bool(contents))
         calibration = own.spec
         if not own.notes:
             note_default(calibration)
-    seed = seed or 0
-    text = None
+    fitted = None
     if in_closed_form(steps):
         count = REPAIR_SEQUENCES if sequences is None else sequences
         try:
-            text = calibrate(dense, calibration, sequences=count, length=length, seed=seed)
+            fitted = calibrate(dense, calibration, sequences=count, length=length, seed=seed or 0)
         except TooLittleText as error:
             raise TooLittleText(" ".join([str(error), *own.notes])) from None
     contents = contents or held_out(calibration)
-    if out is not None:
-        require_place(steps, dense.anatomy, given.removed)
     training = training_text(
         dense,
         steps,
@@ -180,73 +265,56 @@ def recover(
         contents=contents,
         window=window,
         max_windows=max_windows,
-        seed=seed,
+        seed=seed or 0,
     )
-    if text is None:
+    if fitted is None:
         assert training is not None
-        text = training.text
-        if named is not None and not training.of_calibration:
+        fitted = training.text
+        if only_read is not None and not training.of_calibration:
             raise UserError(
-                f"nothing reads the calibration text {text_title(named)}: conversations (--instructions) are trained "
-                "on and measured by, and --text is shown. Leave out --calibration, or --text."
+                f"nothing reads the calibration text {text_title(only_read)}: conversations (--instructions) are "
+                "trained on and measured by, and --text is shown. Leave out --calibration, or --text."
             )
-    resume = Resume(out)
-    require_recoverable(student, dense, given.removed, steps, text, training, resume)
-    before = told_before(student.loaded.path) if teacher is not None else None
-    of = dense if teacher is None else student
-    # only to tell what changed where it is loaded again: held, they take memory through a whole training
-    loads_again = leads() and out is not None and of.stored_dtype != of.dtype
-    before_repair = [*student.model.parameters()] if loads_again else []
-    made = recovery_made_by(dense, steps, text, training, seed, window, max_windows)
-    read = dict(zip(("the text of the repair", "the training text"), texts_read(steps, text, training), strict=True))
-    tokens = tokens_read(dense, window, None, max_windows)
-    before_cut = values(perplexities(dense, contents, window, max_windows, label="of the dense model on"))
-    shared = tuple(shared_runs(dense, read, contents, tokens, flattered="the repaired model"))
-    student, stages, said = run_recoveries(
-        student,
-        dense,
-        given.removed,
-        steps,
-        text,
-        training=training,
-        resume=resume,
-        measure=lambda repaired: perplexities(repaired, contents, window, max_windows),
-        seed=seed,
-        memory=memory,
-        repaired=before is not None or _is_changed(student, dense, given),
+    return _Texts(calibration, own.notes, fitted, training, contents)
+
+
+def _shared_with_held_out(
+    dense: Subject, read: _Texts, steps: Sequence[Configured], tokens: int | None
+) -> tuple[str, ...]:
+    """What is to be told of held-out text that was read before. tokens: how much of each text is measured."""
+    repaired, trained = texts_read(steps, read.fitted, read.training)
+    before = {"the text of the repair": repaired, "the training text": trained}
+    return tuple(shared_runs(dense, before, read.held_out, tokens, flattered="the repaired model"))
+
+
+def _save(
+    stored: PreTrainedModel,
+    out: str | Path,
+    plan: PruningPlan,
+    told: RecoveryData,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: CalibrationSet,
+    *,
+    force: bool,
+) -> Path:
+    """Write the checkpoint with its report. text: what its logits are compared on when it is loaded again."""
+    return save(
+        stored,
+        out,
+        plan=plan,
+        tokenizer=tokenizer,
+        card=recovery_card(told.recovery, told.dense, told.made_by),
+        recoveries=[*methods_of(told.before), *(stage.method for stage in told.recovery[1:])],
+        pages={
+            RECOVERY: json.dumps(told.to_json(), indent=1),
+            PAGE: render_recovery(plan, told, Path(out).name),
+        },
+        force=force,
+        verify_ids=text.input_ids[:1, :64],
     )
-    notes = (*shared, *own.notes, *nothing_held_out(contents, calibration), *said)
-    wait()  # until all have read what the trainings left
-    folder, form, has_tokenizer = None, None, dense.loaded.tokenizer is not None
-    if leads() and out is not None:
-        anatomy, stored = dense.anatomy, student.model
-        if (again := reload()) is not None:
-            anatomy, stored = again
-            adopt(stored, student.model, before_repair)
-        stored = with_maps_inside(stored, anatomy, given.removed)
-        form = "packaged" if isinstance(stored, LeavesOut) else form_of("ordinary", stored).name
-        told = RecoveryData(made, before_cut, stages, notes, form, before, has_tokenizer)
-        folder = save(
-            stored,
-            out,
-            plan=given,
-            tokenizer=dense.loaded.tokenizer,
-            card=recovery_card(stages, before_cut, made),
-            recoveries=[*methods_of(before), *(stage.method for stage in stages[1:])],
-            pages={
-                RECOVERY: json.dumps(told.to_json(), indent=1),
-                PAGE: render_recovery(given, told, Path(out).name),
-            },
-            force=force,
-            verify_ids=text.input_ids[:1, :64],
-        )
-    if leads():
-        resume.clear()
-    wait()
-    return Recovered(student.model, given, stages, notes, folder, made, before_cut, form, before, has_tokenizer)
 
 
-def _plan(model: Any, teacher: Any, plan: PruningPlan | str | Path | None) -> PruningPlan:
+def _plan(model: ModelLike, teacher: ModelLike | None, plan: PruningPlan | str | Path | None) -> PruningPlan:
     """The plan that was given, or the one in the pruned checkpoint."""
     inside = Path(os.path.expanduser(model)) / PLAN if isinstance(model, (str, Path)) else None
     if plan is not None:
@@ -285,8 +353,8 @@ def _require_agreed(given: PruningPlan, name: str, inside: Path) -> None:
 
 
 def _student(
-    model: Any, dense: Subject, plan: PruningPlan, *, has_teacher: bool, options: Mapping[str, Any]
-) -> tuple[Subject, Callable[[], tuple[Anatomy, PreTrainedModel] | None]]:
+    model: ModelLike, dense: Subject, plan: PruningPlan, *, has_teacher: bool, options: Mapping[str, Any]
+) -> tuple[Subject, Callable[[], Stored | None]]:
     """The cut model, and how to get it and the dense one's anatomy once more, in the precision that its checkpoint has;
     None where they are in that.
     """
@@ -312,15 +380,13 @@ def _student(
         if not _has_maps(student):  # else places of what is missing are there
             layers_of(student.anatomy, dense.anatomy, plan.removed)
         folder, stored = student.loaded.path, student.stored_dtype
-        if stored == student.dtype:
+        if folder is None or stored == student.dtype:
             return student, lambda: None
-        wanted = {**options, "device": "cpu", "dtype": stored}
-        name = dense.model if dense.loaded.path is None else dense.loaded.path
-        return student, lambda: (_again(name, **wanted).anatomy, _again(folder, **wanted).model)
+        return student, partial(stored_checkpoint, folder, dense, **{**options, "device": "cpu", "dtype": stored})
     plan.require_for(dense.identity)
     with progress.task("cutting"):
         student = dense.holding(cut(dense.anatomy, plan.removed))
-    return student, lambda: as_stored(dense, plan.removed)
+    return student, partial(stored_cut, dense, plan.removed)
 
 
 def _require_first_repair(student: Subject, steps: Sequence[Configured]) -> None:
@@ -369,26 +435,6 @@ def _is_changed(student: Subject, dense: Subject, plan: PruningPlan) -> bool:
         return not is_plain(student.model, dense.anatomy, plan.removed)
     except ModelError:
         return False
-
-
-def as_stored(dense: Subject, removed: frozenset[Unit]) -> tuple[Anatomy, PreTrainedModel] | None:
-    """Anatomy of the dense model, and the plain cut, in the precision that the checkpoint is stored in; None where they
-    are in memory in that precision.
-    """
-    folder, stored = dense.loaded.path, dense.stored_dtype
-    if stored == dense.dtype:
-        return None
-    trusted = type(dense.model).is_remote_code()  # as it was when it was opened
-    anatomy = _again(folder, device="cpu", dtype=stored, trust_remote_code=trusted).anatomy
-    return anatomy, cut(anatomy, removed)
-
-
-def _again(model: Any, **options: Any) -> Subject:
-    """A model that is in memory in another precision. Its folder may be one of the cache, whose name tells nobody
-    anything, so that it is not said.
-    """
-    with progress.task(f"loading it again in {options['dtype']}"), progress.silent():
-        return open_subject(model, **options)
 
 
 def _require_gone(student: Subject, dense: Subject) -> None:

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from shallower.anatomy.writers import find_writers
 from shallower.checkpoint.cache import cache_root
 from shallower.checkpoint.determinants import determinants, determined
 from shallower.corpus import CalibrationSet
-from shallower.corpus.instructions import InstructionSet, build_instructions
-from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES, TRAIN_SEQUENCES
+from shallower.defaults import REPAIR_LENGTH, REPAIR_SEQUENCES
 from shallower.engine.moments import require_tokens
 from shallower.engine.twins import Station
-from shallower.errors import ModelError, TooLittleText, UserError
-from shallower.evaluation.perplexity import Perplexity, context_limit, first_ids, perplexity
+from shallower.errors import ModelError
+from shallower.evaluation.perplexity import Perplexity, context_limit
 from shallower.files import expanded
 from shallower.launched import world_size
 from shallower.plan import options_in_words
@@ -39,32 +37,16 @@ from shallower.reporting.wording import measured_how, plural, recovery_rows
 from shallower.surgery import cut
 from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
-from shallower.surgery.patch import patches
-from shallower.training.answers import FEWEST, HELD_OUT, answer_perplexity, split
-from shallower.training.patch import attach, cuts
-from shallower.training.recipe import TRAINED_AS, HeldOut
+from shallower.surgery.stations import cuts
+from shallower.training.maps_at_cuts import attach_maps
+from shallower.training.recipe import TRAINED_AS
 from shallower.training.state import ENDED, begun_options, require_room
 from shallower.units import Unit
-from shallower.verbs.calibrate import calibrate, calibrate_most
 from shallower.verbs.recovery_steps import in_closed_form, that_fold
 from shallower.verbs.subject import Subject
-from shallower.verbs.texts import fitting, held_out, text_title, tokens_read, values
+from shallower.verbs.texts import fitting, values
+from shallower.verbs.training_text import Training
 from shallower.version import __version__
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """What recoveries that train read. held_out: perplexity on text that nothing is trained on, by which the best
-    weights are kept; None where there is no such text. measured: what tells this measure from others.
-    notes: what of the text is not read, and which of the shown texts the weights are chosen by.
-    of_calibration: whether the calibration text was read for it.
-    """
-
-    text: CalibrationSet
-    held_out: HeldOut | None
-    measured: tuple[object, ...] = ()
-    notes: tuple[str, ...] = ()
-    of_calibration: bool = True
 
 
 class Resume:
@@ -175,12 +157,13 @@ def require_place(steps: Sequence[Configured], dense: Anatomy, removed: frozense
     if not maps:
         return
     trial = cut(dense, removed)
-    places = cuts(trial, dense, removed)
+    places = cuts(dissect(trial), dense, removed, find_writers(dense))
     generator = torch.Generator().manual_seed(0)
     makers: list[str] = []
     for method in maps:
         constant = method.traits["maps"] == "constant"
-        made = attach(trial, _without_bias(trial, places) if constant else places, rank=0 if constant else 1, seed=0)
+        here = _without_bias(trial, places) if constant else places
+        made = attach_maps(trial, here, rank=0 if constant else 1, seed=0)
         makers += [method.name] if len(made) else []
         for patch in made:
             assert isinstance(patch, Patch)
@@ -205,108 +188,6 @@ def _without_bias(student: PreTrainedModel, places: Sequence[Station]) -> list[S
         for place, writer in zip(places, writers, strict=True)
         if writer is None or not can_have_bias(anatomy, writer)
     ]
-
-
-def training_text(
-    dense: Subject,
-    steps: Sequence[Configured],
-    calibration: str | Path | CalibrationSet | None,
-    *,
-    sequences: int | None,
-    length: int,
-    instructions: str | Path | None,
-    contents: Mapping[str, str],
-    window: int,
-    max_windows: int | None,
-    seed: int,
-) -> Training | None:
-    """What those of the recoveries that train will read, and what they are measured on; None where none of them trains.
-
-    sequences: None for as many as is usual, or all of a shorter text. contents: held-out texts on which the stages
-    will be shown.
-
-    Raises UserError for instructions that cannot be read, CorpusError when there is too little text.
-    """
-    trained = [method.name for method, _ in steps if method.trained]
-    if not trained:
-        return None
-    text: CalibrationSet
-    notes: tuple[str, ...] = ()
-    if instructions is not None:
-        sequences = sequences or TRAIN_SEQUENCES
-        conversations = build_instructions(instructions, dense.tokenizer, length=length, sequences=sequences)
-        notes = tuple(_left_out(conversations, length, sequences))
-        text, held = split(conversations)
-        if held is not None:
-            if copies := conversations.sequences - text.sequences - held.sequences:
-                notes += (f"{plural(copies, 'conversation')} that say what one to measure by says are left out.",)
-            return Training(
-                text, lambda model: answer_perplexity(model, held), (held.digest,), notes, of_calibration=False
-            )
-        kept = (
-            "do best on the documents that calibration left out" if held_out(calibration) else "the training ends with"
-        )
-        notes += (
-            f"all {plural(text.sequences, 'conversation')} are trained on, as {HELD_OUT * FEWEST} or more, not all "
-            f"alike, are needed to keep some to measure by: the weights are those that {kept}.",
-        )
-    elif sequences is None:
-        text, most = calibrate_most(dense, calibration, sequences=TRAIN_SEQUENCES, length=length, seed=seed)
-        if most < TRAIN_SEQUENCES:
-            notes = (f"training reads {plural(most, 'sequence')} of {length} tokens, all that the text holds.",)
-    else:
-        try:
-            text = calibrate(dense, calibration, sequences=sequences, length=length, seed=seed)
-        except TooLittleText as error:
-            raise TooLittleText(str(error).replace("--sequences", "--train-sequences")) from None
-    left_out = next(iter(held_out(calibration).values()), None)
-    if left_out is None:
-        _require_no_patience(steps)
-        if instructions is None:
-            notes += (
-                f"all of {text_title(calibration)} may be trained on, as nothing of it is held out to measure by: the "
-                "weights are those that the training ends with.",
-            )
-        return Training(text, None, notes=notes)
-    tokenizer = dense.tokenizer
-    ids, _ = first_ids(tokenizer, left_out, tokens_read(dense, window, None, max_windows))
-
-    def measure(model: PreTrainedModel) -> float:
-        label, fits = "on what calibration left out", fitting(dense, window)
-        return perplexity(model, tokenizer, ids, window=fits, max_windows=max_windows, label=label).perplexity
-
-    notes += tuple(
-        f"the weights kept of {' and '.join(trained)} were chosen by perplexity on {name}, so it flatters them: "
-        "measure on other text (--text)."
-        for name, content in contents.items()
-        if content == left_out
-    )
-    digest = hashlib.sha256(left_out.encode()).hexdigest()
-    return Training(text, measure, (digest, fitting(dense, window), max_windows), notes)
-
-
-def _require_no_patience(steps: Sequence[Configured]) -> None:
-    """Raise UserError where a training is to stop by measurements that there are none of."""
-    for method, options in steps:
-        if method.trained and (patience := options.get("patience")):
-            raise UserError(
-                f"patience={patience} stops {method.name} when perplexity on held-out text gets no better, and nothing "
-                "is held out: leave it out, or train on text of which documents are left (a .jsonl file of ten "
-                "documents or more, without part=)."
-            )
-
-
-def _left_out(conversations: InstructionSet, length: int, sequences: int) -> Iterator[str]:
-    """How many conversations of a file are learned, where it is not all of them."""
-    [source] = conversations.sources
-    assert source.read is not None
-    too_long = source.read - source.documents - conversations.unanswered
-    if source.read > source.documents or source.documents == sequences:
-        told = f"{source.documents:,} of the first {plural(source.read, 'conversation')} of {source.name} are used"
-        told += f"; longer than {length} tokens (--length): {too_long:,}" if too_long else ""
-        told += f"; without an answer: {conversations.unanswered:,}" if conversations.unanswered else ""
-        ended = source.documents == sequences
-        yield told + (f"; what follows is not read (--train-sequences {sequences})." if ended else ".")
 
 
 def run_recoveries(
@@ -365,7 +246,8 @@ def run_recoveries(
                 student = student.holding(made)
             seconds, tokens = time.perf_counter() - start, repair.tokens
             curve: tuple[dict[str, float], ...] = ()
-            if folder is not None and (folder / ENDED).is_file():  # a method from elsewhere may keep nothing
+            # this file is how a training tells of itself, as it outlives a kill; a method from elsewhere may keep none
+            if folder is not None and (folder / ENDED).is_file():
                 told = json.loads((folder / ENDED).read_text(encoding="utf-8"))
                 seconds, tokens, curve = max(seconds, told["seconds"]), told["tokens"], tuple(told["curve"])
                 repair.notes.append(_told(told))
@@ -393,14 +275,6 @@ def texts_read(
 ) -> tuple[CalibrationSet | None, CalibrationSet | None]:
     """What the recoveries in closed form read, and what those that train do; None where there is none of that kind."""
     return text if in_closed_form(steps) else None, None if training is None else training.text
-
-
-def with_maps_inside(model: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> PreTrainedModel:
-    """The model that can be saved: itself, or where maps stand at cuts, one that has them in place of what is missing.
-
-    dense: of the model it was cut from, in the same precision.
-    """
-    return mapped(model, dense, removed) if any(patches(model)) else model
 
 
 def recovery_made_by(

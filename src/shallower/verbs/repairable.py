@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from shallower import progress
 from shallower.anatomy import Anatomy
 from shallower.anatomy.writers import Halves, Writer, find_writers
-from shallower.errors import CorpusError, ModelError, OutputError
+from shallower.errors import ModelError
 from shallower.registry import Configured
 from shallower.units import Kind, Unit, listed, plain
 from shallower.verbs.recovery_steps import that_fold
@@ -60,16 +59,3 @@ def _writer_in_front(dense: Anatomy, unit: Unit, halves: Sequence[Halves]) -> Wr
     if unit.index == 0:
         return None
     return halves[unit.index - 1].writer("attn" if dense.blocks[unit.index - 1].mlp is None else "mlp")
-
-
-@contextmanager
-def naming(chosen: Sequence[Unit]) -> Iterator[None]:
-    """Say in an error what a search had chosen, so that it need not be searched again."""
-    try:
-        yield
-    except (CorpusError, ModelError, OutputError) as error:
-        units = listed(chosen)
-        raise type(error)(
-            f"{error} The search had chosen {units}: --remove {units} takes that without another search, and what was "
-            "measured is remembered, too."
-        ) from error

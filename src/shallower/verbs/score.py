@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shallower.corpus import CalibrationSet
 from shallower.defaults import LENGTH, SEQUENCES
@@ -35,7 +35,7 @@ from shallower.scores import Score, Scores, ScoreSheet
 from shallower.units import Unit
 from shallower.verbs.calibrate import calibrate, note_default
 from shallower.verbs.measuring import make_ablator
-from shallower.verbs.subject import Subject, open_subject, require_streamable, units_of, will_stream
+from shallower.verbs.subject import ModelLike, Subject, open_subject, require_streamable, units_of, will_stream
 from shallower.version import __version__
 
 ALL = "all"
@@ -43,7 +43,7 @@ ADAPTIVE = frozenset({"units", "losses", "differences", "rng"})
 
 
 def score(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     metric: str = "cosine",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -101,7 +101,7 @@ def score(
 
 
 def score_many(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     names: str | Sequence[str] = ALL,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -35,13 +35,13 @@ from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
 from shallower.verbs.score import require_finite, require_no_gradients
 from shallower.verbs.search_methods import Chosen, require_possible
-from shallower.verbs.subject import Subject, open_subject, require_streamable, units_of, will_stream
+from shallower.verbs.subject import ModelLike, Subject, open_subject, require_streamable, units_of, will_stream
 from shallower.verbs.trail import removal_order, require_covered, run_search
 from shallower.version import __version__
 
 
 def search(
-    model: str | Path | PreTrainedModel | Subject,
+    model: ModelLike,
     remove: str | int,
     *,
     search: str = "greedy",

@@ -219,7 +219,7 @@ def require_computable(models: Iterable[ModelLike], device: str, dtype: str) -> 
         parse_dtype(dtype, parse_device(device))
 
 
-def require_place_for(out: str | Path, *models: str | Path | PreTrainedModel | Subject | None, force: bool) -> None:
+def require_place_for(out: str | Path, *models: ModelLike | None, force: bool) -> None:
     """Raise OutputError unless a checkpoint can be written to `out`: it is free, or may be replaced and is none of the
     `models` that are read. Before anything is loaded.
     """

@@ -15,22 +15,11 @@ from shallower.corpus.calibration import Batch
 from shallower.engine.trace import Trace, trace
 from shallower.engine.twins import Point, Station
 from shallower.surgery.patch import attach_at
-from shallower.surgery.stations import stations
 from shallower.training.feed import Portion
 from shallower.training.head_loss import Guide
-from shallower.units import Unit
 
 
-def cuts(student: PreTrainedModel, dense: Anatomy, removed: frozenset[Unit]) -> list[Station]:
-    """The places of the student where it lacks something, in order of depth.
-
-    Raises PlanError when `student` is not `dense` without `removed`.
-    """
-    found = stations(dissect(student), dense, removed, find_writers(dense))
-    return [station for station in found if station.missing]
-
-
-def attach(student: PreTrainedModel, places: Sequence[Station], rank: int, seed: int) -> nn.ModuleList:
+def attach_maps(student: PreTrainedModel, places: Sequence[Station], rank: int, seed: int) -> nn.ModuleList:
     """Put a patch that starts as the identity at each of these places. Raises ModelError where one cannot stand."""
     anatomy = dissect(student)
     halves = find_writers(anatomy)
