@@ -94,6 +94,30 @@ def test_a_run_goes_on_after_the_step_that_failed(tmp_path: Path, capsys: pytest
     assert len(json.loads((out / "plan.json").read_text())["remove"]) == 1
 
 
+def test_memory_and_workers_go_to_the_steps_that_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where they would change nothing verbs refuse them, after whatever has run before."""
+    searching = " --memory 1GB --workers 2"
+    given = {
+        "score {model} --metric loss": "",
+        "search {model} --remove 2": searching,
+        "search {model} --remove 2 --repair refit": " --memory 1GB",
+        "prune {model} --remove 2 --recover lora --out {out}/a": searching,
+        "prune {model} --plan {out}/plan.json --recover lora --out {out}/a": "",
+        "recover {out}/a --teacher {model} --with lora": "",
+        "eval {model} --tasks boolq": "",
+        "study {here}/study.yaml --out {out}/study": searching,
+    }
+    recipe = tmp_path / "many.yaml"
+    told = {"title": "Many steps", "source": "arXiv:0000.00000", "about": "All that there is."}
+    recipe.write_text(json.dumps({**told, "steps": list(given), "sizes": {"demo": {"model": "tiny"}}}))
+    asked = ["run", str(recipe), "--out", str(tmp_path / "out"), "--json", "--dry-run"]
+    assert main.run(asked) == 0
+    plain = json.loads(capsys.readouterr().out)["steps"]
+    assert main.run([*asked, "--memory", "1GB", "--workers", "2"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert steps == [step + more for step, more in zip(plain, given.values(), strict=True)]
+
+
 def test_with_force_what_follows_from_another_value_is_made_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,10 +160,10 @@ def test_device_and_number_format_are_given_to_the_steps_that_take_them(
     assert ends == ["-remote-code --force", "-remote-code --force", ""]
     assert main.run([*asked, "--memory", "1GB", "--workers", "2", "--dry-run"]) == 0
     ends = [step.partition(" --memory")[2] for step in json.loads(capsys.readouterr().out)["steps"]]
-    assert ends == [" 1GB --workers 2", " 1GB --workers 2", ""]
+    assert ends == ["", " 1GB --workers 2", ""]  # the metric of the score needs no memory, and would refuse it
     assert main.run([*asked, "--memory", "much", "--dry-run"]) == 2
     assert "--memory 'much' cannot be read" in capsys.readouterr().err
-    assert main.run([*asked, *pin]) == 0
+    assert main.run([*asked, *pin, "--memory", "1GB"]) == 0
     assert json.loads((out / "plan.json").read_text())["made_by"]["options"]["dtype"] == "float32"
     capsys.readouterr()
     asked[3] = str(tmp_path / "other")

@@ -9,7 +9,7 @@ BUILT_LENGTH = 512
 """Tokens in each sequence of `build_calibration`. Verbs take `LENGTH`: a search would take four times as long."""
 
 REPAIR_SEQUENCES, REPAIR_LENGTH = 128, 256
-"""What repairs read at least: a matrix with 1,536 inputs wants many times as many tokens."""
+"""What `recover` reads for a repair, and others at least: a matrix of 1,536 inputs wants many times as many tokens."""
 
 TRAIN_SEQUENCES = 4096
 """What trainings read: they read on, and a million tokens are more than a processor trains on in an hour."""

@@ -192,10 +192,10 @@ RepairBy = Annotated[
     Option(
         "--repair",
         metavar="NAME",
-        help="Changes only what is chosen; the model itself is not repaired (that is --recover). Every candidate is "
-        "repaired by this recovery (linear-fold), and judged by its loss on the calibration text. The recovery is "
-        f"fitted on other text, at least {REPAIR_SEQUENCES} sequences of {REPAIR_LENGTH} tokens, which takes long. "
-        "Runs no races. Default: judge it as cut.",
+        help="Changes only what is chosen; the model itself is not repaired (prune --recover does that). Every "
+        "candidate is repaired by this recovery (linear-fold), and judged by its loss on the calibration text. The "
+        f"recovery is fitted on other text, at least {REPAIR_SEQUENCES} sequences of {REPAIR_LENGTH} tokens, which "
+        "takes long. Runs no races. Default: judge it as cut.",
     ),
 ]
 Texts = Annotated[

@@ -82,8 +82,8 @@ def recover(
     """Repair a cut model, and show what each step gains.
 
     Held-out perplexity is measured before and after each recovery. Recoveries work in closed form (refit, linear-fold,
-    …), in minutes, or by training (full, lora, …): by default in one pass over up to a million tokens, with --set
-    minutes=30 for that long at most. To resume a training that was killed, run the same command again.
+    …), in minutes, or by training (full, lora, …). Training reads the text once, up to 4,096 sequences; --set
+    minutes=30 ends it after that long at the latest. To resume a training that was killed, run the same command again.
     """
     chosen = options.with_distill(options.parse_settings(settings), distill, methods)
     from shallower.verbs.recover import recover as run
@@ -116,8 +116,8 @@ def recover(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    page = None if found.folder is None else found.folder / PAGE
-    return recovered_answer(found.plan, found.data, found.folder, page)
+    folder = None if found.folder is None else out  # as it was named
+    return recovered_answer(found.plan, found.data, folder, None if folder is None else folder / PAGE)
 
 
 def recovered_answer(plan: PruningPlan, data: RecoveryData, folder: Path | None, page: Path | None) -> Answer:

@@ -71,8 +71,9 @@ def run(
 ) -> None:
     """Repeat a paper's steps, on a small model or at the paper's size.
 
-    A recipe is a list of commands of this program; --device, --dtype, --memory, --workers and --trust-remote-code are
-    given to those that take them. Commands that have finished with the same options are not run again.
+    A recipe is a list of commands of this program; --device, --dtype and --trust-remote-code are given to those that
+    take them, --memory and --workers to those that search. Commands that have finished with the same options are not
+    run again.
     """
     parse_memory(memory)
     parse_workers(workers)  # here, not in a step an hour later
@@ -144,15 +145,11 @@ def _require_possible(command: str, label: str) -> None:
     """Raise UserError where a command line asks for recoveries that there are not, with options out of range, or for
     recoveries or tasks without their packages: what else is wrong it says itself.
     """
-    from shallower.cli import main
     from shallower.evaluation.harness import require_harness
     from shallower.verbs.recovery_steps import named_recoveries, parse_recoveries
 
-    words = shlex.split(command)
-    if words[:1] not in (["prune"], ["recover"], ["eval"]):
+    if (asked := _asked(command, "prune", "recover", "eval")) is None:
         return
-    verb = main.verb_of(typer.main.get_command(main.app), words)
-    asked = verb.make_context(words[0], words[1:], resilient_parsing=True).params
     try:
         if asked.get("tasks") or asked.get("suite"):
             require_harness()
@@ -171,9 +168,30 @@ def _pinned(command: str, options_given: Mapping[str, str | None]) -> str:
     if not options_given:
         return command
     there = main.options_of(main.verb_of(typer.main.get_command(main.app), shlex.split(command)))
-    pairs = ((name, value) for name, value in options_given.items() if name in there)
+    unread = _unread(command) if {"--memory", "--workers"} & options_given.keys() else ()
+    pairs = ((name, value) for name, value in options_given.items() if name in there and name not in unread)
     added = [word for pair in pairs for word in pair if word is not None]
     return f"{command} {shlex.join(added)}" if added else command
+
+
+def _unread(command: str) -> set[str]:
+    """Of --memory and --workers those that the command's verb would refuse, as they would change nothing there."""
+    asked = _asked(command, "search", "prune", "study", "run")
+    if asked is None or asked.get("plan"):
+        return {"--memory", "--workers"}
+    return {"--workers"} if asked.get("repair") else set()
+
+
+def _asked(command: str, *verbs: str) -> Mapping[str, Any] | None:
+    """What a command line asks of its verb; None for another verb than these."""
+    from shallower.cli import main
+
+    words = shlex.split(command)
+    if not words or words[0] not in verbs:
+        return None
+    verb = main.verb_of(typer.main.get_command(main.app), words)
+    asked: Mapping[str, Any] = verb.make_context(words[0], words[1:], resilient_parsing=True).params
+    return asked
 
 
 def _step(command: str, *, as_json: bool, quiet: bool, debug: bool) -> Any:

@@ -93,13 +93,15 @@ class Comparison:
 
     def prompts_cut(self) -> Iterator[str]:
         """Sentences about prompts that a model did not read whole."""
+        models: dict[str, list[str]] = {}  # by what was cut, which is the same for models of one context
         for each in self.evaluations:
-            for result in each.tasks:
-                if result.cut and result.within is None:  # a group counts those of its tasks
-                    yield (
-                        f"{result.task}: {result.cut:,} of {result.count:,} prompts were longer than the context of "
-                        f"{each.model}, and were cut from the left."
-                    )
+            cut = [result for result in each.tasks if result.cut and result.within is None]  # a group counts its tasks'
+            if cut:
+                told = (f"{result.cut:,} of {result.count:,} prompts of {result.task}" for result in cut)
+                models.setdefault(", ".join(told), []).append(each.model)
+        for told_of, names in models.items():
+            whose = "each model" if 1 < len(names) == len(self.evaluations) else " and ".join(names)
+            yield f"{told_of} were longer than the context of {whose}, and were cut from the left."
 
     def task_difference(self, other: Evaluation, task: str, metric: str) -> Difference | None:
         """Of a metric that is a mean over items, the same for both; None for another."""

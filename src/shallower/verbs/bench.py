@@ -130,16 +130,16 @@ def bench(
         require_counts(prompt=length, generate=generate, batch=size, warmup=warmup, repeats=repeats)
     require_there(given)
     require_computable(given, device, dtype)
-    try:
-        subjects = [
-            open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code) for model in given
-        ]
-    except ModelTooLarge as error:
-        if len(given) == 1:
-            raise
-        raise ModelTooLarge(
-            f"{error} All {len(given)} models are held at once, to be timed in turns: time each of them alone."
-        ) from error
+    subjects: list[Subject] = []
+    for model in given:
+        try:
+            subjects.append(open_subject(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+        except ModelTooLarge as error:
+            if not subjects:
+                raise
+            raise ModelTooLarge(
+                f"{error} All {len(given)} models are held at once, to be timed in turns: time each of them alone."
+            ) from error
     if isinstance(models, Mapping):
         names = list(models)
     else:
