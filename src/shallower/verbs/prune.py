@@ -107,7 +107,7 @@ class _Job:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cut:
+class _CutModel:
     """What is left after a cut, to be measured, and how it is stored."""
 
     subject: Subject
@@ -327,7 +327,7 @@ def _request(
 
 def _cut_ahead(
     subject: Subject, request: Request, steps: Sequence[Configured], form: str, *, saved: bool
-) -> _Cut | None:
+) -> _CutModel | None:
     """What is known to go is cut before anything is read and measured; where it is for a search to say, what can be is
     tried. saved: also what maps at the cuts become.
     """
@@ -341,10 +341,10 @@ def _cut_ahead(
     return ahead
 
 
-def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> _Cut:
+def _cut(subject: Subject, removed: frozenset[Unit], form: str) -> _CutModel:
     with progress.task("cutting"):
         found = export(subject.anatomy, removed, cut(subject.anatomy, removed), form)
-        return _Cut(subject.holding(found.model), found)
+        return _CutModel(subject.holding(found.model), found)
 
 
 @contextmanager
