@@ -92,7 +92,7 @@ def test_of_a_short_target_all_is_read(
     (tmp_path / "brief.txt").write_text((place / "mine.txt").read_text()[:120])
     sources = f"auto:{place / 'tale.txt'},{place / 'sums.txt'}"
     advise(subject, sources, tmp_path / "brief.txt", units_of(subject, "block"), sequences=8, length=32)
-    assert re.fullmatch(r"brief\.txt holds text for [1-7] of 8 sequences of 32 tokens: all of it is read\.", notes[0])
+    assert re.fullmatch(r"brief\.txt holds text for [1-7] of 8 sequences of 32 tokens: so many are read\.", notes[0])
 
 
 def test_the_objective_is_asked_with_its_options(

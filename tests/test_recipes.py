@@ -101,6 +101,7 @@ def test_memory_and_workers_go_to_the_steps_that_search(tmp_path: Path, capsys: 
         "score {model} --metric loss": "",
         "search {model} --remove 2": searching,
         "search {model} --remove 2 --repair refit": " --memory 1GB",
+        "search {model} --remove 2 --stream-blocks": " --memory 1GB",
         "prune {model} --remove 2 --recover lora --out {out}/a": searching,
         "prune {model} --plan {out}/plan.json --recover lora --out {out}/a": "",
         "recover {out}/a --teacher {model} --with lora": "",

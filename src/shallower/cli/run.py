@@ -179,7 +179,7 @@ def _unread(command: str) -> set[str]:
     asked = _asked(command, "search", "prune", "study", "run")
     if asked is None or asked.get("plan"):
         return {"--memory", "--workers"}
-    return {"--workers"} if asked.get("repair") else set()
+    return {"--workers"} if asked.get("repair") or asked.get("stream_blocks") else set()
 
 
 def _asked(command: str, *verbs: str) -> Mapping[str, Any] | None:

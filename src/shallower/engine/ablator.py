@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from shallower import progress
 from shallower.anatomy.dissect import Anatomy
@@ -430,15 +430,21 @@ def _draws(text: CalibrationSet, asks: bool) -> NDArray[np.int64]:
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
     """Where each stored tensor is, and how often it was written to, but for what is written through `.data`.
 
-    Of quantized weights it is which tensor that is: measuring may pack them anew, in other memory.
+    Of packed weights it is which tensor that is, as they may be in other memory the next time.
     """
     return [
         (
-            tensor.data_ptr() if tensor.is_floating_point() or tensor.is_meta else id(tensor),
+            id(tensor) if _is_packed(tensor) else tensor.data_ptr(),
             0 if tensor.is_inference() else tensor._version,
         )
         for tensor in stored(model).values()
     ]
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether measuring may store it anew, as bitsandbytes does, in whatever type it packs weights."""
+    integers = not tensor.is_floating_point() and not tensor.is_meta
+    return integers or hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")
 
 
 def _crew(evaluator: Evaluator, threads: int) -> Workers:

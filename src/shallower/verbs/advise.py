@@ -95,7 +95,7 @@ def advise(
     shown = text_name(str(target))
     goal, there = calibrate_most(subject, target, sequences=sequences, length=length, seed=seed, objective=judged)
     if there < sequences:
-        progress.note(f"{shown} holds text for {there} of {sequences} sequences of {length} tokens: all of it is read.")
+        progress.note(f"{shown} holds text for {there} of {sequences} sequences of {length} tokens: so many are read.")
 
     def ranking(text: CalibrationSet, judged: str) -> list[float]:
         own = options if judged == objective else None

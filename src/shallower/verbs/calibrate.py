@@ -72,7 +72,8 @@ def calibrate_most(
     """As `calibrate`, of a text that holds less than `sequences` all it has; and how many sequences were asked for in
     the end.
 
-    Raises CorpusError as `calibrate` does: TooLittleText when it holds none, or less than its specification asks for.
+    Raises CorpusError as `calibrate` does, for too few questions, too: TooLittleText when it holds no text, or less
+    than its specification asks for.
     """
     short: TooLittleText | None = None
     while True:
