@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -72,6 +73,28 @@ def notes() -> Iterator[list[str]]:
     told: list[str] = []
     with progress.listening(lambda *_: nullcontext(lambda *_: None), told.append):
         yield told
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A small model as `dense` and `pruned` checkpoints, the plan between them, and a text."""
+    from shallower.anatomy import dissect
+    from shallower.plan import MadeBy, PruningPlan
+    from shallower.surgery import cut, save
+    from shallower.testing.families import tiny_model, tiny_tokenizer
+    from shallower.units import parse_units
+    from shallower.verbs.subject import open_subject
+
+    model = tiny_model("llama")
+    save(model, tmp_path / "dense", plan=None, tokenizer=tiny_tokenizer())
+    removed = parse_units("block.2-3")
+    made = MadeBy(None, None, None, {}, 0, None, "0")
+    plan = PruningPlan(open_subject(model).identity, removed, tuple((unit, None) for unit in removed), None, made)
+    plan.save(tmp_path / "plan.json")
+    save(cut(dissect(model), removed), tmp_path / "pruned", plan=plan, tokenizer=tiny_tokenizer())
+    rows = [{"text": f"The {n} cat sat on the mat and said that {n * 7} is more than {n}. " * 24} for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
 
 
 # A job started in the background ignores Ctrl-C, and so would every process that a test starts.

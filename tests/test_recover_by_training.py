@@ -26,7 +26,7 @@ from shallower.defaults import TRAIN_SEQUENCES
 from shallower.errors import CorpusError, ModelError, OutputError, PlanError, TooLittleText, UserError
 from shallower.plan import MadeBy, PruningPlan
 from shallower.reporting.data import ReportData
-from shallower.surgery import cut, save
+from shallower.surgery import cut
 from shallower.surgery.patch import patches
 from shallower.surgery.verify import full_logits
 from shallower.testing.conformance import sample_text
@@ -41,21 +41,6 @@ from shallower.verbs.recovery_steps import parse_recoveries, require_launch
 from shallower.verbs.subject import Subject, open_subject
 
 SMALL = {"batch": "128", "at_once": "128", "compute": "float32", "lr": "0.003", "evaluations": "2"}
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """`dense` and `pruned` checkpoints, the plan between them and a text."""
-    model = tiny_model("llama")
-    save(model, tmp_path / "dense", plan=None, tokenizer=tiny_tokenizer())
-    removed = parse_units("block.2-3")
-    made = MadeBy(None, None, None, {}, 0, None, "0")
-    plan = PruningPlan(open_subject(model).identity, removed, tuple((unit, None) for unit in removed), None, made)
-    plan.save(tmp_path / "plan.json")
-    save(cut(dissect(model), removed), tmp_path / "pruned", plan=plan, tokenizer=tiny_tokenizer())
-    rows = [{"text": f"The {n} cat sat on the mat and said that {n * 7} is more than {n}. " * 24} for n in range(60)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
 
 
 def asked(files: Path, *, trains: bool = True, **given: Any) -> dict[str, Any]:
