@@ -120,7 +120,7 @@ def test_the_objective_is_asked_with_its_options(
             options=options,
         )
     assert asked[0] == ("kl", options)
-    assert asked[3] == ("task", {})
+    assert asked[3] == ("task", {"of": "margin", "normalise": "none"})
     assert asked[1:3] == asked[4:] == 2 * [("kl", options)]
     asked.clear()
     settings = {"temperature": "2"}
