@@ -35,7 +35,7 @@ from shallower.training import loop
 from shallower.units import parse_units
 from shallower.verbs import calibrate, recoveries
 from shallower.verbs import recover as verb
-from shallower.verbs.prune import _recoveries
+from shallower.verbs.prune_checks import split_settings
 from shallower.verbs.recoveries import Resume
 from shallower.verbs.recovery_steps import parse_recoveries, require_launch
 from shallower.verbs.subject import Subject, open_subject
@@ -339,7 +339,7 @@ def test_where_nothing_is_held_out_a_note_says_so_and_nothing_can_stop_by_it(fil
 
 
 def test_an_option_that_search_and_recovery_have_is_for_both() -> None:
-    steps, others = _recoveries("full", {"temperature": "2", "lr": "0.1"}, "greedy", "kl")
+    steps, others = split_settings("full", {"temperature": "2", "lr": "0.1"}, "greedy", "kl")
     assert (steps[0][1]["temperature"], steps[0][1]["lr"], others) == (2.0, 0.1, {"temperature": "2"})
 
 

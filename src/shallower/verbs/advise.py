@@ -59,6 +59,17 @@ def is_auto(calibration: object) -> bool:
     return isinstance(calibration, str) and (calibration == AUTO or calibration.startswith(f"{AUTO}:"))
 
 
+def require_target(calibration: object, target: object) -> None:
+    """Raise UserError unless a target is given exactly where a calibration text is to be chosen for it."""
+    if is_auto(calibration) and target is None:
+        raise UserError("--calibration auto chooses text for what the model will read: name that with --for TEXT.")
+    if target is not None and not is_auto(calibration):
+        raise UserError(
+            f"--for {target} is for --calibration auto, which chooses by it; here the text is "
+            f"{calibration or 'the default'}."
+        )
+
+
 def advise(
     subject: Subject,
     calibration: str,

@@ -19,7 +19,7 @@ from shallower import progress
 from shallower.corpus import CalibrationSet
 from shallower.defaults import WINDOW, WINDOWS
 from shallower.engine import stream_scores
-from shallower.errors import CorpusError, ModelError, OutputError, PlanError, UserError
+from shallower.errors import CorpusError, ModelError, OutputError, PlanError
 from shallower.evaluation.tasks import TaskSettings
 from shallower.exporters import export
 from shallower.filenames import PAGE, REPORT
@@ -27,29 +27,26 @@ from shallower.forms import require_form
 from shallower.plan import MadeBy, PruningPlan
 from shallower.registry import Configured
 from shallower.registry import metric as metrics
+from shallower.reporting.card import pruned_card
 from shallower.reporting.data import RecoveryStage, ReportData
 from shallower.reporting.page import render
-from shallower.reporting.wording import size, speed_rows
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores
 from shallower.surgery import Export, cut, require_together, require_unquantized, require_whole, save
 from shallower.surgery.patch import patches
 from shallower.units import Kind, Unit, listed, plain
 from shallower.verbs.before_after import BeforeAfter, Clock, before_after
-from shallower.verbs.prune_checks import require_consistent, require_prunable, require_storable
+from shallower.verbs.prune_checks import require_consistent, require_prunable, require_storable, split_settings
 from shallower.verbs.prune_texts import JobTexts, shared_with_held_out, texts_of_prune
 from shallower.verbs.questions import read_questions
 from shallower.verbs.recoveries import (
     Resume,
-    recovery_card,
     recovery_made_by,
     require_place,
     require_recoverable,
     run_recoveries,
 )
 from shallower.verbs.recovery_steps import (
-    named_recoveries,
-    parse_recoveries,
     require_closed_form,
     require_launch,
     require_training,
@@ -59,7 +56,7 @@ from shallower.verbs.repaired import left_unrepaired
 from shallower.verbs.request import Request, parameters_left, resolve, takes_all
 from shallower.verbs.score import stream_statistic
 from shallower.verbs.search import search as search_plan
-from shallower.verbs.search_methods import require_possible, settable
+from shallower.verbs.search_methods import require_possible
 from shallower.verbs.stored import as_stored, stored_cut
 from shallower.verbs.subject import ModelLike, Subject, open_subject, require_place_for, require_space_for
 from shallower.verbs.texts import (
@@ -185,7 +182,9 @@ def prune(
     written checkpoint does not reproduce the pruned model.
     """
     require_consistent(remove, plan, repair, recover, form)
-    steps, settings = _recoveries(recover, settings or {}, search, objective, repair, metric, planned=plan is not None)
+    steps, settings = split_settings(
+        recover, settings or {}, search, objective, repair, metric, planned=plan is not None
+    )
     require_launch(steps)
     require_training(steps, train_sequences, instructions)
     if plan is not None and steps:
@@ -455,44 +454,12 @@ def _save(job: _Job, stored: Export, out: str | Path, report: ReportData, *, for
         out,
         plan=report.plan,
         tokenizer=job.subject.loaded.tokenizer,
-        card=_card(report),
+        card=pruned_card(report),
         recoveries=[stage.method for stage in report.recovery[1:]],
         pages={REPORT: json.dumps(report.to_json(), indent=1), PAGE: render(report)},
         force=force,
         verify_ids=job.read.judging.input_ids[:1, :64],
     )
-
-
-def _recoveries(
-    names: str,
-    settings: Mapping[str, str],
-    search: str,
-    objective: str,
-    repair: str = "",
-    metric: str | None = None,
-    *,
-    planned: bool = False,
-) -> tuple[Sequence[Configured], dict[str, str]]:
-    """Recoveries with their options, and the options of search, metric, objective and the repair that judges; one that
-    both sides have is for both.
-
-    planned: nothing is searched, so that all options have to be for the recoveries.
-    """
-    if planned and settings and not names:
-        raise UserError(
-            f"a plan says what goes, so the settings {', '.join(settings)} would change nothing; drop them, or name "
-            "the recovery that they are for."
-        )
-    if not names:
-        return [], dict(settings)
-    if planned:
-        return parse_recoveries(names, settings), {}
-    known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
-    wanted = settable(search, objective, metric)
-    wanted |= {option for method in (named_recoveries(repair) if repair else ()) for option in method.options}
-    theirs = {key: text for key, text in settings.items() if key in known}
-    others = {key: text for key, text in settings.items() if key not in known or key in wanted}
-    return parse_recoveries(names, theirs, elsewhere=wanted), others
 
 
 def _kinds(request: Request) -> frozenset[Kind]:
@@ -519,27 +486,3 @@ def _stream_metrics(
 
 def _machine() -> str:
     return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def _card(data: ReportData) -> str:
-    """Before and after, as a Markdown table for the model card."""
-    rows = [("blocks", f"{data.dense.blocks}", f"{data.pruned.blocks}")]
-    rows.append(("parameters", f"{data.dense.parameters:,}", f"{data.pruned.parameters:,}"))
-    rows.append((f"KV cache per token, {data.dtype}", size(data.dense.kv_bytes), size(data.pruned.kv_bytes)))
-    for name, value in data.dense.perplexity.items():
-        tokens = data.dense.perplexity_tokens[name]
-        rows.append((f"perplexity, {name} ({tokens:,} tokens)", f"{value:.2f}", f"{data.pruned.perplexity[name]:.2f}"))
-    for name, value in data.dense.tasks.items():
-        rows.append((name, f"{value:.3f}", f"{data.pruned.tasks[name]:.3f}"))
-    rows += [
-        (f"{row.label.lower()}, tokens/s", row.dense, f"{row.pruned}: {row.difference}")
-        for row in speed_rows(data)
-        if row.difference
-    ]
-    lines = ["## Before and after", "", "| | dense | pruned |", "|---|---:|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    if data.speed_setting:
-        lines += ["", f"Speed: {data.speed_setting}."]
-    if data.recovery and data.recovery_made_by is not None:
-        lines += ["", recovery_card(data.recovery, data.dense.perplexity, data.recovery_made_by)]
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What `prune` refuses before it searches."""
+"""What `prune` refuses before it searches, and whose each of its settings is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from shallower.registry import Configured
 from shallower.surgery import cut
 from shallower.units import Kind, Unit, plain
 from shallower.verbs.recoveries import Resume, require_place, require_ready, trained_parameters
-from shallower.verbs.recovery_steps import require_first
+from shallower.verbs.recovery_steps import named_recoveries, parse_recoveries, require_first
 from shallower.verbs.request import Request
+from shallower.verbs.search_methods import settable
 from shallower.verbs.subject import Subject
 from shallower.verbs.training_text import Training
 
@@ -40,6 +41,38 @@ def require_consistent(remove: object, plan: object, repair: str, recover: str, 
             "prune works in one process: start it without 'accelerate launch', and train what it wrote with "
             "'accelerate launch -m shallower recover'."
         )
+
+
+def split_settings(
+    names: str,
+    settings: Mapping[str, str],
+    search: str,
+    objective: str,
+    repair: str = "",
+    metric: str | None = None,
+    *,
+    planned: bool = False,
+) -> tuple[Sequence[Configured], dict[str, str]]:
+    """Recoveries with their options, and the options of search, metric, objective and the repair that judges; one that
+    both sides have is for both.
+
+    planned: nothing is searched, so that all options have to be for the recoveries.
+    """
+    if planned and settings and not names:
+        raise UserError(
+            f"a plan says what goes, so the settings {', '.join(settings)} would change nothing; drop them, or name "
+            "the recovery that they are for."
+        )
+    if not names:
+        return [], dict(settings)
+    if planned:
+        return parse_recoveries(names, settings), {}
+    known = {option for method, _ in parse_recoveries(names, {}) for option in method.options}
+    wanted = settable(search, objective, metric)
+    wanted |= {option for method in (named_recoveries(repair) if repair else ()) for option in method.options}
+    theirs = {key: text for key, text in settings.items() if key in known}
+    others = {key: text for key, text in settings.items() if key not in known or key in wanted}
+    return parse_recoveries(names, theirs, elsewhere=wanted), others
 
 
 def require_storable(

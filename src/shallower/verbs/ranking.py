@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shallower.budget import Amount, parse_remove
 from shallower.corpus import CalibrationSet
-from shallower.engine import Ablator
+from shallower.engine import Ablator, needs_backward
 from shallower.engine.stream import span_ends
 from shallower.errors import UserError
 from shallower.registry import Configured, Method
@@ -15,7 +16,7 @@ from shallower.registry import metric as metrics
 from shallower.registry import objective as objectives
 from shallower.scores import Scores, ScoreSheet
 from shallower.units import Unit
-from shallower.verbs.score import score_many
+from shallower.verbs.score import require_no_gradients, score_many
 from shallower.verbs.subject import Subject
 
 
@@ -172,3 +173,53 @@ def _given(scores: Scores | ScoreSheet | str | Path, metric: str | None) -> Scor
         return scores
     sheet, where = (scores, "the sheet") if isinstance(scores, ScoreSheet) else (ScoreSheet.load(scores), str(scores))
     return sheet.scores[0] if len(sheet.scores) == 1 else sheet.pick(metric, where)
+
+
+def scores_to_rank_by(
+    stages: Sequence[Configured],
+    metric: str | None,
+    remove: str | int,
+    scores: Scores | ScoreSheet | str | Path | None,
+    *,
+    units: str,
+    stream: bool,
+) -> Scores | None:
+    """The scores that were given, read, and checked as far as that goes without a model.
+
+    Raises UserError as `read_scores`, and where a search with streamed blocks would measure a metric that takes
+    gradients.
+    """
+    if scores is not None:
+        return read_scores(stages, scores, metric, units)
+    method = metric_of(stages, metric) if stream else None
+    if method is not None and isinstance(parse_remove(str(remove))[0], Amount):
+        require_no_gradients([method.name] if needs_backward(method) else [])
+    return None
+
+
+def how_ranked(
+    ranking: Scores | None, text: CalibrationSet, objective: str, judging: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """What the scores that ranked were made with, as `made_by.options` of the plan tells it: options that are not the
+    metric's defaults, and where another command had measured them otherwise, its text, seed, objective and options.
+
+    judging: options of the objective and number format that this search would have measured them with.
+    """
+    if ranking is None:
+        return {}
+    made, own = ranking.made_by, dict[str, Any]()
+    method = next((each for each in metrics if each.name == ranking.metric), None)
+    if method is not None:  # else it is of a package that is not installed here
+        own = method.options_in_use({})
+        own["positions"] = method.traits.get("positions", "all")
+    asked = judging if made.objective is not None else {"dtype": judging["dtype"]}
+    judged, wanted = ({key: each[key] for key in each if key not in own} for each in (made.options, asked))
+    told = {name: made.options[name] for name in made.options if name in own and made.options[name] != own[name]}
+    read = None if made.calibration is None else made.calibration.digest
+    measured = (judged, made.seed, read or text.digest, made.objective or objective)
+    if measured != (wanted, seed, text.digest, objective):
+        words = ["no text" if made.calibration is None else f"{made.calibration.title} ({made.calibration.digest})"]
+        words += [f"seed {made.seed}", *([] if made.objective is None else [made.objective])]
+        words += [f"{name}={value}" for name, value in judged.items() if wanted.get(name) != value]
+        told["scores"] = ", ".join(words)
+    return told

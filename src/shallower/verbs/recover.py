@@ -24,6 +24,7 @@ from shallower.launched import leads, wait
 from shallower.packaged import LeavesOut, has_maps, stock_type
 from shallower.plan import PruningPlan
 from shallower.registry import Configured
+from shallower.reporting.card import recovery_card
 from shallower.reporting.data import RecoveryData, RecoveryMadeBy, RecoveryStage
 from shallower.reporting.page import render_recovery
 from shallower.resources import parse_memory
@@ -39,7 +40,6 @@ from shallower.verbs.history import methods_of, told_before
 from shallower.verbs.plan_text import PlanText, text_of_plan
 from shallower.verbs.recoveries import (
     Resume,
-    recovery_card,
     recovery_made_by,
     require_place,
     require_recoverable,

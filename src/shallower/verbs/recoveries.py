@@ -29,11 +29,10 @@ from shallower.errors import ModelError
 from shallower.evaluation.perplexity import Perplexity, context_limit
 from shallower.files import expanded
 from shallower.launched import world_size
-from shallower.plan import options_in_words
 from shallower.recovery import Repair
 from shallower.registry import Configured
 from shallower.reporting.data import RecoveryMadeBy, RecoveryStage
-from shallower.reporting.wording import measured_how, plural, recovery_rows
+from shallower.reporting.wording import plural
 from shallower.surgery import cut
 from shallower.surgery.fold import can_have_bias
 from shallower.surgery.mapping import mapped
@@ -299,18 +298,3 @@ def recovery_made_by(
         window=fitting(dense, window),
         windows=max_windows,
     )
-
-
-def recovery_card(stages: Sequence[RecoveryStage], dense: Mapping[str, float], made: RecoveryMadeBy) -> str:
-    """The stages as a Markdown table for the model card, and what they were made with."""
-    head, rows = recovery_rows(stages, dense)
-    lines = ["## Recovery", "", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines.append("")
-    for stage in stages[1:]:
-        options = options_in_words(stage.options)
-        lines.append(f"- `{stage.method}`" + (f": {options}" if options else ""))
-    texts = {"Repaired": made.calibration, "Trained": made.training}
-    lines += [f"- {done} on {text.title}, {text.tokens:,} tokens" for done, text in texts.items() if text is not None]
-    measured = [f"- Measured: {how}"] if stages[0].perplexity and (how := measured_how(made)) else []
-    return "\n".join([*lines, f"- Seed {made.seed}", *measured])

@@ -14,26 +14,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shallower import progress
 from shallower.anatomy.streamed import is_streamed
 from shallower.anatomy.weigh import parameters, size
-from shallower.budget import Amount, parse_protect, parse_remove
+from shallower.budget import parse_protect
 from shallower.corpus import CalibrationSet
 from shallower.defaults import LENGTH, SEQUENCES
-from shallower.engine import Ablator, Racing, Spent, needs_backward
+from shallower.engine import Ablator, Racing, Spent
 from shallower.errors import BudgetError, ModelError, UserError
 from shallower.plan import Gone, MadeBy, PruningPlan
 from shallower.registry import Configured
-from shallower.registry import metric as metrics
 from shallower.resources import parse_memory, parse_workers
 from shallower.scores import Scores, ScoreSheet
 from shallower.searches import Losses
 from shallower.surgery import cut, is_spread, leftovers, require_together, require_whole
 from shallower.units import Unit, listed, plain, sublayers_of
-from shallower.verbs.advise import advise, is_auto
+from shallower.verbs.advise import advise, require_target
 from shallower.verbs.calibrate import calibrate, note_default
 from shallower.verbs.measuring import make_ablator
-from shallower.verbs.ranking import metric_of, rank, ranked, read_scores
+from shallower.verbs.ranking import how_ranked, rank, ranked, scores_to_rank_by
 from shallower.verbs.repaired import RepairedLosses, SplitText, judging_text
 from shallower.verbs.request import Request, resolve, takes_all
-from shallower.verbs.score import require_finite, require_no_gradients
+from shallower.verbs.score import require_finite
 from shallower.verbs.search_methods import Chosen, require_possible
 from shallower.verbs.subject import ModelLike, Subject, open_subject, require_streamable, units_of, will_stream
 from shallower.verbs.trail import removal_order, require_covered, run_search
@@ -114,11 +113,11 @@ def search(
         repair=repair,
         workers=workers,
     )
-    _require_target(calibration, target)
+    require_target(calibration, target)
     stream = will_stream(model, stream_blocks)
     if stream:
         require_streamable(repair=repair, ordinary=ordinary, workers=workers, exact=exact)
-    scores = _scores_to_rank_by(chosen, remove, scores, units=units, stream=stream)
+    scores = scores_to_rank_by(chosen.stages, chosen.metric, remove, scores, units=units, stream=stream)
     subject = open_subject(
         model,
         tokenizer,
@@ -261,7 +260,7 @@ def _made_by(
         "dtype": subject.dtype,
         "device": subject.model.device.type,  # a race looks at its batches, whose size depends on it
         **_of_races(found.racing, found.spent, chosen.repair),
-        **_of_scores(found.ranking, text, chosen.objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
+        **how_ranked(found.ranking, text, chosen.objective, {**chosen.of_objective, "dtype": subject.dtype}, seed),
         **({"judging_sequences": text.sequences} if isinstance(read, SplitText) else {}),
         **of_text,
     }
@@ -400,66 +399,6 @@ def _of_races(racing: Racing | None, spent: Spent, repair: str) -> dict[str, Any
     if spent.races and racing is not None:
         told |= {"races": spent.races, "error_a_race": racing.error, "tie_of_a_race": racing.tie}
     return told
-
-
-def _require_target(calibration: object, target: object) -> None:
-    """Raise UserError unless a target is given exactly where a calibration text is to be chosen for it."""
-    if is_auto(calibration) and target is None:
-        raise UserError("--calibration auto chooses text for what the model will read: name that with --for TEXT.")
-    if target is not None and not is_auto(calibration):
-        raise UserError(
-            f"--for {target} is for --calibration auto, which chooses by it; here the text is "
-            f"{calibration or 'the default'}."
-        )
-
-
-def _of_scores(
-    ranking: Scores | None, text: CalibrationSet, objective: str, judging: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
-    """What the scores that ranked were made with, as `made_by.options` of the plan tells it: options that are not the
-    metric's defaults, and where another command had measured them otherwise, its text, seed, objective and options.
-
-    judging: options of the objective and number format that this search would have measured them with.
-    """
-    if ranking is None:
-        return {}
-    made, own = ranking.made_by, dict[str, Any]()
-    method = next((each for each in metrics if each.name == ranking.metric), None)
-    if method is not None:  # else it is of a package that is not installed here
-        own = method.options_in_use({})
-        own["positions"] = method.traits.get("positions", "all")
-    asked = judging if made.objective is not None else {"dtype": judging["dtype"]}
-    judged, wanted = ({key: each[key] for key in each if key not in own} for each in (made.options, asked))
-    told = {name: made.options[name] for name in made.options if name in own and made.options[name] != own[name]}
-    read = None if made.calibration is None else made.calibration.digest
-    measured = (judged, made.seed, read or text.digest, made.objective or objective)
-    if measured != (wanted, seed, text.digest, objective):
-        words = ["no text" if made.calibration is None else f"{made.calibration.title} ({made.calibration.digest})"]
-        words += [f"seed {made.seed}", *([] if made.objective is None else [made.objective])]
-        words += [f"{name}={value}" for name, value in judged.items() if wanted.get(name) != value]
-        told["scores"] = ", ".join(words)
-    return told
-
-
-def _scores_to_rank_by(
-    chosen: Chosen,
-    remove: str | int,
-    scores: Scores | ScoreSheet | str | Path | None,
-    *,
-    units: str,
-    stream: bool,
-) -> Scores | None:
-    """The scores that were given, read, and checked as far as that goes without a model.
-
-    Raises UserError as `read_scores`, and where a search with streamed blocks would measure a metric that takes
-    gradients.
-    """
-    if scores is not None:
-        return read_scores(chosen.stages, scores, chosen.metric, units)
-    method = metric_of(chosen.stages, chosen.metric) if stream else None
-    if method is not None and isinstance(parse_remove(str(remove))[0], Amount):
-        require_no_gradients([method.name] if needs_backward(method) else [])
-    return None
 
 
 def _require_finite(last: float, order: Sequence[Unit], objective: str) -> None:
