@@ -213,7 +213,9 @@ def test_the_last_model_is_looked_for_before_the_first_is_loaded(
         shallower.bench([folder / "dense"], **{**SMALL, "dtype": "fp16"})
 
 
-@pytest.mark.parametrize(("together", "advised"), [(["smaller", "dense"], True), (["dense"], False)])
+@pytest.mark.parametrize(
+    ("together", "advised"), [(["smaller", "dense"], True), (["dense", "smaller"], False), (["dense"], False)]
+)
 def test_models_that_do_not_fit_together_are_to_be_timed_alone(
     together: list[str], advised: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ def calibrate(
     seed: int,
     objective: str = "nll",
 ) -> CalibrationSet:
-    """The calibration set itself, or one built from a specification (by default Python's standard library).
+    """The calibration set itself, or one built from a specification (by default this Python's documentation and code).
 
     One document in ten is left for held-out evaluation unless the specification says `part=…`. For an objective that
     reads choices the specification is a .jsonl file of questions, and `sequences` are questions.
